@@ -1,0 +1,22 @@
+"""The one exception that is meant for the person at the terminal."""
+
+import sys
+
+
+class UserError(Exception):
+    """A mistake in flags, files or data.
+
+    The message is one line that names the flag or file and says what to do; `run_script` prints it without a traceback.
+    """
+
+
+def run_script(main):
+    """Run `main()` as a script: a `UserError` becomes one line on stderr and exit code 2, Ctrl-C exit code 130."""
+    try:
+        main()
+    except UserError as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)

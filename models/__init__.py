@@ -1,0 +1,76 @@
+"""The networks by name: `model_dict[name](num_classes=...)`, the names of RepDistiller."""
+
+import difflib
+
+from errors import UserError
+from models.backbone import Backbone
+from models.mobilenetv1 import MobileNetV1
+from models.mobilenetv2 import mobilenetv2_half, mobilenetv2_half_norm
+from models.resnet import (
+    ResNet50,
+    resnet8,
+    resnet8x4,
+    resnet14,
+    resnet18_imagenet,
+    resnet20,
+    resnet32,
+    resnet32x4,
+    resnet34_imagenet,
+    resnet44,
+    resnet50_imagenet,
+    resnet50_quarter_imagenet,
+    resnet56,
+    resnet110,
+)
+from models.shufflenetv1 import ShuffleV1
+from models.shufflenetv2 import ShuffleV2
+from models.vgg import vgg8, vgg11, vgg13, vgg16, vgg19
+from models.wrn import wrn_16_1, wrn_16_2, wrn_40_1, wrn_40_2
+
+#: Networks for small images, 32x32.
+model_dict = {
+    "resnet8": resnet8,
+    "resnet14": resnet14,
+    "resnet20": resnet20,
+    "resnet32": resnet32,
+    "resnet44": resnet44,
+    "resnet56": resnet56,
+    "resnet110": resnet110,
+    "resnet8x4": resnet8x4,
+    "resnet32x4": resnet32x4,
+    "ResNet50": ResNet50,
+    "wrn_16_1": wrn_16_1,
+    "wrn_16_2": wrn_16_2,
+    "wrn_40_1": wrn_40_1,
+    "wrn_40_2": wrn_40_2,
+    "vgg8": vgg8,
+    "vgg11": vgg11,
+    "vgg13": vgg13,
+    "vgg16": vgg16,
+    "vgg19": vgg19,
+    "MobileNetV2": mobilenetv2_half,
+    "MobileNetV2_norm": mobilenetv2_half_norm,
+    "ShuffleV1": ShuffleV1,
+    "ShuffleV2": ShuffleV2,
+}
+
+#: Networks for large images, 224x224.
+imagenet_model_dict = {
+    "resnet18": resnet18_imagenet,
+    "resnet34": resnet34_imagenet,
+    "resnet50": resnet50_imagenet,
+    "resnet50_4": resnet50_quarter_imagenet,
+    "MobileNet": MobileNetV1,
+}
+
+
+def build_model(name: str, num_classes: int) -> Backbone:
+    """A freshly initialised network; raises `UserError` for a name that is in neither table."""
+    builder = model_dict.get(name) or imagenet_model_dict.get(name)
+    if builder is None:
+        known = [*model_dict, *imagenet_model_dict]
+        by_lower_case = {known_name.lower(): known_name for known_name in known}
+        close = difflib.get_close_matches(name.lower(), by_lower_case, n=1)
+        hint = f"did you mean {by_lower_case[close[0]]}? " if close else ""
+        raise UserError(f"unknown model '{name}': {hint}choose from {', '.join(known)}")
+    return builder(num_classes=num_classes)

@@ -1,0 +1,144 @@
+"""The contract that every network keeps, teacher or student.
+
+A network writes `forward_maps`, `get_classifier` and, where its head differs from "pool, then classify", the parts of
+the head; the base class gives the rest. Shapes: B batch, C channels, H x W pixels, D pooled width, K classes.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class Output(NamedTuple):
+    """What one forward pass shows of a network."""
+
+    maps: list[Tensor]  # stage outputs, shallow to deep, each (B, C_i, H_i, W_i)
+    final: Tensor  # (B, C, H, W), the map that the head reads
+    activated: Tensor  # (B, C, H, W), the map that is pooled: `final` behind the head's own BatchNorm and ReLU, if any
+    pooled: Tensor  # (B, D), what the classifier reads
+    logits: Tensor  # (B, K)
+
+
+class Shapes(NamedTuple):
+    """The shapes of an `Output`, without the batch dimension."""
+
+    maps: list[tuple[int, int, int]]
+    final: tuple[int, int, int]
+    pooled: int
+    num_classes: int
+
+
+class Backbone(nn.Module):
+    """A classification network whose last feature map can be reached, and changed, before the head reads it."""
+
+    #: True where a BatchNorm and a ReLU stand between `final` and the pooling (pre-activation networks).
+    activates_final = False
+
+    def forward_maps(self, x: Tensor, preact: bool = False) -> tuple[list[Tensor], Tensor]:
+        """Images (B, 3, H, W) -> (stage outputs, final map); with `preact` stage outputs before their last ReLU."""
+        raise NotImplementedError
+
+    def get_classifier(self) -> nn.Linear:
+        """The last linear layer, (D -> K)."""
+        raise NotImplementedError
+
+    def activate(self, final: Tensor) -> Tensor:
+        """What stands between the final map and the pooling: nothing, except in pre-activation networks."""
+        return final
+
+    def classify(self, activated: Tensor) -> tuple[Tensor, Tensor]:
+        """Activated final map (B, C, H, W) -> (pooled (B, C), logits (B, K)): global average pooling, linear layer."""
+        pooled = F.adaptive_avg_pool2d(activated, 1).flatten(1)
+        return pooled, self.get_classifier()(pooled)
+
+    def outputs(self, x: Tensor, preact: bool = False) -> Output:
+        """Images (B, 3, H, W) -> everything that a distillation method may look at."""
+        maps, final = self.forward_maps(x, preact)
+        activated = self.activate(final)
+        return Output(maps, final, activated, *self.classify(activated))
+
+    def forward(self, x: Tensor, is_feat: bool = False, preact: bool = False):
+        """Logits (B, K); with `is_feat` (list of features, logits) in RepDistiller's order, the pooled vector last."""
+        output = self.outputs(x, preact)
+        return ([*output.maps, output.pooled], output.logits) if is_feat else output.logits
+
+    def get_bn_before_relu(self) -> list[nn.BatchNorm2d]:
+        """The BatchNorms before the ReLU that ends each stage (OFD reads its margins from them)."""
+        raise NotImplementedError(f"{type(self).__name__} names no BatchNorms before its stages' last ReLUs")
+
+    def get_feat_modules(self) -> nn.ModuleList:
+        """The layers up to the last stage output, without the head (what AB and FSP train in their first stage)."""
+        raise NotImplementedError(f"{type(self).__name__} names no layers below its head")
+
+
+@contextmanager
+def evaluating(network: nn.Module) -> Iterator[None]:
+    """Eval mode and no gradients within the block; afterwards every sub-module is back in its own mode."""
+    modes = [(module, module.training) for module in network.modules()]
+    network.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def probe_shapes(network: Backbone, image_size: int) -> Shapes:
+    """Shapes of every output for images of (3, image_size, image_size), found by running one blank image."""
+    parameter = next(network.parameters())
+    with evaluating(network):
+        output = network.outputs(torch.zeros(1, 3, image_size, image_size).to(parameter))
+    return Shapes(
+        maps=[tuple(feature_map.shape[1:]) for feature_map in output.maps],
+        final=tuple(output.final.shape[1:]),
+        pooled=output.pooled.shape[1],
+        num_classes=output.logits.shape[1],
+    )
+
+
+class FinalConv(Backbone):
+    """A network with one 1x1 convolution between its final map and its head: the folded form of a transform that the
+    head's own BatchNorm and ReLU keep from disappearing into the classifier."""
+
+    def __init__(self, network: Backbone, channels: int):
+        super().__init__()
+        self.network = network
+        self.final_conv = nn.Conv2d(channels, channels, 1)
+        self.activates_final = network.activates_final
+
+    def forward_maps(self, x, preact=False):
+        maps, final = self.network.forward_maps(x, preact)
+        return maps, self.final_conv(final)
+
+    def get_classifier(self):
+        return self.network.get_classifier()
+
+    def activate(self, final):
+        return self.network.activate(final)
+
+    def classify(self, activated):
+        return self.network.classify(activated)
+
+
+def initialise(network: nn.Module) -> None:
+    """Initialise in place as the CIFAR networks of the tables are: convolutions by He et al. (ICCV 2015, fan-out),
+    BatchNorm weights 1 and biases 0. Linear layers are left to their family."""
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+        elif isinstance(module, nn.BatchNorm2d):
+            nn.init.ones_(module.weight)
+            nn.init.zeros_(module.bias)
+
+
+def initialise_linear(linear: nn.Linear, std: float = 0.01) -> None:
+    """Initialise a classifier in place: weights N(0, std^2), biases 0 (the VGG and MobileNetV2 convention)."""
+    nn.init.normal_(linear.weight, 0.0, std)
+    nn.init.zeros_(linear.bias)

@@ -1,0 +1,165 @@
+"""Weights from files: ours, RepDistiller's, the official NORM code's. Every rename of a key lives here.
+
+A checkpoint is a dictionary. Where the weights lie in it, and what they are called, is all that this file knows.
+"""
+
+import argparse
+import os
+import re
+from collections.abc import Mapping
+
+import numpy
+import torch
+from torch import Tensor, nn
+
+from errors import UserError
+from models import build_model, imagenet_model_dict, model_dict
+from models.backbone import Backbone, FinalConv
+
+Weights = dict[str, Tensor]
+
+#: RepDistiller's names -> ours, where one class here serves several of its families: (pattern, replacement).
+REPDISTILLER_RENAMES = {
+    "ResNet50": ((r"\.shortcut\.", ".downsample."), (r"^linear\.", "fc.")),
+}
+
+#: The official NORM code's feature transform -> (expand, contract); its transform stands under one of these pairs.
+OFFICIAL_TRANSFORMS = (("layer31", "layer32"), ("layer41", "layer42"))
+#: Parameters that the official code constructs and never uses.
+OFFICIAL_UNUSED = re.compile(r"^(alpha$|layer2[12]\.)")
+
+# What a plain-weights file may hold besides tensors: RepDistiller's and NORM's store the argparse Namespace and numpy
+# scalars. All of these only hold data.
+_HARMLESS = [
+    argparse.Namespace,
+    numpy.dtype,
+    numpy.ndarray,
+    type(numpy.dtype(numpy.float32)),
+    type(numpy.dtype(numpy.float64)),
+    type(numpy.dtype(numpy.int64)),
+    numpy._core.multiarray.scalar,
+    (numpy._core.multiarray.scalar, "numpy.core.multiarray.scalar"),
+]
+
+
+def read_checkpoint(path: str | os.PathLike, flag: str = "checkpoint") -> dict:
+    """The dictionary in a checkpoint file, on the CPU; no code in the file is run.
+
+    Raises `UserError`, naming `flag` and the file, for anything that is not a whole checkpoint.
+    """
+    if os.path.isdir(path):
+        raise UserError(f"{flag}: {path} is a folder; name a checkpoint file in it, for example {path}/best.pth")
+    if not os.path.exists(path):
+        raise UserError(f"{flag}: {path} does not exist; train one with train_teacher.py, or check the path")
+    try:
+        with torch.serialization.safe_globals(_HARMLESS):
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch.load raises whatever its parsers do: pickle, zip, EOF, struct, value errors
+        reason = str(error).strip().split("\n")[0][:200] or type(error).__name__
+        raise UserError(
+            f"{flag}: {path} cannot be read as a checkpoint (damaged, cut off or not one): {reason}"
+        ) from None
+    if not isinstance(checkpoint, Mapping):
+        raise UserError(f"{flag}: {path} holds a {type(checkpoint).__name__}, not a dictionary of weights")
+    return dict(checkpoint)
+
+
+def find_weights(checkpoint: Mapping, source: str) -> Weights:
+    """The state_dict in a checkpoint: under `model` (RepDistiller, NORM) or `state_dict`, or the dictionary itself."""
+    for key in ("model", "state_dict"):
+        if isinstance(checkpoint.get(key), Mapping):
+            checkpoint = checkpoint[key]
+            break
+    weights = {key.removeprefix("module."): value for key, value in checkpoint.items() if isinstance(value, Tensor)}
+    if not weights:
+        raise UserError(f"{source} holds no weights")
+    return weights
+
+
+def rename_for(model_name: str, weights: Weights) -> Weights:
+    """The same weights under this project's key names."""
+    renamed = {}
+    for key, value in weights.items():
+        for pattern, replacement in REPDISTILLER_RENAMES.get(model_name, ()):
+            key = re.sub(pattern, replacement, key)
+        renamed[key] = value
+    return renamed
+
+
+def _differences(expected: Mapping[str, Tensor], weights: Weights) -> list[str]:
+    missing = [f"no {key}" for key in expected if key not in weights]
+    unknown = [f"unknown {key}" for key in weights if key not in expected]
+    shapes = [
+        f"{key} is {tuple(weights[key].shape)} instead of {tuple(value.shape)}"
+        for key, value in expected.items()
+        if key in weights and weights[key].shape != value.shape
+    ]
+    return shapes + missing + unknown
+
+
+def load_weights(model: nn.Module, model_name: str, weights: Weights, source: str) -> None:
+    """Load strictly: every key and shape must agree, else `UserError` with the first differences."""
+    weights = rename_for(model_name, weights)
+    differences = _differences(model.state_dict(), weights)
+    if differences:
+        more = f" and {len(differences) - 2} more" if len(differences) > 2 else ""
+        raise UserError(
+            f"{source} holds another architecture than {model_name}: {'; '.join(differences[:2])}{more}"
+            f"{_suggestion(weights)}"
+        )
+    model.load_state_dict(weights)
+
+
+def _suggestion(weights: Weights) -> str:
+    names = identify(weights)
+    return f" (the weights fit {' or '.join(names)})" if names else ""
+
+
+def count_classes(model: Backbone, weights: Weights) -> int | None:
+    """Number of classes of these weights, read where `model` has its classifier; None where they have nothing there."""
+    classifier = next(name for name, module in model.named_modules() if module is model.get_classifier())
+    bias = weights.get(f"{classifier}.bias")
+    return None if bias is None else len(bias)
+
+
+def identify(weights: Weights) -> list[str]:
+    """Names of the models whose keys and shapes these weights have, whatever the number of classes."""
+    fitting = []
+    for name in (*model_dict, *imagenet_model_dict):
+        renamed = rename_for(name, weights)
+        with torch.device("meta"):
+            num_classes = count_classes(build_model(name, 1), renamed)
+            if num_classes and not _differences(build_model(name, num_classes).state_dict(), renamed):
+                fitting.append(name)
+    return fitting
+
+
+def split_official_norm(weights: Weights) -> tuple[Weights, Weights]:
+    """Weights of an official NORM student -> (weights of the plain network, weights of a `FeatureTransform`).
+
+    The second is empty where the file holds no transform.
+    """
+    network = {key: value for key, value in weights.items() if not OFFICIAL_UNUSED.match(key)}
+    for expand, contract in OFFICIAL_TRANSFORMS:
+        # layer41 of a four-stage network would be a block: a transform's first layer is its convolution, `.0.weight`.
+        if f"{expand}.0.weight" in network:
+            names = {expand: "expand", contract: "contract"}
+            transform = {
+                key.replace(key.split(".")[0], names[key.split(".")[0]], 1): network.pop(key)
+                for key in list(network)
+                if key.split(".")[0] in names
+            }
+            return network, transform
+    return network, {}
+
+
+def load_exported(checkpoint: Mapping, source: str) -> tuple[Backbone, dict]:
+    """The content of a file by `scripts/export_student.py` -> (the network in eval mode, the file's other entries)."""
+    if "model_name" not in checkpoint or "num_classes" not in checkpoint:
+        raise UserError(f"{source} was not written by scripts/export_student.py")
+    name, weights = checkpoint["model_name"], find_weights(checkpoint, source)
+    network = build_model(name, checkpoint["num_classes"])
+    if checkpoint.get("final_conv"):
+        network = FinalConv(network, len(weights.get("final_conv.bias", ())))
+    load_weights(network, name, weights, source)
+    return network.eval(), {key: value for key, value in checkpoint.items() if key != "model"}

@@ -1,0 +1,72 @@
+"""ShuffleNet V1 for 32x32 images (Zhang et al., CVPR 2018; three groups, widths 240-480-960, as in the tables)."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from models.backbone import Backbone
+
+STEM_WIDTH = 24
+
+
+class ShuffleUnit(nn.Module):
+    """Grouped 1x1, channel shuffle, 3x3 depthwise, grouped 1x1; a stride-2 unit concatenates its pooled input."""
+
+    def __init__(self, in_channels: int, out_channels: int, stride: int, groups: int):
+        super().__init__()
+        self.stride = stride
+        width = out_channels // 4
+        # The stem is too narrow to be grouped.
+        first_groups = 1 if in_channels == STEM_WIDTH else groups
+        self.conv1 = nn.Conv2d(in_channels, width, 1, groups=first_groups, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.shuffle = nn.ChannelShuffle(first_groups)
+        self.conv2 = nn.Conv2d(width, width, 3, stride, padding=1, groups=width, bias=False)
+        self.bn2 = nn.BatchNorm2d(width)
+        self.conv3 = nn.Conv2d(width, out_channels, 1, groups=groups, bias=False)
+        self.bn3 = nn.BatchNorm2d(out_channels)
+
+    def preactivation(self, x: Tensor) -> Tensor:
+        out = self.shuffle(F.relu(self.bn1(self.conv1(x))))
+        out = F.relu(self.bn2(self.conv2(out)))
+        out = self.bn3(self.conv3(out))
+        if self.stride == 1:
+            return out + x
+        return torch.cat([out, F.avg_pool2d(x, 3, stride=2, padding=1)], 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.preactivation(x))
+
+
+class ShuffleNetV1(Backbone):
+    def __init__(self, widths=(240, 480, 960), depths=(4, 8, 4), groups: int = 3, num_classes: int = 100):
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, STEM_WIDTH, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(STEM_WIDTH)
+        in_channels, stages = STEM_WIDTH, []
+        for width, depth in zip(widths, depths, strict=True):
+            units = [ShuffleUnit(in_channels, width - in_channels, 2, groups)]
+            units += [ShuffleUnit(width, width, 1, groups) for _ in range(depth - 1)]
+            stages.append(nn.Sequential(*units))
+            in_channels = width
+        self.layer1, self.layer2, self.layer3 = stages
+        self.linear = nn.Linear(in_channels, num_classes)
+
+    def forward_maps(self, x, preact=False):
+        x = F.relu(self.bn1(self.conv1(x)))
+        maps = [x]
+        for stage in (self.layer1, self.layer2, self.layer3):
+            before_relu = stage[-1].preactivation(stage[:-1](x))
+            x = F.relu(before_relu)
+            maps.append(before_relu if preact else x)
+        return maps, x
+
+    def get_classifier(self):
+        return self.linear
+
+    def get_feat_modules(self):
+        return nn.ModuleList([self.conv1, self.bn1, self.layer1, self.layer2, self.layer3])
+
+
+def ShuffleV1(num_classes=100):
+    return ShuffleNetV1(num_classes=num_classes)
