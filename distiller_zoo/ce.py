@@ -1,0 +1,14 @@
+"""Labels only: how teachers and baseline students are trained."""
+
+from distiller_zoo.base import GAMMA, Distiller, weighted_cross_entropy
+
+
+class CrossEntropy(Distiller):
+    """L = gamma * CE(s, y)."""
+
+    summary = "labels only, no teacher: teachers and baselines"
+    needs_teacher = False
+    flags = (GAMMA,)
+
+    def losses(self, student, teacher, targets, index, progress):
+        return weighted_cross_entropy(self.gamma, student.logits, targets)

@@ -1,0 +1,77 @@
+"""CRD, contrastive representation distillation (Tian, Krishnan & Isola, ICLR 2020, arXiv 1910.10699), and NORM+CRD."""
+
+from torch import Tensor
+
+from crd import CRDLoss, NegativeSampler
+from crd.negatives import MODES
+from distiller_zoo.base import (
+    ALPHA,
+    BETA,
+    GAMMA,
+    KD_T,
+    Distiller,
+    Flag,
+    count,
+    number,
+    positive,
+    weighted_cross_entropy,
+)
+from distiller_zoo.kd import weighted_kd
+from distiller_zoo.norm import NORM
+from models.backbone import Output, probe_shapes
+
+FEAT_DIM = Flag(("--feat_dim",), count, 128, "width of CRD's embeddings")
+NCE_K = Flag(("--nce_k",), count, 16384, "CRD's negatives per sample")
+NCE_T = Flag(("--nce_t",), positive, 0.07, "CRD's temperature")
+NCE_M = Flag(("--nce_m",), number, 0.5, "momentum of CRD's memory banks")
+MODE = Flag(("--mode",), str, "exact", "CRD's positive: the sample itself, or any of its class", choices=MODES)
+CRD_WEIGHT = Flag(
+    ("--crd_weight",), number, 0.8, "weight of the CRD term (the official NORM code takes -c for it)", is_weight=True
+)
+CONTRAST_FLAGS = (FEAT_DIM, NCE_K, NCE_T, NCE_M, MODE)
+
+
+def attach_contrast(method: Distiller, teacher, task) -> None:
+    """Give a method with `CONTRAST_FLAGS` its `crd_loss` and its `negatives`."""
+    s_dim, t_dim = (probe_shapes(network, task.image_size).pooled for network in (method.student, teacher))
+    n_data = len(task.train_targets)
+    method.crd_loss = CRDLoss(s_dim, t_dim, n_data, method.feat_dim, method.nce_t, method.nce_m)
+    method.negatives = NegativeSampler(task.train_targets, method.nce_k, method.mode)
+
+
+def contrast_term(method: Distiller, student: Output, teacher: Output, targets: Tensor, index: Tensor) -> Tensor:
+    """The CRD loss of the pooled features (B, D) of both networks, with freshly drawn negatives."""
+    return method.crd_loss(student.pooled, teacher.pooled, index, method.negatives(index, targets))
+
+
+class CRD(Distiller):
+    """L = gamma * CE + alpha * KL_T + beta * L_crd."""
+
+    summary = "contrastive representation distillation, CRD+KD with -a > 0 (Tian et al., ICLR 2020)"
+    flags = (GAMMA, ALPHA, BETA._replace(default=0.8), KD_T, *CONTRAST_FLAGS)
+
+    def __init__(self, student, teacher, task, **hyper_parameters):
+        super().__init__(student, teacher, task, **hyper_parameters)
+        attach_contrast(self, teacher, task)
+
+    def losses(self, student, teacher, targets, index, progress):
+        return {
+            **weighted_cross_entropy(self.gamma, student.logits, targets),
+            **weighted_kd(self.alpha, student.logits, teacher.logits, self.kd_T),
+            "crd": self.beta * contrast_term(self, student, teacher, targets, index),
+        }
+
+
+class NORM_CRD(NORM):
+    """NORM's loss plus crd_weight * L_crd on the pooled features behind the transform."""
+
+    summary = "NORM and CRD together"
+    flags = (*NORM.flags, CRD_WEIGHT, *CONTRAST_FLAGS)
+
+    def __init__(self, student, teacher, task, **hyper_parameters):
+        super().__init__(student, teacher, task, **hyper_parameters)
+        attach_contrast(self, teacher, task)
+
+    def losses(self, student, teacher, targets, index, progress):
+        crd = contrast_term(self, student, teacher, targets, index)
+        return {**super().losses(student, teacher, targets, index, progress), "crd": self.crd_weight * crd}

@@ -1,0 +1,178 @@
+"""NORM's feature transform (Liu et al., ICLR 2023): two linear 1x1 layers around the student's last map.
+
+    y = BN1(x W1^T)     W1: (N*Ct) x C, the expanded student representation: N segments of the teacher's Ct channels
+    z = BN2(y W2^T)     W2: C x (N*Ct)
+    out = z + x         with the residual (the "default" transform), z without (the "plain" one)
+
+Nothing non-linear stands between the layers, so output, running statistics and matching loss follow from the second
+moments of x and of the teacher's map alone (`_collapsed`; derived in docs/norm.md), at a cost that hardly grows with N.
+
+Shapes: B batch, C student channels, Ct teacher channels, P = B*H*W pixels; `rows` are pixels x channels.
+"""
+
+import torch
+from torch import Tensor, nn
+
+FORMS = ("auto", "direct", "collapsed")
+
+
+def norm_loss(expanded: Tensor, target: Tensor) -> Tensor:
+    """NORM's matching loss: the sum over the N segments of the mean squared distance to the teacher's map.
+
+    expanded (B, N*Ct, H, W), target (B, Ct, H, W) -> scalar; N * mean((y - [t, ..., t])^2) in the paper's notation.
+    """
+    segments = expanded.unflatten(1, (-1, target.shape[1]))
+    return (segments - target.unsqueeze(1)).square().mean(dim=(0, 2, 3, 4)).sum()
+
+
+def _to_rows(feature_map: Tensor, dtype: torch.dtype) -> Tensor:
+    """(B, C, H, W) -> (P, C)."""
+    return feature_map.permute(0, 2, 3, 1).flatten(0, 2).to(dtype)
+
+
+def _to_map(rows: Tensor, like: Tensor) -> Tensor:
+    """(P, C) -> (B, C, H, W), with the batch and image size of `like`."""
+    return rows.unflatten(0, (like.shape[0], *like.shape[2:])).permute(0, 3, 1, 2)
+
+
+def _variances(matrix: Tensor, covariance: Tensor) -> Tensor:
+    """Diagonal of `matrix @ covariance @ matrix.T`: the variances of the rows of `matrix` applied to the pixels."""
+    return ((matrix @ covariance) * matrix).sum(1).clamp_min(0)  # rounding can fall below zero
+
+
+def _statistics(bn: nn.BatchNorm2d, mean: Tensor, variance: Tensor, pixels: int) -> tuple[Tensor, Tensor]:
+    """The mean and variance that `bn` normalises with, given those of the batch; in training the running ones move."""
+    if not bn.training:
+        return bn.running_mean.to(mean.dtype), bn.running_var.to(mean.dtype)
+    if pixels == 1:
+        raise ValueError("a feature transform in training needs more than one pixel: raise the batch or the image size")
+    with torch.no_grad():
+        unbiased = variance * (pixels / (pixels - 1))
+        bn.running_mean.lerp_(mean.to(bn.running_mean.dtype), bn.momentum)
+        bn.running_var.lerp_(unbiased.to(bn.running_var.dtype), bn.momentum)
+        bn.num_batches_tracked += 1
+    return mean, variance
+
+
+def multiply_adds(pixels: int, channels: int, teacher_channels: int, n: int, moments: bool = True) -> dict[str, int]:
+    """Multiply-adds of a forward pass in both forms (docs/norm.md); without `moments`, as in prediction, the
+    collapsed form only multiplies the two layers and applies the product."""
+    expanded_channels = n * teacher_channels
+    if moments:
+        collapsed = pixels * channels * (2 * channels + teacher_channels) + 3 * expanded_channels * channels**2
+    else:
+        collapsed = pixels * channels**2 + expanded_channels * channels**2
+    return {"direct": 2 * pixels * channels * expanded_channels, "collapsed": collapsed}
+
+
+class FeatureTransform(nn.Module):
+    """The transform as one module: `forward(x, target)` -> (out, loss).
+
+    form: "direct" runs the two layers as they are written; "collapsed" works on second moments and never holds anything
+    of size P x (N*Ct); "auto" takes the one with fewer multiply-adds. Both give the same numbers. Statistics, output
+    and loss are computed in float32 or better, outside autocast.
+    """
+
+    def __init__(self, channels: int, teacher_channels: int, n: int, residual: bool = True, form: str = "auto"):
+        super().__init__()
+        if n < 1:
+            raise ValueError(f"N must be at least 1, not {n}")
+        if form not in FORMS:
+            raise ValueError(f"form must be one of {', '.join(FORMS)}, not {form}")
+        self.teacher_channels, self.n, self.residual, self.form = teacher_channels, n, residual, form
+        expanded_channels = n * teacher_channels
+        self.expand = nn.Sequential(
+            nn.Conv2d(channels, expanded_channels, 1, bias=False), nn.BatchNorm2d(expanded_channels)
+        )
+        self.contract = nn.Sequential(nn.Conv2d(expanded_channels, channels, 1, bias=False), nn.BatchNorm2d(channels))
+
+    def forward(self, x: Tensor, target: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """x (B, C, H, W), target (B, Ct, H, W) or None -> (out (B, C, H, W), matching loss or None)."""
+        needs_moments = target is not None or self.expand[1].training or self.contract[1].training
+        with torch.autocast(x.device.type, enabled=False):
+            if self._chosen_form(x, needs_moments) == "direct":
+                out, loss = self._direct(x, target)
+            elif needs_moments:
+                out, loss = self._collapsed(x, target)
+            else:
+                out, loss = self._apply_affine(x), None
+        return out.to(x.dtype), loss
+
+    def _chosen_form(self, x: Tensor, needs_moments: bool) -> str:
+        if self.form != "auto":
+            return self.form
+        pixels, channels = x.numel() // x.shape[1], x.shape[1]
+        costs = multiply_adds(pixels, channels, self.teacher_channels, self.n, needs_moments)
+        return min(costs, key=costs.get)
+
+    def _direct(self, x: Tensor, target: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        x = x.to(self.expand[0].weight.dtype)
+        expanded = self.expand(x)
+        out = self.contract(expanded)
+        loss = None if target is None else norm_loss(expanded, target.to(x.dtype))
+        return (out + x if self.residual else out), loss
+
+    def _collapsed(self, x: Tensor, target: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """The second-moment form of docs/norm.md; everything is centred before it is multiplied."""
+        dtype = torch.promote_types(self.expand[0].weight.dtype, torch.float32)
+        rows = _to_rows(x, dtype)
+        pixels, mean = len(rows), rows.mean(0)
+        centred = rows - mean
+        covariance = centred.T @ centred / pixels
+        (conv1, bn1), (conv2, bn2) = self.expand, self.contract
+        w1, w2 = conv1.weight.flatten(1).to(dtype), conv2.weight.flatten(1).to(dtype)
+
+        mean1, variance1 = w1 @ mean, _variances(w1, covariance)
+        used_mean, used_variance = _statistics(bn1, mean1, variance1, pixels)
+        scale1 = bn1.weight * torch.rsqrt(used_variance + bn1.eps)
+        a = scale1[:, None] * w1  # y = centred A^T + mean_y
+        mean_y = bn1.bias + scale1 * (mean1 - used_mean)
+
+        m = w2 @ a  # z before BN2 = centred M^T + its mean
+        mean2 = w2 @ mean_y
+        used_mean, used_variance = _statistics(bn2, mean2, _variances(m, covariance), pixels)
+        scale2 = bn2.weight * torch.rsqrt(used_variance + bn2.eps)
+        out = centred @ (scale2[:, None] * m).T + (bn2.bias + scale2 * (mean2 - used_mean))
+        if self.residual:
+            out = out + rows
+        out = _to_map(out, x)
+        if target is None:
+            return out, None
+        return out, self._collapsed_loss(
+            a, (scale1.square() * variance1).sum(), mean_y, centred, _to_rows(target, dtype)
+        )
+
+    def _collapsed_loss(self, a: Tensor, variance_y: Tensor, mean_y: Tensor, centred: Tensor, target: Tensor) -> Tensor:
+        """`norm_loss` of y = centred A^T + mean_y: its centred part plus the part of the means."""
+        target_mean = target.mean(0)
+        target_centred = target - target_mean
+        cross = target_centred.T @ centred / len(centred)  # (Ct, C)
+        segments = a.unflatten(0, (self.n, self.teacher_channels))
+        centred_part = (
+            variance_y
+            - 2 * (segments.sum(0) * cross).sum()
+            + self.n * target_centred.square().sum() / len(target_centred)
+        )
+        mean_part = (mean_y.unflatten(0, (self.n, -1)) - target_mean).square().sum()
+        return (centred_part + mean_part) / self.teacher_channels
+
+    def _apply_affine(self, x: Tensor) -> Tensor:
+        weight, bias = self._affine(torch.promote_types(self.expand[0].weight.dtype, torch.float32))
+        return _to_map(_to_rows(x, weight.dtype) @ weight.T + bias, x)
+
+    def _affine(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        weight, bias = None, None
+        for conv, bn in (self.expand, self.contract):
+            scale = bn.weight.to(dtype) * torch.rsqrt(bn.running_var.to(dtype) + bn.eps)
+            shift = bn.bias.to(dtype) - scale * bn.running_mean.to(dtype)
+            layer = scale[:, None] * conv.weight.to(dtype).flatten(1)
+            weight = layer if weight is None else layer @ weight
+            bias = shift if bias is None else layer @ bias + shift
+        if self.residual:
+            weight = weight + torch.eye(len(weight), dtype=dtype, device=weight.device)
+        return weight, bias
+
+    @torch.no_grad()
+    def as_affine(self) -> tuple[Tensor, Tensor]:
+        """The transform in eval mode as one affine map of a pixel, in float64: (K (C, C), k (C)) with out = K x + k."""
+        return self._affine(torch.float64)

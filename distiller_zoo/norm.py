@@ -1,0 +1,209 @@
+"""NORM: N-to-one representation matching (Liu, Li, Li & Yao, ICLR 2023, arXiv 2305.13803).
+
+    L = gamma * CE(s', y) + alpha * KL_T(s', t') + beta * w(epoch) * L_norm
+
+L_norm matches each of the N segments of the student's expanded map to the teacher's last map (feature_transform.py);
+s' and t' are logits standardised per sample. gamma, alpha, beta are the flags -r, -a, -b; the paper's alpha is -b here
+and its beta is -a. Deviations from the official code are listed in docs/norm.md.
+"""
+
+import copy
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from distiller_zoo.base import ALPHA, BETA, GAMMA, KD_T, Distiller, Flag, count, number, weighted_cross_entropy
+from distiller_zoo.feature_transform import FORMS, FeatureTransform, norm_loss
+from distiller_zoo.kd import weighted_kd
+from errors import UserError
+from models.backbone import Backbone, FinalConv, Output, probe_shapes
+
+#: w(epoch) of the official code, as (epochs of the full run, ((until this epoch, weight), ...)); epochs count from 0.
+NORM_SCHEDULES = {
+    "cifar": (240, ((10, 0.1), (20, 0.5), (180, 1.0), (210, 0.5), (240, 0.1))),
+    "imagenet": (100, ((5, 0.1), (15, 0.5), (60, 0.9), (80, 0.5), (100, 0.1))),
+}
+
+
+def norm_weight(schedule: str | float, epoch: int, epochs: int) -> float:
+    """w(epoch): a constant, or a published schedule stretched from its own number of epochs to `epochs`."""
+    if not isinstance(schedule, str):
+        return schedule
+    full_run, steps = NORM_SCHEDULES[schedule]
+    return next((weight for until, weight in steps if epoch * full_run < until * epochs), steps[-1][1])
+
+
+def _schedule(text: str) -> str | float:
+    return text if text in NORM_SCHEDULES else number(text)
+
+
+CETA = Flag(("-c", "--ceta"), number, 2.5, "scale of the standardised logits of student and teacher; 0: raw logits")
+CO_SPONGE = Flag(("-s", "--co_sponge"), count, 8, "N, the segments of the expanded representation")
+FT = Flag(
+    ("--ft",),
+    str,
+    "default",
+    "feature transform: default (with the residual), plain (without), none (the raw student map is matched; N = 1)",
+    choices=("default", "plain", "none"),
+)
+FT_POSITION = Flag(
+    ("--ft_position",),
+    str,
+    "pre",
+    "where a WRN's transform stands: pre (before the last BatchNorm and ReLU, as published) or post (behind them, "
+    "where it folds away); elsewhere the two are the same",
+    choices=("pre", "post"),
+)
+FT_FORM = Flag(("--ft_form",), str, "auto", "how the transform is computed; the numbers are the same", choices=FORMS)
+BETA1 = Flag(
+    ("-b1", "--beta1"),
+    _schedule,
+    "cifar",
+    "factor on -b: cifar or imagenet (the published schedules, stretched to --epochs) or a number",
+)
+
+
+def standardise_logits(logits: Tensor, scale: float) -> Tensor:
+    """Logits (B, K) -> scale * (z - mean) / sqrt(var + 1e-7) per sample; unchanged where the scale is 0."""
+    return scale * F.layer_norm(logits, logits.shape[1:], eps=1e-7) if scale else logits
+
+
+def match_size(teacher_map: Tensor, height: int, width: int) -> Tensor:
+    """Max-pool a teacher map (B, Ct, kH, kW), integer k, to the student's (B, Ct, H, W)."""
+    kernel = (teacher_map.shape[2] // height, teacher_map.shape[3] // width)
+    return teacher_map if kernel == (1, 1) else F.max_pool2d(teacher_map, kernel)
+
+
+def _check_sizes(student_map: tuple[int, int, int], teacher_map: tuple[int, int, int]) -> None:
+    for student_size, teacher_size in zip(student_map[1:], teacher_map[1:], strict=True):
+        if student_size > teacher_size:
+            raise UserError(
+                f"--model_s: the student's last map ({student_size} pixels wide) is larger than the teacher's "
+                f"({teacher_size}); choose a --model_t with a larger last map"
+            )
+        if teacher_size % student_size:
+            raise UserError(
+                f"--model_s: the last maps' size ratio {teacher_size}/{student_size} of teacher and student is not an "
+                "integer; choose another pair or --image_size"
+            )
+
+
+class NormOutput(NamedTuple):
+    """`Output` with the transform's result in its place, and the matching loss (None without a teacher)."""
+
+    maps: list[Tensor]
+    final: Tensor
+    activated: Tensor
+    pooled: Tensor
+    logits: Tensor
+    norm_loss: Tensor | None
+
+
+class NORM(Distiller):
+    """NORM, and NORM+KD with `-a` above 0."""
+
+    summary = "NORM, and NORM+KD with -a > 0 (Liu et al., ICLR 2023)"
+    flags = (GAMMA, ALPHA, BETA, BETA1, CETA, CO_SPONGE, KD_T, FT, FT_POSITION, FT_FORM)
+
+    def __init__(self, student: Backbone, teacher: Backbone | None, task, **hyper_parameters):
+        super().__init__(student, teacher, task, **hyper_parameters)
+        if self.co_sponge < 1:
+            raise UserError(f"-s/--co_sponge: N must be at least 1, not {self.co_sponge}")
+        student_map = probe_shapes(student, task.image_size).final
+        teacher_map = student_map if teacher is None else probe_shapes(teacher, task.image_size).final
+        _check_sizes(student_map, teacher_map)
+        channels, teacher_channels = student_map[0], teacher_map[0]
+        if self.ft == "none":
+            if self.co_sponge != 1 or channels != teacher_channels:
+                raise UserError(
+                    f"--ft none matches the raw maps: it needs -s 1 and equal channels (student {channels}, teacher "
+                    f"{teacher_channels}); use --ft default"
+                )
+            self.transform = None
+        else:
+            residual = self.ft == "default"
+            self.transform = FeatureTransform(channels, teacher_channels, self.co_sponge, residual, self.ft_form)
+
+    def respond(self, images: Tensor, teacher: Output | None) -> NormOutput:
+        maps, final = self.student.forward_maps(images)
+        loss = None
+        if self.ft_position == "pre":
+            final, loss = self._transform(final, None if teacher is None else teacher.final)
+        activated = self.student.activate(final)
+        if self.ft_position == "post":
+            activated, loss = self._transform(activated, None if teacher is None else teacher.activated)
+        return NormOutput(maps, final, activated, *self.student.classify(activated), loss)
+
+    def _transform(self, student_map: Tensor, teacher_map: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        target = None if teacher_map is None else match_size(teacher_map.detach(), *student_map.shape[2:])
+        if self.transform is not None:
+            return self.transform(student_map, target)
+        with torch.autocast(student_map.device.type, enabled=False):
+            return student_map, None if target is None else norm_loss(student_map.to(target.dtype), target)
+
+    def losses(self, student, teacher, targets, index, progress):
+        student_logits = standardise_logits(student.logits, self.ceta)
+        teacher_logits = standardise_logits(teacher.logits, self.ceta)
+        weight = self.beta * norm_weight(self.beta1, progress.epoch, progress.epochs)
+        return {
+            **weighted_cross_entropy(self.gamma, student_logits, targets),
+            **weighted_kd(self.alpha, student_logits, teacher_logits, self.kd_T),
+            "norm": weight * student.norm_loss,
+        }
+
+    def export(self) -> Backbone:
+        """The student with the transform folded in: W' = W K, b' = W k + b in the classifier (docs/norm.md)."""
+        network = copy.deepcopy(self.student).eval()
+        if self.transform is None:
+            return network
+        return fold(network, *self.transform.as_affine(), into_classifier=self._folds_into_classifier())
+
+    def export_note(self) -> str:
+        if self.transform is None or self._folds_into_classifier():
+            return ""
+        return (
+            "one 1x1 convolution is kept: this network's last BatchNorm and ReLU stand between the transform and the "
+            "classifier (--ft_position post trains one that folds away)"
+        )
+
+    def _folds_into_classifier(self) -> bool:
+        return self.ft_position == "post" or not self.student.activates_final
+
+
+@torch.no_grad()
+def fold(network: Backbone, weight: Tensor, bias: Tensor, into_classifier: bool) -> Backbone:
+    """Apply x -> weight x + bias, weight (C, C), to the final map of `network` at no cost where that is possible.
+
+    The map is linear and pooling is an average, so it moves behind the pooling and into the classifier; where the
+    head's own ReLU is in between, it becomes one 1x1 convolution in front of the head. Products are taken in float64.
+    """
+    if into_classifier:
+        classifier = network.get_classifier()
+        classifier.bias.copy_(classifier.weight.double() @ bias + classifier.bias.double())
+        classifier.weight.copy_(classifier.weight.double() @ weight)
+        return network
+    folded = FinalConv(network, len(bias)).to(bias.device, network.get_classifier().weight.dtype).eval()
+    folded.final_conv.weight.copy_(weight[:, :, None, None])
+    folded.final_conv.bias.copy_(bias)
+    return folded
+
+
+class FTBaseline(NORM):
+    """The paper's baselines "student w/ 1 plain/default FT": the transform is trained with the labels alone."""
+
+    summary = "feature transform without a teacher: the NORM paper's FT-only baselines"
+    needs_teacher = False
+    # The paper's baseline is trained with the cross entropy only; whether on raw logits is not published.
+    flags = (
+        GAMMA,
+        CETA._replace(default=0.0),
+        CO_SPONGE,
+        FT._replace(choices=("default", "plain")),
+        FT_POSITION,
+        FT_FORM,
+    )
+
+    def losses(self, student, teacher, targets, index, progress):
+        return weighted_cross_entropy(self.gamma, standardise_logits(student.logits, self.ceta), targets)
