@@ -1,0 +1,7 @@
+"""The data sets by name. Each is held in memory as bytes; a batch is always (images, targets, index)."""
+
+from dataset.images import Augmentation, ImageData, Images
+from dataset.loader import Batch, Loader, epoch_seed
+from dataset.sources import DATASETS, load_data
+
+__all__ = ["DATASETS", "Augmentation", "Batch", "ImageData", "Images", "Loader", "epoch_seed", "load_data"]

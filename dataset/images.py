@@ -1,0 +1,79 @@
+"""Images in memory, what is known of them, and the augmentation of a batch."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+class Images(NamedTuple):
+    """One split: pixels (n, 3, H, W) as uint8 and classes (n,) as int64."""
+
+    pixels: Tensor
+    targets: Tensor
+
+    def to(self, device: torch.device) -> "Images":
+        return Images(self.pixels.to(device), self.targets.to(device))
+
+
+class Augmentation(NamedTuple):
+    """Random crop after zero padding by `pad` pixels, horizontal flip of every second image where `flip`."""
+
+    pad: int = 4
+    flip: bool = True
+
+
+class ImageData(NamedTuple):
+    """A data set: splits, classes by index, normalisation (of pixels in 0..1), augmentation of the training images."""
+
+    name: str
+    train: Images
+    test: Images
+    classes: list[str]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    augmentation: Augmentation
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.classes)
+
+    @property
+    def image_size(self) -> int:
+        return self.train.pixels.shape[-1]
+
+
+class Draws(NamedTuple):
+    """The random choices of one epoch, by sample: crop offsets (n,) in 0..2*pad, flips (n,)."""
+
+    top: Tensor
+    left: Tensor
+    flip: Tensor
+
+
+def draw_augmentation(augmentation: Augmentation, n: int, generator: torch.Generator) -> Draws:
+    """Draw the crops and flips of `n` images; always on the CPU, so that every device trains on the same ones."""
+    top, left = torch.randint(0, 2 * augmentation.pad + 1, (2, n), generator=generator)
+    flip = torch.randint(0, 2, (n,), generator=generator, dtype=torch.bool) & augmentation.flip
+    return Draws(top, left, flip)
+
+
+def augment(pixels: Tensor, draws: Draws, pad: int) -> Tensor:
+    """Pixels (B, 3, H, W) -> each image's own crop of its padded self, mirrored where drawn; shape and type stay."""
+    height, width = pixels.shape[2:]
+    windows = F.pad(pixels, [pad] * 4).unfold(2, height, 1).unfold(3, width, 1)  # (B, 3, 2p+1, 2p+1, H, W), a view
+    crops = windows[torch.arange(len(pixels), device=pixels.device), :, draws.top, draws.left]
+    return torch.where(draws.flip[:, None, None, None], crops.flip(3), crops)
+
+
+def channel_statistics(pixels: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation of each channel of (n, 3, H, W) bytes, on the scale 0..1."""
+    # A histogram is exact and needs no float copy of the data set.
+    values = torch.arange(256, dtype=torch.float64) / 255
+    mean, std = [], []
+    for channel in pixels.unbind(1):
+        share = torch.bincount(channel.flatten(), minlength=256).double() / channel.numel()
+        mean.append(float((share * values).sum()))
+        std.append(float((share * (values - mean[-1]).square()).sum().sqrt()))
+    return tuple(mean), tuple(max(value, 1 / 255) for value in std)
