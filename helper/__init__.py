@@ -1,0 +1,1 @@
+"""What a run is made of: options, recipes, teacher, loops, metrics, run folder."""

@@ -1,0 +1,80 @@
+"""What is measured while training: weighted losses by name, accuracy, and where the time goes."""
+
+import time
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from dataset import Batch, Loader
+from errors import UserError
+
+
+class EpochMeter:
+    """Means over an epoch, summed on the device: nothing waits for it before `summary` is asked for."""
+
+    def __init__(self, device: torch.device):
+        self._device = device
+        self._losses: dict[str, Tensor] = {}
+        self._correct = torch.zeros((), dtype=torch.int64, device=device)
+        self._images = 0
+        self._start = time.perf_counter()
+        self._data_wait = 0.0
+
+    def timed(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+        """The same batches; the time spent waiting for them is counted."""
+        iterator = iter(batches)
+        while True:
+            start = time.perf_counter()
+            batch = next(iterator, None)
+            self._data_wait += time.perf_counter() - start
+            if batch is None:
+                return
+            yield batch
+
+    @torch.no_grad()
+    def update(self, losses: dict[str, Tensor], logits: Tensor, targets: Tensor) -> None:
+        """Count one batch: named weighted losses, logits (B, K), classes (B,)."""
+        for name, value in losses.items():
+            self._losses[name] = self._losses.get(name, 0.0) + value.detach() * len(targets)
+        self._correct += (logits.argmax(1) == targets).sum()
+        self._images += len(targets)
+
+    def summary(self) -> dict[str, float]:
+        """Means so far; raises `UserError` where a loss is no longer finite."""
+        losses = {f"loss_{name}": float(total) / self._images for name, total in self._losses.items()}
+        for name, value in losses.items():
+            if value != value or value in (float("inf"), float("-inf")):
+                raise UserError(
+                    f"{name} is {value}: the training diverged; lower --learning_rate or the weight of that term"
+                )
+        accuracy = 100 * int(self._correct) / self._images
+        # The sums above waited for the device, so the clock below covers all the work.
+        seconds = time.perf_counter() - self._start
+        return {
+            "loss": sum(losses.values()),
+            **losses,
+            "train_accuracy": accuracy,
+            "images_per_s": self._images / seconds,
+            "data_wait_s": self._data_wait,
+            "compute_s": seconds - self._data_wait,
+        }
+
+
+@torch.no_grad()
+def evaluate(predict, loader: Loader) -> dict[str, float]:
+    """Accuracy (%), top-5 accuracy (%) and mean cross entropy of `predict(images) -> logits` over a whole split."""
+    correct = correct_top5 = loss = 0
+    for batch in loader.batches():
+        logits = predict(batch.images).float()
+        top = logits.topk(min(5, logits.shape[1]), 1).indices == batch.targets[:, None]
+        correct += top[:, 0].sum()
+        correct_top5 += top.sum()
+        loss += F.cross_entropy(logits, batch.targets, reduction="sum")
+    n = len(loader.images.targets)
+    return {
+        "test_accuracy": 100 * int(correct) / n,
+        "test_accuracy_top5": 100 * int(correct_top5) / n,
+        "test_loss": float(loss) / n,
+    }

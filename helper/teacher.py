@@ -1,0 +1,107 @@
+"""The teacher: read from any of the files that teachers come in, checked, frozen."""
+
+import os
+import re
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from errors import UserError
+from helper.recipes import PUBLISHED_TEACHERS
+from helper.run_state import rebuild
+from models import build_model
+from models.backbone import Backbone, Output
+from models.checkpoints import count_classes, find_weights, load_exported, load_weights, read_checkpoint, rename_for
+
+#: How far, in points of accuracy, a teacher may lie from its recorded or published accuracy.
+TEACHER_TOLERANCE = 0.5
+
+
+class TeacherFile(NamedTuple):
+    """A teacher as its file describes it; fields are None where the file does not say."""
+
+    path: str
+    name: str
+    network: Backbone
+    num_classes: int
+    dataset: str | None
+    data: str | None
+    image_size: int | None
+    accuracy: float | None
+
+
+class FrozenTeacher(nn.Module):
+    """A network that cannot be trained: always in eval mode, without gradients."""
+
+    def __init__(self, network: Backbone):
+        super().__init__()
+        self.network = network.requires_grad_(False)
+        self.eval()
+
+    def train(self, mode: bool = True):
+        return super().train(False)
+
+    @torch.no_grad()
+    def forward(self, images: Tensor, preact: bool = False) -> Output:
+        return self.network.outputs(images, preact)
+
+
+def read_teacher(path: str, model_t: str | None) -> TeacherFile:
+    """Read `--path_t`: a run's checkpoint, an exported network, or plain weights such as RepDistiller's."""
+    checkpoint = read_checkpoint(path, "--path_t")
+    if "distiller" in checkpoint:
+        distiller, config = rebuild(checkpoint, f"--path_t: {path}")
+        name, network, record = (
+            config["model_s"],
+            distiller.export(),
+            {**config, "accuracy": checkpoint.get("accuracy")},
+        )
+    elif "model_name" in checkpoint:
+        network, record = load_exported(checkpoint, f"--path_t: {path}")
+        name = record["model_name"]
+    else:
+        name, network, record = _read_foreign(path, model_t, checkpoint)
+    if model_t is not None and model_t != name:
+        build_model(model_t, 1)  # an unknown name is the likelier mistake, and has the better message
+        raise UserError(f"--path_t: {path} holds another architecture, {name}, than --model_t {model_t}")
+    num_classes = network.get_classifier().out_features
+    return TeacherFile(
+        path, name, network, num_classes, *(record.get(key) for key in ("dataset", "data", "image_size", "accuracy"))
+    )
+
+
+def _read_foreign(path: str, model_t: str | None, checkpoint: dict) -> tuple[str, Backbone, dict]:
+    name = model_t or _name_from_folder(path)
+    weights = find_weights(checkpoint, f"--path_t: {path}")
+    probe = build_model(name, 1)
+    num_classes = count_classes(probe, rename_for(name, weights)) or 1
+    network = build_model(name, num_classes)
+    load_weights(network, name, weights, f"--path_t: {path}")
+    # RepDistiller's files do not name their data set; the ones with 100 classes are CIFAR-100's.
+    record = {"dataset": "cifar100" if num_classes == 100 else None}
+    published = PUBLISHED_TEACHERS.get((record["dataset"], name))
+    recorded = checkpoint.get("accuracy", checkpoint.get("best_acc"))
+    record["accuracy"] = published if published is not None else recorded if recorded is None else float(recorded)
+    return name, network, record
+
+
+def _name_from_folder(path: str) -> str:
+    """RepDistiller's folders are called <model>_vanilla."""
+    match = re.fullmatch(r"(.+)_vanilla", os.path.basename(os.path.dirname(os.path.abspath(path))))
+    if match is None:
+        raise UserError(f"--model_t: {path} does not say which model it holds; name it")
+    return match[1]
+
+
+def check_teacher(teacher: TeacherFile, dataset: str, accuracy: float, allow_gap: bool) -> str:
+    """One line on the measured accuracy (%) beside the recorded one; raises `UserError` where they are far apart."""
+    if teacher.accuracy is None or teacher.dataset != dataset:
+        return f"teacher {teacher.name}: {accuracy:.2f} % (no accuracy recorded for {dataset})"
+    gap = abs(accuracy - teacher.accuracy)
+    if gap > TEACHER_TOLERANCE and not allow_gap:
+        raise UserError(
+            f"--path_t: {teacher.path} tests at {accuracy:.2f} % on {dataset}, {gap:.2f} points off the "
+            f"{teacher.accuracy:.2f} % on record; get the right file, or go on with --allow_teacher_gap"
+        )
+    return f"teacher {teacher.name}: {accuracy:.2f} % (on record: {teacher.accuracy:.2f} %)"

@@ -1,0 +1,16 @@
+"""Distil a student on small images, with NORM or another method.
+
+python train_cifar_student.py --distill NORM --path_t save/digits_ce_resnet20_trial1/last.pth --model_s resnet8 -s 8
+"""
+
+from errors import run_script
+from helper import engine, options
+
+
+def main(argv=None):
+    config, teacher_file = options.parse(options.student_parser(), argv)
+    return engine.run(config, teacher_file)
+
+
+if __name__ == "__main__":
+    run_script(main)

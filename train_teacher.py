@@ -1,0 +1,16 @@
+"""Train a network with labels alone: a teacher, or a baseline student.
+
+python train_teacher.py --model resnet20 --dataset digits
+"""
+
+from errors import run_script
+from helper import engine, options
+
+
+def main(argv=None):
+    config, _ = options.parse(options.teacher_parser(), argv)
+    return engine.run(config, None)
+
+
+if __name__ == "__main__":
+    run_script(main)
