@@ -1,0 +1,141 @@
+"""Write the plain network of a trained student: transform folded in, adapters and teacher left behind.
+
+python scripts/export_student.py save/<run>/best.pth [--out FILE]
+
+CKPT is a checkpoint of a run, or a student by the official NORM code. The network that was written is read back and
+compared with the trained one on real images before the file takes its name.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+from torch import Tensor, nn
+
+from dataset import Loader, load_data
+from distiller_zoo import Distiller
+from errors import UserError, run_script
+from helper.run_folder import replacing
+from helper.run_state import rebuild, rebuild_official
+from models.backbone import Backbone, FinalConv
+from models.checkpoints import load_exported, read_checkpoint
+from models.cost import count_parameters, measure_latency
+
+#: How many images both networks are compared on, and how far their logits may differ, relative to the largest.
+COMPARED_IMAGES = 1000
+TOLERANCE = 1e-3
+
+
+class Trained(NamedTuple):
+    """A checkpoint's student as it was trained, and what its file says of it."""
+
+    method: Distiller
+    model_name: str
+    record: dict  # dataset, classes, mean, std, image_size, accuracy; None where unknown
+
+
+class Predictor(nn.Module):
+    """What a method predicts, as a module: the student with its adapters."""
+
+    def __init__(self, method: Distiller):
+        super().__init__()
+        self.method = method
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.method.predict(images)
+
+
+def read_trained(path: str, model_s: str | None, ft: str) -> Trained:
+    """Read CKPT: a run's checkpoint, or a student of the official NORM code with or without its transform."""
+    checkpoint = read_checkpoint(path, "CKPT")
+    if "distiller" not in checkpoint:
+        method, model_name = rebuild_official(checkpoint, f"CKPT: {path}", model_s, ft)
+        return Trained(method, model_name, {"image_size": 32})
+    method, config = rebuild(checkpoint, f"CKPT: {path}")
+    if model_s not in (None, config["model_s"]):
+        raise UserError(f"--model_s: {path} holds {config['model_s']}, not {model_s}")
+    record = {key: checkpoint["data"][key] for key in ("classes", "mean", "std", "image_size")}
+    record |= {"dataset": config["dataset"], "data": config["data"], "accuracy": checkpoint["accuracy"]}
+    return Trained(method, config["model_s"], record)
+
+
+def real_images(record: dict, dataset: str | None, folder: str | None) -> tuple[Tensor, str]:
+    """Normalised test images (n, 3, H, W) and their data set: the run's own, else the digits, which are always there."""
+    name = dataset or record.get("dataset") or "digits"
+    try:
+        data = load_data(name, folder or record.get("data"), record["image_size"])
+    except UserError as error:
+        if dataset is not None:
+            raise
+        print(f"{error}\ncomparing on digits instead")
+        data = load_data("digits")
+    loader = Loader(data.test, data, COMPARED_IMAGES, torch.device("cpu"))
+    return next(iter(loader.batches())).images, data.name
+
+
+@torch.inference_mode()
+def compare(trained: nn.Module, exported: nn.Module, images: Tensor, name: str) -> None:
+    """Print how far the logits of both networks lie apart; raises `UserError` where that is more than rounding."""
+    before, after = (torch.cat([network(part) for part in images.split(100)]) for network in (trained, exported))
+    difference, scale = float((before - after).abs().max()), float(before.abs().max())
+    same = int((before.argmax(1) == after.argmax(1)).sum())
+    print(
+        f"largest difference of a logit: {difference:.2e} (logits up to {scale:.1f}) on {len(images)} test images of "
+        f"{name}; same class on {same} of {len(images)}"
+    )
+    if not difference <= TOLERANCE * scale:
+        raise UserError("the exported network differs from the trained one: nothing was written")
+
+
+def describe(trained: nn.Module, exported: Backbone, image_size: int) -> None:
+    """Print parameters and latency of both."""
+    for title, network, latency in zip(
+        ("trained", "exported"), (trained, exported), measure_latency([trained, exported], image_size), strict=True
+    ):
+        print(f"{title:>9}: {count_parameters(network):>10,} parameters, {latency:6.2f} ms for one image (best of 30)")
+
+
+def main(argv=None) -> Path:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser.add_argument("checkpoint", metavar="CKPT", help="best.pth or last.pth of a run, or an official NORM student")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="default: <CKPT>_exported.pth beside it")
+    parser.add_argument("--model_s", metavar="NAME", help="for official files whose weights fit several models")
+    parser.add_argument(
+        "--ft", choices=("default", "plain"), default="default", help="for official files: their transform"
+    )
+    parser.add_argument("--dataset", help="test images to compare on; default: the run's data set")
+    parser.add_argument("--data", metavar="PATH", help="where that data set lies")
+    args = parser.parse_args(argv)
+    trained = read_trained(args.checkpoint, args.model_s, args.ft)
+    source = Path(args.checkpoint)
+    out = args.out or source.with_name(f"{source.stem}_exported.pth")
+    if not out.parent.is_dir():
+        raise UserError(f"--out: there is no folder {out.parent}")
+    if out.is_dir() or out.resolve() == source.resolve():
+        raise UserError(f"--out: {out} is a folder or CKPT itself; name another file")
+    images, name = real_images(trained.record, args.dataset, args.data)
+    network, predictor = trained.method.export(), Predictor(trained.method).eval()
+    content = {
+        "model": network.state_dict(),
+        "model_name": trained.model_name,
+        "num_classes": network.get_classifier().out_features,
+        "final_conv": isinstance(network, FinalConv),
+        **trained.record,
+    }
+    with replacing(out) as temporary:
+        torch.save(content, temporary)
+        exported, _ = load_exported(read_checkpoint(temporary), str(out))
+        compare(predictor, exported, images, name)
+    describe(predictor, exported, images.shape[-1])
+    if trained.method.export_note():
+        print(f"note: {trained.method.export_note()}")
+    print(f"exported {trained.model_name}: {out}")
+    return out
+
+
+if __name__ == "__main__":
+    run_script(main)
