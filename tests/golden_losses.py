@@ -1,0 +1,127 @@
+"""Golden checks of the losses: values and gradients, one entry per loss, case and seed."""
+
+import re
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+
+import numpy
+import torch
+from torch import Tensor, nn
+
+from crd import ContrastLoss, CRDLoss
+from distiller_zoo import DistillKL
+from tests.golden_format import Mismatch, Reader, compare, compare_named, compare_summary, fill, generator, loss_input
+
+
+class Case:
+    """The inputs of one entry, regenerated and compared with their fingerprints, and the checks all losses share."""
+
+    def __init__(self, loss: str, case: str, seed: str, entry: Mapping, arrays: Mapping[str, numpy.ndarray]):
+        self.loss, self.case, self.seed, self.entry, self.arrays = loss, case, seed, Reader(entry), arrays
+        self.inputs: dict[str, Tensor] = {}
+        for tag, description in self.entry["inputs"].items():
+            tensor = loss_input(seed, tag, description["shape"], description["scale"])
+            compare(f"input {tag}", tensor.flatten()[:5], description["first5"])
+            compare(f"input {tag}", [tensor.sum(), tensor.abs().sum()], [description["sum"], description["abs_sum"]])
+            self._compare_array("in", tag, tensor)
+            self.inputs[tag] = tensor.requires_grad_(description["student"])
+
+    def _compare_array(self, kind: str, tag: str, tensor: Tensor) -> None:
+        key = f"{self.loss}|{self.case}|{self.seed}|{kind}|{tag}"
+        if key in self.arrays:
+            compare(key, tensor, self.arrays[key].tolist(), relative=1e-10)
+
+    def check(self, values: list[Tensor], modules: Mapping[str, nn.Module] | None = None) -> None:
+        """Compare values, total and gradients; modules by the prefix under which the reference keeps them."""
+        total = sum(values)
+        compare("values", values, self.entry["values"])
+        compare("total", total, self.entry["total"])
+        total.backward()
+        norms, firsts = self.entry["grad_norm_student"], self.entry["grad_first5_student"]
+        for tag, norm in norms.items():
+            gradient = self.inputs[tag].grad
+            compare(f"gradient of {tag}", gradient.norm(), norm)
+            compare(f"gradient of {tag}", gradient.flatten()[:5], firsts[tag], scale=float(gradient.abs().max()))
+            self._compare_array("grad", tag, gradient)
+        parameters = {
+            f"{prefix}.{key}": parameter.grad.norm().item()
+            for prefix, module in (modules or {}).items()
+            for key, parameter in module.named_parameters()
+        }
+        compare_named("grad_norm_params", parameters, self.entry.get("grad_norm_params", {}))
+
+
+def fill_module(prefix: str, module: nn.Module) -> nn.Module:
+    module.load_state_dict({key: fill(f"{prefix}.{key}", value.shape) for key, value in module.state_dict().items()})
+    return module.double()
+
+
+def check_distill_kl(case: Case) -> None:
+    temperature = float(re.fullmatch(r"T([\d.]+)", case.case)[1])
+    case.check([DistillKL(temperature)(case.inputs["logit_s"], case.inputs["logit_t"])])
+
+
+def check_crd(case: Case) -> None:
+    if case.case.startswith("ContrastLoss"):
+        scores = torch.exp(case.inputs["contrast_x"]) / 1000
+        case.check([ContrastLoss(1000)(scores)])
+        return
+    n_data, nce_k, feat_dim, batch = 1000, 32, 128, len(case.inputs["p_s"])
+    dims = (case.inputs["p_s"].shape[1], case.inputs["p_t"].shape[1])
+    crd = CRDLoss(*dims, n_data, feat_dim, nce_t=case.entry["T_used"], nce_m=0.5).double()
+    for side in ("embed_s", "embed_t"):
+        fill_module(side, getattr(crd, side))
+    bound = 1 / numpy.sqrt(feat_dim / 3)
+    for name in ("memory_v1", "memory_v2"):
+        sample = generator(f"{case.seed}:crd_{name}").random_sample((n_data, feat_dim))
+        getattr(crd.contrast, name).copy_(torch.from_numpy(((2 * sample - 1) * bound).astype(numpy.float32)))
+    y = torch.from_numpy(generator(f"{case.seed}:crd_y").permutation(n_data)[:batch])
+    index = torch.from_numpy(generator(f"{case.seed}:crd_idx").randint(0, n_data, (batch, nce_k + 1)))
+    index[:, 0] = y
+    for name, ours in (("y", y), ("contrast_idx", index)):
+        if f"CRD|*|{case.seed}|{name}" in case.arrays:
+            compare(name, ours, case.arrays[f"CRD|*|{case.seed}|{name}"].tolist())
+    inputs = (case.inputs["p_s"], case.inputs["p_t"], y, index)
+    with torch.no_grad():
+        probe = CRDLoss(*dims, n_data, feat_dim, nce_t=case.entry["T_used"], nce_m=0.5).double()
+        probe.load_state_dict(crd.state_dict())
+        scores = probe.contrast(probe.embed_s(inputs[0]), probe.embed_t(inputs[1]), y, index)
+    for side, ours in zip(("out_s", "out_t"), scores, strict=True):
+        compare_summary(side, ours, case.entry[side])
+    case.check(list(crd.terms(*inputs)), {"embed_s": crd.embed_s, "embed_t": crd.embed_t})
+    compare("Z", [crd.contrast.z_v1, crd.contrast.z_v2], [case.entry["Z_v1"], case.entry["Z_v2"]])
+    rows = case.entry["memory_v1_updated_rows_first3"]
+    compare("memory_v1 rows", crd.contrast.memory_v1[y][:, : len(rows[0])], rows)
+    for name in ("memory_v1", "memory_v2"):
+        compare(name, getattr(crd.contrast, name).abs().sum(), case.entry[f"{name}_abs_sum_after"])
+    with torch.no_grad():
+        compare("second call", crd(*inputs), case.entry["second_call_loss_same_batch_Z_kept_memory_updated"])
+
+
+CHECKS: dict[str, Callable[[Case], None]] = {"DistillKL": check_distill_kl, "CRD": check_crd}
+
+
+def families(content: dict, folder: Path):
+    array_file = folder / "losses.npz"
+    arrays = dict(numpy.load(array_file)) if array_file.exists() else {}
+    for loss, cases in content["losses"].items():
+        if loss not in CHECKS:
+            yield loss, None
+            continue
+        for case_name, seeds in cases.items():
+            for seed, entry in seeds.items():
+                yield f"{loss} {case_name} seed {seed}", partial(check_entry, loss, case_name, seed, entry, arrays)
+
+
+def check_entry(loss: str, case_name: str, seed: str, entry: Mapping, arrays) -> None:
+    case = Case(loss, case_name, seed, entry, arrays)
+    CHECKS[loss](case)
+    case.entry.finish("entry")
+    stray = [
+        key
+        for key in arrays
+        if key.startswith(f"{loss}|{case_name}|{seed}|grad|") and key.split("|")[-1] not in case.inputs
+    ]
+    if stray:
+        raise Mismatch(f"nothing checks {', '.join(stray)}")
