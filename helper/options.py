@@ -36,7 +36,9 @@ DEFAULTS = {
 MAY_CHANGE = ("data", "num_workers", "device", "print_freq", "save_freq", "save_dir", "max_steps", "epochs")
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are `UserError`s, one line without the usage."""
+
     def __init__(self, description: str):
         super().__init__(
             description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -59,7 +61,7 @@ def _epochs(text: str) -> tuple[int, ...]:
         raise argparse.ArgumentTypeError(f"must be epochs like 150,180,210, not {text}") from None
 
 
-def _add_common(parser: _Parser) -> None:
+def _add_common(parser: Parser) -> None:
     add = parser.add_argument_group("data").add_argument
     add(
         "--dataset",
@@ -103,7 +105,7 @@ def _add_common(parser: _Parser) -> None:
     )
 
 
-def _add_method_flags(parser: _Parser) -> None:
+def _add_method_flags(parser: Parser) -> None:
     added = set()
 
     def add(group, flags: Sequence[Flag]) -> None:
@@ -120,7 +122,7 @@ def _add_method_flags(parser: _Parser) -> None:
 
 def student_parser() -> argparse.ArgumentParser:
     """The flags of `train_cifar_student.py`: the official NORM code's, and ours."""
-    parser = _Parser("Distil a student on small images. Methods and their flags are grouped below, one line each.")
+    parser = Parser("Distil a student on small images. Methods and their flags are grouped below, one line each.")
     add = parser.add_argument_group("networks and method").add_argument
     add("--distill", help=f"method, in any case ({DEFAULTS['distill']}): {', '.join(DISTILLERS)}")
     add("--model_s", metavar="NAME", help="student")
@@ -134,7 +136,7 @@ def student_parser() -> argparse.ArgumentParser:
 
 def teacher_parser() -> argparse.ArgumentParser:
     """The flags of `train_teacher.py`."""
-    parser = _Parser("Train a network with labels alone: a teacher, or a baseline.")
+    parser = Parser("Train a network with labels alone: a teacher, or a baseline.")
     parser.add_argument("--model", dest="model_s", metavar="NAME", help="the network to train")
     _add_common(parser)
     parser.set_defaults(distill="ce")

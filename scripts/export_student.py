@@ -6,7 +6,6 @@ CKPT is a checkpoint of a run, or a student by the official NORM code. The netwo
 compared with the trained one on real images before the file takes its name.
 """
 
-import argparse
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 from dataset import Loader, load_data
 from distiller_zoo import Distiller
 from errors import UserError, run_script
+from helper.options import Parser
 from helper.run_folder import replacing
 from helper.run_state import rebuild, rebuild_official
 from models.backbone import Backbone, FinalConv
@@ -64,7 +64,7 @@ def read_trained(path: str, model_s: str | None, ft: str) -> Trained:
 
 
 def real_images(record: dict, dataset: str | None, folder: str | None) -> tuple[Tensor, str]:
-    """Normalised test images (n, 3, H, W) and their data set: the run's own, else the digits, which are always there."""
+    """Normalised test images (n, 3, H, W) and their data set: the run's own, else digits, which are always there."""
     name = dataset or record.get("dataset") or "digits"
     try:
         data = load_data(name, folder or record.get("data"), record["image_size"])
@@ -100,13 +100,11 @@ def describe(trained: nn.Module, exported: Backbone, image_size: int) -> None:
 
 
 def main(argv=None) -> Path:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser = Parser(__doc__.split("\n")[0])
     parser.add_argument("checkpoint", metavar="CKPT", help="best.pth or last.pth of a run, or an official NORM student")
     parser.add_argument("--out", type=Path, metavar="FILE", help="default: <CKPT>_exported.pth beside it")
     parser.add_argument("--model_s", metavar="NAME", help="for official files whose weights fit several models")
-    parser.add_argument(
-        "--ft", choices=("default", "plain"), default="default", help="for official files: their transform"
-    )
+    parser.add_argument("--ft", choices=("default", "plain"), default="default", help="transform of an official file")
     parser.add_argument("--dataset", help="test images to compare on; default: the run's data set")
     parser.add_argument("--data", metavar="PATH", help="where that data set lies")
     args = parser.parse_args(argv)
