@@ -6,8 +6,12 @@ import sys
 class UserError(Exception):
     """A mistake in flags, files or data.
 
-    The message is one line that names the flag or file and says what to do; `run_script` prints it without a traceback.
+    The message names the flag or file and says what to do. It is always one line: `run_script` prints it without a
+    traceback.
     """
+
+    def __init__(self, message: str):
+        super().__init__(" ".join(message.split()))
 
 
 def run_script(main):
@@ -15,7 +19,7 @@ def run_script(main):
     try:
         main()
     except UserError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -1,6 +1,6 @@
 """The methods by name, as they are written after `--distill` (in any case)."""
 
-from distiller_zoo.base import Distiller, Flag, Progress, Task
+from distiller_zoo.base import Distiller, Flag, Predictor, Progress, Task
 from distiller_zoo.ce import CrossEntropy
 from distiller_zoo.crd import CRD, NORM_CRD
 from distiller_zoo.kd import KD, DistillKL
@@ -25,4 +25,4 @@ def find_distiller(name: str) -> type[Distiller]:
     return method
 
 
-__all__ = ["DISTILLERS", "DistillKL", "Distiller", "Flag", "Progress", "Task", "find_distiller"]
+__all__ = ["DISTILLERS", "DistillKL", "Distiller", "Flag", "Predictor", "Progress", "Task", "find_distiller"]

@@ -133,6 +133,17 @@ class Distiller(nn.Module):
         return ""
 
 
+class Predictor(nn.Module):
+    """What a method predicts, as a module: the student with its adapters."""
+
+    def __init__(self, method: Distiller):
+        super().__init__()
+        self.method = method
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.method.predict(images)
+
+
 def _at_least_float32(outputs):
     """Widen every half-precision tensor of nested tuples and lists; other dtypes pass."""
     if isinstance(outputs, Tensor):

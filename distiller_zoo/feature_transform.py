@@ -35,9 +35,13 @@ def _to_map(rows: Tensor, like: Tensor) -> Tensor:
     return rows.unflatten(0, (like.shape[0], *like.shape[2:])).permute(0, 3, 1, 2)
 
 
-def _variances(matrix: Tensor, covariance: Tensor) -> Tensor:
-    """Diagonal of `matrix @ covariance @ matrix.T`: the variances of the rows of `matrix` applied to the pixels."""
-    return ((matrix @ covariance) * matrix).sum(1).clamp_min(0)  # rounding can fall below zero
+def _projected_variances(weight: Tensor, centred: Tensor) -> Tensor:
+    """Variance over the pixels of each row of `weight` (M, C) applied to `centred` (P, C) -> (M,)."""
+    pixels, channels = centred.shape
+    if pixels <= channels:  # (M, P) is no larger than `weight`, and spares the rounding of a squared factor
+        return (weight @ centred.T).square().sum(1) / pixels
+    covariance = centred.T @ centred / pixels
+    return ((weight @ covariance) * weight).sum(1).clamp_min(0)  # rounding can fall below zero
 
 
 def _statistics(bn: nn.BatchNorm2d, mean: Tensor, variance: Tensor, pixels: int) -> tuple[Tensor, Tensor]:
@@ -55,13 +59,18 @@ def _statistics(bn: nn.BatchNorm2d, mean: Tensor, variance: Tensor, pixels: int)
 
 
 def multiply_adds(pixels: int, channels: int, teacher_channels: int, n: int, moments: bool = True) -> dict[str, int]:
-    """Multiply-adds of a forward pass in both forms (docs/norm.md); without `moments`, as in prediction, the
-    collapsed form only multiplies the two layers and applies the product."""
+    """Multiply-adds of a forward pass in both forms (docs/norm.md).
+
+    Without `moments`, as in prediction, the collapsed form only multiplies the two layers and applies the product.
+    """
     expanded_channels = n * teacher_channels
+    collapsed = expanded_channels * channels**2 + pixels * channels**2  # W2 A, and its application
+    if moments and pixels > channels:
+        collapsed += pixels * channels**2 + expanded_channels * channels**2  # S, and W1 S
+    elif moments:
+        collapsed += pixels * channels * expanded_channels  # W1 on every pixel
     if moments:
-        collapsed = pixels * channels * (2 * channels + teacher_channels) + 3 * expanded_channels * channels**2
-    else:
-        collapsed = pixels * channels**2 + expanded_channels * channels**2
+        collapsed += pixels * channels * teacher_channels  # Q
     return {"direct": 2 * pixels * channels * expanded_channels, "collapsed": collapsed}
 
 
@@ -116,31 +125,24 @@ class FeatureTransform(nn.Module):
         """The second-moment form of docs/norm.md; everything is centred before it is multiplied."""
         dtype = torch.promote_types(self.expand[0].weight.dtype, torch.float32)
         rows = _to_rows(x, dtype)
-        pixels, mean = len(rows), rows.mean(0)
+        mean = rows.mean(0)
         centred = rows - mean
-        covariance = centred.T @ centred / pixels
         (conv1, bn1), (conv2, bn2) = self.expand, self.contract
         w1, w2 = conv1.weight.flatten(1).to(dtype), conv2.weight.flatten(1).to(dtype)
 
-        mean1, variance1 = w1 @ mean, _variances(w1, covariance)
-        used_mean, used_variance = _statistics(bn1, mean1, variance1, pixels)
+        mean1, variance1 = w1 @ mean, _projected_variances(w1, centred)
+        used_mean, used_variance = _statistics(bn1, mean1, variance1, len(rows))
         scale1 = bn1.weight * torch.rsqrt(used_variance + bn1.eps)
         a = scale1[:, None] * w1  # y = centred A^T + mean_y
         mean_y = bn1.bias + scale1 * (mean1 - used_mean)
-
-        m = w2 @ a  # z before BN2 = centred M^T + its mean
-        mean2 = w2 @ mean_y
-        used_mean, used_variance = _statistics(bn2, mean2, _variances(m, covariance), pixels)
-        scale2 = bn2.weight * torch.rsqrt(used_variance + bn2.eps)
-        out = centred @ (scale2[:, None] * m).T + (bn2.bias + scale2 * (mean2 - used_mean))
+        z = centred @ (w2 @ a).T + w2 @ mean_y
+        out = bn2(_to_map(z, x).to(bn2.weight.dtype))
         if self.residual:
-            out = out + rows
-        out = _to_map(out, x)
+            out = out + x.to(out.dtype)
         if target is None:
             return out, None
-        return out, self._collapsed_loss(
-            a, (scale1.square() * variance1).sum(), mean_y, centred, _to_rows(target, dtype)
-        )
+        target, variance_y = _to_rows(target, dtype), (scale1.square() * variance1).sum()
+        return out, self._collapsed_loss(a, variance_y, mean_y, centred, target)
 
     def _collapsed_loss(self, a: Tensor, variance_y: Tensor, mean_y: Tensor, centred: Tensor, target: Tensor) -> Tensor:
         """`norm_loss` of y = centred A^T + mean_y: its centred part plus the part of the means."""

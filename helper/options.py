@@ -17,7 +17,7 @@ from helper.recipes import resolve
 from helper.run_folder import CONFIG, RunFolder
 from helper.schedule import stretch
 from helper.teacher import TeacherFile, read_teacher
-from models import build_model
+from models import find_builder
 
 #: Defaults of the flags that no recipe fills.
 DEFAULTS = {
@@ -40,12 +40,21 @@ class Parser(argparse.ArgumentParser):
     """An argument parser whose errors are `UserError`s, one line without the usage."""
 
     def __init__(self, description: str):
+        formatter = argparse.RawDescriptionHelpFormatter
         super().__init__(
-            description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
+            usage="%(prog)s [flags]", description=description, allow_abbrev=False, formatter_class=formatter
         )
 
     def error(self, message):
         raise UserError(f"{message} (--help lists the flags)")
+
+
+def _model_name(text: str) -> str:
+    try:
+        find_builder(text)
+    except UserError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return text
 
 
 def _from_zero(text: str) -> int:
@@ -117,7 +126,8 @@ def _add_method_flags(parser: Parser) -> None:
 
     add(parser.add_argument_group("loss weights (defaults: helper/recipes.py)"), (GAMMA, ALPHA, BETA, KD_T))
     for name, method in DISTILLERS.items():
-        add(parser.add_argument_group(f"--distill {name}", method.summary), method.flags)
+        used = " ".join(flag.names[0] for flag in method.flags)
+        add(parser.add_argument_group(f"--distill {name}", f"{method.summary}\nflags: {used}"), method.flags)
 
 
 def student_parser() -> argparse.ArgumentParser:
@@ -125,8 +135,8 @@ def student_parser() -> argparse.ArgumentParser:
     parser = Parser("Distil a student on small images. Methods and their flags are grouped below, one line each.")
     add = parser.add_argument_group("networks and method").add_argument
     add("--distill", help=f"method, in any case ({DEFAULTS['distill']}): {', '.join(DISTILLERS)}")
-    add("--model_s", metavar="NAME", help="student")
-    add("--model_t", metavar="NAME", help="teacher; default: what --path_t says")
+    add("--model_s", type=_model_name, metavar="NAME", help="student")
+    add("--model_t", type=_model_name, metavar="NAME", help="teacher; default: what --path_t says")
     add("--path_t", metavar="FILE", help="the teacher's checkpoint: a run's, an exported network, or RepDistiller's")
     add("--allow_teacher_gap", action="store_true", default=None, help="go on with a teacher whose accuracy is off")
     _add_common(parser)
@@ -137,7 +147,7 @@ def student_parser() -> argparse.ArgumentParser:
 def teacher_parser() -> argparse.ArgumentParser:
     """The flags of `train_teacher.py`."""
     parser = Parser("Train a network with labels alone: a teacher, or a baseline.")
-    parser.add_argument("--model", dest="model_s", metavar="NAME", help="the network to train")
+    parser.add_argument("--model", type=_model_name, dest="model_s", metavar="NAME", help="the network to train")
     _add_common(parser)
     parser.set_defaults(distill="ce")
     return parser
@@ -177,7 +187,6 @@ def _resolve(given: dict, stored: dict) -> tuple[Namespace, TeacherFile | None]:
     model_s = given.get("model_s", stored.get("model_s"))
     if model_s is None:
         raise UserError("name the network to train: --model_s NAME (in train_teacher.py: --model NAME)")
-    build_model(model_s, 1)
     _refuse_unused(given, distill, method)
     teacher = _find_teacher(stored | given, distill, method)
     of_teacher = _teacher_record(given, teacher)

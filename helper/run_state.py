@@ -6,8 +6,10 @@ import torch
 from torch import Tensor
 
 from dataset import ImageData
-from distiller_zoo import DISTILLERS, Distiller, Task, find_distiller
+from distiller_zoo import Distiller, Task, find_distiller
+from distiller_zoo.ce import CrossEntropy
 from distiller_zoo.feature_transform import FeatureTransform
+from distiller_zoo.norm import FTBaseline
 from errors import UserError
 from models import build_model
 from models.backbone import Backbone
@@ -76,8 +78,8 @@ def rebuild_official(checkpoint: Mapping, source: str, model_s: str | None, ft: 
     load_weights(network, name, network_weights, source)
     task = Task(num_classes, 32, torch.zeros(1, dtype=torch.int64))
     if not transform_weights:
-        return DISTILLERS["ce"](network, None, task).eval(), name
-    method = DISTILLERS["ft"](network, None, task, ft=ft)
+        return CrossEntropy(network, None, task).eval(), name
+    method = FTBaseline(network, None, task, ft=ft)
     expanded, channels = transform_weights["expand.0.weight"].shape[:2]
     method.transform = FeatureTransform(channels, expanded, 1, residual=ft == "default")
     load_weights(method.transform, "a feature transform", transform_weights, source)

@@ -63,7 +63,6 @@ def read_teacher(path: str, model_t: str | None) -> TeacherFile:
     else:
         name, network, record = _read_foreign(path, model_t, checkpoint)
     if model_t is not None and model_t != name:
-        build_model(model_t, 1)  # an unknown name is the likelier mistake, and has the better message
         raise UserError(f"--path_t: {path} holds another architecture, {name}, than --model_t {model_t}")
     num_classes = network.get_classifier().out_features
     return TeacherFile(

@@ -1,6 +1,7 @@
 """The networks by name: `model_dict[name](num_classes=...)`, the names of RepDistiller."""
 
 import difflib
+from collections.abc import Callable
 
 from errors import UserError
 from models.backbone import Backbone
@@ -64,8 +65,8 @@ imagenet_model_dict = {
 }
 
 
-def build_model(name: str, num_classes: int) -> Backbone:
-    """A freshly initialised network; raises `UserError` for a name that is in neither table."""
+def find_builder(name: str) -> Callable[..., Backbone]:
+    """The function `(num_classes) -> network` of a name; raises `UserError` for one that is in neither table."""
     builder = model_dict.get(name) or imagenet_model_dict.get(name)
     if builder is None:
         known = [*model_dict, *imagenet_model_dict]
@@ -73,4 +74,9 @@ def build_model(name: str, num_classes: int) -> Backbone:
         close = difflib.get_close_matches(name.lower(), by_lower_case, n=1)
         hint = f"did you mean {by_lower_case[close[0]]}? " if close else ""
         raise UserError(f"unknown model '{name}': {hint}choose from {', '.join(known)}")
-    return builder(num_classes=num_classes)
+    return builder
+
+
+def build_model(name: str, num_classes: int) -> Backbone:
+    """A freshly initialised network; raises `UserError` for an unknown name."""
+    return find_builder(name)(num_classes=num_classes)

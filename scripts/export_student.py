@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from dataset import Loader, load_data
-from distiller_zoo import Distiller
+from distiller_zoo import Distiller, Predictor
 from errors import UserError, run_script
 from helper.options import Parser
 from helper.run_folder import replacing
@@ -36,17 +36,6 @@ class Trained(NamedTuple):
     method: Distiller
     model_name: str
     record: dict  # dataset, classes, mean, std, image_size, accuracy; None where unknown
-
-
-class Predictor(nn.Module):
-    """What a method predicts, as a module: the student with its adapters."""
-
-    def __init__(self, method: Distiller):
-        super().__init__()
-        self.method = method
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.method.predict(images)
 
 
 def read_trained(path: str, model_s: str | None, ft: str) -> Trained:

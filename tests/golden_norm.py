@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dataset import Batch
-from distiller_zoo import Progress, Task
+from distiller_zoo import Predictor, Progress, Task
 from distiller_zoo.feature_transform import norm_loss
 from distiller_zoo.kd import kl_divergence
 from distiller_zoo.norm import NORM, match_size, norm_weight, standardise_logits
@@ -52,17 +52,6 @@ class StubTeacher(Backbone):
 
     def get_classifier(self):
         return self.fc
-
-
-class Predictor(nn.Module):
-    """A method's prediction as a module, to count its multiply-adds."""
-
-    def __init__(self, method):
-        super().__init__()
-        self.method = method
-
-    def forward(self, x):
-        return self.method.predict(x)
 
 
 class Student(NamedTuple):

@@ -1,0 +1,67 @@
+"""What the tests share: small runs on the embedded digits, and a command line that is called in process."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import train_cifar_student
+import train_teacher
+from errors import UserError
+from helper.recipes import CIFAR_PAIRS
+from models import build_model
+
+SHARED = Path(__file__).resolve().parent.parent.parent / "shared"
+#: Networks that train in a blink, on 32x32 images.
+TEACHER, STUDENT = "resnet14", "resnet8"
+
+
+@pytest.fixture(autouse=True)
+def _reproducible():
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def save_dir(tmp_path) -> Path:
+    return tmp_path / "save"
+
+
+@pytest.fixture(scope="session")
+def teacher_run(tmp_path_factory) -> Path:
+    """The run folder of a teacher that was trained for one short epoch on the digits."""
+    root = tmp_path_factory.mktemp("teacher")
+    train_teacher.main(["--model", TEACHER, "--epochs", "1", "--max_steps", "4", "--save_dir", str(root)])
+    return next(root.iterdir())
+
+
+@pytest.fixture
+def distil(teacher_run, save_dir):
+    """Call `train_cifar_student.py` with the small teacher; returns the run folder, the newest."""
+
+    def call(*flags: str, distill: str = "norm", student: str = STUDENT, teacher: bool = True) -> Path:
+        known = set(save_dir.iterdir()) if save_dir.exists() else set()
+        argv = ["--distill", distill, "--model_s", student, "--save_dir", str(save_dir), *flags]
+        argv += ["--path_t", str(teacher_run / "last.pth")] if teacher else []
+        train_cifar_student.main(argv)
+        return next(iter(set(save_dir.iterdir()) - known), None)
+
+    return call
+
+
+def message_of(main, argv: list[str]) -> str:
+    """The one-line message with which a script refuses a command line."""
+    with pytest.raises(UserError) as caught:
+        main(argv)
+    message = str(caught.value)
+    assert "\n" not in message, "a message is one line"
+    return message
+
+
+def pair_networks(teacher: str, student: str, num_classes: int = 10):
+    """Freshly built teacher (eval mode) and student."""
+    return build_model(teacher, num_classes).eval(), build_model(student, num_classes)
+
+
+@pytest.fixture(params=CIFAR_PAIRS, ids=lambda pair: "->".join(pair))
+def cifar_pair(request) -> tuple[str, str]:
+    return request.param

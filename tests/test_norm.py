@@ -1,0 +1,238 @@
+"""NORM's loss, its options, its students on every pair, and the fold."""
+
+import math
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from dataset import Batch
+from distiller_zoo import Predictor, Progress, Task
+from distiller_zoo.feature_transform import norm_loss
+from distiller_zoo.kd import kl_divergence
+from distiller_zoo.norm import NORM, FTBaseline, match_size, norm_weight, standardise_logits
+from errors import UserError
+from helper.engine import train_step
+from helper.teacher import FrozenTeacher
+from models.backbone import FinalConv
+from models.cost import count_parameters
+from tests.conftest import pair_networks
+
+TASK = Task(10, 32, torch.zeros(1, dtype=torch.int64))
+
+
+def wave(shape, a, phase, scale=1.0):
+    """scale * sin(a * i + phase) over the row-major index i, in float64."""
+    return scale * torch.sin(a * torch.arange(math.prod(shape), dtype=torch.float64) + phase).view(shape)
+
+
+def make_batch(n=4):
+    return Batch(torch.randn(n, 3, 32, 32), torch.randint(0, 10, (n,)), torch.arange(n))
+
+
+def build(teacher_name="resnet14", student_name="resnet8", **hyper_parameters):
+    teacher, student = pair_networks(teacher_name, student_name)
+    return FrozenTeacher(teacher), NORM(student, teacher, TASK, **hyper_parameters)
+
+
+def train_some_steps(method, teacher, steps=3, lr=0.01):
+    """Steps on random images, so that no parameter or statistic keeps its initial value."""
+    optimizer = torch.optim.SGD(method.parameters(), lr=lr, momentum=0.9)
+    method.train()
+    for _ in range(steps):
+        batch = make_batch()
+        losses, _ = train_step(method, optimizer, batch, teacher(batch.images) if teacher else None, Progress(0, 240))
+    return losses
+
+
+def test_the_terms_have_the_published_values():
+    """Check values computed once from the official functions (waves as inputs)."""
+    zs, zt, targets = wave((4, 10), 0.7, 0.1, 2), wave((4, 10), 0.45, 0.5, 3), torch.tensor([0, 3, 7, 9])
+    student, teacher = standardise_logits(zs, 2.5), standardise_logits(zt, 2.5)
+    assert F.cross_entropy(zs, targets).item() == pytest.approx(2.5942054000, abs=1e-9)
+    assert kl_divergence(zs, zt, 4).item() == pytest.approx(2.5535618153, abs=1e-9)
+    assert F.cross_entropy(student, targets).item() == pytest.approx(3.3448433614, abs=1e-9)
+    assert kl_divergence(student, teacher, 4).item() == pytest.approx(4.7814957858, abs=1e-9)
+    target = match_size(wave((4, 6, 8, 8), 0.37, 0.2), 4, 4)
+    assert norm_loss(wave((4, 18, 4, 4), 0.61, 0.3), target).item() == pytest.approx(3.3509210361, abs=1e-9)
+
+
+def test_the_kl_divergence_is_the_hand_formula_and_stays_finite_at_large_gaps():
+    zs, zt = torch.randn(5, 7), torch.randn(5, 7)
+    p, q = (zt / 4).softmax(1), (zs / 4).softmax(1)
+    assert torch.allclose(kl_divergence(zs, zt, 4), 16 * (p * (p.log() - q.log())).sum() / 5, rtol=1e-4)
+    far = torch.tensor([[500.0, 0.0], [0.0, 500.0]], requires_grad=True)
+    loss = kl_divergence(far, -far.detach(), 1)
+    loss.backward()
+    assert torch.isfinite(loss) and torch.isfinite(far.grad).all()
+
+
+def test_logits_are_standardised_per_sample_and_left_alone_at_zero():
+    logits = torch.randn(6, 20) * 7 + 3
+    standard = standardise_logits(logits, 2.5)
+    assert torch.allclose(standard.mean(1), torch.zeros(6), atol=1e-5)
+    assert torch.allclose(standard.std(1, correction=0), torch.full((6,), 2.5), atol=1e-5)
+    assert torch.equal(standardise_logits(logits, 0.0), logits)
+
+
+def test_the_schedule_is_the_published_one_and_stretches():
+    published = [norm_weight("cifar", epoch, 240) for epoch in range(240)]
+    assert published == [0.1] * 10 + [0.5] * 10 + [1.0] * 160 + [0.5] * 30 + [0.1] * 30
+    assert [norm_weight("cifar", epoch, 24) for epoch in range(24)] == published[5::10]
+    assert [norm_weight("imagenet", epoch, 100) for epoch in (0, 5, 15, 60, 80, 99)] == [0.1, 0.5, 0.9, 0.5, 0.1, 0.1]
+    assert norm_weight(0.7, 3, 10) == 0.7
+
+
+def test_every_published_pair_takes_three_steps_and_folds(cifar_pair):
+    teacher, method = build(*cifar_pair, alpha=0.5)
+    losses = train_some_steps(method, teacher)
+    assert set(losses) == {"ce", "kd", "norm"}
+    assert all(torch.isfinite(value) for value in losses.values())
+    without = [name for name, parameter in method.named_parameters() if parameter.grad is None]
+    assert not without, f"no gradient for {without}"
+    assert all(parameter.grad is None for parameter in teacher.parameters())
+    assert_folds(method)
+
+
+def assert_folds(method):
+    """The exported network computes what the method predicts, in float64 to rounding."""
+    images = torch.randn(4, 3, 32, 32, dtype=torch.float64)
+    method.double().eval()
+    exported = method.export()
+    assert not any(a is b for a in exported.parameters() for b in method.parameters())
+    with torch.no_grad():
+        before, after = Predictor(method)(images), exported(images)
+    assert torch.allclose(before, after, rtol=1e-10, atol=1e-10)
+    return exported
+
+
+@pytest.mark.parametrize("ft", ["default", "plain"])
+@pytest.mark.parametrize("position", ["pre", "post"])
+def test_a_wrn_keeps_one_convolution_only_where_its_relu_is_in_the_way(position, ft):
+    teacher, method = build("wrn_16_2", "wrn_16_1", ft_position=position, ft=ft)
+    plain = count_parameters(method.student)
+    train_some_steps(method, teacher)
+    exported = assert_folds(method)
+    if position == "pre":
+        assert isinstance(exported, FinalConv) and "1x1 convolution" in method.export_note()
+        assert count_parameters(exported) == plain + 64 * 64 + 64
+    else:
+        assert not isinstance(exported, FinalConv) and method.export_note() == ""
+        assert exported.state_dict().keys() == method.student.state_dict().keys()
+
+
+@pytest.mark.parametrize("name", ["resnet8", "vgg8", "MobileNetV2", "ShuffleV2"])
+def test_a_folded_student_has_the_plain_students_class_and_keys(name):
+    teacher, method = build("resnet14", name) if name == "resnet8" else build("vgg13", name)
+    train_some_steps(method, teacher)
+    exported = method.export()
+    assert type(exported) is type(method.student)
+    assert exported.state_dict().keys() == method.student.state_dict().keys()
+    assert count_parameters(exported) == count_parameters(method.student)
+    assert method.export_note() == "" and not exported.training
+
+
+def test_forms_give_one_training_step():
+    results = []
+    for form in ("direct", "collapsed", "auto"):
+        torch.manual_seed(3)
+        teacher, method = build(ft_form=form, alpha=0.9)
+        method, teacher = method.double(), teacher.double()
+        batch = make_batch(8)
+        batch = batch._replace(images=batch.images.double())
+        optimizer = torch.optim.SGD(method.parameters(), lr=0.05, momentum=0.9, weight_decay=5e-4)
+        train_step(method.train(), optimizer, batch, teacher(batch.images), Progress(100, 240))
+        results.append(method.state_dict())
+    for key, value in results[0].items():
+        for other in results[1:]:
+            assert torch.allclose(value, other[key], rtol=1e-11, atol=1e-12), key
+
+
+@pytest.mark.parametrize(
+    ("flag", "term"),
+    [("gamma", "ce"), ("alpha", "kd"), ("beta", "norm"), ("beta1", "norm")],
+    ids=lambda value: str(value),
+)
+def test_each_weight_scales_its_own_term(flag, term):
+    values = []
+    for weight in (1.0, 2.0):
+        torch.manual_seed(0)
+        teacher, method = build(**({"gamma": 1.0, "alpha": 1.0, "beta": 1.0, "beta1": 1.0} | {flag: weight}))
+        torch.manual_seed(1)
+        batch = make_batch()
+        values.append(method.train()(batch, teacher(batch.images), Progress(0, 240))[1])
+    for name in values[0]:
+        assert torch.allclose(values[1][name], values[0][name] * (2 if name == term else 1)), name
+
+
+def test_weights_of_zero_leave_their_terms_out():
+    teacher, method = build(gamma=0.0, alpha=0.0)
+    batch = make_batch()
+    assert set(method(batch, teacher(batch.images), Progress(0, 240))[1]) == {"norm"}
+
+
+def test_the_baseline_has_the_transform_and_no_teacher():
+    _, student = pair_networks("resnet14", "resnet8")
+    method = FTBaseline(student, None, TASK, ft="plain")
+    assert set(train_some_steps(method, None)) == {"ce"}
+    assert method.transform.teacher_channels == 64 and not method.transform.residual
+    assert all(parameter.grad is not None for parameter in method.transform.parameters())
+    assert_folds(method)
+    with pytest.raises(UserError, match="must be one of default, plain"):
+        FTBaseline(student, None, TASK, ft="none")
+
+
+def test_without_a_transform_the_raw_maps_are_matched():
+    teacher, method = build(ft="none", co_sponge=1, beta1=1.0)
+    batch = make_batch()
+    teacher_output = teacher(batch.images)
+    losses = method.train()(batch, teacher_output, Progress(0, 240))[1]
+    student_map = method.student.outputs(batch.images).final
+    assert torch.allclose(losses["norm"], F.mse_loss(student_map, teacher_output.final))
+    assert count_parameters(method) == count_parameters(method.student)
+    assert method.export_note() == ""
+    with pytest.raises(UserError, match=r"--ft none.*equal channels \(student 64, teacher 128\)"):
+        build("wrn_16_2", "resnet8", ft="none", co_sponge=1)
+
+
+@pytest.mark.parametrize(
+    ("teacher", "student", "size", "message"),
+    [
+        ("MobileNetV2", "resnet8", 32, "larger than the teacher's"),
+        ("resnet14", "MobileNetV2", 40, "not an integer"),
+    ],
+)
+def test_maps_that_cannot_be_matched_are_refused(teacher, student, size, message):
+    networks = pair_networks(teacher, student)
+    with pytest.raises(UserError, match=message):
+        NORM(networks[1], networks[0], TASK._replace(image_size=size))
+
+
+def test_a_larger_teacher_map_is_max_pooled():
+    teacher_map = torch.randn(2, 3, 8, 4)
+    assert torch.equal(match_size(teacher_map, 4, 4), F.max_pool2d(teacher_map, (2, 1)))
+    assert match_size(teacher_map, 8, 4) is teacher_map
+
+
+def test_n_below_one_is_refused():
+    with pytest.raises(UserError, match=r"-s/--co_sponge: N must be at least 1"):
+        build(co_sponge=0)
+
+
+def test_losses_are_float32_and_finite_under_autocast():
+    teacher, method = build(alpha=1.0)
+    batch = make_batch()
+    with torch.autocast("cpu", torch.bfloat16):
+        logits, losses = method.train()(batch, teacher(batch.images), Progress(0, 240))
+    assert logits.dtype == torch.bfloat16
+    assert all(value.dtype == torch.float32 and torch.isfinite(value) for value in losses.values())
+    assert all(buffer.dtype != torch.bfloat16 for buffer in method.buffers())
+
+
+def test_the_teacher_cannot_be_trained():
+    teacher, method = build()
+    teacher.train()
+    assert not any(module.training for module in teacher.modules())
+    assert not any(parameter.requires_grad for parameter in teacher.parameters())
+    assert not any(key.startswith("teacher") for key in method.state_dict())
+    assert {id(p) for p in method.parameters()}.isdisjoint(id(p) for p in teacher.parameters())

@@ -1,0 +1,144 @@
+"""The command line, the recipes, and which of them wins."""
+
+import pytest
+
+from errors import UserError
+from helper import options
+from helper.recipes import CIFAR_PAIRS, DATASET, METHOD, PAIR, STUDENT, resolve
+from helper.schedule import cosine_learning_rate, step_learning_rate, stretch
+from models import model_dict
+
+
+def parse_teacher(*argv):
+    return options.parse(options.teacher_parser(), argv)[0]
+
+
+@pytest.fixture
+def parse_student(teacher_run):
+    def parse(*argv):
+        return options.parse(options.student_parser(), ["--path_t", str(teacher_run / "last.pth"), *argv])[0]
+
+    return parse
+
+
+def test_a_flag_beats_the_recipe_and_the_origin_is_told():
+    config = parse_teacher("--model", "resnet8", "--learning_rate", "0.02")
+    assert config.learning_rate == 0.02 and config.origins["learning_rate"] == "command line"
+    assert config.weight_decay == 5e-4 and config.origins["weight_decay"] == "data set digits"
+    assert parse_teacher("--model", "ShuffleV1").learning_rate == 0.01
+    assert parse_teacher("--model", "ShuffleV1", "--learning_rate", "0.05").learning_rate == 0.05
+
+
+def test_the_rows_lie_over_each_other():
+    row = resolve("cifar100", "resnet32x4", "resnet8x4", "norm")
+    assert row["gamma"] == (0.1, "pair resnet32x4 -> resnet8x4")
+    assert row["co_sponge"] == (8, "pair resnet32x4 -> resnet8x4")
+    assert resolve("cifar100", "vgg13", "vgg8", "norm")["gamma"] == (0.125, "method norm")
+    assert resolve("cifar100", "vgg13", "MobileNetV2", "norm")["learning_rate"] == (0.01, "student MobileNetV2")
+    assert resolve("cifar100", None, "vgg8", "ce")["epochs"] == (240, "data set cifar100")
+
+
+def test_the_recipe_table_names_only_what_exists():
+    flags = {flag.argument for method in options.DISTILLERS.values() for flag in method.flags}
+    assert set(METHOD) <= set(options.DISTILLERS)
+    assert all(set(row) <= flags for row in (*METHOD.values(), *PAIR.values()))
+    assert all(name in model_dict for name in STUDENT)
+    assert all(name in model_dict for pair in CIFAR_PAIRS for name in pair) and len(CIFAR_PAIRS) == 13
+    assert set(DATASET) == set(options.DATASETS)
+
+
+def test_the_official_command_line_is_understood(parse_student):
+    config = parse_student(
+        *[
+            "--distill",
+            "NORM",
+            "--model_s",
+            "resnet8",
+            "--model_t",
+            "resnet14",
+            "-r",
+            "0.1",
+            "-a",
+            "0",
+            "-b",
+            "1.0",
+            "-c",
+            "2.5",
+            "-s",
+            "8",
+            "--trial",
+            "2",
+        ]
+    )
+    assert (config.distill, config.gamma, config.alpha, config.beta) == ("norm", 0.1, 0.0, 1.0)
+    assert (config.ceta, config.co_sponge, config.trial, config.seed) == (2.5, 8, "2", 2)
+    assert config.dataset == "digits" and config.origins["dataset"] == "teacher's record"
+    long = parse_student(*["--model_s", "resnet8", "--gamma", "0.1", "--co_sponge", "4", "-b1", "0.5", "--kd_T", "2"])
+    assert (long.gamma, long.co_sponge, long.beta1, long.kd_T, long.distill) == (0.1, 4, 0.5, 2.0, "norm")
+
+
+def test_the_crd_weight_is_a_flag_of_its_own(parse_student):
+    config = parse_student(
+        *["--distill", "norm_crd", "--model_s", "resnet8", "-c", "2.5", "--crd_weight", "0.3", "--nce_k", "64"]
+    )
+    assert (config.ceta, config.crd_weight, config.nce_k) == (2.5, 0.3, 64)
+
+
+def test_milestones_stretch_with_the_epochs_unless_they_are_given():
+    assert stretch((150, 180, 210), 240, 24) == (15, 18, 21)
+    assert parse_teacher("--model", "resnet8", "--epochs", "32").lr_decay_epochs == (20, 24, 28)
+    given = parse_teacher("--model", "resnet8", "--epochs", "32", "--lr_decay_epochs", "5,6")
+    assert given.lr_decay_epochs == (5, 6)
+
+
+def test_learning_rates_are_those_of_the_recipe():
+    rates = [step_learning_rate(0.05, epoch, (150, 180, 210), 0.1) for epoch in (1, 150, 151, 180, 181, 210, 211, 240)]
+    assert rates == pytest.approx([0.05, 0.05, 5e-3, 5e-3, 5e-4, 5e-4, 5e-5, 5e-5])
+    assert cosine_learning_rate(0.1, 0, 10, 100) == 0.1
+    assert cosine_learning_rate(0.1, 5, 10, 10**9) == pytest.approx(0.05)
+
+
+def test_the_seed_is_the_trial_unless_it_is_given():
+    assert parse_teacher("--model", "resnet8", "--trial", "7").seed == 7
+    assert parse_teacher("--model", "resnet8", "--trial", "night").seed == 0
+    assert parse_teacher("--model", "resnet8", "--trial", "7", "--seed", "3").seed == 3
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ("--model_s resnet8 --nce_k 5", "--nce_k: not used by --distill norm"),
+        ("--distill kd --model_s resnet8 -s 8", "-s/--co_sponge: not used by --distill kd"),
+        ("--distill kd --model_s resnet8 -b 2", "-b/--beta: not used by --distill kd"),
+        ("--distill ft --model_s resnet8", "--path_t: --distill ft reads no teacher"),
+        ("--distill norm", "--model_s NAME"),
+        ("--model_s resnet8 --model_t resnet20", "another architecture, resnet14, than --model_t resnet20"),
+        ("--model_s resnet8 --image_size 64", "--image_size: only --dataset folder"),
+        ("--model_s resnet8 --hint_layer 2", "unrecognized arguments: --hint_layer 2"),
+        ("--model_s resnet8 -s 0", "-s/--co_sponge: must be at least 1"),
+        ("--model_s resnet8 -r -1", "must be a number from 0 on"),
+        ("--model_s resnet8 -r nan", "must be a number from 0 on"),
+        ("--model_s resnet8 --kd_T 0", "must be above 0"),
+        ("--model_s resnet8 -r much", "-r/--gamma: invalid number value"),
+        ("--model_s resnet8 --lr_decay_epochs 1,x", "must be epochs like"),
+        ("--model_s resnet8 --dataset imagenet", "--dataset: invalid choice: 'imagenet'"),
+        ("--model_s resnet9000", "--model_s: unknown model 'resnet9000'"),
+        ("--distill nrom --model_s resnet8", "--distill: unknown method 'nrom'; choose from norm"),
+    ],
+)
+def test_what_is_wrong_is_named(parse_student, argv, message):
+    with pytest.raises(UserError) as caught:
+        parse_student(*argv.split())
+    assert message in str(caught.value)
+
+
+def test_a_weight_of_zero_is_accepted_by_methods_without_that_term(parse_student):
+    assert parse_student(*["--distill", "kd", "--model_s", "resnet8", "-r", "0.1", "-a", "0.9", "-b", "0"]).alpha == 0.9
+
+
+def test_help_has_one_line_for_every_method(capsys):
+    with pytest.raises(SystemExit):
+        options.student_parser().parse_args(["--help"])
+    text = capsys.readouterr().out
+    for name, method in options.DISTILLERS.items():
+        assert f"--distill {name}:\n  {method.summary}\n" in text

@@ -1,0 +1,259 @@
+"""Whole runs on the embedded digits: what they write, how they resume, what they refuse."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import train_cifar_student
+import train_teacher
+from dataset import Images, load_data
+from errors import UserError
+from helper import engine
+from helper.run_folder import replacing
+from models import build_model
+from tests.conftest import message_of
+
+ROOT = Path(__file__).resolve().parent.parent
+SHORT = ("--batch_size", "32", "--max_steps", "3")
+
+
+@pytest.fixture(autouse=True)
+def _few_images(monkeypatch):
+    """Train on 128 of the digits, so that an epoch is four steps of 32."""
+
+    def load_few(*arguments):
+        data = load_data(*arguments)
+        return data._replace(train=Images(data.train.pixels[:128], data.train.targets[:128]))
+
+    monkeypatch.setattr(engine, "load_data", load_few)
+
+
+def metrics(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def same_state(a, b) -> bool:
+    """Equality of nested dictionaries and lists of tensors and numbers, bit for bit."""
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same_state(a[key], b[key]) for key in a)
+    if isinstance(a, list):
+        return len(a) == len(b) and all(same_state(x, y) for x, y in zip(a, b, strict=True))
+    return a == b
+
+
+def load(path: Path) -> dict:
+    return torch.load(path, weights_only=True)
+
+
+@pytest.mark.parametrize(
+    ("distill", "flags", "terms"),
+    [
+        ("NORM", (), ["loss_ce", "loss_norm"]),
+        ("norm", ("-a", "1"), ["loss_ce", "loss_kd", "loss_norm"]),
+        ("norm", ("--ft", "plain", "-s", "2", "--ft_form", "direct"), ["loss_ce", "loss_norm"]),
+        ("norm_crd", ("--nce_k", "16"), ["loss_ce", "loss_norm", "loss_crd"]),
+        ("ft", ("--ft", "plain"), ["loss_ce"]),
+        ("kd", (), ["loss_ce", "loss_kd"]),
+        ("crd", ("--nce_k", "16"), ["loss_ce", "loss_crd"]),
+        ("ce", (), ["loss_ce"]),
+    ],
+)
+def test_every_method_runs_and_leaves_a_complete_folder(distil, distill, flags, terms):
+    run = distil(*SHORT, *flags, distill=distill, teacher=distill not in ("ft", "ce"))
+    files = {path.name for path in run.iterdir()}
+    assert {"config.json", "metrics.jsonl", "last.pth", "best.pth", "result.json", "log.txt"} <= files
+    assert any(name.startswith("events.out.tfevents") for name in files)
+    assert not any(name.endswith(".part") for name in files)
+    (record,) = metrics(run)
+    assert sorted(name for name in record if name.startswith("loss_")) == sorted(terms)
+    assert record["loss"] == pytest.approx(sum(record[name] for name in terms))
+    assert {"learning_rate", "train_accuracy", "test_accuracy", "data_wait_s", "compute_s", "images_per_s"} <= set(
+        record
+    )
+    result = json.loads((run / "result.json").read_text())
+    assert result["steps"] == 3
+    assert result["accuracy_last"] == result["accuracy_best"] == result["accuracy_mean_last_five"]
+    config = json.loads((run / "config.json").read_text())
+    assert config["seed"] == 1 and config["distill"] == distill.lower()
+    assert load(run / "last.pth")["config"]["seed"] == 1
+
+
+def test_the_first_line_is_the_run_folder_and_the_terms_are_shown_by_name(distil, capsys):
+    run = distil(*SHORT)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == f"run folder: {run}"
+    assert any("loss" in line and "= ce " in line and "+ norm " in line for line in lines)
+    assert any(line.split()[:2] == ["gamma", "0.125"] and "(method norm)" in line for line in lines)
+    assert (run / "log.txt").read_text().splitlines() == lines[1:]
+
+
+def test_the_same_seed_gives_the_same_weights_and_another_does_not(distil):
+    first, second = distil(*SHORT), distil(*SHORT)
+    assert first.name + "-2" == second.name
+    third = distil(*SHORT, "--seed", "9")
+    states = [load(run / "last.pth")["distiller"] for run in (first, second, third)]
+    assert same_state(states[0], states[1]) and not same_state(states[0], states[2])
+
+
+@pytest.mark.parametrize("distill", ["norm", "norm_crd"])
+def test_one_epoch_and_its_resumption_equal_two_epochs(distil, distill, monkeypatch, capsys):
+    flags = ("--batch_size", "32", "--epochs", "2", *(("--nce_k", "16") if distill == "norm_crd" else ()))
+    whole = distil(*flags, distill=distill)
+    original = engine.Run._save
+
+    def save_then_stop(self, record):
+        original(self, record)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(engine.Run, "_save", save_then_stop)
+    with pytest.raises(KeyboardInterrupt):
+        distil(*flags, "--trial", "cut", "--seed", "1", distill=distill)
+    monkeypatch.setattr(engine.Run, "_save", original)
+    cut = next(path for path in whole.parent.iterdir() if path.name.endswith("trialcut"))
+    assert load(cut / "last.pth")["epoch"] == 1 and not (cut / "result.json").exists()
+    with open(cut / "metrics.jsonl", "a") as file:
+        file.write('{"epoch": 2, "loss"')  # a line that the cut tore
+    if distill == "norm":
+        train_cifar_student.main(["--resume", str(cut)])
+    else:
+        distil(*flags, "--trial", "cut", "--seed", "1", "--resume", distill=distill)
+    assert "resumed after epoch 1" in capsys.readouterr().out
+    a, b = load(whole / "last.pth"), load(cut / "last.pth")
+    for key in ("distiller", "optimizer", "epoch", "step", "accuracies"):
+        assert same_state(a[key], b[key]), key
+    clocks = ("images_per_s", "data_wait_s", "compute_s")
+    for ours, theirs in zip(metrics(whole), metrics(cut), strict=True):
+        assert all(ours[key] == theirs[key] for key in ours if key not in clocks)
+    assert json.loads((cut / "result.json").read_text())["accuracy_last"] == a["accuracies"][-1]
+
+
+def test_a_finished_run_that_is_resumed_changes_nothing(distil):
+    run = distil("--batch_size", "64", "--epochs", "1")
+    before = load(run / "last.pth")
+    train_cifar_student.main(["--resume", str(run)])
+    assert same_state(before, load(run / "last.pth")) and len(metrics(run)) == 1
+
+
+def test_resuming_with_other_settings_is_refused(distil, save_dir):
+    run = distil(*SHORT)
+    message = message_of(train_cifar_student.main, ["--resume", str(run), "--learning_rate", "0.3"])
+    assert "--resume" in message and "learning_rate 0.05, not 0.3" in message
+    assert "not a run folder" in message_of(train_cifar_student.main, ["--resume", str(save_dir / "none")])
+    (run / "last.pth").write_bytes((run / "last.pth").read_bytes()[:1000])
+    assert "last.pth cannot be read" in message_of(train_cifar_student.main, ["--resume", str(run)])
+    assert (run / "config.json").exists()
+
+
+def test_best_last_and_mean_of_five_are_told_apart(tmp_path, monkeypatch):
+    accuracies = iter([10.0, 30.0, 30.0, 20.0, 25.0, 15.0])
+
+    def fake(predict, loader):
+        return {"test_accuracy": next(accuracies), "test_accuracy_top5": 0.0, "test_loss": 0.0}
+
+    monkeypatch.setattr(engine, "evaluate", fake)
+    argv = ["--model", "resnet8", "--epochs", "6", "--batch_size", "128", "--save_dir", str(tmp_path)]
+    result = train_teacher.main(argv)
+    assert (result["accuracy_last"], result["accuracy_best"], result["best_epoch"]) == (15.0, 30.0, 2)
+    assert result["accuracy_mean_last_five"] == pytest.approx((30 + 30 + 20 + 25 + 15) / 5)
+    run = next(tmp_path.iterdir())
+    assert load(run / "best.pth")["epoch"] == 2 and load(run / "last.pth")["epoch"] == 6
+    assert [record["epoch"] for record in metrics(run)] == [1, 2, 3, 4, 5, 6]  # epochs mean epochs
+
+
+def test_a_teacher_whose_accuracy_is_off_stops_the_run(teacher_run, save_dir, tmp_path, capsys):
+    checkpoint = load(teacher_run / "last.pth")
+    checkpoint["accuracy"] += 1.0
+    off = tmp_path / "off.pth"
+    torch.save(checkpoint, off)
+    argv = ["--model_s", "resnet8", "--path_t", str(off), "--save_dir", str(save_dir), *SHORT]
+    message = message_of(train_cifar_student.main, argv)
+    assert "1.00 points off" in message and "--allow_teacher_gap" in message
+    assert not list(save_dir.iterdir()), "a refused run leaves no folder"
+    train_cifar_student.main([*argv, "--allow_teacher_gap"])
+    checkpoint["accuracy"] -= 0.6
+    torch.save(checkpoint, off)
+    train_cifar_student.main(argv)
+    assert "on record" in capsys.readouterr().out
+
+
+def test_a_published_teacher_is_held_to_its_published_accuracy(tmp_path):
+    from helper.teacher import check_teacher, read_teacher
+
+    folder = tmp_path / "resnet56_vanilla"
+    folder.mkdir()
+    path = folder / "ckpt_epoch_240.pth"
+    torch.save({"epoch": 240, "model": build_model("resnet56", 100).state_dict(), "accuracy": torch.tensor(70.0)}, path)
+    teacher = read_teacher(str(path), None)  # the name comes from RepDistiller's folder
+    assert (teacher.name, teacher.num_classes, teacher.dataset) == ("resnet56", 100, "cifar100")
+    assert "72.34" in check_teacher(teacher, "cifar100", 72.5, False)
+    with pytest.raises(UserError, match=r"2\.34 points off"):
+        check_teacher(teacher, "cifar100", 70.0, False)
+    assert "no accuracy recorded" in check_teacher(teacher, "digits", 3.0, False)
+
+
+def test_a_head_that_does_not_fit_the_data_is_refused(tmp_path, save_dir):
+    path = tmp_path / "teacher.pth"
+    torch.save({"model": build_model("resnet14", 7).state_dict()}, path)
+    argv = ["--model_s", "resnet8", "--path_t", str(path), "--model_t", "resnet14", "--save_dir", str(save_dir)]
+    message = message_of(train_cifar_student.main, argv)
+    assert "7 classes" in message and "digits has 10" in message
+
+
+def test_an_exported_student_and_a_distilled_run_can_teach(distil, save_dir):
+    run = distil(*SHORT)
+    train_cifar_student.main(
+        ["--model_s", "resnet8", "--path_t", str(run / "last.pth"), "--save_dir", str(save_dir), *SHORT]
+    )
+
+
+def test_a_diverging_loss_names_its_term(distil):
+    with pytest.raises(UserError, match=r"loss_\w+ is (nan|inf)"):
+        distil("--batch_size", "32", "--epochs", "1", "--learning_rate", "1e30")
+
+
+def test_weights_that_are_all_zero_are_refused(distil, save_dir):
+    with pytest.raises(UserError, match="every loss weight is 0"):
+        distil("-r", "0", "-a", "0", distill="kd")
+
+
+def test_an_unknown_device_is_named(save_dir):
+    for device in ("tpu", "cuda:99"):
+        message = message_of(
+            train_teacher.main, ["--model", "resnet8", "--device", device, "--save_dir", str(save_dir)]
+        )
+        assert f"--device: {device}" in message
+    assert not list(save_dir.iterdir())
+
+
+def test_a_file_that_fails_to_be_written_leaves_the_old_one(tmp_path):
+    path = tmp_path / "file"
+    path.write_text("old")
+    with pytest.raises(RuntimeError), replacing(path) as temporary:
+        Path(temporary).write_text("half")
+        raise RuntimeError
+    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+
+
+def test_an_interrupted_script_can_be_resumed(tmp_path):
+    argv = [sys.executable, "train_teacher.py", "--model", "resnet8", "--epochs", "50", "--save_dir", str(tmp_path)]
+    process = subprocess.Popen(argv, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    run = Path(process.stdout.readline().split("run folder: ")[1].strip())
+    while not (run / "last.pth").exists():
+        time.sleep(0.1)
+        assert process.poll() is None
+    os.kill(process.pid, signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130 and "Traceback" not in errors
+    done = load(run / "last.pth")["epoch"]
+    step = load(run / "last.pth")["step"]
+    train_teacher.main(["--resume", str(run), "--max_steps", str(step + 2)])
+    assert load(run / "last.pth")["epoch"] == done + 1
