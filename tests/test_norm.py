@@ -229,6 +229,21 @@ def test_losses_are_float32_and_finite_under_autocast():
     assert all(buffer.dtype != torch.bfloat16 for buffer in method.buffers())
 
 
+def test_losses_are_called_outside_autocast_with_widened_outputs():
+    class Spy(NORM):
+        def losses(self, student, teacher, targets, index, progress):
+            assert not torch.is_autocast_enabled("cpu")
+            assert student.logits.dtype == teacher.logits.dtype == student.maps[0].dtype == torch.float32
+            return {"spied": student.logits.sum()}
+
+    teacher, student = pair_networks("resnet14", "resnet8")
+    batch = make_batch()
+    with torch.autocast("cpu", torch.bfloat16):
+        teacher_output = teacher.outputs(batch.images)
+        assert teacher_output.logits.dtype == torch.bfloat16
+        assert "spied" in Spy(student, teacher, TASK)(batch, teacher_output, Progress(0, 240))[1]
+
+
 def test_the_teacher_cannot_be_trained():
     teacher, method = build()
     teacher.train()

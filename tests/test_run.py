@@ -87,6 +87,12 @@ def test_every_method_runs_and_leaves_a_complete_folder(distil, distill, flags, 
     assert load(run / "last.pth")["config"]["seed"] == 1
 
 
+def test_max_steps_may_fall_into_a_later_epoch(distil):
+    run = distil("--batch_size", "32", "--max_steps", "6")
+    assert [record["step"] for record in metrics(run)] == [4, 6]
+    assert json.loads((run / "result.json").read_text())["steps"] == 6
+
+
 def test_the_first_line_is_the_run_folder_and_the_terms_are_shown_by_name(distil, capsys):
     run = distil(*SHORT)
     lines = capsys.readouterr().out.splitlines()
