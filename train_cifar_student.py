@@ -4,11 +4,11 @@ python train_cifar_student.py --distill NORM --path_t save/digits_ce_resnet20_tr
 """
 
 from errors import run_script
-from helper import engine, options
+from helper import configuration, engine, options
 
 
 def main(argv=None):
-    config, teacher_file = options.parse(options.student_parser(), argv)
+    config, teacher_file = configuration.parse(options.student_parser(), argv)
     return engine.run(config, teacher_file)
 
 

@@ -4,11 +4,11 @@ python train_teacher.py --model resnet20 --dataset digits
 """
 
 from errors import run_script
-from helper import engine, options
+from helper import configuration, engine, options
 
 
 def main(argv=None):
-    config, _ = options.parse(options.teacher_parser(), argv)
+    config, _ = configuration.parse(options.teacher_parser(), argv)
     return engine.run(config, None)
 
 

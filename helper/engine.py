@@ -4,27 +4,49 @@ Nothing here knows the name of a method; what a method needs it says itself (dis
 """
 
 import itertools
-import sys
 import time
 from argparse import Namespace
 
 import torch
-from tqdm import tqdm
 
 from dataset import Loader, epoch_seed, load_data
 from distiller_zoo import Distiller, Progress
 from errors import UserError
+from helper.configuration import run_name
 from helper.metrics import EpochMeter, evaluate
-from helper.options import run_name
+from helper.reporting import describe_data, describe_method, format_epoch, format_losses, format_result, progress_bar
 from helper.run_folder import BEST, CONFIG, LAST, RESULT, RunFolder
-from helper.run_state import build_distiller, describe_data
+from helper.run_state import build_distiller, data_record
 from helper.schedule import cosine_learning_rate, step_learning_rate
 from helper.teacher import FrozenTeacher, TeacherFile, check_teacher
 from models import build_model
 from models.checkpoints import read_checkpoint
-from models.cost import count_multiply_adds, count_parameters
+from models.cost import count_parameters
 
 EVALUATION_BATCH = 512
+
+
+def run(config: Namespace, teacher_file: TeacherFile | None) -> dict:
+    """From a resolved configuration to a trained student; returns the content of the run folder's `result.json`."""
+    if config.resume is None:
+        return _start(config, teacher_file)
+    folder = RunFolder(config.resume)
+    print(f"run folder: {folder.path}", flush=True)
+    run = Run(config, teacher_file, folder)
+    run.restore()
+    return run.execute()
+
+
+def _start(config: Namespace, teacher_file: TeacherFile | None) -> dict:
+    folder = RunFolder.create(config.save_dir, run_name(config))
+    print(f"run folder: {folder.path}", flush=True)
+    with folder.discarded_on_error():
+        for argument, value in sorted(vars(config).items()):
+            if argument != "origins" and value is not None:
+                folder.log(f"  {argument:<18} {value!s:<24} ({config.origins[argument]})")
+        folder.write_json(CONFIG, vars(config))
+        run = Run(config, teacher_file, folder)
+    return run.execute()
 
 
 class Run:
@@ -52,7 +74,7 @@ class Run:
             momentum=config.momentum,
             weight_decay=config.weight_decay,
         )
-        self.epoch, self.step = 0, 0  # epochs and steps that are over
+        self.epoch, self.step, self.seconds = 0, 0, 0.0  # what is over, in epochs, steps and time
         self.accuracies: list[float] = []  # test accuracy (%) of every epoch
 
     def _prepare_teacher(self, teacher_file: TeacherFile) -> FrozenTeacher:
@@ -62,7 +84,8 @@ class Run:
                 f"{self.data.num_classes}; use a teacher of this data set"
             )
         teacher = FrozenTeacher(teacher_file.network.to(self.device))
-        self.teacher_accuracy = evaluate(lambda images: teacher(images).logits, self.test_loader)["test_accuracy"]
+        measured = evaluate(lambda images: teacher(images).logits, self.test_loader, "checking the teacher")
+        self.teacher_accuracy = measured["test_accuracy"]
         self.folder.log(
             check_teacher(teacher_file, self.data.name, self.teacher_accuracy, self.config.allow_teacher_gap)
         )
@@ -70,23 +93,11 @@ class Run:
 
     def execute(self) -> dict:
         """Train what is left of the run; returns the content of `result.json`."""
-        self._describe()
-        started = time.perf_counter()
+        self.folder.log(describe_data(self.data, self.device))
+        self.folder.log(describe_method(self.distiller, self.config.model_s, self.data.image_size))
         while self.epoch < self.config.epochs and not self._out_of_steps():
             self._run_epoch()
-        return self._finish(time.perf_counter() - started)
-
-    def _describe(self) -> None:
-        student, image_size = self.distiller.student, self.data.image_size
-        self.folder.log(
-            f"{self.data.name}: {len(self.data.train.targets)} training and {len(self.data.test.targets)} test images, "
-            f"{self.data.num_classes} classes, {image_size}x{image_size}; device {self.device}"
-        )
-        self.folder.log(
-            f"{self.config.model_s}: {count_parameters(student):,} parameters, "
-            f"{count_multiply_adds(student, image_size) / 1e6:.1f} M multiply-adds; "
-            f"{count_parameters(self.distiller):,} parameters are trained"
-        )
+        return self._finish()
 
     def _out_of_steps(self) -> bool:
         return self.config.max_steps is not None and self.step >= self.config.max_steps
@@ -99,14 +110,14 @@ class Run:
         return step_learning_rate(config.learning_rate, epoch, config.lr_decay_epochs, config.lr_decay_rate)
 
     def _run_epoch(self) -> None:
-        epoch = self.epoch + 1
+        epoch, started = self.epoch + 1, time.perf_counter()
         torch.manual_seed(epoch_seed(self.config.seed, epoch))
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate(epoch)
         training = self._train_one_epoch(Progress(self.epoch, self.config.epochs))
         self.distiller.eval()
-        test = evaluate(self.distiller.predict, self.test_loader)
-        self.epoch = epoch
+        test = evaluate(self.distiller.predict, self.test_loader, "testing")
+        self.epoch, self.seconds = epoch, self.seconds + time.perf_counter() - started
         self.accuracies.append(test["test_accuracy"])
         record = {"epoch": epoch, "step": self.step, "learning_rate": self.learning_rate(epoch), **training, **test}
         self.folder.append_metrics(record)
@@ -122,7 +133,7 @@ class Run:
         batches = itertools.islice(self.train_loader.batches(progress.epoch + 1), steps)
         title = f"epoch {progress.epoch + 1}/{progress.epochs}"
         self.distiller.train()
-        bar = tqdm(meter.timed(batches), title, steps, leave=False, disable=not sys.stderr.isatty(), unit="step")
+        bar = progress_bar(meter.timed(batches), title, steps)
         for number, batch in enumerate(bar, 1):
             teacher_output = None if self.teacher is None else self.teacher(batch.images)
             losses, logits = train_step(self.distiller, self.optimizer, batch, teacher_output, progress)
@@ -138,13 +149,13 @@ class Run:
         config = {key: value for key, value in vars(self.config).items() if key != "origins"}
         model = {
             "config": config,
-            "data": describe_data(self.data),
+            "data": data_record(self.data),
             "epoch": self.epoch,
             "accuracy": record["test_accuracy"],
             "distiller": self.distiller.state_dict(),
         }
-        state = {"step": self.step, "accuracies": self.accuracies, "optimizer": self.optimizer.state_dict()}
-        self.folder.save(LAST, model | state)
+        state = {"step": self.step, "seconds": self.seconds, "accuracies": self.accuracies}
+        self.folder.save(LAST, model | state | {"optimizer": self.optimizer.state_dict()})
         # The first of equals is kept, so the last epoch does not overwrite the best for a tie.
         if self.accuracies.index(max(self.accuracies)) == self.epoch - 1:
             self.folder.save(BEST, model)
@@ -158,14 +169,14 @@ class Run:
         try:
             self.distiller.load_state_dict(checkpoint["distiller"])
             self.optimizer.load_state_dict(checkpoint["optimizer"])
-            self.epoch, self.step = checkpoint["epoch"], checkpoint["step"]
+            self.epoch, self.step, self.seconds = (checkpoint[name] for name in ("epoch", "step", "seconds"))
             self.accuracies = list(checkpoint["accuracies"])
         except (KeyError, RuntimeError, ValueError) as error:
             raise UserError(f"--resume: {path} does not fit this run: {str(error).splitlines()[0]}") from None
         self.folder.keep_metrics_until(self.epoch)
         self.folder.log(f"resumed after epoch {self.epoch}")
 
-    def _finish(self, seconds: float) -> dict:
+    def _finish(self) -> dict:
         last_five = self.accuracies[-5:]
         result = {
             "accuracy_last": self.accuracies[-1],
@@ -179,16 +190,12 @@ class Run:
             "parameters": count_parameters(self.distiller.student),
             "parameters_trained": count_parameters(self.distiller),
             "seed": self.config.seed,
-            "seconds": seconds,
+            "seconds": self.seconds,
             "torch": torch.__version__,
             "device": str(self.device),
         }
         self.folder.write_json(RESULT, result)
-        self.folder.log(
-            f"test accuracy: last {result['accuracy_last']:.2f} %, best {result['accuracy_best']:.2f} % (epoch "
-            f"{result['best_epoch']}, chosen on the test images), mean of the last {len(last_five)} "
-            f"{result['accuracy_mean_last_five']:.2f} %"
-        )
+        self.folder.log(format_result(result))
         self.folder.close()
         return result
 
@@ -216,42 +223,3 @@ def find_device(name: str) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device: {name} cannot be used: {str(error).splitlines()[0]}") from None
     return device
-
-
-def format_losses(means: dict[str, float]) -> str:
-    """The loss, its weighted terms by name, and the training accuracy, on one line."""
-    terms = " + ".join(f"{name.removeprefix('loss_')} {means[name]:.3f}" for name in means if name.startswith("loss_"))
-    return f"loss {means['loss']:.3f} = {terms}, train {means['train_accuracy']:.2f} %"
-
-
-def format_epoch(record: dict, epochs: int) -> str:
-    """An epoch's line in the log."""
-    seconds = record["data_wait_s"] + record["compute_s"]
-    return (
-        f"epoch {record['epoch']}/{epochs}: {format_losses(record)}, test {record['test_accuracy']:.2f} %, "
-        f"lr {record['learning_rate']:.3g}, {seconds:.1f} s ({record['data_wait_s']:.1f} s waiting for data), "
-        f"{record['images_per_s']:.0f} images/s"
-    )
-
-
-def run(config: Namespace, teacher_file: TeacherFile | None) -> dict:
-    """From a resolved configuration to a trained student; returns the content of the run folder's `result.json`."""
-    if config.resume is None:
-        return _start(config, teacher_file)
-    folder = RunFolder(config.resume)
-    print(f"run folder: {folder.path}", flush=True)
-    run = Run(config, teacher_file, folder)
-    run.restore()
-    return run.execute()
-
-
-def _start(config: Namespace, teacher_file: TeacherFile | None) -> dict:
-    folder = RunFolder.create(config.save_dir, run_name(config))
-    print(f"run folder: {folder.path}", flush=True)
-    with folder.discarded_on_error():
-        for argument, value in sorted(vars(config).items()):
-            if argument != "origins" and value is not None:
-                folder.log(f"  {argument:<18} {value!s:<24} ({config.origins[argument]})")
-        folder.write_json(CONFIG, vars(config))
-        run = Run(config, teacher_file, folder)
-    return run.execute()

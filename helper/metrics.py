@@ -1,7 +1,7 @@
 """What is measured while training: weighted losses by name, accuracy, and where the time goes."""
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor
@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from dataset import Batch, Loader
 from errors import UserError
+from helper.reporting import progress_bar
 
 
 class EpochMeter:
@@ -63,10 +64,10 @@ class EpochMeter:
 
 
 @torch.no_grad()
-def evaluate(predict, loader: Loader) -> dict[str, float]:
+def evaluate(predict: Callable[[Tensor], Tensor], loader: Loader, title: str = "testing") -> dict[str, float]:
     """Accuracy (%), top-5 accuracy (%) and mean cross entropy of `predict(images) -> logits` over a whole split."""
     correct = correct_top5 = loss = 0
-    for batch in loader.batches():
+    for batch in progress_bar(loader.batches(), title, len(loader)):
         logits = predict(batch.images).float()
         top = logits.topk(min(5, logits.shape[1]), 1).indices == batch.targets[:, None]
         correct += top[:, 0].sum()

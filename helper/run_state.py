@@ -38,7 +38,7 @@ def build_distiller(
     return method(student, teacher, Task(num_classes, image_size, train_targets), **hyper_parameters)
 
 
-def describe_data(data: ImageData) -> dict:
+def data_record(data: ImageData) -> dict:
     """What an exported network must know of the data it was trained on."""
     return {
         "classes": data.classes,

@@ -3,20 +3,20 @@
 import pytest
 
 from errors import UserError
-from helper import options
+from helper import configuration, options
 from helper.recipes import CIFAR_PAIRS, DATASET, METHOD, PAIR, STUDENT, resolve
 from helper.schedule import cosine_learning_rate, step_learning_rate, stretch
 from models import model_dict
 
 
 def parse_teacher(*argv):
-    return options.parse(options.teacher_parser(), argv)[0]
+    return configuration.parse(options.teacher_parser(), argv)[0]
 
 
 @pytest.fixture
 def parse_student(teacher_run):
     def parse(*argv):
-        return options.parse(options.student_parser(), ["--path_t", str(teacher_run / "last.pth"), *argv])[0]
+        return configuration.parse(options.student_parser(), ["--path_t", str(teacher_run / "last.pth"), *argv])[0]
 
     return parse
 

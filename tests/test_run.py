@@ -162,7 +162,7 @@ def test_resuming_with_other_settings_is_refused(distil, save_dir):
 def test_best_last_and_mean_of_five_are_told_apart(tmp_path, monkeypatch):
     accuracies = iter([10.0, 30.0, 30.0, 20.0, 25.0, 15.0])
 
-    def fake(predict, loader):
+    def fake(predict, loader, title):
         return {"test_accuracy": next(accuracies), "test_accuracy_top5": 0.0, "test_loss": 0.0}
 
     monkeypatch.setattr(engine, "evaluate", fake)

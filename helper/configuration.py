@@ -1,0 +1,140 @@
+"""How a command line becomes a configuration: flags, a resumed run, the teacher's record, recipes, defaults.
+
+A value comes from the flag if it is given, else from the run that is resumed, else from the teacher's record (its data
+set), else from the recipe table, else from the defaults here.
+"""
+
+import argparse
+import os
+from argparse import Namespace
+from collections.abc import Sequence
+
+from distiller_zoo import DISTILLERS, Distiller, find_distiller
+from errors import UserError
+from helper.recipes import resolve
+from helper.run_folder import CONFIG, RunFolder
+from helper.schedule import stretch
+from helper.teacher import TeacherFile, read_teacher
+
+#: Defaults of the flags that no recipe fills.
+DEFAULTS = {
+    "distill": "norm",
+    "dataset": "digits",
+    "image_size": 32,
+    "num_workers": 4,
+    "trial": "1",
+    "device": "auto",
+    "save_dir": "save",
+    "print_freq": 100,
+    "save_freq": 0,
+    "allow_teacher_gap": False,
+}
+#: What may differ between a run and its continuation.
+MAY_CHANGE = ("data", "num_workers", "device", "print_freq", "save_freq", "save_dir", "max_steps", "epochs")
+
+
+def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> tuple[Namespace, TeacherFile | None]:
+    """Command line -> (resolved configuration, the teacher's file); raises `UserError` for anything illegal.
+
+    The configuration's `origins` says where each value comes from; `resume` is the run folder to go on with, or None.
+    """
+    given = {argument: value for argument, value in vars(parser.parse_args(argv)).items() if value is not None}
+    if "distill" in given:
+        find_distiller(given["distill"])
+        given["distill"] = given["distill"].lower()
+    wanted = given.pop("resume", None)
+    if wanted is None:
+        return _resolve(given, {})
+    if wanted == "auto":
+        config, teacher = _resolve(given, {})
+        folder = RunFolder.find(config.save_dir, run_name(config))
+        if folder is None:
+            return config, teacher
+        wanted = str(folder.path)
+    return _resolve(given, _stored_configuration(wanted, given))
+
+
+def run_name(config: Namespace) -> str:
+    """The name of a run's folder: data set, method, networks, trial."""
+    networks = [config.model_t, config.model_s] if config.model_t else [config.model_s]
+    return "_".join([config.dataset, config.distill, *networks, f"trial{config.trial}"])
+
+
+def _resolve(given: dict, stored: dict) -> tuple[Namespace, TeacherFile | None]:
+    """Lay the sources of values over each other; `given` is the command line, `stored` the run that is resumed."""
+    distill = given.get("distill", stored.get("distill", DEFAULTS["distill"]))
+    method = find_distiller(distill)
+    model_s = given.get("model_s", stored.get("model_s"))
+    if model_s is None:
+        raise UserError("name the network to train: --model_s NAME (in train_teacher.py: --model NAME)")
+    _refuse_unused(given, distill, method)
+    teacher = _find_teacher(stored | given, distill, method)
+    of_teacher = _teacher_record(given, teacher)
+    dataset = {"dataset": DEFAULTS["dataset"]} | of_teacher | stored | given
+    recipe = resolve(dataset["dataset"], of_teacher["model_t"], model_s, distill)
+    layers = (
+        dict.fromkeys(("data", "max_steps", "resume"), (None, "default")),
+        {argument: (value, "default") for argument, value in DEFAULTS.items()},
+        {flag.argument: (flag.default, "default") for flag in method.flags},
+        recipe,
+        {argument: (value, "teacher's record") for argument, value in of_teacher.items()},
+        {argument: (value, "resumed run") for argument, value in stored.items()},
+        {argument: (value, "command line") for argument, value in given.items()},
+    )
+    merged = {argument: pair for layer in layers for argument, pair in layer.items()}
+    if "epochs" in given and "lr_decay_epochs" not in given | stored:
+        (milestones, source), full_run = merged["lr_decay_epochs"], recipe["epochs"][0]
+        merged["lr_decay_epochs"] = (stretch(milestones, full_run, given["epochs"]), f"{source}, stretched")
+    if "seed" not in merged:
+        trial = merged["trial"][0]
+        merged["seed"] = (int(trial) if trial.isdecimal() else 0, "from --trial")
+    config = Namespace(**{argument: value for argument, (value, _) in merged.items()})
+    config.origins = {argument: origin for argument, (_, origin) in merged.items()}
+    if "image_size" in given and config.dataset != "folder":
+        raise UserError(f"--image_size: only --dataset folder has a choice; {config.dataset} is 32 pixels wide")
+    return config, teacher
+
+
+def _refuse_unused(given: dict, distill: str, method: type[Distiller]) -> None:
+    known = {flag.argument: flag for other in DISTILLERS.values() for flag in other.flags}
+    used = {flag.argument for flag in method.flags}
+    for argument, flag in known.items():
+        if argument in given and argument not in used and not (flag.is_weight and given[argument] == 0):
+            raise UserError(f"{'/'.join(flag.names)}: not used by --distill {distill}; leave it out")
+    for argument in () if method.needs_teacher else ("path_t", "model_t", "allow_teacher_gap"):
+        if argument in given:
+            raise UserError(f"--{argument}: --distill {distill} reads no teacher; leave it out")
+
+
+def _find_teacher(values: dict, distill: str, method: type[Distiller]) -> TeacherFile | None:
+    if not method.needs_teacher:
+        return None
+    if values.get("path_t") is None:
+        raise UserError(f"--path_t: --distill {distill} needs a teacher's checkpoint; train one with train_teacher.py")
+    return read_teacher(values["path_t"], values.get("model_t"))
+
+
+def _teacher_record(given: dict, teacher: TeacherFile | None) -> dict:
+    """What the teacher's file decides: its name, and the data set with its folder and size unless another is given."""
+    if teacher is None:
+        return {"path_t": None, "model_t": None}
+    record = {"path_t": teacher.path, "model_t": teacher.name}
+    if given.get("dataset", teacher.dataset) == teacher.dataset:
+        data = {"dataset": teacher.dataset, "data": teacher.data, "image_size": teacher.image_size}
+        record |= {argument: value for argument, value in data.items() if value is not None}
+    return record
+
+
+def _stored_configuration(path: str, given: dict) -> dict:
+    """The configuration of the run folder at `path`; what is given besides must agree with it, or be free to change."""
+    if not os.path.isdir(path):
+        raise UserError(f"--resume: {path} is not a run folder")
+    stored = RunFolder(path).read_json(CONFIG)
+    for argument, value in given.items():
+        if argument not in MAY_CHANGE and stored.get(argument) != (list(value) if isinstance(value, tuple) else value):
+            raise UserError(
+                f"--resume: {path} was run with {argument} {stored.get(argument)}, not {value}; leave the flag out, or "
+                "start a new run"
+            )
+    stored.pop("origins", None)
+    return stored | {"resume": path}

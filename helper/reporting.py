@@ -1,0 +1,59 @@
+"""What a run says of itself: lines for terminal and log, and progress bars."""
+
+import sys
+from collections.abc import Iterable
+
+import torch
+from tqdm import tqdm
+
+from dataset import ImageData
+from distiller_zoo import Distiller
+from models.cost import count_multiply_adds, count_parameters
+
+
+def progress_bar(items: Iterable, title: str, total: int) -> tqdm:
+    """The items, with a bar that is only drawn on a terminal and goes when it is full."""
+    return tqdm(items, title, total, leave=False, disable=not sys.stderr.isatty(), unit="step")
+
+
+def describe_data(data: ImageData, device: torch.device) -> str:
+    """One line on the data set."""
+    return (
+        f"{data.name}: {len(data.train.targets)} training and {len(data.test.targets)} test images, "
+        f"{data.num_classes} classes, {data.image_size}x{data.image_size}; device {device}"
+    )
+
+
+def describe_method(distiller: Distiller, model_name: str, image_size: int) -> str:
+    """One line on what the student costs, and how much is trained in all."""
+    student = distiller.student
+    return (
+        f"{model_name}: {count_parameters(student):,} parameters, "
+        f"{count_multiply_adds(student, image_size) / 1e6:.1f} M multiply-adds; "
+        f"{count_parameters(distiller):,} parameters are trained"
+    )
+
+
+def format_losses(means: dict[str, float]) -> str:
+    """The loss, its weighted terms by name, and the training accuracy, on one line."""
+    terms = " + ".join(f"{name.removeprefix('loss_')} {means[name]:.3f}" for name in means if name.startswith("loss_"))
+    return f"loss {means['loss']:.3f} = {terms}, train {means['train_accuracy']:.2f} %"
+
+
+def format_epoch(record: dict, epochs: int) -> str:
+    """An epoch's line in the log."""
+    seconds = record["data_wait_s"] + record["compute_s"]
+    return (
+        f"epoch {record['epoch']}/{epochs}: {format_losses(record)}, test {record['test_accuracy']:.2f} %, "
+        f"lr {record['learning_rate']:.3g}, {seconds:.1f} s ({record['data_wait_s']:.1f} s waiting for data), "
+        f"{record['images_per_s']:.0f} images/s"
+    )
+
+
+def format_result(result: dict) -> str:
+    """The three accuracies, each by its name."""
+    return (
+        f"test accuracy: last {result['accuracy_last']:.2f} %, best {result['accuracy_best']:.2f} % (epoch "
+        f"{result['best_epoch']}, chosen on the test images), mean of the last five epochs "
+        f"{result['accuracy_mean_last_five']:.2f} %"
+    )
