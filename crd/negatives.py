@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor, nn
 
+from errors import UserError
+
 MODES = ("exact", "relax")
 
 
@@ -32,7 +34,7 @@ class NegativeSampler(nn.Module):
         most = len(targets) - int(class_sizes[class_sizes > 0].min())
         fewest = len(targets) - int(class_sizes.max())
         if fewest == 0:
-            raise ValueError("contrastive negatives need at least two classes")
+            raise UserError("--data: contrastive negatives need at least two classes")
         self.replace = k > fewest
         self.prime = next(number for number in range(max(most, 2), 2 * max(most, 2) + 1) if _is_prime(number))
 

@@ -87,7 +87,7 @@ def _resolve(given: dict, stored: dict) -> tuple[Namespace, TeacherFile | None]:
         merged["lr_decay_epochs"] = (stretch(milestones, full_run, given["epochs"]), f"{source}, stretched")
     if "seed" not in merged:
         trial = merged["trial"][0]
-        merged["seed"] = (int(trial) if trial.isdecimal() else 0, "from --trial")
+        merged["seed"] = (int(trial) % 2**63 if trial.isdecimal() else 0, "from --trial")
     config = Namespace(**{argument: value for argument, (value, _) in merged.items()})
     config.origins = {argument: origin for argument, (_, origin) in merged.items()}
     if "image_size" in given and config.dataset != "folder":

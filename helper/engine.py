@@ -165,6 +165,8 @@ class Run:
     def restore(self) -> None:
         """Take up the state of the folder's last checkpoint."""
         path = self.folder.path / LAST
+        if not path.exists():
+            raise UserError(f"--resume: {self.folder.path} has no checkpoint yet; start the run again without --resume")
         checkpoint = read_checkpoint(path, "--resume")
         try:
             self.distiller.load_state_dict(checkpoint["distiller"])
@@ -219,7 +221,7 @@ def find_device(name: str) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise UserError(f"--device: {name} cannot be used: {str(error).splitlines()[0]}") from None
     return device

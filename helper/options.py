@@ -1,6 +1,7 @@
 """The command line: parsers and their flags. What becomes of the flags is in configuration.py."""
 
 import argparse
+import re
 from collections.abc import Sequence
 
 from dataset import DATASETS
@@ -32,9 +33,21 @@ def _model_name(text: str) -> str:
 
 
 def _from_zero(text: str) -> int:
-    if int(text) < 0:
+    if not 0 <= int(text) < 2**63:
         raise argparse.ArgumentTypeError(f"must be a whole number from 0 on, not {text}")
     return int(text)
+
+
+def _image_size(text: str) -> int:
+    if int(text) < 8:
+        raise argparse.ArgumentTypeError(f"must be at least 8 pixels for these networks, not {text}")
+    return int(text)
+
+
+def _trial(text: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9_-]+", text):
+        raise argparse.ArgumentTypeError(f"must be a name of letters, digits, - and _, not '{text}'")
+    return text
 
 
 def _epochs(text: str) -> tuple[int, ...]:
@@ -56,7 +69,7 @@ def _add_common(parser: Parser) -> None:
         metavar="PATH",
         help="where the data lie or are downloaded to; for --dataset folder: train/, val|test/",
     )
-    add("--image_size", type=count, help="for --dataset folder: images become squares of this size (32)")
+    add("--image_size", type=_image_size, help="for --dataset folder: images become squares of this size (32)")
     add("--num_workers", type=_from_zero, help="threads that decode a folder of images (4); the rest lies in memory")
     add = parser.add_argument_group("training (defaults: helper/recipes.py)").add_argument
     add("--batch_size", type=count)
@@ -70,7 +83,7 @@ def _add_common(parser: Parser) -> None:
     add("--max_steps", type=count, metavar="K", help="end after K steps as if the run were done, for trying things")
     add("--device", help="auto (default), cpu, cuda, cuda:1, ...")
     add = parser.add_argument_group("run").add_argument
-    add("--trial", help="name of this repetition (1)")
+    add("--trial", type=_trial, help="name of this repetition (1)")
     add(
         "--seed",
         type=_from_zero,

@@ -83,9 +83,12 @@ class RunFolder:
 
     def read_json(self, name: str) -> dict:
         try:
-            return json.loads((self.path / name).read_text(encoding="utf-8"))
+            content = json.loads((self.path / name).read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise UserError(f"--resume: {self.path / name} cannot be read: {error}") from None
+        if not isinstance(content, dict):
+            raise UserError(f"--resume: {self.path / name} does not hold settings; name a run folder")
+        return content
 
     def save(self, name: str, checkpoint: dict) -> None:
         with replacing(self.path / name) as temporary:
@@ -105,7 +108,7 @@ class RunFolder:
         """Drop the lines of epochs that a resumed run will go through again."""
         path = self.path / METRICS
         lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-        kept = [line for line in lines if line.endswith("}") and json.loads(line)["epoch"] <= epoch]
+        kept = [line for line in lines if _epoch_of(line) <= epoch]
         with replacing(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
             file.writelines(f"{line}\n" for line in kept)
         self._events = SummaryWriter(self.path, purge_step=epoch + 1)
@@ -113,6 +116,14 @@ class RunFolder:
     def close(self) -> None:
         if self._events is not None:
             self._events.close()
+
+
+def _epoch_of(line: str) -> float:
+    """The epoch of a line of `metrics.jsonl`; infinity for one that an interruption tore."""
+    try:
+        return json.loads(line)["epoch"]
+    except (ValueError, KeyError, TypeError):
+        return float("inf")
 
 
 def _candidates(root: str, name: str) -> Iterator[Path]:

@@ -50,7 +50,7 @@ def read_checkpoint(path: str | os.PathLike, flag: str = "checkpoint") -> dict:
     if os.path.isdir(path):
         raise UserError(f"{flag}: {path} is a folder; name a checkpoint file in it, for example {path}/best.pth")
     if not os.path.exists(path):
-        raise UserError(f"{flag}: {path} does not exist; train one with train_teacher.py, or check the path")
+        raise UserError(f"{flag}: {path} does not exist; check the path (train_teacher.py makes such files)")
     try:
         with torch.serialization.safe_globals(_HARMLESS):
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)

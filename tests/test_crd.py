@@ -8,6 +8,7 @@ from crd import ContrastLoss, ContrastMemory, NegativeSampler
 from dataset import Batch
 from distiller_zoo import Progress, Task
 from distiller_zoo.crd import CRD, NORM_CRD
+from errors import UserError
 from helper.teacher import FrozenTeacher
 from tests.conftest import pair_networks
 from tests.test_norm import wave
@@ -75,7 +76,7 @@ def test_too_few_images_are_drawn_with_replacement_and_relax_takes_any_positive(
     assert set(drawn[:, 0].tolist()) <= {0, 1}
     with pytest.raises(ValueError):
         NegativeSampler(targets, 5, "strict")
-    with pytest.raises(ValueError, match="two classes"):
+    with pytest.raises(UserError, match="two classes"):
         NegativeSampler(torch.zeros(5, dtype=torch.int64), 2)
 
 

@@ -156,6 +156,8 @@ def test_resuming_with_other_settings_is_refused(distil, save_dir):
     assert "not a run folder" in message_of(train_cifar_student.main, ["--resume", str(save_dir / "none")])
     (run / "last.pth").write_bytes((run / "last.pth").read_bytes()[:1000])
     assert "last.pth cannot be read" in message_of(train_cifar_student.main, ["--resume", str(run)])
+    (run / "last.pth").unlink()
+    assert "has no checkpoint yet" in message_of(train_cifar_student.main, ["--resume", str(run)])
     assert (run / "config.json").exists()
 
 
@@ -232,7 +234,7 @@ def test_weights_that_are_all_zero_are_refused(distil, save_dir):
 
 
 def test_an_unknown_device_is_named(save_dir):
-    for device in ("tpu", "cuda:99"):
+    for device in ("tpu", "cuda:99", "meta"):
         message = message_of(
             train_teacher.main, ["--model", "resnet8", "--device", device, "--save_dir", str(save_dir)]
         )
