@@ -3,5 +3,6 @@
 from dataset.images import Augmentation, ImageData, Images
 from dataset.loader import Batch, Loader, epoch_seed
 from dataset.sources import DATASETS, load_data
+from dataset.views import VIEWS
 
-__all__ = ["DATASETS", "Augmentation", "Batch", "ImageData", "Images", "Loader", "epoch_seed", "load_data"]
+__all__ = ["DATASETS", "VIEWS", "Augmentation", "Batch", "ImageData", "Images", "Loader", "epoch_seed", "load_data"]

@@ -51,6 +51,13 @@ class Draws(NamedTuple):
     left: Tensor
     flip: Tensor
 
+    def to(self, device: torch.device) -> "Draws":
+        return Draws(*(values.to(device) for values in self))
+
+    def of(self, index: Tensor) -> "Draws":
+        """The choices of the samples of a batch."""
+        return Draws(*(values[index] for values in self))
+
 
 def draw_augmentation(augmentation: Augmentation, n: int, generator: torch.Generator) -> Draws:
     """Draw the crops and flips of `n` images; always on the CPU, so that every device trains on the same ones."""

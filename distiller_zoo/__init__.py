@@ -1,20 +1,31 @@
-"""The methods by name, as they are written after `--distill` (in any case)."""
+"""The methods: every file of this folder that defines a `Distiller` with a name adds one word after `--distill`."""
 
-from distiller_zoo.base import Distiller, Flag, Predictor, Progress, Task
-from distiller_zoo.ce import CrossEntropy
-from distiller_zoo.crd import CRD, NORM_CRD
-from distiller_zoo.kd import KD, DistillKL
-from distiller_zoo.norm import NORM, FTBaseline
+import importlib
+import pkgutil
+from types import ModuleType
+
+from distiller_zoo.base import Distiller, Flag, Predictor, Progress, Stage, Task
+from distiller_zoo.kd import DistillKL
 from errors import UserError
 
-DISTILLERS: dict[str, type[Distiller]] = {
-    "norm": NORM,
-    "norm_crd": NORM_CRD,
-    "ft": FTBaseline,
-    "ce": CrossEntropy,
-    "kd": KD,
-    "crd": CRD,
-}
+
+def _methods_of(module: ModuleType) -> list[type[Distiller]]:
+    """The methods that a module defines; what it imports belongs to others."""
+    classes = [value for value in vars(module).values() if isinstance(value, type) and issubclass(value, Distiller)]
+    return [value for value in classes if value.__module__ == module.__name__ and vars(value).get("name")]
+
+
+def _discover() -> dict[str, type[Distiller]]:
+    """Every named method of this folder's modules, by name; NORM's first, the rest in alphabetical order."""
+    found: dict[str, type[Distiller]] = {}
+    for module_info in pkgutil.iter_modules(__path__):
+        for method in _methods_of(importlib.import_module(f"{__name__}.{module_info.name}")):
+            if found.setdefault(method.name, method) is not method:
+                raise TypeError(f"two methods are called {method.name}: {found[method.name]} and {method}")
+    return dict(sorted(found.items(), key=lambda item: (not item[0].startswith("norm"), item[0])))
+
+
+DISTILLERS = _discover()
 
 
 def find_distiller(name: str) -> type[Distiller]:
@@ -25,4 +36,14 @@ def find_distiller(name: str) -> type[Distiller]:
     return method
 
 
-__all__ = ["DISTILLERS", "DistillKL", "Distiller", "Flag", "Predictor", "Progress", "Task", "find_distiller"]
+__all__ = [
+    "DISTILLERS",
+    "DistillKL",
+    "Distiller",
+    "Flag",
+    "Predictor",
+    "Progress",
+    "Stage",
+    "Task",
+    "find_distiller",
+]

@@ -45,6 +45,7 @@ class Flag(NamedTuple):
     help: str
     choices: Sequence[str] | None = None
     is_weight: bool = False  # a weight of 0 may be given to methods that have no such term
+    full_run: int | None = None  # a number of epochs that belongs to a run of so many; it is stretched to --epochs
 
     @property
     def argument(self) -> str:
@@ -57,35 +58,78 @@ ALPHA = Flag(
 )
 BETA = Flag(("-b", "--beta"), number, 1.0, "weight of the method's own loss (the NORM paper's alpha)", is_weight=True)
 KD_T = Flag(("--kd_T",), positive, 4.0, "temperature of the KL divergence")
+INIT_EPOCHS = Flag(
+    ("--init_epochs",), count, 30, "epochs of the stage before the main one, in a run of 240", full_run=240
+)
+INIT_LEARNING_RATE = Flag(("--init_learning_rate",), positive, 0.05, "learning rate of the stage before the main one")
 
 
 class Task(NamedTuple):
-    """What a method may know of the data."""
+    """What a method may know of the data and of the batches."""
 
     num_classes: int
     image_size: int
+    batch_size: int
     train_targets: Tensor  # (n,) class of every training image, by sample index
 
 
 class Progress(NamedTuple):
-    """Where the training stands; `epoch` counts the epochs that are over, so it is 0 in the first."""
+    """Where a stage stands; `epoch` counts its epochs that are over, so it is 0 in the first."""
 
     epoch: int
     epochs: int
+
+
+class Stage(NamedTuple):
+    """A part of the training with its own parameters, loss and schedule; the last stage of a method is the main one.
+
+    `trained` modules are in train mode and get gradients; everything else of the method is frozen and in eval mode.
+    """
+
+    name: str
+    epochs: int
+    trained: Sequence[nn.Module]
+    losses: Callable[..., dict[str, Tensor]]  # as `Distiller.losses`
+    respond: Callable[[Tensor, Output | None], Output | None]  # as `Distiller.respond`; None: the student is not run
+    needs_teacher: bool = True
+    learning_rate: float | None = None  # None: the run's
+    milestones: tuple[int, ...] | None = None  # epochs after which the rate falls; None: the run's schedule
+    holdout: float = 0.0  # share of the training images that is kept from the steps and given to `before_step`
+    #: Called before each step as before_step(optimizer, batch, teacher's outputs, held-out batch, progress).
+    before_step: Callable[..., None] | None = None
+    #: Called after each epoch with its progress, to record what the epoch has found.
+    after_epoch: Callable[[Progress], None] | None = None
 
 
 class Distiller(nn.Module):
     """A method: student, adapters and losses in one module.
 
     `parameters()` are the optimizer's and `state_dict()` is the checkpoint's. The teacher stays outside: `teacher` is
-    read for its shapes when the method is built, and every step receives its outputs.
-    A method writes `losses`; one that changes the student's forward pass (NORM) writes `respond` and `export` too.
+    read for its shapes (or copied in part) when the method is built, and every step receives its outputs.
+    A method has a `name` and writes `losses`; one that changes the student's forward pass (NORM) writes `respond` and
+    `export` too; one that prepares something first writes `stages`. A class without a name of its own is only a base.
     """
 
-    #: One line for `--help`.
-    summary = ""
+    #: What stands after `--distill`, in lower case.
+    name = ""
+    #: One line for `--help`, and where the method comes from.
+    summary, source = "", ""
+    #: The heading under which `--help` and the README list the method.
+    group = "other"
+    #: What the losses read of student's and teacher's outputs, beside the logits.
+    reads: tuple[str, ...] = ()
     #: Whether the method reads a teacher.
     needs_teacher = True
+    #: Whether `Output.maps` holds the maps before their last ReLU, on either side.
+    student_preact = teacher_preact = False
+    #: Views of every image, a key of `dataset.VIEWS`; images and outputs then have V * B rows, view by view.
+    views = "plain"
+    #: The smallest batch whose losses are defined; a shorter last batch is left out.
+    min_batch = 1
+    #: Children that the main stage does not train.
+    frozen: tuple[str, ...] = ()
+    #: What `export` writes, for the tables.
+    ships = "student"
     #: The method's hyper-parameters: keyword arguments of its constructor and flags of the scripts.
     flags: tuple[Flag, ...] = ()
 
@@ -100,10 +144,14 @@ class Distiller(nn.Module):
             if flag.choices and value not in flag.choices:
                 raise UserError(f"{flag.names[-1]}: must be one of {', '.join(flag.choices)}, not {value}")
             setattr(self, flag.argument, value)
+        if task.batch_size < self.min_batch:
+            raise UserError(
+                f"--batch_size: --distill {self.name} compares images of a batch, it needs at least {self.min_batch}"
+            )
 
     def respond(self, images: Tensor, teacher: Output | None) -> Output:
         """The student's outputs for images (B, 3, H, W) in training; the networks may run in a lower precision here."""
-        return self.student.outputs(images)
+        return self.student.outputs(images, self.student_preact)
 
     def losses(
         self, student: Output, teacher: Output | None, targets: Tensor, index: Tensor, progress: Progress
@@ -111,14 +159,31 @@ class Distiller(nn.Module):
         """Named, weighted scalars whose sum is trained, from float32 outputs; targets and sample index are (B,)."""
         raise NotImplementedError
 
-    def forward(self, batch, teacher: Output | None, progress: Progress) -> tuple[Tensor, dict[str, Tensor]]:
-        """A `dataset.Batch` and the teacher's outputs for it -> (student's logits (B, K), named weighted losses)."""
-        student = self.respond(batch.images, teacher)
+    def stages(self, epochs: int) -> list[Stage]:
+        """The parts of the training in their order, the main one last; `epochs` are the main one's."""
+        return [self.main_stage(epochs)]
+
+    def main_stage(self, epochs: int) -> Stage:
+        """The stage that trains everything but `frozen` with `losses`."""
+        trained = [child for name, child in self.named_children() if name not in self.frozen]
+        return Stage("main", epochs, trained, self.losses, self.respond, self.needs_teacher_output())
+
+    def needs_teacher_output(self) -> bool:
+        """Whether the main stage reads the teacher's outputs."""
+        return self.needs_teacher
+
+    def forward(
+        self, batch, teacher: Output | None, progress: Progress, stage: Stage | None = None
+    ) -> tuple[Tensor | None, dict[str, Tensor]]:
+        """A `dataset.Batch` and the teacher's outputs for it -> (student's logits (B, K) of the first view, named
+        weighted losses), in a stage or else in the main one. Logits are None in a stage that runs no student."""
+        stage = stage or self.main_stage(progress.epochs)
+        student = stage.respond(batch.images, teacher)
         with torch.autocast(batch.images.device.type, enabled=False):
-            losses = self.losses(
-                _at_least_float32(student), _at_least_float32(teacher), batch.targets, batch.index, progress
+            losses = stage.losses(
+                at_least_float32(student), at_least_float32(teacher), batch.targets, batch.index, progress
             )
-        return student.logits, losses
+        return None if student is None else student.logits[: len(batch.targets)], losses
 
     def predict(self, images: Tensor) -> Tensor:
         """Logits (B, K) of what is being trained, with its adapters where they belong to the network."""
@@ -144,14 +209,14 @@ class Predictor(nn.Module):
         return self.method.predict(images)
 
 
-def _at_least_float32(outputs):
+def at_least_float32(outputs):
     """Widen every half-precision tensor of nested tuples and lists; other dtypes pass."""
     if isinstance(outputs, Tensor):
         return outputs.float() if outputs.dtype in (torch.float16, torch.bfloat16) else outputs
     if isinstance(outputs, list):
-        return [_at_least_float32(value) for value in outputs]
+        return [at_least_float32(value) for value in outputs]
     if isinstance(outputs, tuple):
-        return type(outputs)(*(_at_least_float32(value) for value in outputs))
+        return type(outputs)(*(at_least_float32(value) for value in outputs))
     return outputs
 
 

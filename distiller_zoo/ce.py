@@ -6,7 +6,9 @@ from distiller_zoo.base import GAMMA, Distiller, weighted_cross_entropy
 class CrossEntropy(Distiller):
     """L = gamma * CE(s, y)."""
 
+    name = "ce"
     summary = "labels only, no teacher: teachers and baselines"
+    group = "without a teacher"
     needs_teacher = False
     flags = (GAMMA,)
 

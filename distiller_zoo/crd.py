@@ -5,18 +5,13 @@ from torch import Tensor
 from crd import CRDLoss, NegativeSampler
 from crd.negatives import MODES
 from distiller_zoo.base import (
-    ALPHA,
-    BETA,
-    GAMMA,
-    KD_T,
     Distiller,
     Flag,
     count,
     number,
     positive,
-    weighted_cross_entropy,
 )
-from distiller_zoo.kd import weighted_kd
+from distiller_zoo.kd import FeatureDistiller
 from distiller_zoo.norm import NORM
 from models.backbone import Output, probe_shapes
 
@@ -44,28 +39,29 @@ def contrast_term(method: Distiller, student: Output, teacher: Output, targets: 
     return method.crd_loss(student.pooled, teacher.pooled, index, method.negatives(index, targets))
 
 
-class CRD(Distiller):
-    """L = gamma * CE + alpha * KL_T + beta * L_crd."""
+class CRD(FeatureDistiller):
+    """L = gamma * CE + alpha * KL_T + beta * L_crd; CRD+KD with alpha > 0."""
 
-    summary = "contrastive representation distillation, CRD+KD with -a > 0 (Tian et al., ICLR 2020)"
-    flags = (GAMMA, ALPHA, BETA._replace(default=0.8), KD_T, *CONTRAST_FLAGS)
+    name = "crd"
+    summary, source = "contrastive representation distillation; CRD+KD with -a > 0", "Tian et al., ICLR 2020"
+    group = "relations between images"
+    reads = ("pooled", "sample index and negatives")
+    flags = (*FeatureDistiller.flags, *CONTRAST_FLAGS)
 
     def __init__(self, student, teacher, task, **hyper_parameters):
         super().__init__(student, teacher, task, **hyper_parameters)
         attach_contrast(self, teacher, task)
 
-    def losses(self, student, teacher, targets, index, progress):
-        return {
-            **weighted_cross_entropy(self.gamma, student.logits, targets),
-            **weighted_kd(self.alpha, student.logits, teacher.logits, self.kd_T),
-            "crd": self.beta * contrast_term(self, student, teacher, targets, index),
-        }
+    def feature_loss(self, student, teacher, targets, index):
+        return contrast_term(self, student, teacher, targets, index)
 
 
 class NORM_CRD(NORM):
     """NORM's loss plus crd_weight * L_crd on the pooled features behind the transform."""
 
-    summary = "NORM and CRD together"
+    name = "norm_crd"
+    summary, source = "NORM and CRD together", "Liu et al., ICLR 2023"
+    reads = ("final", "pooled", "sample index and negatives")
     flags = (*NORM.flags, CRD_WEIGHT, *CONTRAST_FLAGS)
 
     def __init__(self, student, teacher, task, **hyper_parameters):

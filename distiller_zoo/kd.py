@@ -3,7 +3,20 @@
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from distiller_zoo.base import ALPHA, GAMMA, KD_T, Distiller, weighted_cross_entropy
+from distiller_zoo.base import ALPHA, BETA, GAMMA, KD_T, Distiller, Flag, weighted_cross_entropy
+from models.backbone import Output
+
+LOGIT_STANDARDIZATION = Flag(
+    ("--logit_standardization",),
+    bool,
+    False,
+    "standardise the logits of both networks per sample before they are compared (Sun et al., CVPR 2024)",
+)
+
+
+def standardise(logits: Tensor) -> Tensor:
+    """Logits (B, K) -> (z - mean) / (std + 1e-7) per sample, unbiased std (Sun et al., CVPR 2024, arXiv 2403.01427)."""
+    return (logits - logits.mean(1, keepdim=True)) / (logits.std(1, keepdim=True) + 1e-7)
 
 
 def kl_divergence(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
@@ -29,14 +42,46 @@ def weighted_kd(weight: float, student_logits: Tensor, teacher_logits: Tensor, t
     return {"kd": weight * kl_divergence(student_logits, teacher_logits, temperature)} if weight else {}
 
 
-class KD(Distiller):
-    """L = gamma * CE(s, y) + alpha * KL_T(s, t)."""
+class LogitDistiller(Distiller):
+    """Base of methods with the terms gamma * CE(s, y) + alpha * KL_T(s, t), where CE is of the raw logits."""
 
-    summary = "softened logits (Hinton et al., 2015)"
-    flags = (GAMMA, ALPHA, KD_T)
+    flags = (GAMMA, ALPHA, KD_T, LOGIT_STANDARDIZATION)
+
+    def compared_logits(self, student: Output, teacher: Output) -> tuple[Tensor, Tensor]:
+        """The logits (B, K) that logit losses compare: raw, or standardised with `--logit_standardization`."""
+        logits = student.logits, teacher.logits
+        return (standardise(logits[0]), standardise(logits[1])) if self.logit_standardization else logits
+
+    def label_and_logit_losses(self, student: Output, teacher: Output | None, targets: Tensor) -> dict[str, Tensor]:
+        """The weighted terms "ce" and "kd"; one whose weight is 0 is left out."""
+        terms = weighted_cross_entropy(self.gamma, student.logits, targets)
+        if self.alpha:
+            terms |= weighted_kd(self.alpha, *self.compared_logits(student, teacher), self.kd_T)
+        return terms
+
+
+class FeatureDistiller(LogitDistiller):
+    """Base of L = gamma * CE + alpha * KL_T + beta * L_method, RepDistiller's total: a method writes `feature_loss`."""
+
+    flags = (GAMMA, ALPHA, BETA, KD_T, LOGIT_STANDARDIZATION)
+
+    def feature_loss(self, student: Output, teacher: Output, targets: Tensor, index: Tensor) -> Tensor:
+        """The method's own loss, a scalar without its weight."""
+        raise NotImplementedError
 
     def losses(self, student, teacher, targets, index, progress):
-        return {
-            **weighted_cross_entropy(self.gamma, student.logits, targets),
-            **weighted_kd(self.alpha, student.logits, teacher.logits, self.kd_T),
-        }
+        terms = self.label_and_logit_losses(student, teacher, targets)
+        if self.beta:
+            terms[self.name] = self.beta * self.feature_loss(student, teacher, targets, index)
+        return terms
+
+
+class KD(LogitDistiller):
+    """L = gamma * CE(s, y) + alpha * KL_T(s, t)."""
+
+    name = "kd"
+    summary, source = "softened logits", "Hinton et al., 2015"
+    group = "logits"
+
+    def losses(self, student, teacher, targets, index, progress):
+        return self.label_and_logit_losses(student, teacher, targets)

@@ -104,7 +104,11 @@ class NormOutput(NamedTuple):
 class NORM(Distiller):
     """NORM, and NORM+KD with `-a` above 0."""
 
-    summary = "NORM, and NORM+KD with -a > 0 (Liu et al., ICLR 2023)"
+    name = "norm"
+    summary, source = "N-to-one representation matching; NORM+KD with -a > 0", "Liu et al., ICLR 2023"
+    group = "N-to-one"
+    reads = ("final",)
+    ships = "student (transform folded in)"
     flags = (GAMMA, ALPHA, BETA, BETA1, CETA, CO_SPONGE, KD_T, FT, FT_POSITION, FT_FORM)
 
     def __init__(self, student: Backbone, teacher: Backbone | None, task, **hyper_parameters):
@@ -193,7 +197,9 @@ def fold(network: Backbone, weight: Tensor, bias: Tensor, into_classifier: bool)
 class FTBaseline(NORM):
     """The paper's baselines "student w/ 1 plain/default FT": the transform is trained with the labels alone."""
 
-    summary = "feature transform without a teacher: the NORM paper's FT-only baselines"
+    name = "ft"
+    summary, source = "feature transform without a teacher: the FT-only baselines", "Liu et al., ICLR 2023"
+    reads = ()
     needs_teacher = False
     # The paper's baseline is trained with the cross entropy only; whether on raw logits is not published.
     flags = (

@@ -85,6 +85,12 @@ def _resolve(given: dict, stored: dict) -> tuple[Namespace, TeacherFile | None]:
     if "epochs" in given and "lr_decay_epochs" not in given | stored:
         (milestones, source), full_run = merged["lr_decay_epochs"], recipe["epochs"][0]
         merged["lr_decay_epochs"] = (stretch(milestones, full_run, given["epochs"]), f"{source}, stretched")
+    for flag in method.flags:
+        if flag.full_run and flag.argument not in given | stored:
+            value, source = merged[flag.argument]
+            (stretched,) = stretch((value,), flag.full_run, merged["epochs"][0])
+            if stretched != value:
+                merged[flag.argument] = (max(stretched, 1), f"{source}, stretched")
     if "seed" not in merged:
         trial = merged["trial"][0]
         merged["seed"] = (int(trial) % 2**63 if trial.isdecimal() else 0, "from --trial")

@@ -1,29 +1,30 @@
-"""The story of a run, top to bottom: data, teacher, student, method, epochs, result.
+"""The story of a run, top to bottom: data, teacher, student, method, stages, epochs, result.
 
 Nothing here knows the name of a method; what a method needs it says itself (distiller_zoo/base.py).
 """
 
-import itertools
 import time
 from argparse import Namespace
 
 import torch
 
-from dataset import Loader, epoch_seed, load_data
-from distiller_zoo import Distiller, Progress
+from dataset import Loader, load_data
+from distiller_zoo import Progress
 from errors import UserError
 from helper.configuration import run_name
-from helper.metrics import EpochMeter, evaluate
-from helper.reporting import describe_data, describe_method, format_epoch, format_losses, format_result, progress_bar
+from helper.metrics import evaluate
+from helper.reporting import describe_data, describe_method, format_epoch, format_result
 from helper.run_folder import BEST, CONFIG, LAST, RESULT, RunFolder
 from helper.run_state import build_distiller, data_record
-from helper.schedule import cosine_learning_rate, step_learning_rate
+from helper.stage_training import StageTraining, format_title
 from helper.teacher import FrozenTeacher, TeacherFile, check_teacher
 from models import build_model
 from models.checkpoints import read_checkpoint
 from models.cost import count_parameters
 
 EVALUATION_BATCH = 512
+#: What a resumed run takes up besides weights and optimizer.
+STATE = ("stage_number", "epoch", "stage_step", "step", "epochs_over", "seconds", "accuracies")
 
 
 def run(config: Namespace, teacher_file: TeacherFile | None) -> dict:
@@ -57,9 +58,6 @@ class Run:
         self.device = find_device(config.device)
         torch.manual_seed(config.seed)
         self.data = load_data(config.dataset, config.data, config.image_size, config.num_workers)
-        self.train_loader = Loader(
-            self.data.train, self.data, config.batch_size, self.device, self.data.augmentation, config.seed
-        )
         self.test_loader = Loader(self.data.test, self.data, EVALUATION_BATCH, self.device)
         student = build_model(config.model_s, self.data.num_classes)
         network = None if teacher_file is None else teacher_file.network
@@ -68,14 +66,10 @@ class Run:
         self.distiller = build_distiller(
             vars(config), student, network, self.data.num_classes, self.data.image_size, self.data.train.targets
         ).to(self.device)
-        self.optimizer = torch.optim.SGD(
-            [parameter for parameter in self.distiller.parameters() if parameter.requires_grad],
-            lr=config.learning_rate,
-            momentum=config.momentum,
-            weight_decay=config.weight_decay,
-        )
-        self.epoch, self.step, self.seconds = 0, 0, 0.0  # what is over, in epochs, steps and time
-        self.accuracies: list[float] = []  # test accuracy (%) of every epoch
+        self.stages = self.distiller.stages(config.epochs)
+        self.step, self.epochs_over, self.seconds = 0, 0, 0.0  # what is over, in all stages
+        self.accuracies: list[float] = []  # test accuracy (%) of every epoch of the main stage
+        self._enter(0)
 
     def _prepare_teacher(self, teacher_file: TeacherFile) -> FrozenTeacher:
         if teacher_file.num_classes != self.data.num_classes:
@@ -91,59 +85,52 @@ class Run:
         )
         return teacher
 
+    def _enter(self, number: int, epoch: int = 0, stage_step: int = 0) -> None:
+        """Begin the stage of this number, or take it up after some of its epochs and steps."""
+        self.stage_number, self.epoch, self.stage_step = number, epoch, stage_step
+        self.training = StageTraining(
+            self.stages[number], self.distiller, self.teacher, self.data, self.config, self.device
+        )
+
+    @property
+    def in_main_stage(self) -> bool:
+        return self.stage_number == len(self.stages) - 1
+
     def execute(self) -> dict:
         """Train what is left of the run; returns the content of `result.json`."""
         self.folder.log(describe_data(self.data, self.device))
         self.folder.log(describe_method(self.distiller, self.config.model_s, self.data.image_size))
-        while self.epoch < self.config.epochs and not self._out_of_steps():
-            self._run_epoch()
-        return self._finish()
+        while True:
+            while self.epoch < self.stages[self.stage_number].epochs and self._steps_left() != 0:
+                self._run_epoch()
+            if self.in_main_stage:
+                return self._finish()
+            self._enter(self.stage_number + 1)
 
-    def _out_of_steps(self) -> bool:
-        return self.config.max_steps is not None and self.step >= self.config.max_steps
-
-    def learning_rate(self, epoch: int) -> float:
-        """Of an epoch, counted from 1."""
-        config = self.config
-        if config.lr_decay == "cos":
-            return cosine_learning_rate(config.learning_rate, epoch - 1, config.epochs, len(self.train_loader))
-        return step_learning_rate(config.learning_rate, epoch, config.lr_decay_epochs, config.lr_decay_rate)
+    def _steps_left(self) -> int | None:
+        """How many steps `--max_steps` leaves of the stage; None where there is no limit."""
+        return None if self.config.max_steps is None else max(self.config.max_steps - self.stage_step, 0)
 
     def _run_epoch(self) -> None:
-        epoch, started = self.epoch + 1, time.perf_counter()
-        torch.manual_seed(epoch_seed(self.config.seed, epoch))
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.learning_rate(epoch)
-        training = self._train_one_epoch(Progress(self.epoch, self.config.epochs))
+        stage, started = self.stages[self.stage_number], time.perf_counter()
+        progress = Progress(self.epoch, stage.epochs)
+        means, steps = self.training.train_epoch(
+            progress, self.epochs_over, self._steps_left(), self.folder.log_quietly
+        )
         self.distiller.eval()
-        test = evaluate(self.distiller.predict, self.test_loader, "testing")
-        self.epoch, self.seconds = epoch, self.seconds + time.perf_counter() - started
-        self.accuracies.append(test["test_accuracy"])
-        record = {"epoch": epoch, "step": self.step, "learning_rate": self.learning_rate(epoch), **training, **test}
-        self.folder.append_metrics(record)
-        self.folder.log(format_epoch(record, self.config.epochs))
+        # The student of an earlier stage is not yet what is tested.
+        test = evaluate(self.distiller.predict, self.test_loader, "testing") if self.in_main_stage else {}
+        self.epoch, self.stage_step, self.step = self.epoch + 1, self.stage_step + steps, self.step + steps
+        self.epochs_over, self.seconds = self.epochs_over + 1, self.seconds + time.perf_counter() - started
+        learning_rate = self.training.learning_rate(self.epoch)
+        record = {"epoch": self.epoch, "step": self.step, "learning_rate": learning_rate, **means, **test}
+        if self.in_main_stage:
+            self.accuracies.append(test["test_accuracy"])
+        else:
+            record = {"stage": stage.name, **record}
+        self.folder.append_metrics(record, self.epochs_over)
+        self.folder.log(format_epoch(record, format_title(stage.name, progress)))
         self._save(record)
-
-    def _train_one_epoch(self, progress: Progress) -> dict[str, float]:
-        """One pass over the training images, or what `--max_steps` leaves of it."""
-        config, meter = self.config, EpochMeter(self.device)
-        steps = len(self.train_loader)
-        if config.max_steps is not None:
-            steps = min(steps, config.max_steps - self.step)
-        batches = itertools.islice(self.train_loader.batches(progress.epoch + 1), steps)
-        title = f"epoch {progress.epoch + 1}/{progress.epochs}"
-        self.distiller.train()
-        bar = progress_bar(meter.timed(batches), title, steps)
-        for number, batch in enumerate(bar, 1):
-            teacher_output = None if self.teacher is None else self.teacher(batch.images)
-            losses, logits = train_step(self.distiller, self.optimizer, batch, teacher_output, progress)
-            meter.update(losses, logits, batch.targets)
-            self.step += 1
-            if number % config.print_freq == 0:
-                means = meter.summary()
-                bar.set_postfix_str(format_losses(means))
-                self.folder.log_quietly(f"{title} step {number}/{steps}: {format_losses(means)}")
-        return meter.summary()
 
     def _save(self, record: dict) -> None:
         config = {key: value for key, value in vars(self.config).items() if key != "origins"}
@@ -151,11 +138,13 @@ class Run:
             "config": config,
             "data": data_record(self.data),
             "epoch": self.epoch,
-            "accuracy": record["test_accuracy"],
+            "accuracy": record.get("test_accuracy"),
             "distiller": self.distiller.state_dict(),
         }
-        state = {"step": self.step, "seconds": self.seconds, "accuracies": self.accuracies}
-        self.folder.save(LAST, model | state | {"optimizer": self.optimizer.state_dict()})
+        state = {name: getattr(self, name) for name in STATE}
+        self.folder.save(LAST, model | state | {"optimizer": self.training.optimizer.state_dict()})
+        if not self.in_main_stage:
+            return
         # The first of equals is kept, so the last epoch does not overwrite the best for a tie.
         if self.accuracies.index(max(self.accuracies)) == self.epoch - 1:
             self.folder.save(BEST, model)
@@ -169,14 +158,18 @@ class Run:
             raise UserError(f"--resume: {self.folder.path} has no checkpoint yet; start the run again without --resume")
         checkpoint = read_checkpoint(path, "--resume")
         try:
+            self._enter(checkpoint["stage_number"], checkpoint["epoch"], checkpoint["stage_step"])
             self.distiller.load_state_dict(checkpoint["distiller"])
-            self.optimizer.load_state_dict(checkpoint["optimizer"])
-            self.epoch, self.step, self.seconds = (checkpoint[name] for name in ("epoch", "step", "seconds"))
-            self.accuracies = list(checkpoint["accuracies"])
-        except (KeyError, RuntimeError, ValueError) as error:
+            self.training.optimizer.load_state_dict(checkpoint["optimizer"])
+            for name in STATE:
+                setattr(self, name, checkpoint[name])
+        except (KeyError, IndexError, RuntimeError, ValueError) as error:
             raise UserError(f"--resume: {path} does not fit this run: {str(error).splitlines()[0]}") from None
-        self.folder.keep_metrics_until(self.epoch)
-        self.folder.log(f"resumed after epoch {self.epoch}")
+        self.folder.keep_metrics_until(self.epochs_over)
+        self.folder.log(f"resumed after {format_title(self.stages[self.stage_number].name, self._progress_made())}")
+
+    def _progress_made(self) -> Progress:
+        return Progress(self.epoch - 1, self.stages[self.stage_number].epochs)
 
     def _finish(self) -> dict:
         last_five = self.accuracies[-5:]
@@ -200,19 +193,6 @@ class Run:
         self.folder.log(format_result(result))
         self.folder.close()
         return result
-
-
-def train_step(
-    distiller: Distiller, optimizer: torch.optim.Optimizer, batch, teacher_output, progress: Progress
-) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-    """Forward, backward, step -> (named weighted losses, student's logits)."""
-    logits, losses = distiller(batch, teacher_output, progress)
-    if not losses:
-        raise UserError("every loss weight is 0: there is nothing to train; set -r, -a or -b")
-    optimizer.zero_grad(set_to_none=True)
-    sum(losses.values()).backward()
-    optimizer.step()
-    return losses, logits
 
 
 def find_device(name: str) -> torch.device:

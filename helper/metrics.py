@@ -19,7 +19,7 @@ class EpochMeter:
         self._device = device
         self._losses: dict[str, Tensor] = {}
         self._correct = torch.zeros((), dtype=torch.int64, device=device)
-        self._images = 0
+        self._images, self._has_logits = 0, False
         self._start = time.perf_counter()
         self._data_wait = 0.0
 
@@ -35,11 +35,13 @@ class EpochMeter:
             yield batch
 
     @torch.no_grad()
-    def update(self, losses: dict[str, Tensor], logits: Tensor, targets: Tensor) -> None:
-        """Count one batch: named weighted losses, logits (B, K), classes (B,)."""
+    def update(self, losses: dict[str, Tensor], logits: Tensor | None, targets: Tensor) -> None:
+        """Count one batch: named weighted losses, logits (B, K) if there are any, classes (B,)."""
         for name, value in losses.items():
             self._losses[name] = self._losses.get(name, 0.0) + value.detach() * len(targets)
-        self._correct += (logits.argmax(1) == targets).sum()
+        if logits is not None:
+            self._correct += (logits.argmax(1) == targets).sum()
+            self._has_logits = True
         self._images += len(targets)
 
     def summary(self) -> dict[str, float]:
@@ -50,13 +52,13 @@ class EpochMeter:
                 raise UserError(
                     f"{name} is {value}: the training diverged; lower --learning_rate or the weight of that term"
                 )
-        accuracy = 100 * int(self._correct) / self._images
+        accuracy = {"train_accuracy": 100 * int(self._correct) / self._images} if self._has_logits else {}
         # The sums above waited for the device, so the clock below covers all the work.
         seconds = time.perf_counter() - self._start
         return {
             "loss": sum(losses.values()),
             **losses,
-            "train_accuracy": accuracy,
+            **accuracy,
             "images_per_s": self._images / seconds,
             "data_wait_s": self._data_wait,
             "compute_s": seconds - self._data_wait,

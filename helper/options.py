@@ -2,7 +2,6 @@
 
 import argparse
 import re
-from collections.abc import Sequence
 
 from dataset import DATASETS
 from distiller_zoo import DISTILLERS
@@ -101,27 +100,52 @@ def _add_common(parser: Parser) -> None:
     )
 
 
+def _add_flag(group, flag: Flag) -> None:
+    if flag.type is bool:
+        group.add_argument(*flag.names, action="store_true", default=None, help=flag.help)
+        return
+    metavar = None if flag.choices else flag.argument.upper()
+    group.add_argument(*flag.names, type=flag.type, choices=flag.choices, help=flag.help, metavar=metavar)
+
+
+def _list_methods() -> str:
+    """One line per method under its group's heading: name, what it is, source, its flags."""
+    lines = []
+    for group in dict.fromkeys(method.group for method in DISTILLERS.values()):
+        lines.append(f"{group}:")
+        for name, method in DISTILLERS.items():
+            if method.group == group:
+                source = f" ({method.source})" if method.source else ""
+                lines.append(f"  {name:<12} {method.summary}{source}")
+    return "\n".join(lines)
+
+
+def _users_of(flag: Flag) -> list[str]:
+    return [name for name, method in DISTILLERS.items() if flag.argument in {used.argument for used in method.flags}]
+
+
 def _add_method_flags(parser: Parser) -> None:
-    added = set()
-
-    def add(group, flags: Sequence[Flag]) -> None:
-        for flag in flags:
-            if flag.names not in added:
-                added.add(flag.names)
-                metavar = None if flag.choices else flag.argument.upper()
-                group.add_argument(*flag.names, type=flag.type, choices=flag.choices, help=flag.help, metavar=metavar)
-
-    add(parser.add_argument_group("loss weights (defaults: helper/recipes.py)"), (GAMMA, ALPHA, BETA, KD_T))
-    for name, method in DISTILLERS.items():
-        used = " ".join(flag.names[0] for flag in method.flags)
-        add(parser.add_argument_group(f"--distill {name}", f"{method.summary}\nflags: {used}"), method.flags)
+    """Flags that most methods share, then every method's own under the names of those that read them."""
+    weights = (GAMMA, ALPHA, BETA, KD_T)
+    group = parser.add_argument_group("loss weights (defaults: helper/recipes.py)")
+    for flag in weights:
+        _add_flag(group, flag)
+    flags, groups = {}, {}
+    for method in DISTILLERS.values():
+        for flag in method.flags:
+            flags.setdefault(flag.argument, flag)
+    for flag in flags.values():
+        if flag.argument not in {weight.argument for weight in weights}:
+            title = f"flags of --distill {' '.join(_users_of(flag))}"
+            groups[title] = groups.get(title) or parser.add_argument_group(title)
+            _add_flag(groups[title], flag)
 
 
 def student_parser() -> argparse.ArgumentParser:
     """The flags of `train_cifar_student.py`: the official NORM code's, and ours."""
-    parser = Parser("Distil a student on small images. Methods and their flags are grouped below, one line each.")
+    parser = Parser(f"Distil a student on small images.\n\nmethods (--distill NAME, in any case):\n{_list_methods()}")
     add = parser.add_argument_group("networks and method").add_argument
-    add("--distill", help=f"method, in any case (norm): {', '.join(DISTILLERS)}")
+    add("--distill", metavar="METHOD", help="one of the methods above (norm)")
     add("--model_s", type=_model_name, metavar="NAME", help="student")
     add("--model_t", type=_model_name, metavar="NAME", help="teacher; default: what --path_t says")
     add("--path_t", metavar="FILE", help="the teacher's checkpoint: a run's, an exported network, or RepDistiller's")

@@ -37,14 +37,16 @@ def describe_method(distiller: Distiller, model_name: str, image_size: int) -> s
 def format_losses(means: dict[str, float]) -> str:
     """The loss, its weighted terms by name, and the training accuracy, on one line."""
     terms = " + ".join(f"{name.removeprefix('loss_')} {means[name]:.3f}" for name in means if name.startswith("loss_"))
-    return f"loss {means['loss']:.3f} = {terms}, train {means['train_accuracy']:.2f} %"
+    accuracy = f", train {means['train_accuracy']:.2f} %" if "train_accuracy" in means else ""
+    return f"loss {means['loss']:.3f} = {terms}{accuracy}"
 
 
-def format_epoch(record: dict, epochs: int) -> str:
+def format_epoch(record: dict, title: str) -> str:
     """An epoch's line in the log."""
     seconds = record["data_wait_s"] + record["compute_s"]
+    test = f", test {record['test_accuracy']:.2f} %" if "test_accuracy" in record else ""
     return (
-        f"epoch {record['epoch']}/{epochs}: {format_losses(record)}, test {record['test_accuracy']:.2f} %, "
+        f"{title}: {format_losses(record)}{test}, "
         f"lr {record['learning_rate']:.3g}, {seconds:.1f} s ({record['data_wait_s']:.1f} s waiting for data), "
         f"{record['images_per_s']:.0f} images/s"
     )

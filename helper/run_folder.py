@@ -94,36 +94,27 @@ class RunFolder:
         with replacing(self.path / name) as temporary:
             torch.save(checkpoint, temporary)
 
-    def append_metrics(self, record: dict) -> None:
-        """One epoch's numbers: a line of `metrics.jsonl`, and TensorBoard's scalars by epoch."""
+    def append_metrics(self, record: dict, epochs_over: int) -> None:
+        """One epoch's numbers: a line of `metrics.jsonl`, and TensorBoard's scalars by epochs of the whole run."""
         with open(self.path / METRICS, "a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
         self._events = self._events or SummaryWriter(self.path)
         for key, value in record.items():
-            if key != "epoch":
-                self._events.add_scalar(key, value, record["epoch"])
+            if key not in ("stage", "epoch"):
+                self._events.add_scalar(key, value, epochs_over)
         self._events.flush()
 
-    def keep_metrics_until(self, epoch: int) -> None:
-        """Drop the lines of epochs that a resumed run will go through again."""
+    def keep_metrics_until(self, epochs_over: int) -> None:
+        """Drop the lines, one per epoch of the whole run, of epochs that a resumed run will go through again."""
         path = self.path / METRICS
         lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-        kept = [line for line in lines if _epoch_of(line) <= epoch]
         with replacing(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
-            file.writelines(f"{line}\n" for line in kept)
-        self._events = SummaryWriter(self.path, purge_step=epoch + 1)
+            file.writelines(f"{line}\n" for line in lines[:epochs_over])
+        self._events = SummaryWriter(self.path, purge_step=epochs_over + 1)
 
     def close(self) -> None:
         if self._events is not None:
             self._events.close()
-
-
-def _epoch_of(line: str) -> float:
-    """The epoch of a line of `metrics.jsonl`; infinity for one that an interruption tore."""
-    try:
-        return json.loads(line)["epoch"]
-    except (ValueError, KeyError, TypeError):
-        return float("inf")
 
 
 def _candidates(root: str, name: str) -> Iterator[Path]:

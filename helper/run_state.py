@@ -35,7 +35,9 @@ def build_distiller(
     """The method `config["distill"]` around a student, with the hyper-parameters that it names."""
     method = find_distiller(config["distill"])
     hyper_parameters = {flag.argument: config[flag.argument] for flag in method.flags}
-    return method(student, teacher, Task(num_classes, image_size, train_targets), **hyper_parameters)
+    return method(
+        student, teacher, Task(num_classes, image_size, config["batch_size"], train_targets), **hyper_parameters
+    )
 
 
 def data_record(data: ImageData) -> dict:
@@ -76,7 +78,7 @@ def rebuild_official(checkpoint: Mapping, source: str, model_s: str | None, ft: 
     num_classes = count_classes(build_model(name, 1), rename_for(name, network_weights)) or 1
     network = build_model(name, num_classes)
     load_weights(network, name, network_weights, source)
-    task = Task(num_classes, 32, torch.zeros(1, dtype=torch.int64))
+    task = Task(num_classes, 32, 1, torch.zeros(1, dtype=torch.int64))
     if not transform_weights:
         return CrossEntropy(network, None, task).eval(), name
     method = FTBaseline(network, None, task, ft=ft)

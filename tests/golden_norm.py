@@ -74,7 +74,7 @@ def build_student(name: str, entry: Mapping, image_size: int, form: str) -> Stud
     method = NORM(
         network,
         StubTeacher(teacher_channels if runs_transform else channels, height, num_classes),
-        Task(num_classes, image_size, torch.zeros(1, dtype=torch.int64)),
+        Task(num_classes, image_size, 4, torch.zeros(1, dtype=torch.int64)),
         co_sponge=n,
         ft=residual if runs_transform else "none",
         ft_form=form,
@@ -280,7 +280,7 @@ def check_step(entry: Mapping, alpha: float, run: Mapping, form: str) -> None:
     teacher = fill_network(entry["teacher"], build_model(entry["teacher"], 100)).eval()
     network = build_model(OFFICIAL_STUDENTS.get(name, name), 100)
     equal("channel_t", probe_shapes(teacher, 32).final[0], entry["channel_t"])
-    task = Task(100, 32, torch.zeros(1, dtype=torch.int64))
+    task = Task(100, 32, 4, torch.zeros(1, dtype=torch.int64))
     ft = "default" if n > 1 else "none"
     method = NORM(network, teacher, task, gamma=0.1, alpha=alpha, beta=1.0, co_sponge=n, ft=ft, ft_form=form)
     transform_layers = ("layer41", "layer42") if name == "MobileNetV2" else ("layer31", "layer32")

@@ -84,7 +84,7 @@ def test_too_few_images_are_drawn_with_replacement_and_relax_takes_any_positive(
 def test_methods_train_both_embeddings_and_keep_their_banks(method_class):
     teacher, student = pair_networks("wrn_16_2", "resnet8")
     targets = torch.arange(40) % 10
-    method = method_class(student, teacher, Task(10, 32, targets), nce_k=8, feat_dim=16)
+    method = method_class(student, teacher, Task(10, 32, len(targets), targets), nce_k=8, feat_dim=16)
     batch = Batch(torch.randn(4, 3, 32, 32), targets[:4], torch.arange(4))
     _, losses = method.train()(batch, FrozenTeacher(teacher)(batch.images), Progress(0, 240))
     sum(losses.values()).backward()
@@ -93,5 +93,5 @@ def test_methods_train_both_embeddings_and_keep_their_banks(method_class):
     for side in ("embed_s", "embed_t"):
         assert trained[f"crd_loss.{side}.linear.weight"].grad.norm() > 0
     assert {"crd_loss.contrast.memory_v1", "crd_loss.contrast.z_v1"} <= set(method.state_dict())
-    doubled = method_class(student, teacher, Task(10, 32, targets), nce_k=8, feat_dim=16)
+    doubled = method_class(student, teacher, Task(10, 32, len(targets), targets), nce_k=8, feat_dim=16)
     assert doubled.export().state_dict().keys() == student.state_dict().keys()

@@ -66,7 +66,7 @@ def official_checkpoint(name: str, layers: tuple[str, str], extra: dict, residua
     weights = {**network.state_dict(), **extra}
     for key, value in transform.state_dict().items():
         weights[key.replace("expand", layers[0]).replace("contract", layers[1])] = value
-    method = FTBaseline(network, None, Task(10, 32, torch.zeros(1, dtype=torch.int64)))
+    method = FTBaseline(network, None, Task(10, 32, 8, torch.zeros(1, dtype=torch.int64)))
     method.transform = transform
     return weights, Predictor(method).eval()
 

@@ -12,13 +12,13 @@ from distiller_zoo.feature_transform import norm_loss
 from distiller_zoo.kd import kl_divergence
 from distiller_zoo.norm import NORM, FTBaseline, match_size, norm_weight, standardise_logits
 from errors import UserError
-from helper.engine import train_step
+from helper.stage_training import train_step
 from helper.teacher import FrozenTeacher
 from models.backbone import FinalConv
 from models.cost import count_parameters
 from tests.conftest import pair_networks
 
-TASK = Task(10, 32, torch.zeros(1, dtype=torch.int64))
+TASK = Task(10, 32, 8, torch.zeros(1, dtype=torch.int64))
 
 
 def wave(shape, a, phase, scale=1.0):
@@ -41,7 +41,14 @@ def train_some_steps(method, teacher, steps=3, lr=0.01):
     method.train()
     for _ in range(steps):
         batch = make_batch()
-        losses, _ = train_step(method, optimizer, batch, teacher(batch.images) if teacher else None, Progress(0, 240))
+        losses, _ = train_step(
+            method,
+            method.main_stage(240),
+            optimizer,
+            batch,
+            teacher(batch.images) if teacher else None,
+            Progress(0, 240),
+        )
     return losses
 
 
@@ -141,7 +148,7 @@ def test_forms_give_one_training_step():
         batch = make_batch(8)
         batch = batch._replace(images=batch.images.double())
         optimizer = torch.optim.SGD(method.parameters(), lr=0.05, momentum=0.9, weight_decay=5e-4)
-        train_step(method.train(), optimizer, batch, teacher(batch.images), Progress(100, 240))
+        train_step(method.train(), method.main_stage(240), optimizer, batch, teacher(batch.images), Progress(100, 240))
         results.append(method.state_dict())
     for key, value in results[0].items():
         for other in results[1:]:

@@ -1,0 +1,136 @@
+"""One stage of a run: what it trains, its optimizer, its batches, one epoch after the other."""
+
+import itertools
+from argparse import Namespace
+from collections.abc import Callable, Iterator
+
+import torch
+
+from dataset import Batch, ImageData, Loader, epoch_seed
+from distiller_zoo import Distiller, Progress, Stage
+from errors import UserError
+from helper.metrics import EpochMeter
+from helper.reporting import format_losses, progress_bar
+from helper.schedule import cosine_learning_rate, step_learning_rate
+from helper.teacher import FrozenTeacher
+
+
+class StageTraining:
+    """Trains `stage` of a method on the training images; the rest of the method is frozen meanwhile."""
+
+    def __init__(
+        self,
+        stage: Stage,
+        distiller: Distiller,
+        teacher: FrozenTeacher | None,
+        data: ImageData,
+        config: Namespace,
+        device: torch.device,
+    ):
+        self.stage, self.distiller, self.config, self.device = stage, distiller, config, device
+        self.teacher = teacher if stage.needs_teacher else None
+        distiller.requires_grad_(False)
+        for module in stage.trained:
+            module.requires_grad_(True)
+        self.optimizer = torch.optim.SGD(
+            [parameter for parameter in distiller.parameters() if parameter.requires_grad],
+            lr=stage.learning_rate or config.learning_rate,
+            momentum=config.momentum,
+            weight_decay=config.weight_decay,
+        )
+        kept, held_out = _split(len(data.train.targets), stage.holdout, config.seed)
+        self.loader = self._loader(data, kept, config.seed)
+        self.held_out = self._loader(data, held_out, config.seed + 1) if stage.holdout else None
+
+    def _loader(self, data: ImageData, subset: torch.Tensor, seed: int) -> Loader:
+        config, method = self.config, self.distiller
+        loader = Loader(
+            *(data.train, data, config.batch_size, self.device, data.augmentation, seed),
+            views=method.views,
+            min_batch=method.min_batch,
+            subset=subset,
+        )
+        if not len(loader):
+            raise UserError(f"--data: {len(subset)} training images are too few for --distill {config.distill}")
+        return loader
+
+    def learning_rate(self, epoch: int) -> float:
+        """Of an epoch of this stage, counted from 1."""
+        config, stage = self.config, self.stage
+        base = stage.learning_rate or config.learning_rate
+        if stage.milestones is not None:
+            return step_learning_rate(base, epoch, stage.milestones, config.lr_decay_rate)
+        if config.lr_decay == "cos":
+            return cosine_learning_rate(base, epoch - 1, stage.epochs, len(self.loader))
+        return step_learning_rate(base, epoch, config.lr_decay_epochs, config.lr_decay_rate)
+
+    def train_epoch(
+        self, progress: Progress, epochs_over: int, most_steps: int | None, log: Callable[[str], None]
+    ) -> tuple[dict[str, float], int]:
+        """One pass over the training images, of at most so many steps -> (means of the epoch, steps).
+
+        `epochs_over` counts the epochs of the whole run; what is random depends on it and the seed alone.
+        """
+        torch.manual_seed(epoch_seed(self.config.seed, epochs_over + 1))
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.learning_rate(progress.epoch + 1)
+        self.distiller.eval()
+        for module in self.stage.trained:
+            module.train()
+        steps = len(self.loader) if most_steps is None else min(len(self.loader), most_steps)
+        batches = itertools.islice(self.loader.batches(epochs_over + 1), steps)
+        held_out = None if self.held_out is None else _endless(self.held_out, epochs_over + 1)
+        meter = EpochMeter(self.device)
+        title = format_title(self.stage.name, progress)
+        bar = progress_bar(meter.timed(batches), title, steps)
+        for number, batch in enumerate(bar, 1):
+            losses, logits = self._step(batch, held_out, progress)
+            meter.update(losses, logits, batch.targets)
+            if number % self.config.print_freq == 0:
+                means = meter.summary()
+                bar.set_postfix_str(format_losses(means))
+                log(f"{title} step {number}/{steps}: {format_losses(means)}")
+        if self.stage.after_epoch is not None:
+            self.stage.after_epoch(progress)
+        return meter.summary(), steps
+
+    def _step(self, batch: Batch, held_out: Iterator[Batch] | None, progress: Progress):
+        teacher_output = None
+        if self.teacher is not None:
+            teacher_output = self.teacher(batch.images, self.distiller.teacher_preact)
+        if self.stage.before_step is not None:
+            held_out_batch = None if held_out is None else next(held_out)
+            self.stage.before_step(self.optimizer, batch, teacher_output, held_out_batch, progress)
+        return train_step(self.distiller, self.stage, self.optimizer, batch, teacher_output, progress)
+
+
+def train_step(
+    distiller: Distiller, stage: Stage, optimizer: torch.optim.Optimizer, batch: Batch, teacher_output, progress
+) -> tuple[dict[str, torch.Tensor], torch.Tensor | None]:
+    """Forward, backward, step -> (named weighted losses, student's logits)."""
+    logits, losses = distiller(batch, teacher_output, progress, stage)
+    if not losses:
+        raise UserError("every loss weight is 0: there is nothing to train; set -r, -a or -b")
+    optimizer.zero_grad(set_to_none=True)
+    sum(losses.values()).backward()
+    optimizer.step()
+    return losses, logits
+
+
+def format_title(stage: str, progress: Progress) -> str:
+    """The name of an epoch on a progress bar and in the log."""
+    prefix = "" if stage == "main" else f"{stage} "
+    return f"{prefix}epoch {progress.epoch + 1}/{progress.epochs}"
+
+
+def _split(n: int, holdout: float, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sample indices that are trained on, and a random share of them that is kept apart."""
+    if not holdout:
+        return torch.arange(n), torch.arange(0)
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
+    return order[round(n * holdout) :], order[: round(n * holdout)]
+
+
+def _endless(loader: Loader, epoch: int) -> Iterator[Batch]:
+    while True:
+        yield from loader.batches(epoch)
