@@ -79,7 +79,12 @@ def _add_common(parser: Parser) -> None:
     add("--lr_decay_rate", type=number)
     add("--weight_decay", type=number)
     add("--momentum", type=number)
-    add("--max_steps", type=count, metavar="K", help="end after K steps as if the run were done, for trying things")
+    add(
+        "--max_steps",
+        type=count,
+        metavar="K",
+        help="end every stage after K steps as if it were done, for trying things",
+    )
     add("--device", help="auto (default), cpu, cuda, cuda:1, ...")
     add = parser.add_argument_group("run").add_argument
     add("--trial", type=_trial, help="name of this repetition (1)")

@@ -34,6 +34,11 @@ STUDENT = {
 # The official NORM script sweeps -r over 1/16, 1/8, 1/4, 1/2 and the per-pair choice is not published: 1/8 here.
 _NORM = {"gamma": 0.125, "alpha": 0.0, "beta": 1.0, "co_sponge": 8, "ceta": 2.5}
 
+
+def _weights(gamma: float, alpha: float, beta: float, **others) -> dict:
+    return {"gamma": gamma, "alpha": alpha, "beta": beta, **others}
+
+
 #: The weights of a method's terms, for every pair.
 METHOD = {
     "norm": _NORM,
@@ -42,9 +47,47 @@ METHOD = {
     # The N of the "1 FT" baselines is not published: NORM's.
     "ft": {"gamma": 1.0, "co_sponge": 8},
     "ce": {"gamma": 1.0},
-    # RepDistiller, scripts/run_cifar_distill.sh.
+    # RepDistiller, scripts/run_cifar_distill.sh: one command per method, for resnet32x4 -> resnet8x4; its authors use
+    # the same weights for all pairs.
     "kd": {"gamma": 0.1, "alpha": 0.9},
-    "crd": {"gamma": 1.0, "alpha": 0.0, "beta": 0.8},
+    "hint": _weights(1, 0, 100),
+    "attention": _weights(1, 0, 1000),
+    "similarity": _weights(1, 0, 3000),
+    "correlation": _weights(1, 0, 0.02),
+    "vid": _weights(1, 0, 1),
+    "rkd": _weights(1, 0, 1),
+    "pkt": _weights(1, 0, 30000),
+    "nst": _weights(1, 0, 50),
+    "crd": _weights(1, 0, 0.8),
+    # The same script. The 1 of AB and the 50 of FSP are in no loss: their own loss is that of the first stage.
+    "abound": {"gamma": 1, "alpha": 0},
+    "fsp": {"gamma": 1, "alpha": 0},
+    "factor": _weights(1, 0, 200, init_learning_rate=0.01),
+    # RepDistiller has no command for it; mdistiller: 1.
+    "kdsvd": _weights(1, 0, 1),
+    # SimKD's repository, which made the CIFAR rows of SRRL and SemCKD.
+    "srrl": _weights(1, 1, 1),
+    "semckd": _weights(1, 1, 400),
+    "simkd": _weights(0, 0, 1),
+    # ReviewKD's weights per student are in METHOD_STUDENT; for VGG and MobileNetV2 none is published: 1 here.
+    "reviewkd": _weights(1, 0, 1),
+    # OFD's code divides by 1000 on CIFAR.
+    "ofd": _weights(1, 0, 0.001),
+}
+
+#: What changes with `--logit_standardization`.
+STANDARDISED = {
+    # Sun et al., CVPR 2024: CE of the raw logits 0.1, KL 9 at T = 2.
+    "kd": {"gamma": 0.1, "alpha": 9.0, "kd_T": 2.0},
+}
+
+#: What a method publishes per student, whatever the teacher.
+METHOD_STUDENT = {
+    # ReviewKD's README: its commands per pair; each student has one weight.
+    **{("reviewkd", student): {"beta": 5.0} for student in ("wrn_16_2", "wrn_40_1", "ShuffleV1", "resnet8x4")},
+    ("reviewkd", "ShuffleV2"): {"beta": 8.0},
+    # RepDistiller trains the paraphraser at 0.01 for ResNets and WRNs, at the student's rate otherwise.
+    ("factor", "vgg8"): {"init_learning_rate": 0.05},
 }
 
 # README of the official NORM code: -r 0.1 -a 0 -b 1.0 -s 8.
@@ -54,6 +97,9 @@ _NORM_RESNET_X4 = {"gamma": 0.1, "alpha": 0.0, "beta": 1.0, "co_sponge": 8}
 PAIR = {
     ("resnet32x4", "resnet8x4", "norm"): _NORM_RESNET_X4,
     ("resnet32x4", "resnet8x4", "norm_crd"): _NORM_RESNET_X4,
+    # ReviewKD's README.
+    ("resnet56", "resnet20", "reviewkd"): {"beta": 0.6},
+    ("resnet110", "resnet32", "reviewkd"): {"beta": 1.0},
 }
 
 #: The thirteen (teacher, student) pairs of the NORM paper's CIFAR-100 tables: same family, then across families.
@@ -84,12 +130,16 @@ PUBLISHED_TEACHERS = {
 }
 
 
-def resolve(dataset: str, teacher: str | None, student: str, method: str) -> dict[str, tuple[object, str]]:
-    """Argument -> (value, which row it comes from)."""
+def resolve(
+    dataset: str, teacher: str | None, student: str, method: str, standardised: bool = False
+) -> dict[str, tuple[object, str]]:
+    """Argument -> (value, which row it comes from); `standardised` is `--logit_standardization`."""
     rows = (
         (f"data set {dataset}", DATASET.get(dataset, DATASET["cifar100"])),
         (f"student {student}", STUDENT.get(student, {})),
         (f"method {method}", METHOD.get(method, {})),
+        (f"{method} of standardised logits", STANDARDISED.get(method, {}) if standardised else {}),
+        (f"{method} -> {student}", METHOD_STUDENT.get((method, student), {})),
         (f"pair {teacher} -> {student}", PAIR.get((teacher, student, method), {})),
     )
     return {argument: (value, source) for source, row in rows for argument, value in row.items()}

@@ -29,9 +29,7 @@ class StageTraining:
     ):
         self.stage, self.distiller, self.config, self.device = stage, distiller, config, device
         self.teacher = teacher if stage.needs_teacher else None
-        distiller.requires_grad_(False)
-        for module in stage.trained:
-            module.requires_grad_(True)
+        begin(stage, distiller)
         self.optimizer = torch.optim.SGD(
             [parameter for parameter in distiller.parameters() if parameter.requires_grad],
             lr=stage.learning_rate or config.learning_rate,
@@ -74,9 +72,7 @@ class StageTraining:
         torch.manual_seed(epoch_seed(self.config.seed, epochs_over + 1))
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate(progress.epoch + 1)
-        self.distiller.eval()
-        for module in self.stage.trained:
-            module.train()
+        begin(self.stage, self.distiller)
         steps = len(self.loader) if most_steps is None else min(len(self.loader), most_steps)
         batches = itertools.islice(self.loader.batches(epochs_over + 1), steps)
         held_out = None if self.held_out is None else _endless(self.held_out, epochs_over + 1)
@@ -102,6 +98,13 @@ class StageTraining:
             held_out_batch = None if held_out is None else next(held_out)
             self.stage.before_step(self.optimizer, batch, teacher_output, held_out_batch, progress)
         return train_step(self.distiller, self.stage, self.optimizer, batch, teacher_output, progress)
+
+
+def begin(stage: Stage, distiller: Distiller) -> None:
+    """Put what the stage trains into train mode, with gradients, and everything else of the method into neither."""
+    distiller.requires_grad_(False).eval()
+    for module in stage.trained:
+        module.requires_grad_(True).train()
 
 
 def train_step(

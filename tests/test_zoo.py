@@ -1,0 +1,173 @@
+"""Every method on every pair: it trains, it says truly what it needs, it ships what it says."""
+
+import copy
+import re
+import shutil
+import subprocess
+import sys
+from argparse import Namespace
+from pathlib import Path
+
+import pytest
+import torch
+
+from dataset import Augmentation, ImageData, Images
+from distiller_zoo import DISTILLERS, Progress, Task
+from errors import UserError
+from helper.recipes import CIFAR_PAIRS, resolve
+from helper.stage_training import StageTraining
+from helper.teacher import FrozenTeacher
+from models.backbone import Output
+from scripts import list_methods
+from tests.conftest import pair_networks
+
+ROOT = Path(__file__).resolve().parent.parent
+BATCH, CLASSES = 4, 6
+#: Reasons, by method, why a pair is refused; a refusal without one of these is a failure.
+REFUSED = {
+    "fsp": "equal",
+    "kdsvd": "equal",
+}
+CONFIG = Namespace(
+    batch_size=BATCH, learning_rate=0.01, lr_decay="step", lr_decay_epochs=(150,), lr_decay_rate=0.1, momentum=0.9
+)
+CONFIG.weight_decay, CONFIG.seed, CONFIG.print_freq, CONFIG.distill = 5e-4, 0, 100, "method"
+
+
+@pytest.fixture(scope="module")
+def data() -> ImageData:
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randint(0, 256, (24, 3, 32, 32), dtype=torch.uint8, generator=generator)
+    images = Images(pixels, torch.arange(24) % CLASSES)
+    names = [str(number) for number in range(CLASSES)]
+    return ImageData("fake", images, images, names, (0.5,) * 3, (0.25,) * 3, Augmentation())
+
+
+class RecordedTeacher(FrozenTeacher):
+    """A teacher that computes its outputs once per shape: what it sees does not matter here."""
+
+    def __init__(self, network):
+        super().__init__(network)
+        self.known = {}
+
+    def forward(self, images, preact=False):
+        key = (len(images), preact)
+        if key not in self.known:
+            self.known[key] = super().forward(images, preact)
+        return self.known[key]
+
+
+def build(name: str, teacher, student, data):
+    """The method with its recipe, its contrast kept small."""
+    method = DISTILLERS[name]
+    recipe = resolve("cifar100", "resnet32x4", "resnet8x4", name)
+    arguments = {flag.argument for flag in method.flags}
+    hyper = {argument: value for argument, (value, _) in recipe.items() if argument in arguments}
+    hyper |= {"nce_k": 8} if "nce_k" in arguments else {}
+    task = Task(CLASSES, 32, BATCH, data.train.targets)
+    return method(student, teacher if method.needs_teacher else None, task, **hyper)
+
+
+def train_three_steps(method, teacher, data):
+    """Three steps of every stage; returns the losses of the last stage and the parameters that it should train."""
+    config = Namespace(**vars(CONFIG))
+    for stage in method.stages(240):
+        training = StageTraining(stage, method, teacher, data, config, torch.device("cpu"))
+        before = {name: value.detach().clone() for name, value in method.state_dict().items()}
+        means, steps = training.train_epoch(Progress(stage.epochs // 2, stage.epochs), 0, 3, print)
+        assert steps == 3 and all(value == value for value in means.values())
+        frozen = {name for name, parameter in method.named_parameters() if not parameter.requires_grad}
+        changed = {
+            name
+            for name, value in method.state_dict().items()
+            if name in before and not torch.equal(value, before[name])
+        }
+        assert not changed & frozen, f"stage {stage.name} changes frozen {sorted(changed & frozen)[:3]}"
+        assert changed, f"stage {stage.name} trains nothing"
+    return means
+
+
+def test_every_method_trains_on_every_pair_it_supports(cifar_pair, data):
+    teacher_network, student = pair_networks(*cifar_pair, num_classes=CLASSES)
+    teacher = RecordedTeacher(teacher_network)
+    trained = []
+    for name in DISTILLERS:
+        try:
+            method = build(name, teacher_network, copy.deepcopy(student), data)
+        except UserError as refusal:
+            assert REFUSED.get(name, "no reason") in str(refusal), f"{name}: {refusal}"
+            continue
+        means = train_three_steps(method, teacher if method.needs_teacher else None, data)
+        assert any(key.startswith("loss_") for key in means), name
+        trained.append(name)
+    assert len(trained) >= len(DISTILLERS) - len(REFUSED)
+
+
+class Spied:
+    """An `Output` that records which of its parts are read."""
+
+    def __init__(self, output: Output, read: set):
+        self._output, self._read = output, read
+
+    def __getattr__(self, name):
+        self._read.add(name)
+        return getattr(self._output, name)
+
+
+@pytest.mark.parametrize("name", DISTILLERS)
+def test_a_method_reads_what_it_says(name, data):
+    teacher_network, student = pair_networks("wrn_16_2", "wrn_16_2", num_classes=CLASSES)
+    method = build(name, teacher_network, student, data)
+    read = set()
+
+    def spying_on(losses):
+        def spied(student_output, teacher_output, *rest):
+            outputs = (output and Spied(output, read) for output in (student_output, teacher_output))
+            return losses(*outputs, *rest)
+
+        return spied
+
+    for stage in method.stages(240):
+        stage = stage._replace(losses=spying_on(stage.losses))
+        training = StageTraining(stage, method, FrozenTeacher(teacher_network), data, CONFIG, torch.device("cpu"))
+        training.train_epoch(Progress(stage.epochs // 2, stage.epochs), 0, 1, print)
+    if "norm_loss" in read:  # NORM matches the final map inside the student's forward pass
+        read.add("final")
+    parts = {"maps", "final", "activated", "pooled"}
+    assert read & parts == set(method.reads) & parts
+
+
+def test_every_method_describes_itself():
+    groups = {"logits", "feature maps", "relations between images", "N-to-one", "without a teacher"}
+    for name, method in DISTILLERS.items():
+        assert name == name.lower() and method.summary and method.group in groups, name
+        assert method.source or name == "ce", name
+        assert name in list_methods.table("cifar100", "resnet32x4", "resnet8x4")
+
+
+def test_the_methods_of_the_tables_are_there():
+    repdistiller = "kd hint attention similarity correlation vid rkd pkt abound factor fsp nst crd kdsvd"
+    others = "srrl semckd reviewkd simkd distpro one sskd ofd norm norm_crd ft dkd dist mlkd"
+    assert set(f"{repdistiller} {others} ce".split()) == set(DISTILLERS)
+
+
+def test_a_new_method_is_one_new_file(tmp_path, teacher_run):
+    """The example of docs/architecture.md, in a copy of the repository."""
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "architecture.md").read_text(), re.DOTALL)
+    for room in ("models", "distiller_zoo", "crd", "dataset", "helper"):
+        shutil.copytree(ROOT / room, tmp_path / room, ignore=shutil.ignore_patterns("__pycache__"))
+    for script in ("errors.py", "train_cifar_student.py"):
+        shutil.copy(ROOT / script, tmp_path)
+    (tmp_path / "distiller_zoo" / "mean_map.py").write_text(code)
+
+    def call(*flags):
+        argv = [sys.executable, "train_cifar_student.py", *flags]
+        return subprocess.run(argv, cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+
+    assert "mean_map" in call("--help")
+    flags = ("--distill", "mean_map", "-b", "10", "--path_t", str(teacher_run / "last.pth"), "--model_s", "resnet8")
+    assert "+ mean_map " in call(*flags, "--epochs", "1", "--max_steps", "2")
+
+
+def test_the_pairs_are_those_of_the_paper():
+    assert len(CIFAR_PAIRS) == 13
