@@ -7,6 +7,7 @@ import time
 from argparse import Namespace
 
 import torch
+from torch import nn
 
 from dataset import Loader, load_data
 from distiller_zoo import Progress
@@ -99,7 +100,7 @@ class Run:
     def execute(self) -> dict:
         """Train what is left of the run; returns the content of `result.json`."""
         self.folder.log(describe_data(self.data, self.device))
-        self.folder.log(describe_method(self.distiller, self.config.model_s, self.data.image_size))
+        self.folder.log(describe_method(self.distiller, self.stages, self.config.model_s, self.data.image_size))
         while True:
             while self.epoch < self.stages[self.stage_number].epochs and self._steps_left() != 0:
                 self._run_epoch()
@@ -182,8 +183,8 @@ class Run:
             "steps": self.step,
             "teacher_accuracy": self.teacher_accuracy,
             "test_images": len(self.data.test.targets),
-            "parameters": count_parameters(self.distiller.student),
-            "parameters_trained": count_parameters(self.distiller),
+            "parameters": count_parameters(self.distiller.export()),
+            "parameters_trained": count_parameters(nn.ModuleList(self.stages[-1].trained)),
             "seed": self.config.seed,
             "seconds": self.seconds,
             "torch": torch.__version__,

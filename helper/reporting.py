@@ -1,13 +1,14 @@
 """What a run says of itself: lines for terminal and log, and progress bars."""
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
+from torch import nn
 from tqdm import tqdm
 
 from dataset import ImageData
-from distiller_zoo import Distiller
+from distiller_zoo import Distiller, Stage
 from models.cost import count_multiply_adds, count_parameters
 
 
@@ -24,13 +25,15 @@ def describe_data(data: ImageData, device: torch.device) -> str:
     )
 
 
-def describe_method(distiller: Distiller, model_name: str, image_size: int) -> str:
-    """One line on what the student costs, and how much is trained in all."""
+def describe_method(distiller: Distiller, stages: Sequence[Stage], model_name: str, image_size: int) -> str:
+    """One line on what the student costs, what is trained in each stage, and what is shipped beside the student."""
     student = distiller.student
+    trained = [f"{count_parameters(nn.ModuleList(stage.trained)):,} parameters in {stage.name}" for stage in stages]
+    note = distiller.export_note()
     return (
         f"{model_name}: {count_parameters(student):,} parameters, "
-        f"{count_multiply_adds(student, image_size) / 1e6:.1f} M multiply-adds; "
-        f"{count_parameters(distiller):,} parameters are trained"
+        f"{count_multiply_adds(student, image_size) / 1e6:.1f} M multiply-adds; trained: {', then '.join(trained)}"
+        + (f"; to be shipped: {note}" if note else "")
     )
 
 

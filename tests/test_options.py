@@ -4,7 +4,7 @@ import pytest
 
 from errors import UserError
 from helper import configuration, options
-from helper.recipes import CIFAR_PAIRS, DATASET, METHOD, PAIR, STUDENT, resolve
+from helper.recipes import CIFAR_PAIRS, DATASET, METHOD, METHOD_STUDENT, PAIR, STANDARDISED, STUDENT, resolve
 from helper.schedule import cosine_learning_rate, step_learning_rate, stretch
 from models import model_dict
 
@@ -41,7 +41,11 @@ def test_the_rows_lie_over_each_other():
 def test_the_recipe_table_names_only_what_exists():
     flags = {flag.argument for method in options.DISTILLERS.values() for flag in method.flags}
     assert set(METHOD) <= set(options.DISTILLERS)
-    assert all(set(row) <= flags for row in (*METHOD.values(), *PAIR.values()))
+    common = {"learning_rate", "epochs", "batch_size"}
+    rows = (*METHOD.values(), *PAIR.values(), *STANDARDISED.values(), *METHOD_STUDENT.values())
+    assert all(set(row) <= flags | common for row in rows)
+    assert {name for name, _ in METHOD_STUDENT} | set(STANDARDISED) <= set(options.DISTILLERS)
+    assert {name for _, name in METHOD_STUDENT} <= set(model_dict)
     assert all(name in model_dict for name in STUDENT)
     assert all(name in model_dict for pair in CIFAR_PAIRS for name in pair) and len(CIFAR_PAIRS) == 13
     assert set(DATASET) == set(options.DATASETS)
@@ -82,6 +86,23 @@ def test_the_crd_weight_is_a_flag_of_its_own(parse_student):
         *["--distill", "norm_crd", "--model_s", "resnet8", "-c", "2.5", "--crd_weight", "0.3", "--nce_k", "64"]
     )
     assert (config.ceta, config.crd_weight, config.nce_k) == (2.5, 0.3, 64)
+
+
+def test_standardised_logits_have_a_recipe_of_their_own(parse_student):
+    raw = parse_student("--distill", "kd", "--model_s", "resnet8")
+    assert (raw.logit_standardization, raw.gamma, raw.alpha, raw.kd_T) == (False, 0.1, 0.9, 4.0)
+    config = parse_student("--distill", "kd", "--model_s", "resnet8", "--logit_standardization")
+    assert (config.logit_standardization, config.gamma, config.alpha, config.kd_T) == (True, 0.1, 9.0, 2.0)
+    assert parse_student("--distill", "kd", "--model_s", "resnet8", "--logit_standardization", "-a", "3").alpha == 3.0
+
+
+def test_numbers_of_epochs_stretch_with_the_run_unless_they_are_given(parse_student):
+    argv = ("--distill", "factor", "--model_s", "resnet8")
+    assert parse_student(*argv, "--epochs", "240").init_epochs == 30
+    config = parse_student(*argv, "--epochs", "24")
+    assert config.init_epochs == 3 and config.origins["init_epochs"] == "default, stretched"
+    assert parse_student(*argv, "--epochs", "2").init_epochs == 1
+    assert parse_student(*argv, "--epochs", "24", "--init_epochs", "30").init_epochs == 30
 
 
 def test_milestones_stretch_with_the_epochs_unless_they_are_given():
