@@ -11,6 +11,8 @@ from collections.abc import Sequence
 
 from distiller_zoo import DISTILLERS, Distiller, find_distiller
 from errors import UserError
+from helper.device import find_device
+from helper.fast import OFF, choose
 from helper.recipes import resolve
 from helper.run_folder import CONFIG, RunFolder
 from helper.schedule import stretch
@@ -24,6 +26,7 @@ DEFAULTS = {
     "num_workers": 4,
     "trial": "1",
     "device": "auto",
+    "fast": "off",
     "save_dir": "save",
     "print_freq": 100,
     "save_freq": 0,
@@ -92,6 +95,7 @@ def _resolve(given: dict, stored: dict) -> tuple[Namespace, TeacherFile | None]:
             (stretched,) = stretch((value,), flag.full_run, merged["epochs"][0])
             if stretched != value:
                 merged[flag.argument] = (max(stretched, 1), f"{source}, stretched")
+    _choose_fast_parts(merged, stored)
     if "seed" not in merged:
         trial = merged["trial"][0]
         merged["seed"] = (int(trial) % 2**63 if trial.isdecimal() else 0, "from --trial")
@@ -100,6 +104,15 @@ def _resolve(given: dict, stored: dict) -> tuple[Namespace, TeacherFile | None]:
     if "image_size" in given and config.dataset != "folder":
         raise UserError(f"--image_size: only --dataset folder has a choice; {config.dataset} is 32 pixels wide")
     return config, teacher
+
+
+def _choose_fast_parts(merged: dict, stored: dict) -> None:
+    """Fill in what `--fast` decides and no flag has named; a resumed run keeps its own choices."""
+    setting = merged["fast"][0]
+    parts = OFF if setting == "off" else choose(find_device(merged["device"][0]))
+    for part, value in parts.items():
+        if part not in merged:
+            merged[part] = (stored.get(part, value), f"--fast {setting}")
 
 
 def _refuse_unused(given: dict, distill: str, method: type[Distiller]) -> None:

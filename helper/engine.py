@@ -13,6 +13,8 @@ from dataset import Loader, load_data
 from distiller_zoo import Progress
 from errors import UserError
 from helper.configuration import run_name
+from helper.device import find_device
+from helper.fast import Fast
 from helper.metrics import evaluate
 from helper.reporting import describe_data, describe_method, format_epoch, format_result
 from helper.run_folder import BEST, CONFIG, LAST, RESULT, RunFolder
@@ -22,6 +24,7 @@ from helper.teacher import FrozenTeacher, TeacherFile, check_teacher
 from models import build_model
 from models.checkpoints import read_checkpoint
 from models.cost import count_parameters
+from models.folding import fold_batch_norms
 
 EVALUATION_BATCH = 512
 #: What a resumed run takes up besides weights and optimizer.
@@ -56,7 +59,7 @@ class Run:
 
     def __init__(self, config: Namespace, teacher_file: TeacherFile | None, folder: RunFolder):
         self.config, self.folder = config, folder
-        self.device = find_device(config.device)
+        self.device, self.fast = find_device(config.device), Fast.of(config)
         torch.manual_seed(config.seed)
         self.data = load_data(config.dataset, config.data, config.image_size, config.num_workers)
         self.test_loader = Loader(self.data.test, self.data, EVALUATION_BATCH, self.device)
@@ -67,6 +70,7 @@ class Run:
         self.distiller = build_distiller(
             vars(config), student, network, self.data.num_classes, self.data.image_size, self.data.train.targets
         ).to(self.device)
+        self.fast.lay_out(self.distiller)
         self.stages = self.distiller.stages(config.epochs)
         self.step, self.epochs_over, self.seconds = 0, 0, 0.0  # what is over, in all stages
         self.accuracies: list[float] = []  # test accuracy (%) of every epoch of the main stage
@@ -78,8 +82,12 @@ class Run:
                 f"--path_t: the teacher has {teacher_file.num_classes} classes, but --dataset {self.data.name} has "
                 f"{self.data.num_classes}; use a teacher of this data set"
             )
-        teacher = FrozenTeacher(teacher_file.network.to(self.device))
-        measured = evaluate(lambda images: teacher(images).logits, self.test_loader, "checking the teacher")
+        network = teacher_file.network.eval()
+        if self.fast.fold_teacher:
+            network = fold_batch_norms(network, self.data.image_size)
+        teacher = FrozenTeacher(self.fast.lay_out(network.to(self.device)))
+        with self.fast.autocast(self.device):
+            measured = evaluate(lambda images: teacher(images).logits, self.test_loader, "checking the teacher")
         self.teacher_accuracy = measured["test_accuracy"]
         self.folder.log(
             check_teacher(teacher_file, self.data.name, self.teacher_accuracy, self.config.allow_teacher_gap)
@@ -194,15 +202,3 @@ class Run:
         self.folder.log(format_result(result))
         self.folder.close()
         return result
-
-
-def find_device(name: str) -> torch.device:
-    """The device of `--device`; auto is CUDA where it is available, else the CPU."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-        torch.zeros(1, device=device).item()
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise UserError(f"--device: {name} cannot be used: {str(error).splitlines()[0]}") from None
-    return device

@@ -7,6 +7,7 @@ from dataset import DATASETS
 from distiller_zoo import DISTILLERS
 from distiller_zoo.base import ALPHA, BETA, GAMMA, KD_T, Flag, count, number
 from errors import UserError
+from helper.fast import PRECISIONS
 from models import find_builder
 
 
@@ -86,6 +87,13 @@ def _add_common(parser: Parser) -> None:
         help="end every stage after K steps as if it were done, for trying things",
     )
     add("--device", help="auto (default), cpu, cuda, cuda:1, ...")
+    add = parser.add_argument_group("speed: the same training, computed faster").add_argument
+    on_off = argparse.BooleanOptionalAction
+    add("--fast", choices=("auto", "off"), help="auto: all that follows, as this device supports it; off: none (off)")
+    add("--precision", choices=PRECISIONS, help="of the networks; losses, statistics and weights stay float32")
+    add("--channels_last", action=on_off, help="memory layout of images and feature maps")
+    add("--fold_teacher", action=on_off, help="the teacher's BatchNorms folded into its convolutions")
+    add("--fused_optimizer", action=on_off, help="one kernel for the update of all parameters")
     add = parser.add_argument_group("run").add_argument
     add("--trial", type=_trial, help="name of this repetition (1)")
     add(

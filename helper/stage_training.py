@@ -3,16 +3,19 @@
 import itertools
 from argparse import Namespace
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
 from dataset import Batch, ImageData, Loader, epoch_seed
 from distiller_zoo import Distiller, Progress, Stage
 from errors import UserError
+from helper.fast import Fast
 from helper.metrics import EpochMeter
 from helper.reporting import format_losses, progress_bar
 from helper.schedule import cosine_learning_rate, step_learning_rate
 from helper.teacher import FrozenTeacher
+from models.backbone import Output
 
 
 class StageTraining:
@@ -28,6 +31,7 @@ class StageTraining:
         device: torch.device,
     ):
         self.stage, self.distiller, self.config, self.device = stage, distiller, config, device
+        self.fast = Fast.of(config)
         self.teacher = teacher if stage.needs_teacher else None
         begin(stage, distiller)
         self.optimizer = torch.optim.SGD(
@@ -35,6 +39,7 @@ class StageTraining:
             lr=stage.learning_rate or config.learning_rate,
             momentum=config.momentum,
             weight_decay=config.weight_decay,
+            fused=self.fast.fused_optimizer or None,
         )
         kept, held_out = _split(len(data.train.targets), stage.holdout, config.seed)
         self.loader = self._loader(data, kept, config.seed)
@@ -91,13 +96,16 @@ class StageTraining:
         return meter.summary(), steps
 
     def _step(self, batch: Batch, held_out: Iterator[Batch] | None, progress: Progress):
+        batch = batch._replace(images=self.fast.lay_out(batch.images))
         teacher_output = None
         if self.teacher is not None:
-            teacher_output = self.teacher(batch.images, self.distiller.teacher_preact)
+            with self.fast.autocast(self.device):
+                teacher_output = self.teacher(batch.images, self.distiller.teacher_preact)
         if self.stage.before_step is not None:
             held_out_batch = None if held_out is None else next(held_out)
             self.stage.before_step(self.optimizer, batch, teacher_output, held_out_batch, progress)
-        return train_step(self.distiller, self.stage, self.optimizer, batch, teacher_output, progress)
+        autocast = self.fast.autocast(self.device)
+        return train_step(self.distiller, self.stage, self.optimizer, batch, teacher_output, progress, autocast)
 
 
 def begin(stage: Stage, distiller: Distiller) -> None:
@@ -108,10 +116,17 @@ def begin(stage: Stage, distiller: Distiller) -> None:
 
 
 def train_step(
-    distiller: Distiller, stage: Stage, optimizer: torch.optim.Optimizer, batch: Batch, teacher_output, progress
+    distiller: Distiller,
+    stage: Stage,
+    optimizer: torch.optim.Optimizer,
+    batch: Batch,
+    teacher_output: Output | None,
+    progress: Progress,
+    autocast: AbstractContextManager | None = None,
 ) -> tuple[dict[str, torch.Tensor], torch.Tensor | None]:
-    """Forward, backward, step -> (named weighted losses, student's logits)."""
-    logits, losses = distiller(batch, teacher_output, progress, stage)
+    """Forward (in the context `autocast`, if any), backward, step -> (named weighted losses, student's logits)."""
+    with autocast or nullcontext():
+        logits, losses = distiller(batch, teacher_output, progress, stage)
     if not losses:
         raise UserError("every loss weight is 0: there is nothing to train; set -r, -a or -b")
     optimizer.zero_grad(set_to_none=True)

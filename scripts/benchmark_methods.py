@@ -20,7 +20,7 @@ import torch
 from dataset import VIEWS, Batch
 from distiller_zoo import DISTILLERS, Progress
 from errors import UserError, run_script
-from helper.engine import find_device
+from helper.device import find_device
 from helper.options import Parser
 from helper.recipes import resolve
 from helper.run_folder import replacing

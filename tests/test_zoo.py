@@ -14,6 +14,7 @@ import torch
 from dataset import Augmentation, ImageData, Images
 from distiller_zoo import DISTILLERS, Progress, Task
 from errors import UserError
+from helper.fast import OFF
 from helper.recipes import CIFAR_PAIRS, resolve
 from helper.stage_training import StageTraining
 from helper.teacher import FrozenTeacher
@@ -31,6 +32,7 @@ REFUSED = {
 CONFIG = Namespace(
     batch_size=BATCH, learning_rate=0.01, lr_decay="step", lr_decay_epochs=(150,), lr_decay_rate=0.1, momentum=0.9
 )
+vars(CONFIG).update(OFF)
 CONFIG.weight_decay, CONFIG.seed, CONFIG.print_freq, CONFIG.distill = 5e-4, 0, 100, "method"
 
 

@@ -1,0 +1,55 @@
+"""How the same mathematics is computed faster: precision, memory layout, folded teacher, fused optimizer."""
+
+from argparse import Namespace
+from contextlib import AbstractContextManager
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+#: What `--fast off` means for each of its parts.
+OFF = {"precision": "float32", "channels_last": False, "fold_teacher": False, "fused_optimizer": False}
+
+
+class Fast(NamedTuple):
+    """The choices of a run. Losses, BatchNorm statistics, weights and optimizer are float32 in every one."""
+
+    precision: str = "float32"  # of the convolutions and matrix products in both networks
+    channels_last: bool = False  # memory layout of images, maps and convolution weights
+    fold_teacher: bool = False  # the teacher's BatchNorms in its convolutions
+    fused_optimizer: bool = False  # one kernel for all parameters
+
+    @classmethod
+    def of(cls, config: Namespace) -> "Fast":
+        return cls(**{part: getattr(config, part) for part in cls._fields})
+
+    def autocast(self, device: torch.device) -> AbstractContextManager:
+        """The context in which both networks run."""
+        return torch.autocast(device.type, PRECISIONS[self.precision], enabled=self.precision != "float32")
+
+    def lay_out(self, value: nn.Module | Tensor) -> nn.Module | Tensor:
+        """The same network or images (B, C, H, W) in the chosen memory layout."""
+        return value.to(memory_format=torch.channels_last) if self.channels_last else value
+
+
+def choose(device: torch.device) -> dict[str, object]:
+    """What `--fast auto` means on a device: every part, and bfloat16 where the device computes with it."""
+    return {
+        "precision": "bfloat16" if computes_bfloat16(device) else "float32",
+        "channels_last": True,
+        "fold_teacher": True,
+        "fused_optimizer": device.type in ("cpu", "cuda"),
+    }
+
+
+def computes_bfloat16(device: torch.device) -> bool:
+    """Whether bfloat16 products have units of their own here, and are not emulated."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    return device.type == "cpu" and torch.ops.mkldnn._is_mkldnn_bf16_supported() and _has_bfloat16_units()
+
+
+def _has_bfloat16_units() -> bool:
+    # oneDNN accepts bfloat16 on every AVX-512 machine, but emulates it without these.
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()

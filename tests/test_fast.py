@@ -1,0 +1,87 @@
+"""The fast path: what it chooses, that it is the same training, that it repeats itself."""
+
+import json
+
+import pytest
+import torch
+
+import train_cifar_student
+from dataset import Images, load_data
+from helper import configuration, engine, fast, options
+from scripts import export_student
+from tests.test_run import load, metrics, same_state
+
+FLAGS = ("--batch_size", "32", "--max_steps", "4")
+
+
+@pytest.fixture(autouse=True)
+def _few_images(monkeypatch):
+    def load_few(*arguments):
+        data = load_data(*arguments)
+        return data._replace(train=Images(data.train.pixels[:128], data.train.targets[:128]))
+
+    monkeypatch.setattr(engine, "load_data", load_few)
+
+
+def parse(*argv):
+    return configuration.parse(options.teacher_parser(), ["--model", "resnet8", *argv])[0]
+
+
+def test_auto_is_what_the_device_supports_and_a_flag_wins(monkeypatch):
+    off = parse()
+    assert fast.Fast.of(off) == fast.Fast(**fast.OFF) and off.origins["precision"] == "--fast off"
+    monkeypatch.setattr(fast, "computes_bfloat16", lambda device: True)
+    auto = parse("--fast", "auto")
+    assert fast.Fast.of(auto) == fast.Fast("bfloat16", True, True, True) and auto.origins["precision"] == "--fast auto"
+    some = parse("--fast", "auto", "--precision", "float32", "--no-channels_last")
+    assert fast.Fast.of(some) == fast.Fast("float32", False, True, True)
+    assert parse("--fold_teacher").fold_teacher and not parse("--fold_teacher").channels_last
+    monkeypatch.setattr(fast, "computes_bfloat16", lambda device: False)
+    assert parse("--fast", "auto").precision == "float32"
+
+
+@pytest.mark.parametrize("parts", [("--channels_last", "--fold_teacher", "--fused_optimizer"), ("--fast", "auto")])
+@pytest.mark.parametrize("distill", ["norm", "kd"])
+def test_fast_and_plain_learn_the_same(distil, distill, parts):
+    plain, quick = (metrics(distil(*FLAGS, *flags, distill=distill))[0] for flags in ((), parts))
+    closeness = 0.03 if "auto" in parts else 2e-3  # bfloat16 has eight bits
+    for name in plain:
+        if name.startswith("loss"):
+            assert quick[name] == pytest.approx(plain[name], rel=closeness), name
+
+
+def test_a_fast_run_repeats_itself_and_its_student_is_float32(distil):
+    runs = [distil(*FLAGS, "--fast", "auto") for _ in range(2)]
+    states = [load(run / "last.pth") for run in runs]
+    assert same_state(states[0]["distiller"], states[1]["distiller"])
+    assert all(value.dtype != torch.bfloat16 for value in states[0]["distiller"].values())
+    exported = load(export_student.main([str(runs[0] / "last.pth")]))
+    assert all(value.dtype in (torch.float32, torch.int64) for value in exported["model"].values())
+
+
+def test_a_fast_run_goes_on_as_it_was(distil, monkeypatch):
+    flags = ("--batch_size", "32", "--epochs", "2", "--fast", "auto")
+    whole = distil(*flags)
+    save = engine.Run._save
+
+    def save_then_stop(self, record):
+        save(self, record)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(engine.Run, "_save", save_then_stop)
+    with pytest.raises(KeyboardInterrupt):
+        distil(*flags, "--trial", "cut", "--seed", "1")
+    monkeypatch.setattr(engine.Run, "_save", save)
+    cut = next(path for path in whole.parent.iterdir() if path.name.endswith("trialcut"))
+    train_cifar_student.main(["--resume", str(cut)])
+    assert same_state(load(whole / "last.pth")["distiller"], load(cut / "last.pth")["distiller"])
+    assert json.loads((cut / "config.json").read_text())["fast"] == "auto"
+
+
+def test_the_teacher_is_folded_in_the_run_only(distil, monkeypatch):
+    folded = []
+    monkeypatch.setattr(engine, "fold_batch_norms", lambda network, size: folded.append(network) or network)
+    distil(*FLAGS)
+    assert not folded
+    distil(*FLAGS, "--fold_teacher")
+    assert len(folded) == 1
