@@ -180,9 +180,8 @@ class Distiller(nn.Module):
         stage = stage or self.main_stage(progress.epochs)
         student = stage.respond(batch.images, teacher)
         with torch.autocast(batch.images.device.type, enabled=False):
-            losses = stage.losses(
-                at_least_float32(student), at_least_float32(teacher), batch.targets, batch.index, progress
-            )
+            outputs = (widen_output(output, self.reads) for output in (student, teacher))
+            losses = stage.losses(*outputs, batch.targets, batch.index, progress)
         return None if student is None else student.logits[: len(batch.targets)], losses
 
     def predict(self, images: Tensor) -> Tensor:
@@ -209,15 +208,23 @@ class Predictor(nn.Module):
         return self.method.predict(images)
 
 
-def at_least_float32(outputs):
-    """Widen every half-precision tensor of nested tuples and lists; other dtypes pass."""
-    if isinstance(outputs, Tensor):
-        return outputs.float() if outputs.dtype in (torch.float16, torch.bfloat16) else outputs
-    if isinstance(outputs, list):
-        return [at_least_float32(value) for value in outputs]
-    if isinstance(outputs, tuple):
-        return type(outputs)(*(at_least_float32(value) for value in outputs))
-    return outputs
+def widen(values):
+    """Half-precision tensors as float32, in lists too; other dtypes pass."""
+    if isinstance(values, list):
+        return [widen(value) for value in values]
+    if isinstance(values, Tensor) and values.dtype in (torch.float16, torch.bfloat16):
+        return values.float()
+    return values
+
+
+def widen_output(output: Output | None, reads: Sequence[str]) -> Output | None:
+    """The same output in float32; feature maps and vectors that are not in `reads` are left as they are."""
+    if output is None:
+        return None
+    unread = set(Output._fields) - {*reads, "logits"}
+    return output._replace(
+        **{name: widen(value) for name, value in zip(output._fields, output, strict=True) if name not in unread}
+    )
 
 
 def weighted_cross_entropy(weight: float, logits: Tensor, targets: Tensor) -> dict[str, Tensor]:

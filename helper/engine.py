@@ -24,7 +24,6 @@ from helper.teacher import FrozenTeacher, TeacherFile, check_teacher
 from models import build_model
 from models.checkpoints import read_checkpoint
 from models.cost import count_parameters
-from models.folding import fold_batch_norms
 
 EVALUATION_BATCH = 512
 #: What a resumed run takes up besides weights and optimizer.
@@ -82,10 +81,8 @@ class Run:
                 f"--path_t: the teacher has {teacher_file.num_classes} classes, but --dataset {self.data.name} has "
                 f"{self.data.num_classes}; use a teacher of this data set"
             )
-        network = teacher_file.network.eval()
-        if self.fast.fold_teacher:
-            network = fold_batch_norms(network, self.data.image_size)
-        teacher = FrozenTeacher(self.fast.lay_out(network.to(self.device)))
+        network = teacher_file.network.eval().to(self.device)
+        teacher = FrozenTeacher(self.fast.prepare_teacher(network, self.data.image_size))
         with self.fast.autocast(self.device):
             measured = evaluate(lambda images: teacher(images).logits, self.test_loader, "checking the teacher")
         self.teacher_accuracy = measured["test_accuracy"]

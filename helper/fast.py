@@ -1,11 +1,15 @@
 """How the same mathematics is computed faster: precision, memory layout, folded teacher, fused optimizer."""
 
+import copy
 from argparse import Namespace
 from contextlib import AbstractContextManager
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+
+from models.backbone import Backbone
+from models.folding import fold_batch_norms
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 #: What `--fast off` means for each of its parts.
@@ -27,6 +31,17 @@ class Fast(NamedTuple):
     def autocast(self, device: torch.device) -> AbstractContextManager:
         """The context in which both networks run."""
         return torch.autocast(device.type, PRECISIONS[self.precision], enabled=self.precision != "float32")
+
+    def prepare_teacher(self, network: Backbone, image_size: int) -> Backbone:
+        """A network that is never trained, as this run computes it; `network` itself where nothing is chosen."""
+        network = fold_batch_norms(network, image_size) if self.fold_teacher else network
+        if self.precision != "float32":
+            # Autocast would convert the same weights again in every step. BatchNorms that are left stay float32.
+            network = copy.deepcopy(network)
+            for layer in network.modules():
+                if isinstance(layer, (nn.Conv2d, nn.Linear)):
+                    layer.to(PRECISIONS[self.precision])
+        return self.lay_out(network)
 
     def lay_out(self, value: nn.Module | Tensor) -> nn.Module | Tensor:
         """The same network or images (B, C, H, W) in the chosen memory layout."""

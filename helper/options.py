@@ -50,6 +50,14 @@ def _trial(text: str) -> str:
     return text
 
 
+def pairs(text: str) -> list[tuple[str, str]]:
+    """(teacher, student) names, read from a flag like resnet32x4:resnet8x4,wrn_40_2:ShuffleV1."""
+    read = [tuple(_model_name(name) for name in part.split(":")) for part in text.split(",")]
+    if any(len(pair) != 2 for pair in read):
+        raise argparse.ArgumentTypeError(f"must be pairs like resnet32x4:resnet8x4,wrn_40_2:ShuffleV1, not {text}")
+    return read
+
+
 def _epochs(text: str) -> tuple[int, ...]:
     try:
         return tuple(count(part) for part in text.split(","))

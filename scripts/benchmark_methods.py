@@ -10,7 +10,6 @@ import json
 import statistics
 import sys
 import time
-from argparse import ArgumentTypeError
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -18,16 +17,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 
 from dataset import VIEWS, Batch
-from distiller_zoo import DISTILLERS, Progress
+from distiller_zoo import DISTILLERS, Progress, Task
 from errors import UserError, run_script
 from helper.device import find_device
-from helper.options import Parser
-from helper.recipes import resolve
+from helper.options import Parser, pairs
 from helper.run_folder import replacing
-from helper.run_state import build_distiller
 from helper.stage_training import begin, train_step
 from helper.teacher import FrozenTeacher
 from models import build_model
+from scripts.benchmark_parts import recipe_method
 
 IMAGES, CLASSES, SIZE = 50_000, 100, 32
 
@@ -35,20 +33,18 @@ IMAGES, CLASSES, SIZE = 50_000, 100, 32
 class Stepper:
     """A method with its optimizer, ready to take training steps on one batch of random images."""
 
-    def __init__(self, name: str, teacher: str, student: str, batch_size: int, device: torch.device):
-        method = DISTILLERS[name]
-        recipe = {key: value for key, (value, _) in resolve("cifar100", teacher, student, name).items()}
-        flags = {flag.argument: recipe.get(flag.argument, flag.default) for flag in method.flags}
-        network = build_model(teacher, CLASSES) if method.needs_teacher else None
+    def __init__(self, name: str, pair: tuple[str, str], batch_size: int, device: torch.device):
+        needs_teacher = DISTILLERS[name].needs_teacher
+        network = build_model(pair[0], CLASSES) if needs_teacher else None
         targets = torch.arange(IMAGES) % CLASSES
-        config = {**flags, "distill": name, "batch_size": batch_size}
-        self.method = build_distiller(config, build_model(student, CLASSES), network, CLASSES, SIZE, targets).to(device)
+        task = Task(CLASSES, SIZE, batch_size, targets)
+        self.method = recipe_method(name, build_model(pair[1], CLASSES), network, pair, task).to(device)
         *_, self.stage = self.method.stages(240)
         self.teacher = FrozenTeacher(network.to(device)) if self.stage.needs_teacher else None
         begin(self.stage, self.method)
         trained = [parameter for parameter in self.method.parameters() if parameter.requires_grad]
         self.optimizer = torch.optim.SGD(trained, lr=1e-4, momentum=0.9)
-        views, _ = VIEWS[method.views]
+        views, _ = VIEWS[self.method.views]
         index = torch.arange(batch_size, device=device)
         images = torch.randn(views * batch_size, 3, SIZE, SIZE, device=device)
         self.batch = Batch(images, targets.to(device)[index], index)
@@ -66,7 +62,7 @@ def compare(name: str, pair: tuple[str, str], batch_size: int, steps: int, devic
     """One record: the method's step beside KD's; `refused` holds the reason where the pair is not supported."""
     record = {"method": name, "teacher": pair[0], "student": pair[1], "batch_size": batch_size, "device": str(device)}
     try:
-        steppers = [Stepper(each, *pair, batch_size, device) for each in (name, "kd")]
+        steppers = [Stepper(each, pair, batch_size, device) for each in (name, "kd")]
     except UserError as refusal:
         return record | {"refused": str(refusal)}
     rounds = [[stepper.seconds() for stepper in steppers] for _ in range(steps + 1)][1:]  # the first one warms up
@@ -76,25 +72,18 @@ def compare(name: str, pair: tuple[str, str], batch_size: int, steps: int, devic
 
 def table(records: list[dict]) -> str:
     """A row per method, a column per pair; the ratio to KD's step."""
-    pairs = list(dict.fromkeys((record["teacher"], record["student"]) for record in records))
-    rows = [["method", *(" -> ".join(pair) for pair in pairs)], ["--"] * (len(pairs) + 1)]
+    columns = list(dict.fromkeys((record["teacher"], record["student"]) for record in records))
+    rows = [["method", *(" -> ".join(pair) for pair in columns)], ["--"] * (len(columns) + 1)]
     by_key = {(record["method"], record["teacher"], record["student"]): record for record in records}
     for name in dict.fromkeys(record["method"] for record in records):
-        cells = (by_key[name, *pair] for pair in pairs)
+        cells = (by_key[name, *pair] for pair in columns)
         rows.append([name, *("not supported" if "refused" in cell else f"{cell['ratio']:.2f}" for cell in cells)])
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 
-def _pairs(text: str) -> list[tuple[str, str]]:
-    pairs = [tuple(part.split(":")) for part in text.split(",")]
-    if any(len(pair) != 2 for pair in pairs):
-        raise ArgumentTypeError(f"must be pairs like resnet32x4:resnet8x4,wrn_40_2:ShuffleV1, not {text}")
-    return pairs
-
-
 def main(argv=None) -> list[dict]:
     parser = Parser(__doc__.split("\n")[0])
-    parser.add_argument("--pairs", type=_pairs, default="resnet32x4:resnet8x4,wrn_40_2:ShuffleV1", metavar="T:S,...")
+    parser.add_argument("--pairs", type=pairs, default="resnet32x4:resnet8x4,wrn_40_2:ShuffleV1", metavar="T:S,...")
     parser.add_argument("--methods", default=",".join(DISTILLERS), metavar="NAME,...", help="all by default")
     parser.add_argument("--batch_size", type=int, default=64)
     parser.add_argument("--steps", type=int, default=5, help="timed steps of each (5)")

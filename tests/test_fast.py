@@ -80,7 +80,7 @@ def test_a_fast_run_goes_on_as_it_was(distil, monkeypatch):
 
 def test_the_teacher_is_folded_in_the_run_only(distil, monkeypatch):
     folded = []
-    monkeypatch.setattr(engine, "fold_batch_norms", lambda network, size: folded.append(network) or network)
+    monkeypatch.setattr(fast, "fold_batch_norms", lambda network, size: folded.append(network) or network)
     distil(*FLAGS)
     assert not folded
     distil(*FLAGS, "--fold_teacher")

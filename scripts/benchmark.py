@@ -1,0 +1,228 @@
+"""Training speed: the plain formulation and the fast path side by side, in one run.
+
+python scripts/benchmark.py [--pairs resnet32x4:resnet8x4,...] [--n 8] [--batch_size 64] [--json FILE] [--profile FILE]
+
+Plain: the expanded feature is computed (`--ft_form direct`), float32, eager, contiguous, images one by one through PIL
+in worker processes. Fast: what `--fast auto` chooses here, images in memory. Steps of both alternate, so that what else
+the machine does falls on both. The ratios are what to quote. The floor is what a step would take at the measured rates
+of matrix products and of copying: floor_s = max(operations / rate, bytes / bandwidth), in the fast path's precision.
+"""
+
+import itertools
+import json
+import statistics
+import sys
+import time
+from argparse import Namespace
+from collections.abc import Iterator
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+
+from dataset import Batch, ImageData, Loader, load_data
+from distiller_zoo import Progress, Task
+from errors import run_script
+from helper.device import find_device
+from helper.fast import OFF, PRECISIONS, Fast, choose
+from helper.options import Parser, pairs
+from helper.recipes import CIFAR_PAIRS
+from helper.run_folder import replacing
+from helper.stage_training import begin, train_step
+from helper.teacher import FrozenTeacher
+from models import build_model
+from scripts.benchmark_parts import (
+    count_bytes,
+    count_flops,
+    matrix_rate,
+    memory_rate,
+    peak_memory,
+    plain_batches,
+    recipe_method,
+    wait_for,
+)
+
+PROGRESS = Progress(120, 240)
+
+
+class Contender:
+    """One way of training a student with NORM: networks, optimizer, and the step."""
+
+    def __init__(self, pair: tuple[str, str], n: int, data: ImageData, args: Namespace, form: str, parts: dict):
+        self.device, self.fast = args.device, Fast(**parts)
+        torch.manual_seed(0)
+        teacher = build_model(pair[0], data.num_classes).eval()
+        task = Task(data.num_classes, data.image_size, args.batch_size, data.train.targets)
+        student = build_model(pair[1], data.num_classes)
+        self.method = recipe_method("norm", student, teacher, pair, task, co_sponge=n, ft_form=form).to(self.device)
+        self.fast.lay_out(self.method)
+        self.teacher = FrozenTeacher(self.fast.prepare_teacher(teacher.to(self.device), data.image_size))
+        self.stage = self.method.main_stage(240)
+        begin(self.stage, self.method)
+        self.optimizer = torch.optim.SGD(
+            self.method.parameters(), 1e-3, 0.9, weight_decay=5e-4, fused=self.fast.fused_optimizer or None
+        )
+
+    def step(self, batch: Batch) -> None:
+        """One training step, teacher included."""
+        batch = batch._replace(images=self.fast.lay_out(batch.images))
+        with self.fast.autocast(self.device):
+            output = self.teacher(batch.images)
+        train_step(*(self.method, self.stage, self.optimizer, batch, output, PROGRESS), self.fast.autocast(self.device))
+
+    def seconds(self, batches: Iterator[Batch], steps: int) -> float:
+        """Time of so many steps, waiting for their batches included."""
+        wait_for(self.device)
+        start = time.perf_counter()
+        for batch in itertools.islice(batches, steps):
+            self.step(batch)
+        wait_for(self.device)
+        return time.perf_counter() - start
+
+
+def endless(loader: Loader) -> Iterator[Batch]:
+    for epoch in itertools.count():
+        yield from loader.batches(epoch)
+
+
+def measure(pair: tuple[str, str], n: int, data: ImageData, args: Namespace, rates: dict) -> dict:
+    """One record: both contenders on one pair and N."""
+    plain = Contender(pair, n, data, args, "direct", OFF)
+    fast = Contender(pair, n, data, args, "auto", args.parts)
+    loader = Loader(data.train, data, args.batch_size, args.device, data.augmentation)
+    batches = {
+        plain: plain_batches(data, args.batch_size, args.workers, args.device),
+        fast: endless(loader),
+    }
+    held = next(endless(loader))
+    for contender in (plain, fast):  # warm up: threads, caches, worker processes
+        contender.seconds(itertools.repeat(held), 1)
+        contender.seconds(batches[contender], 1)
+    steps, epochs = {plain: [], fast: []}, {plain: [], fast: []}
+    for _ in range(args.rounds):
+        for contender in (plain, fast):
+            steps[contender].append(contender.seconds(itertools.repeat(held), args.steps) / args.steps)
+            epochs[contender].append(contender.seconds(batches[contender], args.steps) / args.steps)
+    step = {contender: statistics.median(times) for contender, times in steps.items()}
+    rate = {contender: args.batch_size / statistics.median(times) for contender, times in epochs.items()}
+    flops = count_flops(lambda: fast.step(held))
+    moved = _bytes_of_a_step(fast, held)
+    return {
+        "pair": f"{pair[0]}:{pair[1]}",
+        "n": n,
+        "batch_size": args.batch_size,
+        "device": str(args.device),
+        "plain_step_s": step[plain],
+        "fast_step_s": step[fast],
+        "step_ratio": step[plain] / step[fast],
+        "plain_epoch_images_per_s": rate[plain],
+        "fast_epoch_images_per_s": rate[fast],
+        "epoch_ratio": rate[fast] / rate[plain],
+        "peak_memory_plain": peak_memory(lambda: plain.step(held), args.device),
+        "peak_memory_fast": peak_memory(lambda: fast.step(held), args.device),
+        "floor_s": max(flops / rates["flops_per_s"], moved / rates["bytes_per_s"]),
+        "flops": flops,
+        "bytes": moved,
+        "achieved_flops_per_s": flops / step[fast],
+        "fast": args.parts,
+        **rates,
+    }
+
+
+def _bytes_of_a_step(contender: Contender, batch: Batch) -> int:
+    """The layers' traffic of one step: the teacher's forward pass, and three passes of the student's."""
+
+    def run(network) -> int:
+        with torch.no_grad(), contender.fast.autocast(contender.device):
+            return count_bytes([network], lambda: network.outputs(contender.fast.lay_out(batch.images)))
+
+    return run(contender.teacher.network) + 3 * run(contender.method.student)
+
+
+def loader_rate(data: ImageData, args: Namespace) -> float:
+    """Images per second of the fast path's input alone, over one epoch."""
+    loader = Loader(data.train, data, args.batch_size, args.device, data.augmentation)
+    wait_for(args.device)
+    start = time.perf_counter()
+    for _ in loader.batches(1):
+        pass
+    wait_for(args.device)
+    return len(data.train.targets) / (time.perf_counter() - start)
+
+
+def profile(pair: tuple[str, str], n: int, data: ImageData, args: Namespace) -> None:
+    """Print the fast step's most expensive operations and write a trace for chrome://tracing or Perfetto."""
+    contender = Contender(pair, n, data, args, "auto", args.parts)
+    batch = next(endless(Loader(data.train, data, args.batch_size, args.device, data.augmentation)))
+    contender.step(batch)
+    with torch.profiler.profile() as profiler:
+        contender.step(batch)
+        wait_for(args.device)
+    key = "self_cuda_time_total" if args.device.type == "cuda" else "self_cpu_time_total"
+    print(profiler.key_averages().table(sort_by=key, row_limit=15, max_name_column_width=40))
+    profiler.export_chrome_trace(args.profile)
+    print(f"trace: {args.profile}")
+
+
+def table(records: list[dict]) -> str:
+    """The records as Markdown."""
+    head = ("pair", "N", "plain step", "fast step", "ratio", "plain epoch", "fast epoch", "ratio", "memory", "floor")
+    rows = [head, ("--",) * len(head)]
+    for record in records:
+        memory = f"{record['peak_memory_plain'] / 2**20:.0f} -> {record['peak_memory_fast'] / 2**20:.0f} MiB"
+        rows.append(
+            (
+                *(record["pair"].replace(":", " -> "), str(record["n"])),
+                *(f"{1000 * record['plain_step_s']:.1f} ms", f"{1000 * record['fast_step_s']:.1f} ms"),
+                *(f"{record['step_ratio']:.2f}", f"{record['plain_epoch_images_per_s']:.0f}/s"),
+                *(f"{record['fast_epoch_images_per_s']:.0f}/s", f"{record['epoch_ratio']:.2f}", memory),
+                f"{1000 * record['floor_s']:.1f} ms",
+            )
+        )
+    lines = ["| " + " | ".join(row) + " |" for row in rows]
+    for kind in ("step_ratio", "epoch_ratio"):
+        mean = statistics.geometric_mean(record[kind] for record in records)
+        lines.append(f"\ngeometric mean of the {kind.replace('_', ' ')}s: {mean:.2f}")
+    return "\n".join(lines)
+
+
+def main(argv=None) -> list[dict]:
+    parser = Parser(__doc__.split("\n")[0])
+    every_pair = ",".join(":".join(pair) for pair in CIFAR_PAIRS)
+    parser.add_argument("--pairs", type=pairs, default=every_pair, metavar="T:S,...", help="all of the tables")
+    parser.add_argument("--n", type=lambda text: [int(part) for part in text.split(",")], default="8", metavar="N,...")
+    parser.add_argument("--batch_size", type=int, default=64)
+    parser.add_argument("--steps", type=int, default=3, help="steps of a round (3)")
+    parser.add_argument("--rounds", type=int, default=3, help="alternating rounds (3)")
+    parser.add_argument("--workers", type=int, default=2, help="worker processes of the plain input (2)")
+    parser.add_argument("--dataset", default="digits", help="images to train on (digits)")
+    parser.add_argument("--data", metavar="PATH")
+    parser.add_argument("--device", type=find_device, default="auto")
+    parser.add_argument("--json", metavar="FILE", help="write the records there")
+    parser.add_argument("--profile", metavar="FILE", help="instead: one pair's kernels, and a trace in FILE")
+    args = parser.parse_args(argv)
+    data = load_data(args.dataset, args.data)
+    args.parts = choose(args.device)
+    if args.profile:
+        profile(args.pairs[0], args.n[0], data, args)
+        return []
+    rates = {
+        "flops_per_s": matrix_rate(args.device, PRECISIONS[args.parts["precision"]]),
+        "bytes_per_s": memory_rate(args.device),
+        "loader_images_per_s": loader_rate(data, args),
+    }
+    print(", ".join(f"{name} {value:.3g}" for name, value in rates.items()))
+    records = []
+    for pair, n in itertools.product(args.pairs, args.n):
+        records.append(measure(pair, n, data, args, rates))
+        print(json.dumps(records[-1]), flush=True)
+    if args.json:
+        with replacing(args.json) as temporary:
+            Path(temporary).write_text(json.dumps(records, indent=1) + "\n")
+    print(table(records))
+    return records
+
+
+if __name__ == "__main__":
+    run_script(main)

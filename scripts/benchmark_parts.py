@@ -1,0 +1,136 @@
+"""What the benchmarks measure with: the plain input pipeline, memory, work, and the floor that the device sets."""
+
+import time
+from collections.abc import Callable, Iterator
+
+import torch
+from PIL import Image
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
+from torch.utils.flop_counter import FlopCounterMode
+from torchvision import transforms
+
+from dataset import Batch, ImageData
+from distiller_zoo import Distiller, Task, find_distiller
+from helper.recipes import resolve
+from models.backbone import Backbone
+
+
+class PlainImages(Dataset):
+    """Images one by one through PIL and torchvision's transforms, as RepDistiller reads CIFAR-100."""
+
+    def __init__(self, data: ImageData):
+        self._pixels = data.train.pixels.permute(0, 2, 3, 1).numpy()
+        self._targets = data.train.targets.tolist()
+        self._transform = transforms.Compose(
+            [
+                transforms.RandomCrop(data.image_size, padding=data.augmentation.pad),
+                transforms.RandomHorizontalFlip(0.5 if data.augmentation.flip else 0.0),
+                transforms.ToTensor(),
+                transforms.Normalize(data.mean, data.std),
+            ]
+        )
+
+    def __len__(self) -> int:
+        return len(self._targets)
+
+    def __getitem__(self, index: int):
+        return self._transform(Image.fromarray(self._pixels[index])), self._targets[index], index
+
+
+def plain_batches(data: ImageData, batch_size: int, workers: int, device: torch.device) -> Iterator[Batch]:
+    """Shuffled batches by worker processes, moved to the device one by one; without end."""
+    loader = DataLoader(
+        PlainImages(data), batch_size, shuffle=True, num_workers=workers, persistent_workers=workers > 0
+    )
+    while True:
+        for images, targets, index in loader:
+            yield Batch(images.to(device), targets.to(device), index.to(device))
+
+
+def recipe_method(
+    name: str, student: Backbone, teacher: Backbone | None, pair: tuple[str, str], task: Task, **others
+) -> Distiller:
+    """The method `name` with its recipe for CIFAR-100 and a (teacher, student) pair, but for `others`."""
+    method = find_distiller(name)
+    recipe = {argument: value for argument, (value, _) in resolve("cifar100", *pair, name).items()}
+    recipe = {flag.argument: recipe.get(flag.argument, flag.default) for flag in method.flags}
+    return method(student, teacher, task, **(recipe | others))
+
+
+def wait_for(device: torch.device) -> None:
+    """Return when the device has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def peak_memory(step: Callable[[], None], device: torch.device) -> int:
+    """Bytes that a step holds at most beyond what was held before it."""
+    if device.type == "cuda":
+        wait_for(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        step()
+        wait_for(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True, acc_events=True
+    ) as profile:
+        step()
+    # The profiler's own view hides what was allocated inside an operation; the raw events have every change.
+    changes = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    held = most = 0
+    for event in sorted(changes, key=lambda event: event.start_ns()):
+        held += event.nbytes()
+        most = max(most, held)
+    return most
+
+
+def count_flops(step: Callable[[], None]) -> int:
+    """Floating point operations of the convolutions and matrix products of a step, backward included."""
+    with FlopCounterMode(display=False) as counter:
+        step()
+    return counter.get_total_flops()
+
+
+def count_bytes(networks: list[nn.Module], run: Callable[[], None]) -> int:
+    """Bytes that the convolutions and linear layers of `networks` must read and write in one forward pass."""
+    total = 0
+
+    def add(layer, inputs, output):
+        nonlocal total
+        (images,) = inputs
+        tensors = (images, output, layer.weight)
+        total += sum(tensor.numel() for tensor in tensors) * output.element_size()
+
+    layers = [layer for network in networks for layer in network.modules() if isinstance(layer, (nn.Conv2d, nn.Linear))]
+    hooks = [layer.register_forward_hook(add) for layer in layers]
+    run()
+    for hook in hooks:
+        hook.remove()
+    return total
+
+
+def _best_seconds(run: Callable[[], object], device: torch.device, repetitions: int = 5) -> float:
+    seconds = []
+    for _ in range(repetitions):
+        wait_for(device)
+        start = time.perf_counter()
+        run()
+        wait_for(device)
+        seconds.append(time.perf_counter() - start)
+    return min(seconds)
+
+
+def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """Floating point operations per second of a large matrix product, measured."""
+    size = 8192 if device.type == "cuda" else 2048
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    return 2 * size**3 / _best_seconds(lambda: a @ b, device)
+
+
+def memory_rate(device: torch.device) -> float:
+    """Bytes per second of copying a large tensor, reading and writing counted, measured."""
+    source = torch.empty(2**28 if device.type == "cuda" else 2**26, dtype=torch.float32, device=device)
+    target = torch.empty_like(source)
+    return 2 * source.numel() * 4 / _best_seconds(lambda: target.copy_(source), device)
