@@ -236,11 +236,14 @@ def test_losses_are_float32_and_finite_under_autocast():
     assert all(buffer.dtype != torch.bfloat16 for buffer in method.buffers())
 
 
-def test_losses_are_called_outside_autocast_with_widened_outputs():
+def test_losses_are_called_outside_autocast_with_what_they_read_widened():
     class Spy(NORM):
+        reads = ("maps",)
+
         def losses(self, student, teacher, targets, index, progress):
             assert not torch.is_autocast_enabled("cpu")
             assert student.logits.dtype == teacher.logits.dtype == student.maps[0].dtype == torch.float32
+            assert student.pooled.dtype == teacher.pooled.dtype == torch.bfloat16  # not read, so not copied
             return {"spied": student.logits.sum()}
 
     teacher, student = pair_networks("resnet14", "resnet8")
