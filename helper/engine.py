@@ -22,7 +22,6 @@ from helper.run_state import build_distiller, data_record
 from helper.stage_training import StageTraining, format_title
 from helper.teacher import FrozenTeacher, TeacherFile, check_teacher
 from models import build_model
-from models.checkpoints import read_checkpoint
 from models.cost import count_parameters
 
 EVALUATION_BATCH = 512
@@ -34,23 +33,33 @@ def run(config: Namespace, teacher_file: TeacherFile | None) -> dict:
     """From a resolved configuration to a trained student; returns the content of the run folder's `result.json`."""
     if config.resume is None:
         return _start(config, teacher_file)
-    folder = RunFolder(config.resume)
+    folder = RunFolder(config.resume).lock()
     print(f"run folder: {folder.path}", flush=True)
-    run = Run(config, teacher_file, folder)
-    run.restore()
-    return run.execute()
+    try:
+        run = Run(config, teacher_file, folder)
+        run.restore()
+        return run.execute()
+    finally:
+        folder.close()
 
 
 def _start(config: Namespace, teacher_file: TeacherFile | None) -> dict:
     folder = RunFolder.create(config.save_dir, run_name(config))
     print(f"run folder: {folder.path}", flush=True)
+    try:
+        run = _prepare(config, teacher_file, folder)
+        return run.execute()
+    finally:
+        folder.close()
+
+
+def _prepare(config: Namespace, teacher_file: TeacherFile | None, folder: RunFolder) -> "Run":
     with folder.discarded_on_error():
         for argument, value in sorted(vars(config).items()):
             if argument != "origins" and value is not None:
                 folder.log(f"  {argument:<18} {value!s:<24} ({config.origins[argument]})")
         folder.write_json(CONFIG, vars(config))
-        run = Run(config, teacher_file, folder)
-    return run.execute()
+        return Run(config, teacher_file, folder)
 
 
 class Run:
@@ -159,10 +168,7 @@ class Run:
 
     def restore(self) -> None:
         """Take up the state of the folder's last checkpoint."""
-        path = self.folder.path / LAST
-        if not path.exists():
-            raise UserError(f"--resume: {self.folder.path} has no checkpoint yet; start the run again without --resume")
-        checkpoint = read_checkpoint(path, "--resume")
+        checkpoint = self.folder.read_last()
         try:
             self._enter(checkpoint["stage_number"], checkpoint["epoch"], checkpoint["stage_step"])
             self.distiller.load_state_dict(checkpoint["distiller"])
@@ -170,7 +176,9 @@ class Run:
             for name in STATE:
                 setattr(self, name, checkpoint[name])
         except (KeyError, IndexError, RuntimeError, ValueError) as error:
-            raise UserError(f"--resume: {path} does not fit this run: {str(error).splitlines()[0]}") from None
+            raise UserError(
+                f"--resume: {self.folder.path} does not fit this run: {str(error).splitlines()[0]}"
+            ) from None
         self.folder.keep_metrics_until(self.epochs_over)
         self.folder.log(f"resumed after {format_title(self.stages[self.stage_number].name, self._progress_made())}")
 
@@ -197,5 +205,4 @@ class Run:
         }
         self.folder.write_json(RESULT, result)
         self.folder.log(format_result(result))
-        self.folder.close()
         return result

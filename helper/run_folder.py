@@ -1,5 +1,6 @@
 """The folder of one run: everything a run writes, written so that no file is ever half there."""
 
+import fcntl
 import itertools
 import json
 import os
@@ -13,21 +14,38 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from errors import UserError
+from models.checkpoints import read_checkpoint
 
 CONFIG, METRICS, RESULT, LOG = "config.json", "metrics.jsonl", "result.json", "log.txt"
 LAST, BEST = "last.pth", "best.pth"
+#: The checkpoint before the last, which is taken where the last is damaged.
+PREVIOUS = "last.previous.pth"
 
 
 @contextmanager
 def replacing(path: str | os.PathLike) -> Iterator[str]:
-    """A temporary name beside `path`; it takes the place of `path` if the block ends well, and goes otherwise."""
+    """A temporary name beside `path`; it takes the place of `path` if the block ends well, and goes otherwise.
+
+    The content is on the disk before the name is, so that a power cut leaves the old file or the new one.
+    """
     temporary = f"{path}.part"
     try:
         yield temporary
+        _flush(temporary)
         os.replace(temporary, path)
+        _flush(os.path.dirname(os.path.abspath(path)))
     finally:
         if os.path.exists(temporary):
             os.remove(temporary)
+
+
+def _flush(path: str | os.PathLike) -> None:
+    """Have the system write a file, or a folder's names, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 class RunFolder:
@@ -36,6 +54,19 @@ class RunFolder:
     def __init__(self, path: str | os.PathLike):
         self.path = Path(path)
         self._events: SummaryWriter | None = None
+        self._lock: int | None = None
+
+    def lock(self) -> "RunFolder":
+        """Claim the folder until `close`; raises `UserError` where another process writes to it."""
+        self._lock = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            self.close()
+            raise UserError(
+                f"--resume: another process is training in {self.path}; wait for it, or start a run of its own"
+            ) from None
+        return self
 
     @classmethod
     def create(cls, root: str, name: str) -> "RunFolder":
@@ -43,7 +74,7 @@ class RunFolder:
         for candidate in _candidates(root, name):
             try:
                 candidate.mkdir(parents=True)
-                return cls(candidate)
+                return cls(candidate).lock()
             except FileExistsError:
                 continue
             except OSError as error:
@@ -54,7 +85,9 @@ class RunFolder:
     def find(cls, root: str, name: str) -> "RunFolder | None":
         """The latest folder that `create` made for this name and that has a checkpoint."""
         made = list(itertools.takewhile(Path.exists, _candidates(root, name)))
-        return next((cls(path) for path in reversed(made) if (path / LAST).exists()), None)
+        return next(
+            (cls(path) for path in reversed(made) if (path / LAST).exists() or (path / PREVIOUS).exists()), None
+        )
 
     @contextmanager
     def discarded_on_error(self) -> Iterator[None]:
@@ -91,8 +124,31 @@ class RunFolder:
         return content
 
     def save(self, name: str, checkpoint: dict) -> None:
-        with replacing(self.path / name) as temporary:
+        """Write a checkpoint; the old `last.pth` is kept as `last.previous.pth`."""
+        path = self.path / name
+        with replacing(path) as temporary:
             torch.save(checkpoint, temporary)
+            if name == LAST and path.exists():
+                _flush(temporary)
+                os.replace(path, self.path / PREVIOUS)
+
+    def read_last(self) -> dict:
+        """The last whole checkpoint; says so where that is not `last.pth`. Raises `UserError` where there is none."""
+        refusals = []
+        for name in (LAST, PREVIOUS):
+            if not (self.path / name).exists():
+                continue
+            try:
+                checkpoint = read_checkpoint(self.path / name, "--resume")
+            except UserError as error:
+                refusals.append(str(error))
+                continue
+            if name == PREVIOUS:
+                self.log(f"{refusals[0] if refusals else f'{LAST} is missing'}; going on with {name}")
+            return checkpoint
+        if refusals:
+            raise UserError(refusals[0])
+        raise UserError(f"--resume: {self.path} has no checkpoint yet; start the run again without --resume")
 
     def append_metrics(self, record: dict, epochs_over: int) -> None:
         """One epoch's numbers: a line of `metrics.jsonl`, and TensorBoard's scalars by epochs of the whole run."""
@@ -113,8 +169,12 @@ class RunFolder:
         self._events = SummaryWriter(self.path, purge_step=epochs_over + 1)
 
     def close(self) -> None:
+        """End the event file and let go of the folder."""
         if self._events is not None:
             self._events.close()
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
 
 
 def _candidates(root: str, name: str) -> Iterator[Path]:

@@ -1,0 +1,136 @@
+"""What happens to machines, and what is let in: kills, damaged files, two processes in one folder."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import train_cifar_student
+from dataset import Images, load_data
+from errors import UserError
+from helper import engine
+from helper.run_folder import PREVIOUS, RunFolder
+from models.checkpoints import read_checkpoint
+from tests.conftest import message_of
+from tests.test_run import load, metrics, same_state
+
+ROOT = Path(__file__).resolve().parent.parent
+KILLS = int(os.environ.get("KILLS", "3"))
+FLIPS = int(os.environ.get("FLIPS", "150"))
+
+
+@pytest.fixture
+def few_images(monkeypatch):
+    def load_few(*arguments):
+        data = load_data(*arguments)
+        return data._replace(train=Images(data.train.pixels[:128], data.train.targets[:128]))
+
+    monkeypatch.setattr(engine, "load_data", load_few)
+
+
+def test_a_damaged_last_checkpoint_falls_back_to_the_one_before(distil, few_images, capsys):
+    whole = distil("--batch_size", "64", "--epochs", "2")
+    cut = distil("--batch_size", "64", "--epochs", "2", "--trial", "cut", "--seed", "1")
+    assert load(cut / PREVIOUS)["epoch"] == 1
+    content = bytearray((cut / "last.pth").read_bytes())
+    content[len(content) // 2] ^= 1
+    (cut / "last.pth").write_bytes(content)
+    train_cifar_student.main(["--resume", str(cut)])
+    assert f"going on with {PREVIOUS}" in capsys.readouterr().out
+    assert same_state(load(whole / "last.pth")["distiller"], load(cut / "last.pth")["distiller"])
+    assert len(metrics(cut)) == 2
+    (cut / "last.pth").unlink()  # as between the two renames
+    train_cifar_student.main(["--resume", str(cut)])
+    assert same_state(load(whole / "last.pth")["distiller"], load(cut / "last.pth")["distiller"])
+
+
+def test_a_folder_belongs_to_one_process(distil, few_images):
+    run = distil("--batch_size", "64", "--epochs", "1")
+    folder = RunFolder(run).lock()
+    message = message_of(train_cifar_student.main, ["--resume", str(run)])
+    assert "another process is training in" in message
+    folder.close()
+    train_cifar_student.main(["--resume", str(run)])
+
+
+def flatten(value, path=""):
+    if isinstance(value, dict):
+        return {key: item for name in value for key, item in flatten(value[name], f"{path}/{name}").items()}
+    return {path: value}
+
+
+def test_no_damaged_checkpoint_is_taken_for_a_whole_one(distil, few_images, tmp_path):
+    """Flipped bits, cuts, and overwritten stretches; run with FLIPS=1000 for the published figure."""
+    source = (distil("--batch_size", "64", "--epochs", "1") / "best.pth").read_bytes()
+    whole = flatten(read_checkpoint(_write(tmp_path / "whole.pth", source)))
+    draw, refused = random.Random(0), 0
+    for number in range(FLIPS):
+        damaged = bytearray(source)
+        kind = number % 3
+        if kind == 0:
+            damaged[draw.randrange(len(damaged))] ^= 1 << draw.randrange(8)
+        elif kind == 1:
+            del damaged[draw.randrange(len(damaged)) :]
+        else:
+            start = draw.randrange(len(damaged))
+            damaged[start : start + 64] = bytes(draw.randrange(256) for _ in damaged[start : start + 64])
+        try:
+            read = flatten(read_checkpoint(_write(tmp_path / "damaged.pth", bytes(damaged))))
+        except UserError:
+            refused += 1
+            continue
+        assert read.keys() == whole.keys() and all(same_state(read[key], whole[key]) for key in whole), number
+    assert refused > FLIPS / 2
+
+
+def _write(path: Path, content: bytes) -> Path:
+    path.write_bytes(content)
+    return path
+
+
+class Runs:
+    """A pickle that would make a file when it is loaded."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+def test_a_pickle_that_runs_code_is_refused(tmp_path):
+    for weights in ({"model": Runs(tmp_path / "made")}, Runs(tmp_path / "made")):
+        torch.save(weights, tmp_path / "teacher.pth")
+        argv = ["--model_s", "resnet8", "--path_t", str(tmp_path / "teacher.pth"), "--save_dir", str(tmp_path / "save")]
+        assert "cannot be read as a checkpoint" in message_of(train_cifar_student.main, argv)
+        assert not (tmp_path / "made").exists() and not (tmp_path / "save").exists()
+
+
+def test_killed_at_any_moment_and_resumed_it_ends_the_same(teacher_run, tmp_path):
+    """SIGKILL at random moments until the run is over; KILLS=50 for the published figure."""
+    argv = [sys.executable, "train_cifar_student.py", "--distill", "norm", "--model_s", "resnet8"]
+    argv += ["--path_t", str(teacher_run / "last.pth"), "--epochs", "3", "--batch_size", "256"]
+    subprocess.run([*argv, "--save_dir", str(tmp_path / "whole")], cwd=ROOT, check=True, capture_output=True)
+    (whole,) = (tmp_path / "whole").iterdir()
+    draw, kills = random.Random(0), 0
+    while kills < KILLS:
+        process = subprocess.Popen([*argv, "--save_dir", str(tmp_path / "cut"), "--resume"], cwd=ROOT, stdout=-3)
+        time.sleep(draw.uniform(2, 12))
+        if process.poll() is None:
+            process.send_signal(signal.SIGKILL)
+            kills += 1
+        process.wait()
+        if any((tmp_path / "cut").glob("*/result.json")):
+            break
+    subprocess.run([*argv, "--save_dir", str(tmp_path / "cut"), "--resume"], cwd=ROOT, check=True, capture_output=True)
+    cut = next(path for path in (tmp_path / "cut").iterdir() if (path / "result.json").exists())
+    assert same_state(load(whole / "last.pth")["distiller"], load(cut / "last.pth")["distiller"])
+    clocks = ("images_per_s", "data_wait_s", "compute_s")
+    for ours, theirs in zip(metrics(whole), metrics(cut), strict=True):
+        assert all(ours[key] == theirs[key] for key in ours if key not in clocks)
