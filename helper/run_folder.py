@@ -20,6 +20,7 @@ CONFIG, METRICS, RESULT, LOG = "config.json", "metrics.jsonl", "result.json", "l
 LAST, BEST = "last.pth", "best.pth"
 #: The checkpoint before the last, which is taken where the last is damaged.
 PREVIOUS = "last.previous.pth"
+DAMAGED = "last.damaged.pth"
 
 
 @contextmanager
@@ -145,6 +146,8 @@ class RunFolder:
                 continue
             if name == PREVIOUS:
                 self.log(f"{refusals[0] if refusals else f'{LAST} is missing'}; going on with {name}")
+                if refusals:  # the next checkpoint must not take it for the one before
+                    os.replace(self.path / LAST, self.path / DAMAGED)
             return checkpoint
         if refusals:
             raise UserError(refusals[0])
