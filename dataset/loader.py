@@ -57,15 +57,15 @@ class Loader:
         whole, rest = divmod(len(self.subset), self.batch_size)
         return whole + (rest >= self.min_batch and rest > 0)
 
-    def batches(self, epoch: int = 0) -> Iterator[Batch]:
-        """The batches of an epoch."""
+    def batches(self, epoch: int = 0, first: int = 0) -> Iterator[Batch]:
+        """The batches of an epoch, from the one with number `first` on."""
         n, device = len(self.images.targets), self.images.targets.device
         order, draws = self.subset, None
         if self.augmentation is not None:
             generator = torch.Generator().manual_seed(epoch_seed(self.seed, epoch))
             order = self.subset[torch.randperm(len(self.subset), generator=generator)]
             draws = [draw_augmentation(self.augmentation, n, generator).to(device) for _ in range(self.num_views)]
-        for index in order.to(device).split(self.batch_size)[: len(self)]:
+        for index in order.to(device).split(self.batch_size)[first : len(self)]:
             pixels = self.images.pixels[index]
             if draws is not None:
                 pixels = torch.cat(self._make_views(pixels, [draw.of(index) for draw in draws], self.augmentation))

@@ -30,10 +30,21 @@ DEFAULTS = {
     "save_dir": "save",
     "print_freq": 100,
     "save_freq": 0,
+    "save_every_steps": 0,
     "allow_teacher_gap": False,
 }
 #: What may differ between a run and its continuation.
-MAY_CHANGE = ("data", "num_workers", "device", "print_freq", "save_freq", "save_dir", "max_steps", "epochs")
+MAY_CHANGE = (
+    "data",
+    "num_workers",
+    "device",
+    "print_freq",
+    "save_freq",
+    "save_every_steps",
+    "save_dir",
+    "max_steps",
+    "epochs",
+)
 
 
 def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> tuple[Namespace, TeacherFile | None]:

@@ -3,15 +3,17 @@
 Nothing here knows the name of a method; what a method needs it says itself (distiller_zoo/base.py).
 """
 
+import signal
 import time
 from argparse import Namespace
+from collections.abc import Callable
 
 import torch
 from torch import nn
 
 from dataset import Loader, load_data
 from distiller_zoo import Progress
-from errors import UserError
+from errors import Stopped, UserError
 from helper.configuration import run_name
 from helper.device import find_device
 from helper.fast import Fast
@@ -19,6 +21,7 @@ from helper.metrics import evaluate
 from helper.reporting import describe_data, describe_method, format_epoch, format_result
 from helper.run_folder import BEST, CONFIG, LAST, RESULT, RunFolder
 from helper.run_state import build_distiller, data_record
+from helper.signals import StopRequest
 from helper.stage_training import StageTraining, format_title
 from helper.teacher import FrozenTeacher, TeacherFile, check_teacher
 from models import build_model
@@ -38,7 +41,8 @@ def run(config: Namespace, teacher_file: TeacherFile | None) -> dict:
     try:
         run = Run(config, teacher_file, folder)
         run.restore()
-        return run.execute()
+        with run.stop_request:
+            return run.execute()
     finally:
         folder.close()
 
@@ -48,7 +52,8 @@ def _start(config: Namespace, teacher_file: TeacherFile | None) -> dict:
     print(f"run folder: {folder.path}", flush=True)
     try:
         run = _prepare(config, teacher_file, folder)
-        return run.execute()
+        with run.stop_request:
+            return run.execute()
     finally:
         folder.close()
 
@@ -82,6 +87,8 @@ class Run:
         self.stages = self.distiller.stages(config.epochs)
         self.step, self.epochs_over, self.seconds = 0, 0, 0.0  # what is over, in all stages
         self.accuracies: list[float] = []  # test accuracy (%) of every epoch of the main stage
+        self.epoch_state: dict | None = None  # where a resumed run stands within an epoch
+        self.stop_request = StopRequest()
         self._enter(0)
 
     def _prepare_teacher(self, teacher_file: TeacherFile) -> FrozenTeacher:
@@ -130,8 +137,10 @@ class Run:
         stage, started = self.stages[self.stage_number], time.perf_counter()
         progress = Progress(self.epoch, stage.epochs)
         means, steps = self.training.train_epoch(
-            progress, self.epochs_over, self._steps_left(), self.folder.log_quietly
+            *(progress, self.epochs_over, self._steps_left(), self.folder.log_quietly),
+            *(self._after_step, self.epoch_state),
         )
+        self.epoch_state = None
         self.distiller.eval()
         # The student of an earlier stage is not yet what is tested.
         test = evaluate(self.distiller.predict, self.test_loader, "testing") if self.in_main_stage else {}
@@ -146,18 +155,38 @@ class Run:
         self.folder.append_metrics(record, self.epochs_over)
         self.folder.log(format_epoch(record, format_title(stage.name, progress)))
         self._save(record)
+        self._stop_if_asked()
 
-    def _save(self, record: dict) -> None:
-        config = {key: value for key, value in vars(self.config).items() if key != "origins"}
-        model = {
-            "config": config,
+    def _after_step(self, make_state: Callable[[], dict], number: int) -> None:
+        """Save within an epoch where that is due, or before the run stops."""
+        every = self.config.save_every_steps
+        if self.stop_request.signal_number is not None or (every and number % every == 0):
+            self._save_last(self._model(None), make_state())
+            self._stop_if_asked()
+
+    def _stop_if_asked(self) -> None:
+        number = self.stop_request.signal_number
+        if number is not None:
+            name = signal.Signals(number).name
+            raise Stopped(number, f"stopped by {name} and saved; go on with --resume {self.folder.path}")
+
+    def _model(self, accuracy: float | None) -> dict:
+        """What a checkpoint holds of the networks, and what is known of them."""
+        return {
+            "config": {key: value for key, value in vars(self.config).items() if key != "origins"},
             "data": data_record(self.data),
             "epoch": self.epoch,
-            "accuracy": record.get("test_accuracy"),
+            "accuracy": accuracy,
             "distiller": self.distiller.state_dict(),
         }
-        state = {name: getattr(self, name) for name in STATE}
+
+    def _save_last(self, model: dict, epoch_state: dict | None) -> None:
+        state = {name: getattr(self, name) for name in STATE} | {"epoch_state": epoch_state}
         self.folder.save(LAST, model | state | {"optimizer": self.training.optimizer.state_dict()})
+
+    def _save(self, record: dict) -> None:
+        model = self._model(record.get("test_accuracy"))
+        self._save_last(model, None)
         if not self.in_main_stage:
             return
         # The first of equals is kept, so the last epoch does not overwrite the best for a tie.
@@ -173,17 +202,17 @@ class Run:
             self._enter(checkpoint["stage_number"], checkpoint["epoch"], checkpoint["stage_step"])
             self.distiller.load_state_dict(checkpoint["distiller"])
             self.training.optimizer.load_state_dict(checkpoint["optimizer"])
-            for name in STATE:
+            for name in (*STATE, "epoch_state"):
                 setattr(self, name, checkpoint[name])
         except (KeyError, IndexError, RuntimeError, ValueError) as error:
             raise UserError(
                 f"--resume: {self.folder.path} does not fit this run: {str(error).splitlines()[0]}"
             ) from None
         self.folder.keep_metrics_until(self.epochs_over)
-        self.folder.log(f"resumed after {format_title(self.stages[self.stage_number].name, self._progress_made())}")
-
-    def _progress_made(self) -> Progress:
-        return Progress(self.epoch - 1, self.stages[self.stage_number].epochs)
+        stage = self.stages[self.stage_number]
+        title = format_title(stage.name, Progress(self.epoch - 1, stage.epochs))
+        within = f" and {self.epoch_state['steps']} steps" if self.epoch_state else ""
+        self.folder.log(f"resumed after {title}{within}")
 
     def _finish(self) -> dict:
         last_five = self.accuracies[-5:]

@@ -44,6 +44,21 @@ class EpochMeter:
             self._has_logits = True
         self._images += len(targets)
 
+    def state(self) -> dict:
+        """What `load_state` takes up again."""
+        seconds = time.perf_counter() - self._start
+        return {
+            "losses": {name: value.clone() for name, value in self._losses.items()},
+            "correct": self._correct.clone(),
+            "counts": (self._images, self._has_logits, self._data_wait, seconds),
+        }
+
+    def load_state(self, state: dict) -> None:
+        self._losses = {name: value.to(self._device) for name, value in state["losses"].items()}
+        self._correct = state["correct"].to(self._device)
+        self._images, self._has_logits, self._data_wait, seconds = state["counts"]
+        self._start = time.perf_counter() - seconds
+
     def summary(self) -> dict[str, float]:
         """Means so far; raises `UserError` where a loss is no longer finite."""
         losses = {f"loss_{name}": float(total) / self._images for name, total in self._losses.items()}

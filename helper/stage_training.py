@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
+from torch import Tensor
 
 from dataset import Batch, ImageData, Loader, epoch_seed
 from distiller_zoo import Distiller, Progress, Stage
@@ -68,29 +69,43 @@ class StageTraining:
         return step_learning_rate(base, epoch, config.lr_decay_epochs, config.lr_decay_rate)
 
     def train_epoch(
-        self, progress: Progress, epochs_over: int, most_steps: int | None, log: Callable[[str], None]
+        self,
+        progress: Progress,
+        epochs_over: int,
+        most_steps: int | None,
+        log: Callable[[str], None],
+        after_step: Callable[[Callable[[], dict], int], None] = lambda state, number: None,
+        state: dict | None = None,
     ) -> tuple[dict[str, float], int]:
         """One pass over the training images, of at most so many steps -> (means of the epoch, steps).
 
-        `epochs_over` counts the epochs of the whole run; what is random depends on it and the seed alone.
+        `epochs_over` counts the epochs of the whole run; what is random depends on it and the seed alone. After every
+        step but the last `after_step` is called with a function that returns the epoch's state, and the number of
+        steps; `state` is such a state, to go on from.
         """
-        torch.manual_seed(epoch_seed(self.config.seed, epochs_over + 1))
+        epoch, over = epochs_over + 1, state["steps"] if state else 0
+        torch.manual_seed(epoch_seed(self.config.seed, epoch))
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate(progress.epoch + 1)
         begin(self.stage, self.distiller)
-        steps = len(self.loader) if most_steps is None else min(len(self.loader), most_steps)
-        batches = itertools.islice(self.loader.batches(epochs_over + 1), steps)
-        held_out = None if self.held_out is None else _endless(self.held_out, epochs_over + 1)
+        steps = max(over, len(self.loader) if most_steps is None else min(len(self.loader), most_steps))
+        batches = itertools.islice(self.loader.batches(epoch, over), steps - over)
+        held_out = None if self.held_out is None else itertools.islice(_endless(self.held_out, epoch), over, None)
         meter = EpochMeter(self.device)
+        if state:
+            meter.load_state(state["meter"])
+            set_random_state(state["random"])
         title = format_title(self.stage.name, progress)
-        bar = progress_bar(meter.timed(batches), title, steps)
-        for number, batch in enumerate(bar, 1):
+        bar = progress_bar(meter.timed(batches), title, steps, over)
+        for number, batch in enumerate(bar, over + 1):
             losses, logits = self._step(batch, held_out, progress)
             meter.update(losses, logits, batch.targets)
             if number % self.config.print_freq == 0:
                 means = meter.summary()
                 bar.set_postfix_str(format_losses(means))
                 log(f"{title} step {number}/{steps}: {format_losses(means)}")
+            if number < steps:
+                after_step(lambda: {"steps": number, "meter": meter.state(), "random": random_state()}, number)  # noqa: B023
         if self.stage.after_epoch is not None:
             self.stage.after_epoch(progress)
         return meter.summary(), steps
@@ -106,6 +121,21 @@ class StageTraining:
             self.stage.before_step(self.optimizer, batch, teacher_output, held_out_batch, progress)
         autocast = self.fast.autocast(self.device)
         return train_step(self.distiller, self.stage, self.optimizer, batch, teacher_output, progress, autocast)
+
+
+def random_state() -> dict[str, Tensor]:
+    """The state of torch's global generators."""
+    state = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def set_random_state(state: dict[str, Tensor]) -> None:
+    """Take up a `random_state`, as far as this machine has the generators."""
+    torch.set_rng_state(state["cpu"])
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
 
 
 def begin(stage: Stage, distiller: Distiller) -> None:

@@ -29,6 +29,7 @@ IGNORED = (
     "device",
     "print_freq",
     "save_freq",
+    "save_every_steps",
     "resume",
     "path_t",
 )

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import train_cifar_student
+import train_teacher
 from dataset import Images, load_data
 from errors import UserError
 from helper import engine
@@ -48,6 +49,49 @@ def test_a_damaged_last_checkpoint_falls_back_to_the_one_before(distil, few_imag
     (cut / "last.pth").unlink()  # as between the two renames
     train_cifar_student.main(["--resume", str(cut)])
     assert same_state(load(whole / "last.pth")["distiller"], load(cut / "last.pth")["distiller"])
+
+
+@pytest.mark.parametrize("distill", ["norm", "norm_crd"])
+@pytest.mark.parametrize("saves", [2, 3, 6])
+def test_cut_within_an_epoch_and_resumed_it_ends_the_same(distil, few_images, monkeypatch, distill, saves, capsys):
+    flags = ("--batch_size", "32", "--epochs", "2", *(("--nce_k", "16") if distill == "norm_crd" else ()))
+    whole = distil(*flags, distill=distill)
+    save, saved = RunFolder.save, []
+
+    def save_then_stop(self, name, checkpoint):
+        save(self, name, checkpoint)
+        saved.append(name)
+        if saved.count("last.pth") == saves:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(RunFolder, "save", save_then_stop)
+    with pytest.raises(KeyboardInterrupt):
+        distil(*flags, "--trial", "cut", "--seed", "1", "--save_every_steps", "1", distill=distill)
+    monkeypatch.setattr(RunFolder, "save", save)
+    cut = next(path for path in whole.parent.iterdir() if path.name.endswith("trialcut"))
+    train_cifar_student.main(["--resume", str(cut)])
+    assert "steps" in capsys.readouterr().out.split("resumed after")[1].splitlines()[0]
+    a, b = load(whole / "last.pth"), load(cut / "last.pth")
+    for key in ("distiller", "optimizer", "epoch", "step", "accuracies"):
+        assert same_state(a[key], b[key]), key
+    clocks = ("images_per_s", "data_wait_s", "compute_s")
+    for ours, theirs in zip(metrics(whole), metrics(cut), strict=True):
+        assert all(ours[key] == theirs[key] for key in ours if key not in clocks)
+
+
+@pytest.mark.parametrize(("name", "code"), [("SIGTERM", 143), ("SIGINT", 130)])
+def test_a_signal_saves_and_stops(tmp_path, name, code):
+    argv = [sys.executable, "train_teacher.py", "--model", "resnet20", "--epochs", "50", "--save_dir", str(tmp_path)]
+    process = subprocess.Popen(argv, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    run = Path(process.stdout.readline().split("run folder: ")[1].strip())
+    while "parameters" not in (run / "log.txt").read_text():
+        time.sleep(0.1)
+    time.sleep(1.5)  # into the first epoch
+    process.send_signal(getattr(signal, name))
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == code and f"stopped by {name} and saved" in errors and "Traceback" not in errors
+    assert load(run / "last.pth")["epoch"] < 50
+    train_teacher.main(["--resume", str(run), "--max_steps", "1"])
 
 
 def test_a_folder_belongs_to_one_process(distil, few_images):
