@@ -81,7 +81,7 @@ class Contender:
         return time.perf_counter() - start
 
 
-def endless(loader: Loader) -> Iterator[Batch]:
+def _endless(loader: Loader) -> Iterator[Batch]:
     for epoch in itertools.count():
         yield from loader.batches(epoch)
 
@@ -93,9 +93,9 @@ def measure(pair: tuple[str, str], n: int, data: ImageData, args: Namespace, rat
     loader = Loader(data.train, data, args.batch_size, args.device, data.augmentation)
     batches = {
         plain: plain_batches(data, args.batch_size, args.workers, args.device),
-        fast: endless(loader),
+        fast: _endless(loader),
     }
-    held = next(endless(loader))
+    held = next(_endless(loader))
     for contender in (plain, fast):  # warm up: threads, caches, worker processes
         contender.seconds(itertools.repeat(held), 1)
         contender.seconds(batches[contender], 1)
@@ -154,7 +154,7 @@ def loader_rate(data: ImageData, args: Namespace) -> float:
 def profile(pair: tuple[str, str], n: int, data: ImageData, args: Namespace) -> None:
     """Print the fast step's most expensive operations and write a trace for chrome://tracing or Perfetto."""
     contender = Contender(pair, n, data, args, "auto", args.parts)
-    batch = next(endless(Loader(data.train, data, args.batch_size, args.device, data.augmentation)))
+    batch = next(_endless(Loader(data.train, data, args.batch_size, args.device, data.augmentation)))
     contender.step(batch)
     with torch.profiler.profile() as profiler:
         contender.step(batch)
