@@ -2,9 +2,8 @@
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from crd.memory import ContrastMemory
+from crd.memory import ContrastMemory, unit_rows
 
 EPSILON = 1e-7
 
@@ -17,7 +16,7 @@ class Embed(nn.Module):
         self.linear = nn.Linear(in_dim, out_dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.normalize(self.linear(x.flatten(1)))
+        return unit_rows(self.linear(x.flatten(1)))
 
 
 class ContrastLoss(nn.Module):

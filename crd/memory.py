@@ -6,6 +6,70 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+#: A bank of up to so many rows per index is multiplied as a whole: that is faster than visiting rows one by one.
+WHOLE_BANK_ROWS = 32
+
+
+def unit_rows(rows: Tensor) -> Tensor:
+    """Rows (B, d) scaled to length 1; a row of zeros stays so and gets no gradient, since it has no direction."""
+    length = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
+    return rows / torch.where(length > 1e-12, length, math.inf)
+
+
+class BankProducts(torch.autograd.Function):
+    """<bank[i], v> for every index i of a row: v (B, d), bank (n, d), contrast index (B, 1 + K) -> (B, 1 + K).
+
+    The gradient of v is that of the bank as it is now, although the rows of `updated` (B,) may be overwritten before it
+    is asked for: they are kept, and put back for that moment, which spares a copy of the bank.
+    """
+
+    @staticmethod
+    def forward(ctx, v: Tensor, bank: Tensor, contrast_index: Tensor, updated: Tensor) -> Tensor:
+        ctx.save_for_backward(contrast_index, updated, bank[updated])
+        ctx.bank, ctx.version = bank, bank._version
+        if multiplies_whole_bank(bank, contrast_index):
+            return (v @ bank.T).gather(1, contrast_index)
+        return row_products(v, bank, contrast_index)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, gradient: Tensor):
+        contrast_index, updated, rows_then = ctx.saved_tensors
+        bank = ctx.bank
+        if bank._version > ctx.version + 1:
+            raise RuntimeError("the memory bank has been updated again since these scores were computed")
+        rows_now = bank[updated]
+        bank[updated] = rows_then
+        if multiplies_whole_bank(bank, contrast_index):
+            spread = gradient.new_zeros(len(gradient), len(bank)).scatter_add_(1, contrast_index, gradient)
+            result = spread @ bank
+        else:
+            result = weighted_rows(gradient, bank, contrast_index)
+        bank[updated] = rows_now
+        ctx.version = bank._version
+        return result, None, None, None
+
+
+def multiplies_whole_bank(bank: Tensor, contrast_index: Tensor) -> bool:
+    """Whether products are taken with every row of the bank, and the asked ones picked."""
+    return len(bank) <= WHOLE_BANK_ROWS * contrast_index.shape[1]
+
+
+def weighted_rows(weights: Tensor, bank: Tensor, contrast_index: Tensor) -> Tensor:
+    """sum_k weights[b, k] * bank[contrast_index[b, k]], (B, d); no copy of the rows is made."""
+    return F.embedding_bag(contrast_index, bank, mode="sum", per_sample_weights=weights.contiguous())
+
+
+def row_products(v: Tensor, bank: Tensor, contrast_index: Tensor) -> Tensor:
+    """<bank[contrast_index[b, k]], v[b]>, (B, 1 + K); no copy of the rows is made.
+
+    The products are the gradient of <v[b], weighted sum of the rows> with respect to the weights.
+    """
+    with torch.enable_grad():
+        weights = torch.zeros(contrast_index.shape, dtype=bank.dtype, device=bank.device, requires_grad=True)
+        sums = weighted_rows(weights, bank, contrast_index)
+    return torch.autograd.grad(sums, weights, v)[0]
+
 
 class ContrastMemory(nn.Module):
     """Scores of the student's embeddings against the teacher's bank and the other way round.
@@ -28,27 +92,19 @@ class ContrastMemory(nn.Module):
 
         Afterwards the banks' rows of the batch move towards the new embeddings.
         """
-        scores_1 = self._normalised(self._similarities(self.memory_v2, v1, contrast_index), self.z_v1)
-        scores_2 = self._normalised(self._similarities(self.memory_v1, v2, contrast_index), self.z_v2)
+        products_1 = BankProducts.apply(v1, self.memory_v2, contrast_index, index)
+        products_2 = BankProducts.apply(v2, self.memory_v1, contrast_index, index)
         self._update(self.memory_v1, v1, index)
         self._update(self.memory_v2, v2, index)
-        return scores_1, scores_2
+        return self._normalised(products_1, self.z_v1), self._normalised(products_2, self.z_v2)
 
-    def _similarities(self, memory: Tensor, v: Tensor, contrast_index: Tensor) -> Tensor:
-        """exp(<memory[i], v> / T) for every index i of a row, by whichever product holds fewer numbers."""
-        # The autograd graph must not see the update in place that follows.
-        memory = memory.clone()
-        if len(memory) <= contrast_index.shape[1] * memory.shape[1]:
-            products = (v @ memory.T).gather(1, contrast_index)
-        else:
-            products = (memory[contrast_index] @ v.unsqueeze(2)).squeeze(2)
-        return torch.exp(products / self.temperature)
-
-    def _normalised(self, similarities: Tensor, z: Tensor) -> Tensor:
+    def _normalised(self, products: Tensor, z: Tensor) -> Tensor:
+        """exp(products / T) / Z; Z is set where it is not."""
+        similarities = torch.exp(products / self.temperature)
         with torch.no_grad():
             z.copy_(torch.where(z == 0, similarities.mean() * len(self.memory_v1), z))
         return similarities / z.clone()
 
     @torch.no_grad()
     def _update(self, memory: Tensor, v: Tensor, index: Tensor) -> None:
-        memory[index] = F.normalize(memory[index] * self.momentum + v.detach().to(memory.dtype) * (1 - self.momentum))
+        memory[index] = unit_rows(memory[index] * self.momentum + v.detach().to(memory.dtype) * (1 - self.momentum))

@@ -62,6 +62,13 @@ INIT_EPOCHS = Flag(
     ("--init_epochs",), count, 30, "epochs of the stage before the main one, in a run of 240", full_run=240
 )
 INIT_LEARNING_RATE = Flag(("--init_learning_rate",), positive, 0.05, "learning rate of the stage before the main one")
+WARMUP_EPOCHS = Flag(
+    ("--warmup_epochs",),
+    count,
+    20,
+    "epochs over which the weight of the method's own loss rises from 0, in a run of 240",
+    full_run=240,
+)
 
 
 class Task(NamedTuple):
@@ -99,6 +106,10 @@ class Stage(NamedTuple):
     before_step: Callable[..., None] | None = None
     #: Called after each epoch with its progress, to record what the epoch has found.
     after_epoch: Callable[[Progress], None] | None = None
+
+
+def without_student(images: Tensor, teacher: Output | None) -> None:
+    """The `respond` of a stage that does not run the student."""
 
 
 class Distiller(nn.Module):

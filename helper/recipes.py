@@ -73,19 +73,36 @@ METHOD = {
     "reviewkd": _weights(1, 0, 1),
     # OFD's code divides by 1000 on CIFAR.
     "ofd": _weights(1, 0, 0.001),
+    # DistPro's kd_weight per pair is not published: 1.
+    "distpro": _weights(1, 0, 1, kd_weight=1.0),
+    # SSKD's code: its weights and temperatures are the flags' defaults.
+    "sskd": {"gamma": 0.1, "alpha": 0.9},
+    # ONE's code has no weights.
+    "one": {"gamma": 1.0, "beta": 1.0},
+    # DKD's weight of the non-target classes per student is in METHOD_STUDENT.
+    "dkd": {"gamma": 1.0, "dkd_alpha": 1.0, "dkd_beta": 8.0},
+    # DIST, CIFAR-100 runs.
+    "dist": {"gamma": 1.0, "beta": 2.0, "kd_T": 4.0},
+    # MLKD's code: CE 0.1 on each view, 0.9 on every level.
+    "mlkd": _weights(0.1, 0.9, 0.9),
 }
 
-#: What changes with `--logit_standardization`.
+#: What changes with `--logit_standardization` (Sun et al., CVPR 2024): values, and factors on what the rest says.
 STANDARDISED = {
-    # Sun et al., CVPR 2024: CE of the raw logits 0.1, KL 9 at T = 2.
+    # CE of the raw logits 0.1, KL 9 at T = 2.
     "kd": {"gamma": 0.1, "alpha": 9.0, "kd_T": 2.0},
+    "dkd": {"kd_T": 2.0},
 }
+STANDARDISED_FACTORS = {"dkd": {"dkd_alpha": 9.0, "dkd_beta": 9.0}}
 
 #: What a method publishes per student, whatever the teacher.
 METHOD_STUDENT = {
     # ReviewKD's README: its commands per pair; each student has one weight.
     **{("reviewkd", student): {"beta": 5.0} for student in ("wrn_16_2", "wrn_40_1", "ShuffleV1", "resnet8x4")},
     ("reviewkd", "ShuffleV2"): {"beta": 8.0},
+    # DKD's configurations; 8 for the other students.
+    **{("dkd", student): {"dkd_beta": 2.0} for student in ("resnet20", "resnet32")},
+    **{("dkd", student): {"dkd_beta": 6.0} for student in ("wrn_16_2", "wrn_40_1", "vgg8")},
     # RepDistiller trains the paraphraser at 0.01 for ResNets and WRNs, at the student's rate otherwise.
     ("factor", "vgg8"): {"init_learning_rate": 0.05},
 }
@@ -97,6 +114,7 @@ _NORM_RESNET_X4 = {"gamma": 0.1, "alpha": 0.0, "beta": 1.0, "co_sponge": 8}
 PAIR = {
     ("resnet32x4", "resnet8x4", "norm"): _NORM_RESNET_X4,
     ("resnet32x4", "resnet8x4", "norm_crd"): _NORM_RESNET_X4,
+    ("vgg13", "MobileNetV2", "dkd"): {"dkd_beta": 6.0},
     # ReviewKD's README.
     ("resnet56", "resnet20", "reviewkd"): {"beta": 0.6},
     ("resnet110", "resnet32", "reviewkd"): {"beta": 1.0},
@@ -138,8 +156,13 @@ def resolve(
         (f"data set {dataset}", DATASET.get(dataset, DATASET["cifar100"])),
         (f"student {student}", STUDENT.get(student, {})),
         (f"method {method}", METHOD.get(method, {})),
-        (f"{method} of standardised logits", STANDARDISED.get(method, {}) if standardised else {}),
         (f"{method} -> {student}", METHOD_STUDENT.get((method, student), {})),
         (f"pair {teacher} -> {student}", PAIR.get((teacher, student, method), {})),
     )
-    return {argument: (value, source) for source, row in rows for argument, value in row.items()}
+    resolved = {argument: (value, source) for source, row in rows for argument, value in row.items()}
+    if standardised:
+        source = f"{method} of standardised logits"
+        resolved |= {argument: (value, source) for argument, value in STANDARDISED.get(method, {}).items()}
+        for argument, factor in STANDARDISED_FACTORS.get(method, {}).items():
+            resolved[argument] = (factor * resolved[argument][0], source)
+    return resolved

@@ -18,6 +18,9 @@ from helper.schedule import cosine_learning_rate, step_learning_rate
 from helper.teacher import FrozenTeacher
 from models.backbone import Output
 
+#: Number of epochs between two passes over the held-out images in one epoch, so that no two are alike.
+PASSES_APART = 100_000
+
 
 class StageTraining:
     """Trains `stage` of a method on the training images; the rest of the method is frozen meanwhile."""
@@ -90,7 +93,7 @@ class StageTraining:
         begin(self.stage, self.distiller)
         steps = max(over, len(self.loader) if most_steps is None else min(len(self.loader), most_steps))
         batches = itertools.islice(self.loader.batches(epoch, over), steps - over)
-        held_out = None if self.held_out is None else itertools.islice(_endless(self.held_out, epoch), over, None)
+        held_out = None if self.held_out is None else _endless(self.held_out, epoch, over)
         meter = EpochMeter(self.device)
         if state:
             meter.load_state(state["meter"])
@@ -111,16 +114,19 @@ class StageTraining:
         return meter.summary(), steps
 
     def _step(self, batch: Batch, held_out: Iterator[Batch] | None, progress: Progress):
-        batch = batch._replace(images=self.fast.lay_out(batch.images))
+        batch = self._lay_out(batch)
         teacher_output = None
         if self.teacher is not None:
             with self.fast.autocast(self.device):
                 teacher_output = self.teacher(batch.images, self.distiller.teacher_preact)
         if self.stage.before_step is not None:
-            held_out_batch = None if held_out is None else next(held_out)
+            held_out_batch = None if held_out is None else self._lay_out(next(held_out))
             self.stage.before_step(self.optimizer, batch, teacher_output, held_out_batch, progress)
         autocast = self.fast.autocast(self.device)
         return train_step(self.distiller, self.stage, self.optimizer, batch, teacher_output, progress, autocast)
+
+    def _lay_out(self, batch: Batch) -> Batch:
+        return batch._replace(images=self.fast.lay_out(batch.images))
 
 
 def random_state() -> dict[str, Tensor]:
@@ -179,6 +185,9 @@ def _split(n: int, holdout: float, seed: int) -> tuple[torch.Tensor, torch.Tenso
     return order[round(n * holdout) :], order[: round(n * holdout)]
 
 
-def _endless(loader: Loader, epoch: int) -> Iterator[Batch]:
-    while True:
-        yield from loader.batches(epoch)
+def _endless(loader: Loader, epoch: int, first: int) -> Iterator[Batch]:
+    """Batches of an epoch from the one with number `first` on, in passes that are shuffled and cropped anew."""
+    passes_over, first = divmod(first, len(loader))
+    for number in itertools.count(passes_over):
+        yield from loader.batches(epoch + number * PASSES_APART, first)
+        first = 0

@@ -1,9 +1,11 @@
 """The contract that every network keeps, teacher or student.
 
-A network writes `forward_maps`, `get_classifier` and, where its head differs from "pool, then classify", the parts of
-the head; the base class gives the rest. Shapes: B batch, C channels, H x W pixels, D pooled width, K classes.
+A network writes `forward_trunk`, `forward_last_stage`, `get_classifier` and, where its head differs from "pool, then
+classify", the parts of the head; the base class gives the rest. Shapes: B batch, C channels, H x W pixels, D pooled
+width, K classes.
 """
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -37,10 +39,22 @@ class Backbone(nn.Module):
 
     #: True where a BatchNorm and a ReLU stand between `final` and the pooling (pre-activation networks).
     activates_final = False
+    #: Names of the sub-modules below the last stage.
+    trunk: tuple[str, ...] = ()
+
+    def forward_trunk(self, x: Tensor, preact: bool = False) -> tuple[list[Tensor], Tensor]:
+        """Images (B, 3, H, W) -> (stage outputs but the last, the map that enters the last stage)."""
+        raise NotImplementedError
+
+    def forward_last_stage(self, x: Tensor, preact: bool = False) -> tuple[Tensor, Tensor]:
+        """The map that enters the last stage -> (the last stage output, final map)."""
+        raise NotImplementedError
 
     def forward_maps(self, x: Tensor, preact: bool = False) -> tuple[list[Tensor], Tensor]:
         """Images (B, 3, H, W) -> (stage outputs, final map); with `preact` stage outputs before their last ReLU."""
-        raise NotImplementedError
+        maps, x = self.forward_trunk(x, preact)
+        last_map, final = self.forward_last_stage(x, preact)
+        return [*maps, last_map], final
 
     def get_classifier(self) -> nn.Linear:
         """The last linear layer, (D -> K)."""
@@ -65,6 +79,20 @@ class Backbone(nn.Module):
         """Logits (B, K); with `is_feat` (list of features, logits) in RepDistiller's order, the pooled vector last."""
         output = self.outputs(x, preact)
         return ([*output.maps, output.pooled], output.logits) if is_feat else output.logits
+
+    def initialise(self) -> None:
+        """Initialise in place as the family is, on top of what its layers do themselves."""
+
+    def make_branch(self) -> "Backbone":
+        """A second last stage and head on top of the same trunk: a copy without `trunk`, initialised anew."""
+        branch = copy.deepcopy(self)
+        for name in self.trunk:
+            branch.set_submodule(name, nn.Identity())
+        for module in branch.modules():
+            if hasattr(module, "reset_parameters"):
+                module.reset_parameters()
+        branch.initialise()
+        return branch
 
     def get_bn_before_relu(self) -> list[nn.BatchNorm2d]:
         """The BatchNorms before the ReLU that ends each stage (OFD reads its margins from them)."""
@@ -101,13 +129,30 @@ def probe_shapes(network: Backbone, image_size: int) -> Shapes:
     )
 
 
-class FinalConv(Backbone):
+class Wrapper(Backbone):
+    """Base of networks that hold another one, whose stage outputs are theirs (models/wrappers.py lists them)."""
+
+    #: The constructor's arguments behind the network.
+    sizes: dict[str, int]
+
+    def __init__(self, network: Backbone):
+        super().__init__()
+        self.network = network
+
+    def get_bn_before_relu(self):
+        return self.network.get_bn_before_relu()
+
+    def get_feat_modules(self):
+        return self.network.get_feat_modules()
+
+
+class FinalConv(Wrapper):
     """A network with one 1x1 convolution between its final map and its head: the folded form of a transform that the
     head's own BatchNorm and ReLU keep from disappearing into the classifier."""
 
     def __init__(self, network: Backbone, channels: int):
-        super().__init__()
-        self.network = network
+        super().__init__(network)
+        self.sizes = {"channels": channels}
         self.final_conv = nn.Conv2d(channels, channels, 1)
         self.activates_final = network.activates_final
 

@@ -36,6 +36,8 @@ def _separable(in_channels: int, out_channels: int, stride: int) -> nn.Sequentia
 class MobileNetV1(Backbone):
     """The published names split the chain in two: `model1` (stem and stages 1-3) and `model2` (stage 4)."""
 
+    trunk = ("model1",)
+
     def __init__(self, num_classes: int = 1000):
         super().__init__()
         channels, chain, self._stage_ends = 32, [_convolution(3, 32, 2)], []
@@ -48,16 +50,24 @@ class MobileNetV1(Backbone):
         self.model1 = nn.Sequential(*chain[:last_stage])
         self.model2 = nn.Sequential(*chain[last_stage:])
         self.fc = nn.Linear(channels, num_classes)
+        self.initialise()
+
+    def initialise(self):
         initialise(self)
 
-    def forward_maps(self, x, preact=False):
+    def forward_trunk(self, x, preact=False):
         maps = []
-        for number, block in enumerate([*self.model1, *self.model2]):
+        for number, block in enumerate(self.model1):
             before_relu = block[:-1](x)
             x = F.relu(before_relu)
             if number == 0 or number in self._stage_ends:
                 maps.append(before_relu if preact and number > 0 else x)
         return maps, x
+
+    def forward_last_stage(self, x, preact=False):
+        before_relu = self.model2[-1][:-1](self.model2[:-1](x))
+        x = F.relu(before_relu)
+        return before_relu if preact else x, x
 
     def get_classifier(self):
         return self.fc

@@ -41,6 +41,8 @@ class MobileNetV2(Backbone):
     of the official NORM code: for parity only (docs/norm.md).
     """
 
+    trunk = ("conv1", *(f"blocks.{group}" for group in range(5)))
+
     def __init__(
         self,
         width: float = 0.5,
@@ -63,20 +65,27 @@ class MobileNetV2(Backbone):
         self.blocks = nn.Sequential(*groups)
         self.conv2 = nn.Sequential(nn.Conv2d(channels, LAST_WIDTH, 1, bias=False), nn.BatchNorm2d(LAST_WIDTH))
         self.classifier = nn.Sequential(nn.Linear(LAST_WIDTH, num_classes))
+        self.initialise()
+
+    def initialise(self):
         initialise(self)
         initialise_linear(self.get_classifier())
 
     def _activate(self, x: Tensor) -> Tensor:
         return F.relu(x) if self.stem_and_head_relu else x
 
-    def forward_maps(self, x, preact=False):
+    def forward_trunk(self, x, preact=False):
         x = self._activate(self.conv1(x))
         maps = [x]
         # A stage ends where the resolution is about to fall, or at the last group: groups 1, 2, 4 and 6.
-        for first, last in ((0, 1), (2, 2), (3, 4), (5, 6)):
+        for first, last in ((0, 1), (2, 2), (3, 4)):
             x = self.blocks[first : last + 1](x)
             maps.append(x)
-        return maps, self._activate(self.conv2(x))
+        return maps, x
+
+    def forward_last_stage(self, x, preact=False):
+        x = self.blocks[5:](x)
+        return x, self._activate(self.conv2(x))
 
     def get_classifier(self):
         return self.classifier[0]

@@ -76,6 +76,13 @@ class Bottleneck(_Block):
         return self.bn3(self.conv3(x)) + residual
 
 
+def _forward_stage(stage: nn.Sequential, x: Tensor, preact: bool) -> tuple[Tensor, Tensor]:
+    """The stage's entry in the list of maps, and its output."""
+    before_relu = stage[-1].preactivation(stage[:-1](x))
+    x = F.relu(before_relu)
+    return before_relu if preact else x, x
+
+
 class ResNet(Backbone):
     """A residual network with one stage per entry of `depths`; every stage but the first halves the resolution.
 
@@ -107,20 +114,29 @@ class ResNet(Backbone):
             blocks += [block(channels, width) for _ in range(depth - 1)]
             setattr(self, name, nn.Sequential(*blocks))
         self.fc = nn.Linear(channels, num_classes)
+        self.initialise()
+
+    def initialise(self):
         initialise(self)
+
+    @property
+    def trunk(self):
+        return ("conv1", "bn1", "pool", *self._stage_names[:-1])
 
     @property
     def stages(self) -> list[nn.Sequential]:
         return [getattr(self, name) for name in self._stage_names]
 
-    def forward_maps(self, x, preact=False):
+    def forward_trunk(self, x, preact=False):
         x = self.pool(F.relu(self.bn1(self.conv1(x))))
         maps = [x]
-        for stage in self.stages:
-            before_relu = stage[-1].preactivation(stage[:-1](x))
-            x = F.relu(before_relu)
-            maps.append(before_relu if preact else x)
+        for stage in self.stages[:-1]:
+            stage_output, x = _forward_stage(stage, x, preact)
+            maps.append(stage_output)
         return maps, x
+
+    def forward_last_stage(self, x, preact=False):
+        return _forward_stage(self.stages[-1], x, preact)
 
     def get_classifier(self):
         return self.fc

@@ -38,7 +38,16 @@ class ShuffleUnit(nn.Module):
         return F.relu(self.preactivation(x))
 
 
+def _forward_stage(stage: nn.Sequential, x: Tensor, preact: bool) -> tuple[Tensor, Tensor]:
+    """The stage's entry in the list of maps, and its output."""
+    before_relu = stage[-1].preactivation(stage[:-1](x))
+    x = F.relu(before_relu)
+    return before_relu if preact else x, x
+
+
 class ShuffleNetV1(Backbone):
+    trunk = ("conv1", "bn1", "layer1", "layer2")
+
     def __init__(self, widths=(240, 480, 960), depths=(4, 8, 4), groups: int = 3, num_classes: int = 100):
         super().__init__()
         self.conv1 = nn.Conv2d(3, STEM_WIDTH, 1, bias=False)
@@ -52,14 +61,16 @@ class ShuffleNetV1(Backbone):
         self.layer1, self.layer2, self.layer3 = stages
         self.linear = nn.Linear(in_channels, num_classes)
 
-    def forward_maps(self, x, preact=False):
+    def forward_trunk(self, x, preact=False):
         x = F.relu(self.bn1(self.conv1(x)))
         maps = [x]
-        for stage in (self.layer1, self.layer2, self.layer3):
-            before_relu = stage[-1].preactivation(stage[:-1](x))
-            x = F.relu(before_relu)
-            maps.append(before_relu if preact else x)
+        for stage in (self.layer1, self.layer2):
+            stage_output, x = _forward_stage(stage, x, preact)
+            maps.append(stage_output)
         return maps, x
+
+    def forward_last_stage(self, x, preact=False):
+        return _forward_stage(self.layer3, x, preact)
 
     def get_classifier(self):
         return self.linear

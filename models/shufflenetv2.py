@@ -62,11 +62,20 @@ class DownUnit(nn.Module):
         return self.shuffle(torch.cat([left, right], 1))
 
 
+def _forward_stage(stage: nn.Sequential, x: Tensor, preact: bool) -> tuple[Tensor, Tensor]:
+    """The stage's entry in the list of maps, and its output."""
+    passed, before_relu = stage[-1].branches(stage[:-1](x))
+    x = stage[-1].join(passed, before_relu)
+    return torch.cat([passed, before_relu], 1) if preact else x, x
+
+
 class ShuffleNetV2(Backbone):
     """The last map of the list has 464 channels; the final map is that of the 1x1 convolution behind it, 1024 channels.
 
     Pre-activations are listed as RepDistiller lists them: both halves side by side, before the shuffle.
     """
+
+    trunk = ("conv1", "bn1", "layer1", "layer2")
 
     def __init__(self, widths=(116, 232, 464), depths=(3, 7, 3), num_classes: int = 100):
         super().__init__()
@@ -81,14 +90,17 @@ class ShuffleNetV2(Backbone):
         self.bn2 = nn.BatchNorm2d(LAST_WIDTH)
         self.linear = nn.Linear(LAST_WIDTH, num_classes)
 
-    def forward_maps(self, x, preact=False):
+    def forward_trunk(self, x, preact=False):
         x = F.relu(self.bn1(self.conv1(x)))
         maps = [x]
-        for stage in (self.layer1, self.layer2, self.layer3):
-            passed, before_relu = stage[-1].branches(stage[:-1](x))
-            x = stage[-1].join(passed, before_relu)
-            maps.append(torch.cat([passed, before_relu], 1) if preact else x)
-        return maps, F.relu(self.bn2(self.conv2(x)))
+        for stage in (self.layer1, self.layer2):
+            stage_output, x = _forward_stage(stage, x, preact)
+            maps.append(stage_output)
+        return maps, x
+
+    def forward_last_stage(self, x, preact=False):
+        stage_output, x = _forward_stage(self.layer3, x, preact)
+        return stage_output, F.relu(self.bn2(self.conv2(x)))
 
     def get_classifier(self):
         return self.linear

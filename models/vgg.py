@@ -20,6 +20,8 @@ def _block(in_channels: int, widths: Sequence[int]) -> nn.Sequential:
 class VGG(Backbone):
     """Five blocks; max-pooling after the first three (and after the fourth for images of 64 pixels)."""
 
+    trunk = ("block0", "block1", "block2", "block3")
+
     def __init__(self, block_widths: Sequence[Sequence[int]], num_classes: int = 100):
         super().__init__()
         in_channels = 3
@@ -27,6 +29,9 @@ class VGG(Backbone):
             setattr(self, f"block{number}", _block(in_channels, widths))
             in_channels = widths[-1]
         self.classifier = nn.Linear(in_channels, num_classes)
+        self.initialise()
+
+    def initialise(self):
         initialise(self)
         initialise_linear(self.classifier)
 
@@ -34,17 +39,21 @@ class VGG(Backbone):
     def blocks(self) -> list[nn.Sequential]:
         return [self.block0, self.block1, self.block2, self.block3, self.block4]
 
-    def forward_maps(self, x, preact=False):
-        pooled_blocks = (1, 2, 3, 4) if x.shape[2] == 64 else (1, 2, 3)
-        maps = []
-        for number, block in enumerate(self.blocks):
-            if number in pooled_blocks:
-                x = F.max_pool2d(x, 2)
-            before_relu = block(x)
+    def forward_trunk(self, x, preact=False):
+        pools_fourth = x.shape[2] == 64
+        x = F.relu(self.block0(x))
+        # RepDistiller's first entry stays behind its ReLU also in the list of pre-activations.
+        maps = [x]
+        for block in (self.block1, self.block2, self.block3):
+            before_relu = block(F.max_pool2d(x, 2))
             x = F.relu(before_relu)
-            # RepDistiller's first entry stays behind its ReLU also in the list of pre-activations.
-            maps.append(before_relu if preact and number > 0 else x)
-        return maps, x
+            maps.append(before_relu if preact else x)
+        return maps, F.max_pool2d(x, 2) if pools_fourth else x
+
+    def forward_last_stage(self, x, preact=False):
+        before_relu = self.block4(x)
+        x = F.relu(before_relu)
+        return before_relu if preact else x, x
 
     def get_classifier(self):
         return self.classifier

@@ -47,6 +47,7 @@ def _normalise_once_more(bn: nn.BatchNorm2d, x: Tensor) -> Tensor:
 
 class WideResNet(Backbone):
     activates_final = True
+    trunk = ("conv1", "block1", "block2")
 
     def __init__(self, depth: int, width: int, num_classes: int = 100):
         super().__init__()
@@ -58,18 +59,24 @@ class WideResNet(Backbone):
         self.block3 = WideStage(blocks_per_stage, channels[2], channels[3], stride=2)
         self.bn1 = nn.BatchNorm2d(channels[3])
         self.fc = nn.Linear(channels[3], num_classes)
+        self.initialise()
+
+    def initialise(self):
         initialise(self)
         nn.init.zeros_(self.fc.bias)
 
-    def forward_maps(self, x, preact=False):
-        stem = self.conv1(x)
-        maps, x = [], stem
-        for stage in (self.block1, self.block2, self.block3):
+    def forward_trunk(self, x, preact=False):
+        *bns, _ = self.get_bn_before_relu()
+        x = self.conv1(x)
+        maps = [x]
+        for stage, bn in zip((self.block1, self.block2), bns, strict=True):
             x = stage(x)
-            maps.append(x)
-        if preact:
-            maps = [_normalise_once_more(bn, m) for bn, m in zip(self.get_bn_before_relu(), maps, strict=True)]
-        return [stem, *maps], x
+            maps.append(_normalise_once_more(bn, x) if preact else x)
+        return maps, x
+
+    def forward_last_stage(self, x, preact=False):
+        x = self.block3(x)
+        return _normalise_once_more(self.bn1, x) if preact else x, x
 
     def activate(self, final):
         return F.relu(self.bn1(final))

@@ -24,6 +24,7 @@ from helper.run_state import rebuild, rebuild_official
 from models.backbone import Backbone, FinalConv
 from models.checkpoints import load_exported, read_checkpoint
 from models.cost import count_parameters, measure_latency
+from models.wrappers import describe_wrapper
 
 #: How many images both networks are compared on, and how far their logits may differ, relative to the largest.
 COMPARED_IMAGES = 1000
@@ -110,7 +111,8 @@ def main(argv=None) -> Path:
         "model": network.state_dict(),
         "model_name": trained.model_name,
         "num_classes": network.get_classifier().out_features,
-        "final_conv": isinstance(network, FinalConv),
+        "wrapper": describe_wrapper(network),
+        "final_conv": isinstance(network, FinalConv),  # for readers from before there were several kinds of wrappers
         **trained.record,
     }
     with replacing(out) as temporary:

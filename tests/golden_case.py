@@ -42,6 +42,7 @@ class Case:
             f"{prefix}.{key}": parameter.grad.norm().item()
             for prefix, module in (modules or {}).items()
             for key, parameter in module.named_parameters()
+            if parameter.requires_grad
         }
         compare_named("grad_norm_params", parameters, self.entry.get("grad_norm_params", {}))
 

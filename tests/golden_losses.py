@@ -10,6 +10,7 @@ import torch
 
 from crd import ContrastLoss, CRDLoss
 from distiller_zoo import DistillKL
+from tests import golden_maps, golden_staged
 from tests.golden_case import Case, fill_module
 from tests.golden_format import Mismatch, compare, compare_summary, generator
 
@@ -56,7 +57,12 @@ def check_crd(case: Case) -> None:
         compare("second call", crd(*inputs), case.entry["second_call_loss_same_batch_Z_kept_memory_updated"])
 
 
-CHECKS: dict[str, Callable[[Case], None]] = {"DistillKL": check_distill_kl, "CRD": check_crd}
+CHECKS: dict[str, Callable[[Case], None]] = {
+    "DistillKL": check_distill_kl,
+    "CRD": check_crd,
+    **golden_maps.CHECKS,
+    **golden_staged.CHECKS,
+}
 
 
 def families(content: dict, folder: Path):

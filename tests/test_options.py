@@ -94,6 +94,8 @@ def test_standardised_logits_have_a_recipe_of_their_own(parse_student):
     config = parse_student("--distill", "kd", "--model_s", "resnet8", "--logit_standardization")
     assert (config.logit_standardization, config.gamma, config.alpha, config.kd_T) == (True, 0.1, 9.0, 2.0)
     assert parse_student("--distill", "kd", "--model_s", "resnet8", "--logit_standardization", "-a", "3").alpha == 3.0
+    dkd = [resolve("cifar100", "vgg13", "vgg8", "dkd", standardised) for standardised in (False, True)]
+    assert [[row[name][0] for name in ("dkd_alpha", "dkd_beta")] for row in dkd] == [[1.0, 6.0], [9.0, 54.0]]
 
 
 def test_numbers_of_epochs_stretch_with_the_run_unless_they_are_given(parse_student):
@@ -135,7 +137,7 @@ def test_the_seed_is_the_trial_unless_it_is_given():
         ("--distill norm", "--model_s NAME"),
         ("--model_s resnet8 --model_t resnet20", "another architecture, resnet14, than --model_t resnet20"),
         ("--model_s resnet8 --image_size 64", "--image_size: only --dataset folder"),
-        ("--model_s resnet8 --hint_layer 2", "unrecognized arguments: --hint_layer 2"),
+        ("--model_s resnet8 --hint_depth 2", "unrecognized arguments: --hint_depth 2"),
         ("--model_s resnet8 -s 0", "-s/--co_sponge: must be at least 1"),
         ("--model_s resnet8 -r -1", "must be a number from 0 on"),
         ("--model_s resnet8 -r nan", "must be a number from 0 on"),

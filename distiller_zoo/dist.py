@@ -1,0 +1,46 @@
+"""DIST: knowledge distillation from a stronger teacher (Huang, You, Wang, Qian & Xu, NeurIPS 2022, arXiv 2205.10536).
+
+    L = gamma * CE(s, y) + beta * (inter + intra),    inter = T^2 * (1 - mean over images of the Pearson correlation of
+    their softened classes), intra the same for the classes over the images of the batch (equations 7-9)
+
+T is --kd_T. The paper has a weight for each of the two; both are 2 in its CIFAR runs, so there is one here.
+"""
+
+from torch import Tensor
+
+from distiller_zoo.base import BETA, GAMMA, KD_T, weighted_cross_entropy
+from distiller_zoo.kd import LOGIT_STANDARDIZATION, LogitDistiller
+
+#: What keeps the correlation of a constant row finite.
+EPSILON = 1e-8
+
+
+def pearson_distance(a: Tensor, b: Tensor) -> Tensor:
+    """1 - mean correlation of the rows of two matrices (n, m); a constant row correlates with nothing."""
+    a, b = (matrix - matrix.mean(1, keepdim=True) for matrix in (a, b))
+    return 1 - ((a * b).sum(1) / (a.norm(dim=1) * b.norm(dim=1) + EPSILON)).mean()
+
+
+def relation_losses(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """(inter, intra) of logits (B, K), times temperature^2."""
+    student, teacher = ((logits / temperature).softmax(1) for logits in (student_logits, teacher_logits))
+    scale = temperature**2
+    return scale * pearson_distance(student, teacher), scale * pearson_distance(student.T, teacher.T)
+
+
+class DIST(LogitDistiller):
+    """Correlation in place of equality, between classes and between images."""
+
+    name = "dist"
+    summary, source = "correlation of the classes, per image and over the batch", "Huang et al., NeurIPS 2022"
+    group = "logits"
+    min_batch = 2  # one image has no correlation over images
+    flags = (GAMMA, BETA, KD_T, LOGIT_STANDARDIZATION)
+
+    def losses(self, student, teacher, targets, index, progress):
+        inter, intra = relation_losses(*self.compared_logits(student, teacher), self.kd_T)
+        return {
+            **weighted_cross_entropy(self.gamma, student.logits, targets),
+            "inter": self.beta * inter,
+            "intra": self.beta * intra,
+        }

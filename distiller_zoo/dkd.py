@@ -1,0 +1,59 @@
+"""DKD: decoupled knowledge distillation (Zhao, Cui, Song, Qiu & Liang, CVPR 2022, arXiv 2203.08679), equations 7-9.
+
+    L = gamma * CE(s, y) + min(epoch / warmup_epochs, 1) * (dkd_alpha * TCKD + dkd_beta * NCKD)
+
+TCKD is the KL divergence of (target class, all others), NCKD that among the other classes, both softened by --kd_T and
+times T^2. Epochs count from 1. The published code takes the logarithm of a probability that may have rounded to 0 and
+removes the target by subtracting 1000 from its logit; here both parts are log-softmaxes, the second without the target.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from distiller_zoo.base import GAMMA, KD_T, WARMUP_EPOCHS, Flag, number, weighted_cross_entropy
+from distiller_zoo.kd import LOGIT_STANDARDIZATION, LogitDistiller
+
+DKD_ALPHA = Flag(("--dkd_alpha",), number, 1.0, "weight of the target-class part of DKD")
+DKD_BETA = Flag(("--dkd_beta",), number, 8.0, "weight of the non-target-class part of DKD")
+
+
+def _split(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Logits (B, K), classes (B,) -> log-probabilities of (target, others) (B, 2), and among the others (B, K - 1)."""
+    columns = torch.arange(logits.shape[1] - 1, device=logits.device)
+    others = logits.gather(1, columns + (columns >= targets[:, None]))  # a mask would have to wait for the device
+    target = logits.gather(1, targets[:, None])
+    either = torch.cat([target, others.logsumexp(1, keepdim=True)], 1)
+    return either.log_softmax(1), others.log_softmax(1)
+
+
+def decoupled_losses(
+    student_logits: Tensor, teacher_logits: Tensor, targets: Tensor, temperature: float
+) -> tuple[Tensor, Tensor]:
+    """(TCKD, NCKD) of logits (B, K) and classes (B,), mean over the batch, times temperature^2."""
+    student = _split(student_logits / temperature, targets)
+    teacher = _split(teacher_logits / temperature, targets)
+    target_class, non_target_class = (
+        F.kl_div(ours, theirs, reduction="batchmean", log_target=True) * temperature**2
+        for ours, theirs in zip(student, teacher, strict=True)
+    )
+    return target_class, non_target_class
+
+
+class DKD(LogitDistiller):
+    """KL divergence of the logits in two parts with a weight each."""
+
+    name = "dkd"
+    summary, source = "target and non-target classes apart", "Zhao et al., CVPR 2022"
+    group = "logits"
+    flags = (GAMMA, DKD_ALPHA, DKD_BETA, KD_T, WARMUP_EPOCHS, LOGIT_STANDARDIZATION)
+
+    def losses(self, student, teacher, targets, index, progress):
+        logits = self.compared_logits(student, teacher)
+        target_class, non_target_class = decoupled_losses(*logits, targets, self.kd_T)
+        risen = min((progress.epoch + 1) / self.warmup_epochs, 1.0)
+        return {
+            **weighted_cross_entropy(self.gamma, student.logits, targets),
+            "tckd": risen * self.dkd_alpha * target_class,
+            "nckd": risen * self.dkd_beta * non_target_class,
+        }

@@ -1,0 +1,114 @@
+"""FT, factor transfer: paraphrasing complex network (Kim, Park & Kwak, NeurIPS 2018, arXiv 1802.04977).
+
+First stage, --init_epochs epochs at --init_learning_rate: the paraphraser, an autoencoder of the teacher's last map,
+learns to reconstruct it: MSE(decoder(encoder(F_t)), F_t) (section 3.1). Then, with the paraphraser frozen,
+
+    L = gamma * CE(s, y) + alpha * KL_T(s, t) + beta * mean |f(translator(F_s)) - f(encoder(F_t))|
+
+(section 3.2), where f averages the squares of a factor over its channels and scales the result to length 1 per
+image, as in RepDistiller, whose numbers the tables quote; the paper scales the factor itself, channels and all. The
+larger factor is average-pooled to the smaller. The last map is the last stage output.
+"""
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from distiller_zoo.base import INIT_EPOCHS, INIT_LEARNING_RATE, Stage, without_student
+from distiller_zoo.kd import FeatureDistiller
+from distiller_zoo.maps import last_map, pool_to_smaller, unit_vectors
+from models.backbone import probe_shapes
+
+
+def _layers(convolution: type[nn.Module], widths: Sequence[int], use_bn: bool) -> nn.Sequential:
+    """3x3 convolutions between the widths, each with BatchNorm (or nothing) and LeakyReLU."""
+    layers = []
+    for in_channels, out_channels in pairwise(widths):
+        bn = nn.BatchNorm2d(out_channels) if use_bn else nn.Identity()
+        layers += [convolution(in_channels, out_channels, 3, padding=1), bn, nn.LeakyReLU(0.1)]
+    return nn.Sequential(*layers)
+
+
+class Paraphraser(nn.Module):
+    """The teacher's autoencoder: maps (B, C, H, W), whose shape is `t_shape`, to factors (B, k * C, H, W) and back."""
+
+    def __init__(self, t_shape: Sequence[int], k: float = 0.5, use_bn: bool = False):
+        super().__init__()
+        channels, *_ = t_shape[-3:]
+        factors = int(channels * k)
+        self.encoder = _layers(nn.Conv2d, (channels, channels, factors, factors), use_bn)
+        self.decoder = _layers(nn.ConvTranspose2d, (factors, factors, channels, channels), use_bn)
+
+    def forward(self, f_s: Tensor, is_factor: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+        """A map -> (factor, reconstruction), or the factor alone."""
+        factor = self.encoder(f_s)
+        return factor if is_factor else (factor, self.decoder(factor))
+
+
+class Translator(nn.Module):
+    """The student's encoder: maps of `s_shape` to factors of as many channels as the teacher's paraphraser gives."""
+
+    def __init__(self, s_shape: Sequence[int], t_shape: Sequence[int], k: float = 0.5, use_bn: bool = True):
+        super().__init__()
+        (channels, *_), (teacher_channels, *_) = s_shape[-3:], t_shape[-3:]
+        factors = int(teacher_channels * k)
+        self.encoder = _layers(nn.Conv2d, (channels, channels, factors, factors), use_bn)
+
+    def forward(self, f_s: Tensor) -> Tensor:
+        return self.encoder(f_s)
+
+
+class FactorTransfer(nn.Module):
+    """Factors (B, C, H, W) of student and teacher, of any sizes -> scalar; p1: power within f, p2: of the distance."""
+
+    def __init__(self, p1: float = 2, p2: float = 1):
+        super().__init__()
+        self.p1, self.p2 = p1, p2
+
+    def forward(self, f_s: Tensor, f_t: Tensor) -> Tensor:
+        student, teacher = (self.factor(each) for each in pool_to_smaller(f_s, f_t))
+        distance = student - teacher
+        return distance.abs().mean() if self.p2 == 1 else distance.pow(self.p2).mean()
+
+    def factor(self, f: Tensor) -> Tensor:
+        """A factor (B, C, H, W) -> (B, H * W) of length 1 per image; zeros stay zero."""
+        return unit_vectors(f.pow(self.p1).mean(1).flatten(1), dim=1)
+
+
+class Paraphrasing(FeatureDistiller):
+    """The student's translated last map becomes the teacher's paraphrased one."""
+
+    name = "factor"
+    summary, source = "factor transfer: the last map, paraphrased", "Kim et al., NeurIPS 2018"
+    group = "feature maps"
+    reads = ("maps",)
+    min_batch = 2  # the translator's BatchNorm, where the map is one pixel
+    frozen = ("paraphraser",)
+    flags = (*FeatureDistiller.flags, INIT_EPOCHS, INIT_LEARNING_RATE._replace(default=0.01))
+
+    def __init__(self, student, teacher, task, **hyper_parameters):
+        super().__init__(student, teacher, task, **hyper_parameters)
+        s_shape, t_shape = (last_map(probe_shapes(network, task.image_size)) for network in (student, teacher))
+        self.paraphraser = Paraphraser(t_shape)
+        self.translator = Translator(s_shape, t_shape)
+        self.criterion = FactorTransfer()
+
+    def stages(self, epochs):
+        first = Stage(
+            *("paraphraser", self.init_epochs, [self.paraphraser], self.reconstruction_losses, without_student),
+            learning_rate=self.init_learning_rate,
+            milestones=(),
+        )
+        return [first, self.main_stage(epochs)]
+
+    def reconstruction_losses(self, student, teacher, targets, index, progress):
+        """The first stage's loss: what the paraphraser leaves out of the teacher's map."""
+        teacher_map = last_map(teacher)
+        _, reconstruction = self.paraphraser(teacher_map)
+        return {"reconstruction": F.mse_loss(reconstruction, teacher_map)}
+
+    def feature_loss(self, student, teacher, targets, index):
+        teacher_factor = self.paraphraser(last_map(teacher), is_factor=True)
+        return self.criterion(self.translator(last_map(student)), teacher_factor.detach())

@@ -1,0 +1,80 @@
+"""MLKD: multi-level logit distillation (Jin, Wang & Lin, CVPR 2023).
+
+Every image has a weak and a strong view. With KL_T, class correlation CC_T and batch correlation BC_T summed over the
+temperatures T of --mlkd_temperatures,
+
+    L = gamma * [CE(weak) + CE(strong)] + alpha * [m * KL(weak) + KL(strong)] + beta * [k * CC(weak) + m * BC(weak)]
+    CC = |P_t' P_t - P_s' P_s|^2 / K,    BC = |P_t P_t' - P_s P_s'|^2 / B,    P the softened classes (B, K)
+
+m is the share of images whose teacher is at most as confident as the median image's, k that of the classes: in the
+published code the masks multiply losses that are already means over the batch, so only their share has an effect, and
+the published numbers were made with it. That code also takes the weak view's logits for the strong one at two of the
+temperatures; here the strong view's are taken at all.
+"""
+
+from argparse import ArgumentTypeError
+
+from torch import Tensor
+
+from distiller_zoo.base import ALPHA, BETA, GAMMA, Flag, positive, weighted_cross_entropy
+from distiller_zoo.kd import LOGIT_STANDARDIZATION, LogitDistiller, kl_divergence
+
+
+def _temperatures(text: str) -> tuple[float, ...]:
+    try:
+        return tuple(positive(part) for part in text.split(","))
+    except ValueError:
+        raise ArgumentTypeError(f"must be temperatures like 4,3,5,2,6, not {text}") from None
+
+
+TEMPERATURES = Flag(
+    ("--mlkd_temperatures",), _temperatures, (4.0, 3.0, 5.0, 2.0, 6.0), "temperatures at which MLKD compares"
+)
+
+
+def correlation_losses(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """(CC, BC) of logits (B, K)."""
+    student, teacher = ((logits / temperature).softmax(1) for logits in (student_logits, teacher_logits))
+    batch, classes = student.shape
+    class_level = (teacher.T @ teacher - student.T @ student).square().sum() / classes
+    return class_level, (teacher @ teacher.T - student @ student.T).square().sum() / batch
+
+
+def unsure_shares(teacher_logits: Tensor) -> tuple[Tensor, Tensor]:
+    """(m, k): shares of the images, and of the classes, on which the teacher (B, K) is at most median-confident."""
+    probabilities = teacher_logits.softmax(1)
+    return tuple(
+        (confidence <= confidence.quantile(0.5)).to(confidence.dtype).mean()
+        for confidence in (probabilities.amax(1), probabilities.sum(0))
+    )
+
+
+class MLKD(LogitDistiller):
+    """Logits compared per image, per class and per batch, at several temperatures, on two views."""
+
+    name = "mlkd"
+    summary, source = "instance, class and batch level, weak and strong views", "Jin et al., CVPR 2023"
+    group = "logits"
+    views = "weak_strong"
+    flags = (GAMMA, ALPHA, BETA, TEMPERATURES, LOGIT_STANDARDIZATION)
+
+    def losses(self, student, teacher, targets, index, progress):
+        compared = self.compared_logits(student, teacher)
+        (weak, strong), (teacher_weak, teacher_strong) = (logits.chunk(2) for logits in compared)
+        raw_weak, raw_strong = student.logits.chunk(2)
+        images, classes = unsure_shares(teacher.logits.chunk(2)[0])
+        class_level, batch_level = zip(
+            *(correlation_losses(weak, teacher_weak, each) for each in self.mlkd_temperatures), strict=True
+        )
+        strong_terms = weighted_cross_entropy(self.gamma, raw_strong, targets)
+        return {
+            **weighted_cross_entropy(self.gamma, raw_weak, targets),
+            **{f"{name}_strong": value for name, value in strong_terms.items()},
+            "kd": self.alpha * images * self._divergence(weak, teacher_weak),
+            "kd_strong": self.alpha * self._divergence(strong, teacher_strong),
+            "class": self.beta * classes * sum(class_level),
+            "batch": self.beta * images * sum(batch_level),
+        }
+
+    def _divergence(self, student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
+        return sum(kl_divergence(student_logits, teacher_logits, each) for each in self.mlkd_temperatures)

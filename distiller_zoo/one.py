@@ -1,0 +1,103 @@
+"""ONE: knowledge distillation by an on-the-fly native ensemble (Lan, Zhu & Gong, NeurIPS 2018, arXiv 1806.04606).
+
+    L = gamma * (sum over branches of CE(z_i, y) + CE(z_e, y)) + beta * r(epoch) * sum over branches of KL_T(z_i, z_e)
+
+There is no teacher. The student is given `--branches` last stages and heads on one trunk, each initialised on its own.
+z_e = sum_i g_i z_i is their mean, weighted by a gate that reads the map before the last stage, pooled:
+g = softmax(ReLU(BN(linear(map)))). In KL_T, T^2 times the divergence of z_i from z_e, the ensemble gets no gradient,
+and 1e-7 is added to its probabilities, as in the official code. r(epoch) = exp(-5 (1 - min(epoch, R) / R)^2) with
+R = `--ramp_epochs`. The first branch is the student itself: it is what is tested and shipped. The gated ensemble
+(ONE-E) is neither; no accuracy of this project is that of an ensemble.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from distiller_zoo.base import BETA, GAMMA, KD_T, Distiller, Flag, count
+from errors import UserError
+from models.backbone import Backbone, probe_shapes
+
+BRANCHES = Flag(("--branches",), count, 3, "last stages and heads that learn together on one trunk")
+RAMP_EPOCHS = Flag(
+    ("--ramp_epochs",), count, 80, "epochs over which the ensemble becomes a teacher, in a run of 300", full_run=300
+)
+PROBABILITY_FLOOR = 1e-7
+
+
+class BranchOutput(NamedTuple):
+    """What ONE reads of a forward pass; `logits` are the first branch's."""
+
+    logits: Tensor  # (B, K)
+    branch_logits: list[Tensor]  # of every branch, (B, K) each
+    gate_scores: Tensor  # (B, branches), before their softmax
+
+
+def ensemble_logits(branch_logits: list[Tensor], gate_scores: Tensor) -> Tensor:
+    """Logits (B, K) of n branches and scores (B, n) -> the mean of the logits, weighted by the scores' softmax."""
+    return torch.einsum("bn,nbk->bk", gate_scores.softmax(1), torch.stack(branch_logits))
+
+
+def ensemble_divergence(branch: Tensor, ensemble: Tensor, temperature: float) -> Tensor:
+    """T^2 KL(ensemble || branch) of softened logits (B, K), mean over the batch; the ensemble gets no gradient."""
+    target = (ensemble.detach() / temperature).softmax(1) + PROBABILITY_FLOOR
+    return F.kl_div(F.log_softmax(branch / temperature, 1), target, reduction="batchmean") * temperature**2
+
+
+def ramp(epoch: int, ramp_epochs: int) -> float:
+    """r(epoch), which rises from exp(-5) to 1."""
+    return math.exp(-5 * (1 - min(epoch, ramp_epochs) / ramp_epochs) ** 2)
+
+
+class ONE(Distiller):
+    """The student is the first of several branches that learn from their gated ensemble."""
+
+    name = "one"
+    summary, source = "branches of the student learn from their own gated ensemble", "Lan et al., NeurIPS 2018"
+    group = "without a teacher"
+    needs_teacher = False
+    min_batch = 2  # the gate's BatchNorm sees one vector per image
+    flags = (GAMMA, BETA, KD_T._replace(default=3.0), BRANCHES, RAMP_EPOCHS)
+
+    def __init__(self, student, teacher, task, **hyper_parameters):
+        super().__init__(student, teacher, task, **hyper_parameters)
+        if self.branches < 2:
+            raise UserError(f"--branches: an ensemble needs at least 2, not {self.branches}")
+        self.other_branches = nn.ModuleList(student.make_branch() for _ in range(self.branches - 1))
+        *_, (channels, _, _), _ = probe_shapes(student, task.image_size).maps
+        self.gate = nn.Sequential(
+            nn.AdaptiveAvgPool2d(1),
+            nn.Flatten(),
+            nn.Linear(channels, self.branches),
+            nn.BatchNorm1d(self.branches),
+            nn.ReLU(),
+        )
+
+    def respond(self, images, teacher):
+        _, shared = self.student.forward_trunk(images)
+        logits = [_branch_logits(branch, shared) for branch in (self.student, *self.other_branches)]
+        first, *_ = logits
+        return BranchOutput(first, logits, self.gate(shared))
+
+    def losses(self, student, teacher, targets, index, progress):
+        ensemble, terms = ensemble_logits(student.branch_logits, student.gate_scores), {}
+        if self.gamma:
+            terms["ce"] = self.gamma * sum(F.cross_entropy(logits, targets) for logits in student.branch_logits)
+            terms["ce_ensemble"] = self.gamma * F.cross_entropy(ensemble, targets)
+        if self.beta:
+            divergences = [ensemble_divergence(logits, ensemble, self.kd_T) for logits in student.branch_logits]
+            terms["one"] = self.beta * ramp(progress.epoch, self.ramp_epochs) * sum(divergences)
+        return terms
+
+    def predict(self, images):
+        return self.student(images)
+
+
+def _branch_logits(network: Backbone, shared: Tensor) -> Tensor:
+    """The map that enters the last stage -> logits (B, K) of one branch."""
+    _, final = network.forward_last_stage(shared)
+    _, logits = network.classify(network.activate(final))
+    return logits

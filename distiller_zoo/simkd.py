@@ -1,0 +1,67 @@
+"""SimKD: knowledge distillation with the reused teacher classifier (Chen et al., CVPR 2022, arXiv 2203.14001).
+
+    L = beta * MSE(P(F_s), F_t) + gamma * CE(s, y) + alpha * KL_T(s, t), with gamma = alpha = 0
+
+F_s is the student's last map, pooled to the teacher's size where it is larger (else the teacher's is pooled), P the
+projector. The student's own classifier is never trained: what is tested and shipped is its backbone, the projector and
+the teacher's frozen classifier, one network (models/wrappers.py).
+
+F_s and F_t are the maps that the networks' own classifiers pool. For the teacher no other map will do: the projector
+ends with a ReLU and the teacher's classifier reads the pooled result. In WRNs (behind their last BatchNorm and ReLU),
+MobileNetV2 and ShuffleNetV2 (behind their last 1x1 convolution) this is not the last stage output, which is signed or
+of another width. The repository of SimKD takes the last stage outputs, and its WRNs are post-activation ResNets.
+"""
+
+from torch.nn import functional as F
+
+from distiller_zoo.base import ALPHA, BETA, GAMMA, KD_T, Flag, count
+from distiller_zoo.kd import LOGIT_STANDARDIZATION, FeatureDistiller
+from distiller_zoo.maps import pool_to_smaller
+from errors import UserError
+from models.backbone import probe_shapes
+from models.cost import count_parameters
+from models.wrappers import ReusedClassifier
+
+PROJECTOR_FACTOR = Flag(
+    ("--projector_factor",), count, 2, "how much narrower SimKD's projector is inside than the teacher's last map"
+)
+
+
+class SimKD(FeatureDistiller):
+    """The student's last map becomes the teacher's, whose classifier is reused."""
+
+    name = "simkd"
+    summary, source = "the teacher's last map and its classifier, reused", "Chen et al., CVPR 2022"
+    group = "feature maps"
+    reads = ("activated",)
+    ships = "student + projector + teacher's classifier"
+    flags = (
+        GAMMA._replace(default=0.0),
+        ALPHA._replace(default=0.0),
+        BETA,
+        KD_T,
+        LOGIT_STANDARDIZATION,
+        PROJECTOR_FACTOR,
+    )
+
+    def __init__(self, student, teacher, task, **hyper_parameters):
+        super().__init__(student, teacher, task, **hyper_parameters)
+        channels, size, _ = probe_shapes(teacher, task.image_size).final  # as large as the activated map
+        if self.projector_factor > channels:
+            raise UserError(f"--projector_factor: must be at most {channels}, the channels of the teacher's last map")
+        self.student = ReusedClassifier(student, channels, size, self.projector_factor)
+        self.student.classifier.load_state_dict(teacher.get_classifier().state_dict())
+        self.student.classifier.requires_grad_(False)
+
+    def main_stage(self, epochs):
+        return super().main_stage(epochs)._replace(trained=[self.student.network, self.student.projector])
+
+    def feature_loss(self, student, teacher, targets, index):
+        return F.mse_loss(*pool_to_smaller(student.activated, teacher.activated))
+
+    def export_note(self):
+        projector, classifier = self.student.projector, self.student.classifier
+        return (
+            f"a projector ({count_parameters(projector):,} parameters) and the teacher's classifier "
+            f"({count_parameters(classifier):,}) are kept in place of the student's own classifier"
+        )

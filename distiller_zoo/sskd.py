@@ -1,0 +1,119 @@
+"""SSKD: knowledge distillation meets self-supervision (Xu, Liu, Li & Loy, ECCV 2020, arXiv 2006.07114).
+
+Every image is seen turned by 0, 90, 180 and 270 degrees. A head on the pooled vector of either network is trained to
+find, among the upright images of the batch, the one that a turned image comes from, by their cosine similarity. First
+stage: the teacher's head, --init_epochs epochs (section 3.2). Then, with that head frozen,
+
+    L = gamma * CE(upright) + alpha * KL_T(upright) + tf_weight * KL_T(turned) + ss_weight * KL_ss_T(similarities)
+
+each KL over the turned images that the teacher gets right, and the share --ratio_tf or --ratio_ss of the others, those
+of best rank first (section 3.3). T is --kd_T. The head is not shipped.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from distiller_zoo.base import (
+    ALPHA,
+    GAMMA,
+    INIT_EPOCHS,
+    INIT_LEARNING_RATE,
+    KD_T,
+    Flag,
+    Stage,
+    number,
+    positive,
+    weighted_cross_entropy,
+    without_student,
+)
+from distiller_zoo.kd import LOGIT_STANDARDIZATION, LogitDistiller, kl_divergence, weighted_kd
+from distiller_zoo.maps import unit_vectors
+from models.backbone import probe_shapes
+
+TF_WEIGHT = Flag(("--tf_weight",), number, 2.7, "weight of SSKD's KL divergence on turned images")
+SS_WEIGHT = Flag(("--ss_weight",), number, 10.0, "weight of SSKD's KL divergence of similarities")
+SS_T = Flag(("--ss_T",), positive, 0.5, "temperature of SSKD's similarities")
+RATIO_TF = Flag(("--ratio_tf",), number, 1.0, "share of the turned images that the teacher gets wrong to keep")
+RATIO_SS = Flag(("--ratio_ss",), number, 0.75, "share of the similarities that the teacher gets wrong to keep")
+VIEWS = 4
+#: The first stage's learning rate falls after these shares of its epochs (30 and 45 of 60).
+INIT_MILESTONES = (0.5, 0.75)
+
+
+def head(width: int) -> nn.Sequential:
+    """The head on a pooled vector (B, width) -> (B, width)."""
+    return nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, width))
+
+
+def similarities(representations: Tensor) -> Tensor:
+    """Representations (4B, D), view by view -> cosines (3B, B) of turned images to upright ones."""
+    directions = unit_vectors(representations, 1)
+    upright, turned = directions[: len(directions) // VIEWS], directions[len(directions) // VIEWS :]
+    return turned @ upright.T
+
+
+def sources(turned: Tensor) -> Tensor:
+    """The upright image (3B,) that each row of `similarities` (3B, B) comes from."""
+    return torch.arange(turned.shape[1], device=turned.device).repeat(VIEWS - 1)
+
+
+def select(teacher_rows: Tensor, truth: Tensor, ratio: float) -> Tensor:
+    """Indices of the rows (n, m) whose largest entry is at `truth` (n,), and of a share of the others by rank."""
+    ranks = (teacher_rows > teacher_rows.gather(1, truth[:, None])).sum(1)
+    right = (ranks == 0).sum()
+    kept = right + ((len(ranks) - right) * ratio).long()
+    order = ranks.argsort(stable=True)
+    return order[: int(kept)]
+
+
+class SSKD(LogitDistiller):
+    """Self-supervised similarities of turned images, and logits on them."""
+
+    name = "sskd"
+    summary, source = "similarities and logits of turned images", "Xu et al., ECCV 2020"
+    group = "relations between images"
+    reads = ("pooled",)
+    views = "rotations"
+    min_batch = 2  # one upright image leaves nothing to choose from
+    frozen = ("teacher_head",)
+    flags = (
+        *(GAMMA, ALPHA, TF_WEIGHT, SS_WEIGHT, KD_T, SS_T, RATIO_TF, RATIO_SS, LOGIT_STANDARDIZATION),
+        *(INIT_EPOCHS._replace(default=60), INIT_LEARNING_RATE),
+    )
+
+    def __init__(self, student, teacher, task, **hyper_parameters):
+        super().__init__(student, teacher, task, **hyper_parameters)
+        self.student_head = head(probe_shapes(student, task.image_size).pooled)
+        self.teacher_head = head(probe_shapes(teacher, task.image_size).pooled)
+
+    def stages(self, epochs):
+        first = Stage(
+            *("teacher's head", self.init_epochs, [self.teacher_head], self.head_losses, without_student),
+            learning_rate=self.init_learning_rate,
+            milestones=tuple(round(share * self.init_epochs) for share in INIT_MILESTONES),
+        )
+        return [first, self.main_stage(epochs)]
+
+    def head_losses(self, student, teacher, targets, index, progress):
+        """The first stage's loss: which upright image each turned one comes from."""
+        rows = similarities(self.teacher_head(teacher.pooled))
+        return {"head": F.cross_entropy(rows, sources(rows))}
+
+    def losses(self, student, teacher, targets, index, progress):
+        compared = self.compared_logits(student, teacher)
+        (upright, turned), (teacher_upright, teacher_turned) = (
+            logits.split([len(targets), len(logits) - len(targets)]) for logits in compared
+        )
+        rows, teacher_rows = (
+            similarities(self.student_head(student.pooled)),
+            similarities(self.teacher_head(teacher.pooled)),
+        )
+        confident = select(teacher_turned, targets.repeat(VIEWS - 1), self.ratio_tf)
+        alike = select(teacher_rows, sources(teacher_rows), self.ratio_ss)
+        return {
+            **weighted_cross_entropy(self.gamma, student.logits[: len(targets)], targets),
+            **weighted_kd(self.alpha, upright, teacher_upright, self.kd_T),
+            "tf": self.tf_weight * kl_divergence(turned[confident], teacher_turned[confident], self.kd_T),
+            "ss": self.ss_weight * kl_divergence(rows[alike], teacher_rows[alike], self.ss_T),
+        }
