@@ -2,11 +2,12 @@
 
 import re
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 
-import numpy
 import torch
+from torch import Tensor
 
-from distiller_zoo.abound import ABLoss
+from distiller_zoo.abound import ABLoss, Connector
 from distiller_zoo.factor import FactorTransfer, Paraphraser, Translator
 from distiller_zoo.fsp import FSP
 from distiller_zoo.kdsvd import KDSVD
@@ -15,21 +16,27 @@ from tests.golden_format import Mismatch, compare
 from tests.golden_maps import check_modules, pair, prefixes, sides
 
 
+def _number(case: Case, name: str, default: float) -> float:
+    """The number behind a name in the case's name: p1_2_p2_1, p1=2,p2=1, margin0.5, k1 and the like."""
+    found = re.search(rf"(?<![a-z]){name}[_=]?(\d+(?:\.\d+)?)(?!\d)", case.case)
+    return float(found[1]) if found else default
+
+
 def check_boundaries(case: Case) -> None:
     student, teacher = sides(case)
-    margin = re.search(r"margin_?([\d.]+)", case.case)
-    case.check(ABLoss(len(student), float(margin[1]) if margin else 1.0)(student, teacher))
+    loss = ABLoss(len(student), _number(case, "margin", 1.0))
+    modules = {}
+    for prefix in prefixes(case):
+        shapes = ([each.shape for each in maps] for maps in (student, teacher))
+        modules[prefix] = fill_module(prefix, Connector(*shapes)).train()
+        student = modules[prefix](student)
+    check_modules(case, loss(student, teacher), modules)
 
 
 def check_flow(case: Case) -> None:
     student, teacher = sides(case)
     shapes = ([tensor.shape for tensor in each] for each in (student, teacher))
     case.check(FSP(*shapes)(student, teacher))
-
-
-def _powers(name: str) -> dict[str, int]:
-    """p1 and p2, where the case's name has them: p1_2_p2_1, p1=2,p2=1 and the like."""
-    return {power: int(value) for power, value in re.findall(r"(p[12])[_=]?(\d)(?!\d)", name)}
 
 
 def check_factor(case: Case) -> None:
@@ -39,53 +46,59 @@ def check_factor(case: Case) -> None:
         names = ["translator", "paraphraser"]
     modules = {}
     for name in names:
-        is_paraphraser = "para" in name
-        module = Paraphraser(teacher.shape) if is_paraphraser else Translator(student.shape, teacher.shape)
-        modules[name] = fill_module(name, module).train(not is_paraphraser)
-        if is_paraphraser:
-            module.requires_grad_(False)
-            teacher = module(teacher, is_factor=True)
+        if name.startswith("para"):
+            module = Paraphraser(teacher.shape).eval().requires_grad_(False)
+            teacher = fill_module(name, module)(teacher, is_factor=True)
         else:
-            student = module(student)
-    check_modules(case, [FactorTransfer(**_powers(case.case))(student, teacher)], modules)
+            module = Translator(student.shape, teacher.shape).train()
+            student = fill_module(name, module)(student)
+        modules[name] = module
+    loss = FactorTransfer(_number(case, "p1", 2), _number(case, "p2", 1))
+    check_modules(case, [loss(student, teacher)], modules)
 
 
 def check_singular_vectors(case: Case) -> None:
     student, teacher = sides(case)
-    case.entry.get("raw_lapack_sign")  # belongs to the machine it was made on
+    loss = KDSVD(int(_number(case, "k", 1)))
+    by_sign = _contributions(loss, student, teacher)
     golden = case.entry.get("per_pair_per_sample_contribution_by_relative_sign")
-    if golden is not None:
-        _check_contributions(student, teacher, list(_pairs_of_numbers(golden)))
-    case.check(KDSVD()(student, teacher))
-
-
-def _pairs_of_numbers(nested) -> Iterator[list[float]]:
-    """The innermost lists of two numbers, one per pair of maps and sample."""
-    values = list(nested.values()) if isinstance(nested, dict) else nested
-    if len(values) == 2 and all(isinstance(value, float | int) for value in values):
-        yield list(values)
-        return
-    for value in values:
-        yield from _pairs_of_numbers(value)
+    if golden is not None:  # which numbers belong to which sign is a matter of convention
+        compare("contributions by relative sign", by_sign.flatten().sort().values, sorted(_numbers(golden)))
+    raw = case.entry.get("raw_lapack_sign")
+    if raw is not None:
+        _check_raw(raw, by_sign)
+    case.check(loss(student, teacher))
 
 
 @torch.no_grad()
-def _check_contributions(student: list, teacher: list, golden: list[list[float]]) -> None:
-    """Every sample's part of every pair's loss is one of the two that the signs allow."""
-    batch = len(student[0])
-    parts = numpy.array(
-        [
-            [
-                float(value) / batch
-                for value in KDSVD()(*([each[i : i + 1] for each in maps] for maps in (student, teacher)))
-            ]
-            for i in range(batch)
-        ]
-    ).T.flatten()  # pair by pair
-    if len(parts) != len(golden):
-        raise Mismatch(f"{len(golden)} contributions instead of {len(parts)}")
-    for ours, choices in zip(parts, golden, strict=True):
-        compare("contribution of a sample", ours, min(choices, key=lambda choice: abs(choice - ours)))
+def _contributions(loss: KDSVD, student: list[Tensor], teacher: list[Tensor]) -> Tensor:
+    """What each sample adds to the loss of each pair of layers where their signs agree, and where not: (pairs, B, 2)."""
+    layers = [loss.directions(*maps) for maps in zip(student, teacher, strict=True)]
+    of_pairs = [
+        torch.stack([loss.differences([sign * each for each in lower], upper) for sign in (1, -1)], 1)
+        for lower, upper in pairwise(layers)
+    ]
+    return torch.stack(of_pairs) / len(student[0])
+
+
+def _numbers(nested) -> Iterator[float]:
+    """Every number in nested lists and dictionaries."""
+    if isinstance(nested, (int, float)):
+        yield float(nested)
+    elif isinstance(nested, (list, dict)):
+        for value in nested.values() if isinstance(nested, dict) else nested:
+            yield from _numbers(value)
+
+
+def _check_raw(raw, by_sign: Tensor) -> None:
+    """The values belong to the machine that made them, but lie between those of the best and the worst signs."""
+    values = raw.get("values", raw.get("total")) if isinstance(raw, dict) else raw
+    values = torch.tensor(list(_numbers(values)), dtype=torch.float64)
+    least, most = by_sign.amin(2).sum(1), by_sign.amax(2).sum(1)
+    if len(values) != len(least):  # the total
+        least, most = least.sum(0, keepdim=True), most.sum(0, keepdim=True)
+    if not (len(values) == len(least) and (values > least * (1 - 1e-8)).all() and (values < most * (1 + 1e-8)).all()):
+        raise Mismatch(f"raw_lapack_sign: {values.tolist()} are not between {least.tolist()} and {most.tolist()}")
 
 
 CHECKS: dict[str, Callable[[Case], None]] = {

@@ -3,7 +3,6 @@
 import copy
 import json
 import math
-import shutil
 from functools import partial
 
 import numpy
@@ -25,6 +24,7 @@ from distiller_zoo.rkd import RKDLoss
 from distiller_zoo.similarity import Similarity
 from distiller_zoo.vid import VIDLoss
 from errors import UserError
+from helper import engine
 from helper.stage_training import begin, train_step
 from helper.teacher import FrozenTeacher
 from models.checkpoints import read_checkpoint
@@ -585,17 +585,26 @@ def test_the_command_line_refuses_bad_hint_layers(teacher_run, save_dir):
 
 
 @pytest.mark.parametrize(("name", "flags"), [("hint", ("--hint_layer", "3")), ("correlation", ()), ("vid", ())])
-def test_a_run_goes_on_where_it_stopped_and_ships_the_student(name, flags, distil, save_dir):
-    short = ("--epochs", "2", "--max_steps", "4", "--batch_size", "600", "--save_freq", "1")
-    run = distil(*short, *flags, distill=name)
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+def test_a_run_goes_on_where_it_stopped_and_ships_the_student(name, flags, distil, save_dir, monkeypatch):
+    flags = ("--epochs", "2", "--batch_size", "256", *flags)
+    whole = distil(*flags, distill=name)
+    lines = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]
     assert len(lines) == 2 and all(math.isfinite(line[f"loss_{name}"]) for line in lines)
-    whole = read_checkpoint(run / "last.pth")["distiller"]
-    shutil.copy(run / "epoch_1.pth", run / "last.pth")
-    assert not same_state(whole, read_checkpoint(run / "last.pth")["distiller"])
-    train_cifar_student.main(["--resume", str(run)])
-    assert same_state(whole, read_checkpoint(run / "last.pth")["distiller"])
-    exported = export_student.main([str(run / "last.pth"), "--out", str(save_dir / "student.pth")])
+    save = engine.Run._save
+
+    def save_then_stop(self, record):
+        save(self, record)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(engine.Run, "_save", save_then_stop)
+    with pytest.raises(KeyboardInterrupt):
+        distil(*flags, "--trial", "cut", "--seed", "1", distill=name)
+    monkeypatch.setattr(engine.Run, "_save", save)
+    (cut,) = save_dir.glob("*trialcut")
+    train_cifar_student.main(["--resume", str(cut)])
+    ours, theirs = (read_checkpoint(run / "last.pth")["distiller"] for run in (cut, whole))
+    assert same_state(ours, theirs)
+    exported = export_student.main([str(cut / "last.pth"), "--out", str(save_dir / "student.pth")])
     assert not any(key.split(".")[0] in TRAINED[name] for key in read_checkpoint(exported)["model"])
 
 
