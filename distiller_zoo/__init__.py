@@ -4,8 +4,21 @@ import importlib
 import pkgutil
 from types import ModuleType
 
+from crd import CRDLoss
+from distiller_zoo.abound import ABLoss, Connector
+from distiller_zoo.attention import Attention
 from distiller_zoo.base import Distiller, Flag, Predictor, Progress, Stage, Task
+from distiller_zoo.correlation import Correlation, LinearEmbed
+from distiller_zoo.factor import FactorTransfer, Paraphraser, Translator
+from distiller_zoo.fsp import FSP
+from distiller_zoo.hint import ConvReg, HintLoss
 from distiller_zoo.kd import DistillKL
+from distiller_zoo.kdsvd import KDSVD
+from distiller_zoo.nst import NSTLoss
+from distiller_zoo.pkt import PKT
+from distiller_zoo.rkd import RKDLoss
+from distiller_zoo.similarity import Similarity
+from distiller_zoo.vid import VIDLoss
 from errors import UserError
 
 
@@ -36,9 +49,14 @@ def find_distiller(name: str) -> type[Distiller]:
     return method
 
 
+#: RepDistiller's loss modules and adapters, for scripts that import them from here.
+REPDISTILLER = (
+    *(ABLoss, Attention, Connector, ConvReg, Correlation, CRDLoss, DistillKL, FactorTransfer, FSP, HintLoss, KDSVD),
+    *(LinearEmbed, NSTLoss, Paraphraser, PKT, RKDLoss, Similarity, Translator, VIDLoss),
+)
+
 __all__ = [
     "DISTILLERS",
-    "DistillKL",
     "Distiller",
     "Flag",
     "Predictor",
@@ -46,4 +64,5 @@ __all__ = [
     "Stage",
     "Task",
     "find_distiller",
+    *(module.__name__ for module in REPDISTILLER),
 ]

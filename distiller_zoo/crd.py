@@ -15,7 +15,7 @@ from distiller_zoo.kd import FeatureDistiller
 from distiller_zoo.norm import NORM
 from models.backbone import Output, probe_shapes
 
-FEAT_DIM = Flag(("--feat_dim",), count, 128, "width of CRD's embeddings")
+FEAT_DIM = Flag(("--feat_dim",), count, 128, "width of the embeddings of CRD and CC")
 NCE_K = Flag(("--nce_k",), count, 16384, "CRD's negatives per sample")
 NCE_T = Flag(("--nce_t",), positive, 0.07, "CRD's temperature")
 NCE_M = Flag(("--nce_m",), number, 0.5, "momentum of CRD's memory banks")

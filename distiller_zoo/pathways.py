@@ -120,9 +120,10 @@ class PathwayWeights(nn.Module):
         self.adam_steps += 1
         self.adam_mean.lerp_(gradient, 1 - mean_rate)
         self.adam_square.lerp_(gradient.square(), 1 - square_rate)
+        steps = self.adam_steps.to(gradient.dtype)
         # expm1 gives 1 - rate^steps without cancellation.
-        mean = self.adam_mean / -torch.expm1(self.adam_steps * math.log(mean_rate))
-        square = self.adam_square / -torch.expm1(self.adam_steps * math.log(square_rate))
+        mean = self.adam_mean / -torch.expm1(steps * math.log(mean_rate))
+        square = self.adam_square / -torch.expm1(steps * math.log(square_rate))
         self.scores -= LEARNING_RATE * mean / (square.sqrt() + EPSILON)
 
     def record(self, progress: Progress) -> None:

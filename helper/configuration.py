@@ -17,6 +17,7 @@ from helper.recipes import resolve
 from helper.run_folder import CONFIG, RunFolder
 from helper.schedule import stretch
 from helper.teacher import TeacherFile, read_teacher
+from models.wrappers import describe_wrapper
 
 #: Defaults of the flags that no recipe fills.
 DEFAULTS = {
@@ -148,8 +149,12 @@ def _find_teacher(values: dict, distill: str, method: type[Distiller]) -> Teache
 def _teacher_record(given: dict, teacher: TeacherFile | None) -> dict:
     """What the teacher's file decides: its name, and the data set with its folder and size unless another is given."""
     if teacher is None:
-        return {"path_t": None, "model_t": None}
-    record = {"path_t": teacher.path, "model_t": teacher.name}
+        return {"path_t": None, "model_t": None, "wrapper_t": None}
+    record = {
+        "path_t": teacher.path,
+        "model_t": teacher.name,
+        "wrapper_t": describe_wrapper(teacher.network),
+    }
     if given.get("dataset", teacher.dataset) == teacher.dataset:
         data = {"dataset": teacher.dataset, "data": teacher.data, "image_size": teacher.image_size}
         record |= {argument: value for argument, value in data.items() if value is not None}

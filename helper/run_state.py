@@ -22,6 +22,7 @@ from models.checkpoints import (
     rename_for,
     split_official_norm,
 )
+from models.wrappers import wrap
 
 
 def build_distiller(
@@ -59,6 +60,7 @@ def rebuild(checkpoint: Mapping, source: str) -> tuple[Distiller, dict]:
         targets = torch.arange(data["train_images"]) % num_classes  # only their number matters here
         student = build_model(config["model_s"], num_classes)
         teacher = build_model(config["model_t"], num_classes) if config["model_t"] else None
+        teacher = wrap(teacher, config.get("wrapper_t"), source)
         distiller = build_distiller(config, student, teacher, num_classes, data["image_size"], targets)
     except (KeyError, TypeError) as error:
         raise UserError(

@@ -72,7 +72,7 @@ def check_singular_vectors(case: Case) -> None:
 
 @torch.no_grad()
 def _contributions(loss: KDSVD, student: list[Tensor], teacher: list[Tensor]) -> Tensor:
-    """What each sample adds to the loss of each pair of layers where their signs agree, and where not: (pairs, B, 2)."""
+    """What each sample adds to the loss of each pair of layers, for either relative sign: (pairs, B, 2)."""
     layers = [loss.directions(*maps) for maps in zip(student, teacher, strict=True)]
     of_pairs = [
         torch.stack([loss.differences([sign * each for each in lower], upper) for sign in (1, -1)], 1)
@@ -92,13 +92,13 @@ def _numbers(nested) -> Iterator[float]:
 
 def _check_raw(raw, by_sign: Tensor) -> None:
     """The values belong to the machine that made them, but lie between those of the best and the worst signs."""
-    values = raw.get("values", raw.get("total")) if isinstance(raw, dict) else raw
-    values = torch.tensor(list(_numbers(values)), dtype=torch.float64)
-    least, most = by_sign.amin(2).sum(1), by_sign.amax(2).sum(1)
-    if len(values) != len(least):  # the total
-        least, most = least.sum(0, keepdim=True), most.sum(0, keepdim=True)
-    if not (len(values) == len(least) and (values > least * (1 - 1e-8)).all() and (values < most * (1 + 1e-8)).all()):
-        raise Mismatch(f"raw_lapack_sign: {values.tolist()} are not between {least.tolist()} and {most.tolist()}")
+    values = list(_numbers(raw.get("values", raw.get("total")) if isinstance(raw, dict) else raw))
+    bounds = [(each.amin(1).sum().item(), each.amax(1).sum().item()) for each in by_sign]
+    if len(values) != len(bounds):
+        values, bounds = [sum(values)], [tuple(map(sum, zip(*bounds, strict=True)))]
+    for value, (least, most) in zip(values, bounds, strict=True):
+        if not least * (1 - 1e-8) <= value <= most * (1 + 1e-8):
+            raise Mismatch(f"raw_lapack_sign: {value} is not between {least} and {most}")
 
 
 CHECKS: dict[str, Callable[[Case], None]] = {

@@ -3,6 +3,7 @@
 import argparse
 import os
 import pickle
+import shutil
 from pathlib import Path
 
 import numpy
@@ -177,3 +178,34 @@ def test_it_compares_on_digits_where_the_runs_data_are_gone(distil, capsys):
     export_student.main([str(run / "best.pth")])
     printed = capsys.readouterr().out
     assert "/nowhere" in printed and "comparing on digits instead" in printed
+
+
+def test_a_student_of_a_wrapped_network_is_exported_without_its_teacher(tmp_path):
+    """A SimKD student is as wide as its own teacher: what learned from it must know that when it is built again."""
+    import train_cifar_student
+    import train_teacher
+
+    def distil(distill: str, student: str, teacher: Path) -> Path:
+        argv = [
+            "--distill",
+            distill,
+            "--model_s",
+            student,
+            "--path_t",
+            str(teacher),
+            "--save_dir",
+            str(tmp_path / distill),
+        ]
+        train_cifar_student.main([*argv, *SHORT])
+        (run,) = (tmp_path / distill).iterdir()
+        return run / "last.pth"
+
+    train_teacher.main(["--model", "wrn_16_2", *SHORT, "--save_dir", str(tmp_path / "ce")])
+    (run,) = (tmp_path / "ce").iterdir()
+    wide = distil("simkd", "resnet8", run / "last.pth")
+    for teacher in (wide, export_student.main([str(wide)])):
+        narrow = distil("srrl", "wrn_16_1", teacher)
+        assert read_checkpoint(narrow)["config"]["wrapper_t"]["channels"] == 128
+        network, _ = load_exported(read_checkpoint(export_student.main([str(narrow)])), "file")
+        assert network.state_dict().keys() == build_model("wrn_16_1", 10).state_dict().keys()
+        shutil.rmtree(narrow.parent)
