@@ -1,15 +1,18 @@
 """The views of an image that a method may ask for: pixels of a batch in, one batch of pixels per view out."""
 
+import math
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional
 
 from dataset.images import Augmentation, Draws, augment
 
-#: RandAugment's number of operations, and the largest side of the square that is cut out, in sides of the image.
-STRONG_OPERATIONS, LARGEST_CUT = 2, 0.5
+#: RandAugment's number of operations, and their strength as a share of the strongest (9 of 30 steps).
+STRONG_OPERATIONS, STRENGTH = 2, 0.3
+#: The largest side of the square that is cut out, in sides of the image, and its grey.
+LARGEST_CUT, GREY = 0.5, 127
 
 
 def plain(pixels: Tensor, draws: list[Draws], augmentation: Augmentation) -> list[Tensor]:
@@ -28,24 +31,70 @@ def rotations(pixels: Tensor, draws: list[Draws], augmentation: Augmentation) ->
 def weak_strong(pixels: Tensor, draws: list[Draws], augmentation: Augmentation) -> list[Tensor]:
     """The augmented image, and another with RandAugment and a grey square over it (multi-level logit distillation).
 
-    RandAugment and the square draw from torch's global generator on the CPU.
+    RandAugment and the square draw from torch's global generator on the CPU, which every epoch seeds anew.
     """
     weak, strong = (augment(pixels, draw, augmentation.pad) for draw in draws)
-    transform = v2.RandAugment(STRONG_OPERATIONS)
-    strong = torch.stack([transform(image) for image in strong.cpu()])
-    return [weak, _cut_out(strong).to(pixels.device)]
+    for _ in range(STRONG_OPERATIONS):
+        strong = random_operation(strong)
+    return [weak, cut_out(strong)]
 
 
-def _cut_out(pixels: Tensor) -> Tensor:
+def random_operation(pixels: Tensor) -> Tensor:
+    """Pixels (B, 3, H, W) with one operation of RandAugment each (Cubuk et al., NeurIPS 2020, arXiv 1909.13719).
+
+    Images with the same operation are changed together.
+    """
+    operations = [*_operations(1, *pixels.shape[2:]), *_operations(-1, *pixels.shape[2:])]
+    drawn = torch.randint(len(operations), (len(pixels),))
+    sizes = torch.bincount(drawn, minlength=len(operations)).tolist()
+    order = drawn.argsort().to(pixels.device)
+    groups = pixels[order].split(sizes)
+    changed = [operation(group) for operation, group in zip(operations, groups, strict=True) if len(group)]
+    return torch.empty_like(pixels).index_copy_(0, order, torch.cat(changed))
+
+
+def _operations(sign: int, height: int, width: int) -> list[Callable[[Tensor], Tensor]]:
+    """RandAugment's operations on bytes; what has a direction goes along `sign`."""
+    slant = math.degrees(math.atan(0.3 * STRENGTH * sign))
+    down, right = (sign * int(150 / 331 * side * STRENGTH) for side in (height, width))
+    factor = 1 + 0.9 * STRENGTH * sign
+
+    def affine(shear=(0.0, 0.0), translate=(0, 0), center=None):
+        return lambda x: functional.affine(x, 0.0, list(translate), 1.0, list(shear), center=center)
+
+    return [
+        lambda x: x,
+        affine(shear=(slant, 0.0), center=[0, 0]),
+        affine(shear=(0.0, slant), center=[0, 0]),
+        affine(translate=(right, 0)),
+        affine(translate=(0, down)),
+        lambda x: functional.rotate(x, 30 * STRENGTH * sign),
+        lambda x: functional.adjust_brightness(x, factor),
+        lambda x: functional.adjust_saturation(x, factor),
+        lambda x: functional.adjust_contrast(x, factor),
+        lambda x: functional.adjust_sharpness(x, factor),
+        lambda x: functional.posterize(x, 8 - round(4 * STRENGTH)),
+        lambda x: functional.solarize(x, 255 * (1 - STRENGTH)),
+        functional.autocontrast,
+        functional.equalize,
+    ]
+
+
+def cut_out(pixels: Tensor) -> Tensor:
     """Pixels (B, 3, H, W) with one grey square each, of random side and place."""
     count, _, height, width = pixels.shape
-    side = (torch.rand(count) * LARGEST_CUT * min(height, width)).round()
-    top, left = torch.rand(count) * (height - side), torch.rand(count) * (width - side)
-    rows, columns = torch.arange(height), torch.arange(width)
-    inside_rows = (rows >= top[:, None]) & (rows < (top + side)[:, None])
-    inside_columns = (columns >= left[:, None]) & (columns < (left + side)[:, None])
-    inside = inside_rows[:, None, :, None] & inside_columns[:, None, None, :]
-    return pixels.masked_fill(inside, 127)
+    side, top, left = torch.rand(3, count)
+    side = (side * LARGEST_CUT * min(height, width)).round()
+    rows = _between(top * (height - side), side, height)
+    columns = _between(left * (width - side), side, width)
+    inside = (rows[:, :, None] & columns[:, None, :]).to(pixels.device)
+    return pixels.masked_fill(inside[:, None], GREY)
+
+
+def _between(first: Tensor, side: Tensor, size: int) -> Tensor:
+    """Which of 0..size-1 lie in first..first+side, for each image: (B, size)."""
+    positions = torch.arange(size)
+    return (positions >= first[:, None]) & (positions < (first + side)[:, None])
 
 
 #: Name -> (number of views, their function).

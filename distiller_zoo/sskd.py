@@ -10,6 +10,8 @@ each KL over the turned images that the teacher gets right, and the share --rati
 of best rank first (section 3.3). T is --kd_T. The head is not shipped.
 """
 
+from argparse import ArgumentTypeError
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -27,15 +29,23 @@ from distiller_zoo.base import (
     weighted_cross_entropy,
     without_student,
 )
-from distiller_zoo.kd import LOGIT_STANDARDIZATION, LogitDistiller, kl_divergence, weighted_kd
+from distiller_zoo.kd import LOGIT_STANDARDIZATION, LogitDistiller, weighted_kd
 from distiller_zoo.maps import unit_vectors
 from models.backbone import probe_shapes
+
+
+def share(text: str) -> float:
+    """A number from 0 to 1, read from a flag."""
+    if number(text) > 1:
+        raise ArgumentTypeError(f"must be a number from 0 to 1, not {text}")
+    return float(text)
+
 
 TF_WEIGHT = Flag(("--tf_weight",), number, 2.7, "weight of SSKD's KL divergence on turned images")
 SS_WEIGHT = Flag(("--ss_weight",), number, 10.0, "weight of SSKD's KL divergence of similarities")
 SS_T = Flag(("--ss_T",), positive, 0.5, "temperature of SSKD's similarities")
-RATIO_TF = Flag(("--ratio_tf",), number, 1.0, "share of the turned images that the teacher gets wrong to keep")
-RATIO_SS = Flag(("--ratio_ss",), number, 0.75, "share of the similarities that the teacher gets wrong to keep")
+RATIO_TF = Flag(("--ratio_tf",), share, 1.0, "share of the turned images that the teacher gets wrong to keep")
+RATIO_SS = Flag(("--ratio_ss",), share, 0.75, "share of the similarities that the teacher gets wrong to keep")
 VIEWS = 4
 #: The first stage's learning rate falls after these shares of its epochs (30 and 45 of 60).
 INIT_MILESTONES = (0.5, 0.75)
@@ -59,12 +69,22 @@ def sources(turned: Tensor) -> Tensor:
 
 
 def select(teacher_rows: Tensor, truth: Tensor, ratio: float) -> Tensor:
-    """Indices of the rows (n, m) whose largest entry is at `truth` (n,), and of a share of the others by rank."""
+    """Which rows (n, m) to keep, (n,): those whose largest entry is at `truth` (n,), and a share of the others by rank."""
     ranks = (teacher_rows > teacher_rows.gather(1, truth[:, None])).sum(1)
     right = (ranks == 0).sum()
     kept = right + ((len(ranks) - right) * ratio).long()
-    order = ranks.argsort(stable=True)
-    return order[: int(kept)]
+    places = ranks.argsort(stable=True).argsort()
+    return places < kept
+
+
+def selected_divergence(student: Tensor, teacher: Tensor, selected: Tensor, temperature: float) -> Tensor:
+    """KL(teacher || student) of softened rows (n, m), mean over the selected ones (n,), times temperature^2.
+
+    0 where none is selected. All rows are computed: to gather some, one would have to wait for their number.
+    """
+    logarithms = ((rows / temperature).log_softmax(1) for rows in (student, teacher))
+    divergences = F.kl_div(*logarithms, reduction="none", log_target=True).sum(1)
+    return (divergences * selected).sum() / selected.sum().clamp_min(1) * temperature**2
 
 
 class SSKD(LogitDistiller):
@@ -114,6 +134,6 @@ class SSKD(LogitDistiller):
         return {
             **weighted_cross_entropy(self.gamma, student.logits[: len(targets)], targets),
             **weighted_kd(self.alpha, upright, teacher_upright, self.kd_T),
-            "tf": self.tf_weight * kl_divergence(turned[confident], teacher_turned[confident], self.kd_T),
-            "ss": self.ss_weight * kl_divergence(rows[alike], teacher_rows[alike], self.ss_T),
+            "tf": self.tf_weight * selected_divergence(turned, teacher_turned, confident, self.kd_T),
+            "ss": self.ss_weight * selected_divergence(rows, teacher_rows, alike, self.ss_T),
         }
