@@ -85,16 +85,16 @@ def cut_out(pixels: Tensor) -> Tensor:
     count, _, height, width = pixels.shape
     side, top, left = torch.rand(3, count)
     side = (side * LARGEST_CUT * min(height, width)).round()
-    rows = _between(top * (height - side), side, height)
-    columns = _between(left * (width - side), side, width)
+    rows, columns = _covered(top, side, height), _covered(left, side, width)
     inside = (rows[:, :, None] & columns[:, None, :]).to(pixels.device)
     return pixels.masked_fill(inside[:, None], GREY)
 
 
-def _between(first: Tensor, side: Tensor, size: int) -> Tensor:
-    """Which of 0..size-1 lie in first..first+side, for each image: (B, size)."""
+def _covered(place: Tensor, side: Tensor, size: int) -> Tensor:
+    """Which of `size` pixels a stretch of `side` (B,) covers, (B, size); it lies first at a `place` (B,) of 0."""
+    first = (place * (size - side + 1)).floor()[:, None]
     positions = torch.arange(size)
-    return (positions >= first[:, None]) & (positions < (first + side)[:, None])
+    return (positions >= first) & (positions < first + side[:, None])
 
 
 #: Name -> (number of views, their function).

@@ -10,6 +10,7 @@ each KL over the turned images that the teacher gets right, and the share --rati
 of best rank first (section 3.3). T is --kd_T. The head is not shipped.
 """
 
+import math
 from argparse import ArgumentTypeError
 
 import torch
@@ -69,7 +70,7 @@ def sources(turned: Tensor) -> Tensor:
 
 
 def select(teacher_rows: Tensor, truth: Tensor, ratio: float) -> Tensor:
-    """Which rows (n, m) to keep, (n,): those whose largest entry is at `truth` (n,), and a share of the others by rank."""
+    """Which rows (n, m) to keep, (n,): those largest at `truth` (n,), and a share of the others, best rank first."""
     ranks = (teacher_rows > teacher_rows.gather(1, truth[:, None])).sum(1)
     right = (ranks == 0).sum()
     kept = right + ((len(ranks) - right) * ratio).long()
@@ -111,7 +112,7 @@ class SSKD(LogitDistiller):
         first = Stage(
             *("teacher's head", self.init_epochs, [self.teacher_head], self.head_losses, without_student),
             learning_rate=self.init_learning_rate,
-            milestones=tuple(round(share * self.init_epochs) for share in INIT_MILESTONES),
+            milestones=tuple(math.ceil(part * self.init_epochs) for part in INIT_MILESTONES),
         )
         return [first, self.main_stage(epochs)]
 

@@ -1,15 +1,21 @@
 """Methods that compare logits, and SSKD: check values, gradients, extreme inputs, flags."""
 
+from argparse import ArgumentTypeError, Namespace
+
 import pytest
 import torch
 from torch.nn import functional as F
 
+from dataset import Augmentation, ImageData, Images
 from distiller_zoo import DISTILLERS, Progress, Task
 from distiller_zoo.dist import relation_losses
 from distiller_zoo.dkd import decoupled_losses
 from distiller_zoo.kd import kl_divergence, standardise
 from distiller_zoo.mlkd import correlation_losses, unsure_shares
-from distiller_zoo.sskd import select, similarities, sources
+from distiller_zoo.sskd import select, selected_divergence, share, similarities, sources
+from helper.fast import OFF
+from helper.stage_training import StageTraining
+from helper.teacher import FrozenTeacher
 from models.backbone import Output
 from tests.check_values import STUDENT_LOGITS, TARGETS, TEACHER_LOGITS, g
 from tests.conftest import pair_networks
@@ -20,6 +26,7 @@ LOGIT_LOSSES = {
     "dkd": lambda s, t: sum(decoupled_losses(s, t, TARGETS, 4.0)),
     "dist": lambda s, t: sum(relation_losses(s, t, 1.0)),
     "mlkd": lambda s, t: sum(correlation_losses(s, t, 4.0)),
+    "sskd": lambda s, t: selected_divergence(s, t, torch.tensor([True, False, True, True]), 4.0),
 }
 
 
@@ -68,18 +75,90 @@ def test_the_two_parts_of_dkd_make_up_kd():
         assert float(target + others_share * others) == pytest.approx(float(kl_divergence(*logits, 1.0)), rel=1e-12)
 
 
-def test_the_shares_of_mlkd_are_at_least_half():
+def test_logits_are_standardised_per_sample_by_the_unbiased_deviation():
+    standard = standardise(STUDENT_LOGITS)
+    assert standard.mean(1).tolist() == pytest.approx([0.0] * 4, abs=1e-12)
+    assert standard.square().sum(1).tolist() == pytest.approx([9.0] * 4, rel=1e-6)
+    assert torch.equal(standardise(torch.full((2, 10), 3.0)), torch.zeros(2, 10))
+
+
+def test_standardised_kd_is_the_papers_total():
+    """Raw logits with the labels, standardised ones with the teacher."""
+    method = build("kd", gamma=0.1, alpha=9.0, kd_T=2.0, logit_standardization=True)
+    logits = STUDENT_LOGITS, TEACHER_LOGITS
+    losses = method.losses(*(each_with(each) for each in logits), TARGETS, TARGETS, Progress(0, 240))
+    close([losses["ce"], losses["kd"]], [0.1 * 2.5942054000, 9 * 0.7323762331])
+
+
+def test_dkd_is_the_published_formula_where_that_is_defined():
+    """Two-class distributions of probabilities, and the target removed by subtracting 1000."""
+    student, teacher = (each.clone() / 4 for each in (STUDENT_LOGITS, TEACHER_LOGITS))
+    truth = F.one_hot(TARGETS, 10).double()
+    pairs = []
+    for logits in (student, teacher):
+        target = (logits.softmax(1) * truth).sum(1)
+        pairs.append((torch.stack([target, 1 - target], 1), (logits - 1000 * truth).softmax(1).clamp_min(1e-300)))
+    expected = [16 * F.kl_div(ours.log(), theirs, reduction="sum") / 4 for ours, theirs in zip(*pairs, strict=True)]
+    close(decoupled_losses(STUDENT_LOGITS, TEACHER_LOGITS, TARGETS, 4.0), [float(value) for value in expected])
+
+
+def test_the_terms_of_mlkd_are_its_formula():
+    """Each view with its own logits at all temperatures; the shares on the weak view's terms."""
+    temperatures = (4.0, 3.0, 5.0, 2.0, 6.0)
+    method = build("mlkd", gamma=0.1, alpha=0.9, beta=0.7)
+    assert method.mlkd_temperatures == temperatures
+    student, teacher = (STUDENT_LOGITS, STUDENT_LOGITS.flip(1)), (TEACHER_LOGITS, TEACHER_LOGITS.roll(3, 1))
+    losses = method.losses(*(each_with(torch.cat(each)) for each in (student, teacher)), TARGETS, TARGETS, None)
+    weak, strong = (sum(kl_divergence(s, t, T) for T in temperatures) for s, t in zip(student, teacher, strict=True))
+    class_level, batch_level = (
+        sum(correlation_losses(student[0], teacher[0], T)[level] for T in temperatures) for level in (0, 1)
+    )
+    expected = {
+        "ce": 0.1 * F.cross_entropy(student[0], TARGETS),
+        "ce_strong": 0.1 * F.cross_entropy(student[1], TARGETS),
+        "kd": 0.9 * 0.5 * weak,
+        "kd_strong": 0.9 * strong,
+        "class": 0.7 * 0.5 * class_level,
+        "batch": 0.7 * 0.5 * batch_level,
+    }
+    assert losses.keys() == expected.keys()
+    for name, value in expected.items():
+        assert float(losses[name]) == pytest.approx(float(value), rel=1e-12), name
+
+
+def test_the_shares_of_mlkd_are_of_what_the_teacher_is_at_most_median_sure_of():
     images, classes = unsure_shares(TEACHER_LOGITS)
     assert (float(images), float(classes)) == (0.5, 0.5)
     assert [float(share) for share in unsure_shares(torch.zeros(4, 10))] == [1.0, 1.0]
+    one_sure = torch.zeros(4, 10)
+    one_sure[2, 5] = 3.0
+    assert [float(share) for share in unsure_shares(one_sure)] == pytest.approx([0.75, 0.9])
 
 
 def test_rows_are_selected_by_the_rank_of_the_truth():
     rows = torch.tensor([[3.0, 1, 2], [3.0, 1, 2], [1.0, 2, 3], [1.0, 2, 3], [3.0, 2, 1]])
     truth = torch.tensor([0, 1, 2, 1, 2])  # ranks 0, 2, 0, 1, 2
-    assert select(rows, truth, 0.0).tolist() == [0, 2]
-    assert select(rows, truth, 0.4).tolist() == [0, 2, 3]
-    assert select(rows, truth, 1.0).tolist() == [0, 2, 3, 1, 4]
+    for ratio, kept in ((0.0, [0, 2]), (0.4, [0, 2, 3]), (0.99, [0, 1, 2, 3]), (1.0, [0, 1, 2, 3, 4])):
+        assert select(rows, truth, ratio).nonzero().flatten().tolist() == kept
+
+
+def test_the_divergence_of_selected_rows_is_theirs_alone_and_nothing_where_none_is_selected():
+    selected = torch.tensor([False, True, False, True])
+    student = STUDENT_LOGITS.clone().requires_grad_()
+    loss = selected_divergence(student, TEACHER_LOGITS, selected, 4.0)
+    close([loss.detach()], [float(kl_divergence(STUDENT_LOGITS[selected], TEACHER_LOGITS[selected], 4.0))])
+    (gradient,) = torch.autograd.grad(loss, student)
+    assert gradient[selected].abs().sum(1).min() > 0 and gradient[~selected].abs().max() == 0
+    nothing = selected_divergence(student, TEACHER_LOGITS, ~(selected | True), 4.0)
+    nothing.backward()
+    assert nothing.item() == 0 and student.grad.abs().max() == 0
+
+
+def test_a_share_lies_between_0_and_1():
+    assert [share(text) for text in ("0", "0.75", "1")] == [0, 0.75, 1]
+    for text in ("1.01", "-0.1", "nan"):
+        with pytest.raises(ArgumentTypeError, match="must be a number"):
+            share(text)
 
 
 def test_each_turned_image_finds_its_own():
@@ -91,6 +170,11 @@ def test_each_turned_image_finds_its_own():
 def build(name: str, **hyper_parameters):
     teacher, student = pair_networks("resnet14", "resnet8")
     return DISTILLERS[name](student, teacher, Task(10, 32, 4, torch.arange(4)), **hyper_parameters)
+
+
+def each_with(logits: torch.Tensor) -> Output:
+    """An output of which the logits alone may be read."""
+    return Output(None, None, None, None, logits)
 
 
 def outputs(logits: torch.Tensor, width: int = 64) -> Output:
@@ -162,5 +246,46 @@ def test_sskd_trains_its_heads_one_after_the_other():
     method = build("sskd", init_epochs=60)
     first, main = method.stages(240)
     assert (first.epochs, first.milestones, first.learning_rate) == (60, (30, 45), 0.05)
+    assert build("sskd", init_epochs=1).stages(240)[0].milestones == (1, 1)  # the first epoch has the full rate
     assert list(first.trained) == [method.teacher_head] and first.respond(None, None) is None
     assert method.teacher_head not in main.trained and method.student_head in main.trained
+
+
+@pytest.mark.parametrize("name", ["kd", "dkd", "mlkd"])
+def test_one_image_is_enough(name):
+    method = build(name, **({"alpha": 1.0} if name != "dkd" else {}))
+    rows = 2 if name == "mlkd" else 1
+    student, teacher = (logits[:rows].clone() for logits in (STUDENT_LOGITS, TEACHER_LOGITS))
+    losses = method.losses(
+        each_with(student.requires_grad_()), each_with(teacher), TARGETS[:1], TARGETS[:1], Progress(0, 1)
+    )
+    sum(losses.values()).backward()
+    assert all(torch.isfinite(value) for value in losses.values()) and torch.isfinite(student.grad).all()
+
+
+def digits_like() -> ImageData:
+    images = Images(torch.randint(0, 256, (8, 3, 32, 32), dtype=torch.uint8), torch.arange(8))
+    return ImageData("fake", images, images, list("abcdefghij"), (0.5,) * 3, (0.25,) * 3, Augmentation())
+
+
+@pytest.mark.parametrize("pair", [("resnet14", "resnet8"), ("vgg13", "vgg8"), ("wrn_16_2", "ShuffleV2")])
+@pytest.mark.parametrize("name", ["dkd", "dist", "mlkd", "sskd"])
+def test_what_a_stage_trains_gets_gradients_and_nothing_else_does(name, pair):
+    teacher, student = pair_networks(*pair)
+    data = digits_like()
+    method = DISTILLERS[name](student, teacher, Task(10, 32, 4, data.train.targets))
+    config = Namespace(**OFF, batch_size=4, learning_rate=0.01, lr_decay="step", lr_decay_epochs=(1,), seed=0)
+    vars(config).update(lr_decay_rate=0.1, momentum=0.9, weight_decay=5e-4, print_freq=9, distill=name)
+    for stage in method.stages(240):
+        method.zero_grad(set_to_none=True)
+        training = StageTraining(stage, method, FrozenTeacher(teacher), data, config, torch.device("cpu"))
+        for epoch in range(2):
+            means, _ = training.train_epoch(Progress(epoch, 240), epoch, None, print)
+        trained = {id(parameter) for module in stage.trained for parameter in module.parameters()}
+        for key, parameter in method.named_parameters():
+            if id(parameter) in trained:
+                assert parameter.grad is not None and torch.isfinite(parameter.grad).all(), key
+            else:
+                assert parameter.grad is None, key
+        assert all(value == value for value in means.values())
+    assert all(parameter.grad is None for parameter in teacher.parameters())

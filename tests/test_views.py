@@ -1,0 +1,183 @@
+"""The views of an image: what they show, in which order, and that they depend on (seed, epoch) alone."""
+
+from argparse import Namespace
+
+import pytest
+import torch
+from torchvision.transforms import v2
+
+from dataset import VIEWS, Augmentation, ImageData, Images, Loader
+from dataset.images import Draws, augment, draw_augmentation
+from dataset.views import cut_out, random_operation, rotations, weak_strong
+from distiller_zoo import DISTILLERS, Progress, Task
+from helper.fast import OFF
+from helper.stage_training import StageTraining
+from helper.teacher import FrozenTeacher
+from tests.conftest import pair_networks
+
+CPU = torch.device("cpu")
+PAD = Augmentation().pad
+
+
+def pictures(n: int, size: int = 32) -> torch.Tensor:
+    return torch.randint(1, 256, (n, 3, size, size), dtype=torch.uint8)
+
+
+def draw(n: int, views: int, flip: bool = True, pad: int = PAD) -> list[Draws]:
+    generator = torch.Generator().manual_seed(0)
+    return [draw_augmentation(Augmentation(pad, flip), n, generator) for _ in range(views)]
+
+
+def image_data(n: int = 12) -> ImageData:
+    images = Images(pictures(n), torch.arange(n))
+    return ImageData("fake", images, images, [str(k) for k in range(n)], (0.5,) * 3, (0.25,) * 3, Augmentation())
+
+
+def test_a_quarter_turn_is_counterclockwise_and_each_view_turns_once_more():
+    still = Augmentation(pad=0, flip=False)
+    pixels = torch.zeros(1, 3, 8, 8, dtype=torch.uint8)
+    pixels[:, :, 0, 1] = 9  # at the top, left
+    corners = [view[0, 0].nonzero().tolist() for view in rotations(pixels, draw(1, 4, False, 0), still)]
+    assert corners == [[[0, 1]], [[6, 0]], [[7, 6]], [[1, 7]]]
+
+
+def test_rotations_share_the_flip_and_have_their_own_crops():
+    pixels, draws = pictures(64), draw(64, 4)
+    views = rotations(pixels, draws, Augmentation())
+    assert draws[0].flip.any() and not torch.equal(draws[0].flip, draws[1].flip)
+    for turn, (view, own) in enumerate(zip(views, draws, strict=True)):
+        back = torch.rot90(view, -turn, (2, 3))
+        assert torch.equal(back, augment(pixels, Draws(own.top, own.left, draws[0].flip), PAD))
+
+
+def test_the_crops_of_each_view_are_uniform_and_independent():
+    """One white pixel in the middle tells where a crop lies."""
+    n, size = 20_000, 12
+    pixels = torch.zeros(n, 3, size, size, dtype=torch.uint8)
+    pixels[:, :, 6, 6] = 255
+    places = []
+    for turn, view in enumerate(rotations(pixels, draw(n, 4, flip=False), Augmentation())):
+        flat = torch.rot90(view, -turn, (2, 3))[:, 0].flatten(1).float().argmax(1)
+        top, left = 6 + PAD - flat // size, 6 + PAD - flat % size
+        assert top.min() == left.min() == 0 and top.max() == left.max() == 2 * PAD
+        cells = torch.bincount(top * 9 + left, minlength=81)
+        assert ((cells - n / 81).square() / (n / 81)).sum() < 150  # chi-square of 80 degrees: 150 in one of 1e5
+        places.append(torch.stack([top, left]).double())
+    correlations = torch.corrcoef(torch.cat(places)) - torch.eye(8, dtype=torch.float64)
+    assert correlations.abs().max() < 5 / n**0.5
+
+
+@pytest.mark.parametrize("views", VIEWS)
+def test_views_come_one_after_the_other_and_the_first_is_the_plain_one(views):
+    data = image_data()
+    plain, several = (
+        list(Loader(data.train, data, 5, CPU, data.augmentation, 3, views=name).batches(2)) for name in ("plain", views)
+    )
+    number, _ = VIEWS[views]
+    assert [len(batch.images) for batch in several] == [5 * number, 5 * number, 2 * number]
+    for ours, expected in zip(several, plain, strict=True):
+        assert torch.equal(ours.index, expected.index) and torch.equal(ours.targets, expected.targets)
+        assert torch.equal(ours.images[: len(ours.index)], expected.images)
+        assert ours.images.dtype == torch.float32
+
+
+def test_without_augmentation_there_is_one_view():
+    data = image_data()
+    for views in VIEWS:
+        batch = next(Loader(data.test, data, 5, CPU, views=views).batches())
+        assert batch.images.shape == (5, 3, 32, 32)
+
+
+def images_seen(name: str, epochs_over: int, seed: int = 0, state=None) -> tuple[list[torch.Tensor], list[dict]]:
+    """What an epoch of a method shows its student, and the states from which the epoch can be resumed."""
+    torch.manual_seed(1)
+    teacher, student = pair_networks("resnet14", "resnet8", 12)
+    data = image_data()
+    method = DISTILLERS[name](student, teacher, Task(12, 32, 4, data.train.targets))
+    config = Namespace(**OFF, batch_size=4, learning_rate=0.01, lr_decay="step", lr_decay_epochs=(1,), seed=seed)
+    vars(config).update(lr_decay_rate=0.1, momentum=0.9, weight_decay=5e-4, print_freq=9, distill=name)
+    seen, states = [], []
+    *_, main = method.stages(240)
+    stage = main._replace(respond=lambda images, teacher: seen.append(images) or method.respond(images, teacher))
+    training = StageTraining(stage, method, FrozenTeacher(teacher), data, config, CPU)
+    torch.manual_seed(torch.seed())  # what came before an epoch must not matter
+    progress = Progress(epochs_over, 240)
+    training.train_epoch(progress, epochs_over, None, print, lambda take, _: states.append(take()), state)
+    return seen, states
+
+
+@pytest.mark.parametrize("name", ["sskd", "mlkd"])
+def test_what_an_epoch_shows_depends_on_seed_and_epoch_alone(name):
+    (first, states), (again, _) = images_seen(name, 1), images_seen(name, 1)
+    assert len(first) == 3 and all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    resumed, _ = images_seen(name, 1, state=states[0])
+    assert len(resumed) == 2 and all(torch.equal(a, b) for a, b in zip(first[1:], resumed, strict=True))
+    for other in (images_seen(name, 2)[0], images_seen(name, 1, seed=1)[0]):
+        assert not any(torch.equal(a, b) for a, b in zip(first, other, strict=True))
+
+
+def outcomes(image: torch.Tensor) -> torch.Tensor:
+    """Everything that torchvision's RandAugment of one operation makes of an image, (m, 3, H, W)."""
+    transform = v2.RandAugment(1)
+    return torch.stack([transform(image) for _ in range(600)]).unique(dim=0)
+
+
+def which(views: torch.Tensor, known: torch.Tensor) -> list[int]:
+    """The outcome that each view is, up to one grey level; -1 for none."""
+    differences = (views[:, None].int() - known[None].int()).abs().amax((2, 3, 4))
+    nearest, number = differences.min(1)
+    return torch.where(nearest <= 1, number, -1).tolist()
+
+
+def test_every_image_gets_an_operation_of_randaugment_on_its_own_pixels():
+    pixels = pictures(3, 16)
+    known = [outcomes(image) for image in pixels]
+    views = random_operation(pixels.repeat(40, 1, 1, 1))
+    for number in range(3):
+        assert -1 not in which(views[number::3], known[number])
+
+
+def test_every_operation_is_drawn_equally_often_in_both_directions():
+    image, n = pictures(1, 16), 28 * 400
+    image = 30 + image % 200  # neither stretched to full contrast already nor without bright pixels to invert
+    known = outcomes(image[0])
+    views = random_operation(image.expand(n, -1, -1, -1))
+    counts = torch.bincount(torch.tensor(which(views, known)), minlength=len(known)).sort().values
+    # Nine operations have two directions, five have none; 14 operations in all.
+    assert len(known) == 23
+    assert (counts[:18] / n).tolist() == pytest.approx([1 / 28] * 18, abs=5 * (1 / 28 / n) ** 0.5)
+    assert (counts[18:] / n).tolist() == pytest.approx([1 / 14] * 5, abs=5 * (1 / 14 / n) ** 0.5)
+
+
+def test_one_grey_square_is_cut_out_within_the_image():
+    n = 4000
+    holes = (cut_out(torch.zeros(n, 3, 32, 32, dtype=torch.uint8)) == 127).all(1)
+    heights, widths = holes.any(2).sum(1), holes.any(1).sum(1)
+    assert torch.equal(heights, widths) and torch.equal(holes.sum((1, 2)), heights * widths)
+    sides = torch.bincount(heights, minlength=17) / n  # a side from 0 to 16, rounded: half a share at both ends
+    assert len(sides) == 17
+    assert sides.tolist() == pytest.approx([1 / 32, *[1 / 16] * 15, 1 / 32], abs=0.02)
+    covered = holes.double().mean(0)
+    assert torch.allclose(covered, covered.flip(0), atol=0.05) and torch.allclose(covered, covered.T, atol=0.05)
+    assert covered.min() > 0
+
+
+def test_what_is_not_cut_out_stays():
+    pixels = pictures(200)
+    pixels[pixels == 127] = 128
+    cut = cut_out(pixels)
+    assert torch.equal(cut[cut != 127], pixels[cut != 127]) and (cut == 127).any() and cut.dtype == torch.uint8
+
+
+def test_the_strong_view_has_two_operations_its_own_crop_and_a_square(monkeypatch):
+    pixels, draws, calls = pictures(8), draw(8, 2), []
+
+    def operation(strong):
+        calls.append(strong)
+        return strong // 2
+
+    monkeypatch.setattr("dataset.views.random_operation", operation)
+    monkeypatch.setattr("dataset.views.cut_out", lambda strong: strong + 1)
+    weak, strong = weak_strong(pixels, draws, Augmentation())
+    assert torch.equal(weak, augment(pixels, draws[0], PAD))
+    assert torch.equal(strong, augment(pixels, draws[1], PAD) // 2 // 2 + 1) and len(calls) == 2
