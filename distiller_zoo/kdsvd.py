@@ -31,8 +31,8 @@ SPARE_VECTORS = 3
 def decompose(matrices: Tensor) -> tuple[Tensor, Tensor]:
     """Matrices X (B, P, C) -> squared singular values (B, R), falling, and right singular vectors (B, C, R).
 
-    R = min(P, C). They are the eigenvalues and -vectors of the smaller of X^T X and X X^T, which on a GPU takes a small
-    part of the time of a singular value decomposition. Zero values have vectors of zeros. NaN where X is not finite.
+    R = min(P, C). They are the eigenvalues and -vectors of the smaller of X^T X and X X^T, which is cheaper than a
+    singular value decomposition. Zero values have vectors of zeros. NaN where X is not finite.
     """
     pixels, channels = matrices.shape[1:]
     wide = channels > pixels
