@@ -84,7 +84,8 @@ def test_a_signal_saves_and_stops(tmp_path, name, code):
     argv = [sys.executable, "train_teacher.py", "--model", "resnet20", "--epochs", "50", "--save_dir", str(tmp_path)]
     process = subprocess.Popen(argv, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     run = Path(process.stdout.readline().split("run folder: ")[1].strip())
-    while "parameters" not in (run / "log.txt").read_text():
+    log = run / "log.txt"
+    while not log.exists() or "parameters" not in log.read_text():
         time.sleep(0.1)
     time.sleep(1.5)  # into the first epoch
     process.send_signal(getattr(signal, name))
