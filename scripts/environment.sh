@@ -1,5 +1,5 @@
-# Sourced by demo.sh and test.sh: from the repository's root, makes .venv once, installs requirements.txt into it
-# whenever that file changes, and activates it. PYTHON names another interpreter.
+# Sourced by demo.sh and test.sh: from the repository's root, makes .venv once, installs the requirements into it
+# whenever they change, and activates it. PYTHON names another interpreter.
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 2
 PYTHON="${PYTHON:-python3}"
@@ -10,11 +10,12 @@ fi
 if [ ! -x .venv/bin/python ]; then
     "$PYTHON" -m venv .venv || { echo "error: .venv cannot be made; on Debian: apt install python3-venv" >&2; exit 2; }
 fi
-if ! cmp -s requirements.txt .venv/installed-requirements.txt; then
-    echo "installing requirements.txt into .venv (some GB the first time) ..."
-    .venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt \
-        || { echo "error: requirements.txt could not be installed; see pip's message above" >&2; exit 2; }
-    cp requirements.txt .venv/installed-requirements.txt
+wanted="$(cat requirements.txt requirements-extras.txt)"
+if [ "$wanted" != "$(cat .venv/installed-requirements.txt 2>/dev/null)" ]; then
+    echo "installing requirements.txt and requirements-extras.txt into .venv (some GB the first time) ..."
+    .venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt -r requirements-extras.txt \
+        || { echo "error: the requirements could not be installed; see pip's message above" >&2; exit 2; }
+    echo "$wanted" > .venv/installed-requirements.txt
 fi
 # shellcheck disable=SC1091
 source .venv/bin/activate
