@@ -8,8 +8,8 @@ from helper import configuration, engine, options
 
 
 def main(argv=None):
-    config, teacher_file = configuration.parse(options.student_parser(), argv)
-    return engine.run(config, teacher_file)
+    configs, teacher_file = configuration.parse(options.student_parser(), argv)
+    return engine.run(configs, teacher_file)
 
 
 if __name__ == "__main__":

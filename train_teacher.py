@@ -8,8 +8,8 @@ from helper import configuration, engine, options
 
 
 def main(argv=None):
-    config, _ = configuration.parse(options.teacher_parser(), argv)
-    return engine.run(config, None)
+    configs, _ = configuration.parse(options.teacher_parser(), argv)
+    return engine.run(configs, None)
 
 
 if __name__ == "__main__":

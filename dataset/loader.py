@@ -22,9 +22,9 @@ class Batch(NamedTuple):
     index: Tensor
 
 
-def epoch_seed(seed: int, epoch: int) -> int:
-    """The seed of everything random in an epoch, so that a resumed run needs no generator's state."""
-    return int(numpy.random.SeedSequence((seed, epoch)).generate_state(1)[0])
+def epoch_seed(seed: int, epoch: int, *numbers: int) -> int:
+    """The seed of everything random in an epoch or a part of it, so that a resumed run needs no generator's state."""
+    return int(numpy.random.SeedSequence((seed, epoch, *numbers)).generate_state(1)[0])
 
 
 class Loader:
@@ -65,8 +65,11 @@ class Loader:
             generator = torch.Generator().manual_seed(epoch_seed(self.seed, epoch))
             order = self.subset[torch.randperm(len(self.subset), generator=generator)]
             draws = [draw_augmentation(self.augmentation, n, generator).to(device) for _ in range(self.num_views)]
-        for index in order.to(device).split(self.batch_size)[first : len(self)]:
+        parts = order.to(device).split(self.batch_size)[first : len(self)]
+        for number, index in enumerate(parts, first):
             pixels = self.images.pixels[index]
             if draws is not None:
-                pixels = torch.cat(self._make_views(pixels, [draw.of(index) for draw in draws], self.augmentation))
+                generator = torch.Generator().manual_seed(epoch_seed(self.seed, epoch, number))
+                drawn = [draw.of(index) for draw in draws]
+                pixels = torch.cat(self._make_views(pixels, drawn, self.augmentation, generator))
             yield Batch(pixels.float() * self._scale + self._shift, self.images.targets[index], index)

@@ -1,4 +1,8 @@
-"""The views of an image that a method may ask for: pixels of a batch in, one batch of pixels per view out."""
+"""The views of an image that a method may ask for: pixels of a batch in, one batch of pixels per view out.
+
+Each takes pixels (B, 3, H, W), the crops and flips of every view, the augmentation, and a generator on the CPU for what
+else is random.
+"""
 
 import math
 from collections.abc import Callable
@@ -15,12 +19,16 @@ STRONG_OPERATIONS, STRENGTH = 2, 0.3
 LARGEST_CUT, GREY = 0.5, 127
 
 
-def plain(pixels: Tensor, draws: list[Draws], augmentation: Augmentation) -> list[Tensor]:
+def plain(
+    pixels: Tensor, draws: list[Draws], augmentation: Augmentation, generator: torch.Generator | None = None
+) -> list[Tensor]:
     """The augmented image."""
     return [augment(pixels, draws[0], augmentation.pad)]
 
 
-def rotations(pixels: Tensor, draws: list[Draws], augmentation: Augmentation) -> list[Tensor]:
+def rotations(
+    pixels: Tensor, draws: list[Draws], augmentation: Augmentation, generator: torch.Generator | None = None
+) -> list[Tensor]:
     """The image turned by 0, 90, 180 and 270 degrees, mirrored alike and each with its own crop (SSKD)."""
     return [
         torch.rot90(augment(pixels, draw._replace(flip=draws[0].flip), augmentation.pad), turn, (2, 3))
@@ -28,24 +36,23 @@ def rotations(pixels: Tensor, draws: list[Draws], augmentation: Augmentation) ->
     ]
 
 
-def weak_strong(pixels: Tensor, draws: list[Draws], augmentation: Augmentation) -> list[Tensor]:
-    """The augmented image, and another with RandAugment and a grey square over it (multi-level logit distillation).
-
-    RandAugment and the square draw from torch's global generator on the CPU, which every epoch seeds anew.
-    """
+def weak_strong(
+    pixels: Tensor, draws: list[Draws], augmentation: Augmentation, generator: torch.Generator | None = None
+) -> list[Tensor]:
+    """The augmented image, and another with RandAugment and a grey square over it (multi-level logit distillation)."""
     weak, strong = (augment(pixels, draw, augmentation.pad) for draw in draws)
     for _ in range(STRONG_OPERATIONS):
-        strong = random_operation(strong)
-    return [weak, cut_out(strong)]
+        strong = random_operation(strong, generator)
+    return [weak, cut_out(strong, generator)]
 
 
-def random_operation(pixels: Tensor) -> Tensor:
+def random_operation(pixels: Tensor, generator: torch.Generator | None = None) -> Tensor:
     """Pixels (B, 3, H, W) with one operation of RandAugment each (Cubuk et al., NeurIPS 2020, arXiv 1909.13719).
 
     Images with the same operation are changed together.
     """
     operations = [*_operations(1, *pixels.shape[2:]), *_operations(-1, *pixels.shape[2:])]
-    drawn = torch.randint(len(operations), (len(pixels),))
+    drawn = torch.randint(len(operations), (len(pixels),), generator=generator)
     sizes = torch.bincount(drawn, minlength=len(operations)).tolist()
     order = drawn.argsort().to(pixels.device)
     groups = pixels[order].split(sizes)
@@ -80,10 +87,10 @@ def _operations(sign: int, height: int, width: int) -> list[Callable[[Tensor], T
     ]
 
 
-def cut_out(pixels: Tensor) -> Tensor:
+def cut_out(pixels: Tensor, generator: torch.Generator | None = None) -> Tensor:
     """Pixels (B, 3, H, W) with one grey square each, of random side and place."""
     count, _, height, width = pixels.shape
-    side, top, left = torch.rand(3, count)
+    side, top, left = torch.rand(3, count, generator=generator)
     side = (side * LARGEST_CUT * min(height, width)).round()
     rows, columns = _covered(top, side, height), _covered(left, side, width)
     inside = (rows[:, :, None] & columns[:, None, :]).to(pixels.device)
@@ -98,7 +105,7 @@ def _covered(place: Tensor, side: Tensor, size: int) -> Tensor:
 
 
 #: Name -> (number of views, their function).
-VIEWS: dict[str, tuple[int, Callable[[Tensor, list[Draws], Augmentation], list[Tensor]]]] = {
+VIEWS: dict[str, tuple[int, Callable[..., list[Tensor]]]] = {
     "plain": (1, plain),
     "rotations": (4, rotations),
     "weak_strong": (2, weak_strong),

@@ -17,6 +17,7 @@ from helper.recipes import resolve
 from helper.run_folder import CONFIG, RunFolder
 from helper.schedule import stretch
 from helper.teacher import TeacherFile, read_teacher
+from helper.variants import expand, share_order
 from models.wrappers import describe_wrapper
 
 #: Defaults of the flags that no recipe fills.
@@ -48,12 +49,23 @@ MAY_CHANGE = (
 )
 
 
-def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> tuple[Namespace, TeacherFile | None]:
-    """Command line -> (resolved configuration, the teacher's file); raises `UserError` for anything illegal.
+def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> tuple[list[Namespace], TeacherFile | None]:
+    """Command line -> (the resolved configuration of every run, the teacher's file); raises `UserError` for anything
+    illegal. Without `--trials` and `--sweep` there is one run.
 
-    The configuration's `origins` says where each value comes from; `resume` is the run folder to go on with, or None.
+    A configuration's `origins` says where each value comes from; `resume` is the run folder to go on with, or None.
     """
     given = {argument: value for argument, value in vars(parser.parse_args(argv)).items() if value is not None}
+    runs = expand(given, parser)
+    if len(runs) > 1 and given.get("resume", "auto") != "auto":
+        raise UserError("--resume: with --trials or --sweep leave its value out, each run finds its own folder")
+    resolved = [_parse_run(values) for values in runs]
+    configs = [config for config, _ in resolved]
+    share_order(configs, given)
+    return configs, resolved[0][1]
+
+
+def _parse_run(given: dict) -> tuple[Namespace, TeacherFile | None]:
     if "distill" in given:
         find_distiller(given["distill"])
         given["distill"] = given["distill"].lower()
@@ -111,6 +123,7 @@ def _resolve(given: dict, stored: dict) -> tuple[Namespace, TeacherFile | None]:
     if "seed" not in merged:
         trial = merged["trial"][0]
         merged["seed"] = (int(trial) % 2**63 if trial.isdecimal() else 0, "from --trial")
+    merged.setdefault("data_seed", (merged["seed"][0], "from --seed"))
     config = Namespace(**{argument: value for argument, (value, _) in merged.items()})
     config.origins = {argument: origin for argument, (_, origin) in merged.items()}
     if "image_size" in given and config.dataset != "folder":

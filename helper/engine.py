@@ -1,130 +1,126 @@
-"""The story of a run, top to bottom: data, teacher, student, method, stages, epochs, result.
+"""The story of a run, top to bottom: student, method, stages, epochs, result.
 
-Nothing here knows the name of a method; what a method needs it says itself (distiller_zoo/base.py).
+What runs may share, data and teacher, is in ground.py. Nothing here knows the name of a method; what a method needs it
+says itself (distiller_zoo/base.py).
 """
 
 import signal
 import time
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Generator, Sequence
+from contextlib import ExitStack
 
 import torch
 from torch import nn
 
-from dataset import Loader, load_data
 from distiller_zoo import Progress
 from errors import Stopped, UserError
 from helper.configuration import run_name
-from helper.device import find_device
-from helper.fast import Fast
+from helper.inputs import Inputs, load_inputs
+from helper.lockstep import execute_together
 from helper.metrics import evaluate
 from helper.reporting import describe_data, describe_method, format_epoch, format_result
 from helper.run_folder import BEST, CONFIG, LAST, RESULT, RunFolder
 from helper.run_state import build_distiller, data_record
 from helper.signals import StopRequest
-from helper.stage_training import StageTraining, format_title
-from helper.teacher import FrozenTeacher, TeacherFile, check_teacher
+from helper.stage_training import StageTraining, TeacherRequest, format_title
+from helper.teacher import TeacherFile
 from models import build_model
+from models.backbone import Output
 from models.cost import count_parameters
 
-EVALUATION_BATCH = 512
 #: What a resumed run takes up besides weights and optimizer.
 STATE = ("stage_number", "epoch", "stage_step", "step", "epochs_over", "seconds", "accuracies")
+#: How a run is executed: it asks for the teacher's outputs, is sent them, and returns the content of `result.json`.
+Execution = Generator[TeacherRequest, Output, dict]
 
 
-def run(config: Namespace, teacher_file: TeacherFile | None) -> dict:
-    """From a resolved configuration to a trained student; returns the content of the run folder's `result.json`."""
-    if config.resume is None:
-        return _start(config, teacher_file)
-    folder = RunFolder(config.resume).lock()
-    print(f"run folder: {folder.path}", flush=True)
-    try:
-        run = Run(config, teacher_file, folder)
-        run.restore()
-        with run.stop_request:
-            return run.execute()
-    finally:
-        folder.close()
+def run(configs: Sequence[Namespace], teacher_file: TeacherFile | None) -> list[dict]:
+    """From resolved configurations to trained students; returns the content of every run folder's `result.json`.
+
+    The configurations agree in data, teacher and device; one run is the usual case.
+    """
+    stop_request = StopRequest()
+    with ExitStack() as folders:
+        with ExitStack() as preparations:
+            inputs = load_inputs(configs[0], teacher_file)
+            runs = []
+            for config in configs:
+                folder = _open_folder(config, preparations)
+                folders.callback(folder.close)
+                folder.label = f"[trial {config.trial}] " if len(configs) > 1 else ""
+                print(f"{folder.label}run folder: {folder.path}", flush=True)
+                if config.resume is None:
+                    _record_settings(config, folder, beside=configs[0] if runs else None)
+                runs.append(_prepare(config, inputs, folder, stop_request))
+        with stop_request:
+            return execute_together(runs, inputs.teach)
 
 
-def _start(config: Namespace, teacher_file: TeacherFile | None) -> dict:
+def _open_folder(config: Namespace, preparations: ExitStack) -> RunFolder:
+    """The folder to go on with, or a new one, which goes again where the preparations fail."""
+    if config.resume is not None:
+        return RunFolder(config.resume).lock()
     folder = RunFolder.create(config.save_dir, run_name(config))
-    print(f"run folder: {folder.path}", flush=True)
-    try:
-        run = _prepare(config, teacher_file, folder)
-        with run.stop_request:
-            return run.execute()
-    finally:
-        folder.close()
+    preparations.enter_context(folder.discarded_on_error())
+    return folder
 
 
-def _prepare(config: Namespace, teacher_file: TeacherFile | None, folder: RunFolder) -> "Run":
-    with folder.discarded_on_error():
-        for argument, value in sorted(vars(config).items()):
-            if argument != "origins" and value is not None:
-                folder.log(f"  {argument:<18} {value!s:<24} ({config.origins[argument]})")
-        folder.write_json(CONFIG, vars(config))
-        return Run(config, teacher_file, folder)
+def _record_settings(config: Namespace, folder: RunFolder, beside: Namespace | None) -> None:
+    """Write every setting and its origin; on the terminal only what differs from the run `beside`, if there is one."""
+    for argument, value in sorted(vars(config).items()):
+        if argument != "origins" and value is not None:
+            known = beside is not None and getattr(beside, argument, None) == value
+            log = folder.log_quietly if known else folder.log
+            log(f"  {argument:<18} {value!s:<24} ({config.origins[argument]})")
+    folder.write_json(CONFIG, vars(config))
+
+
+def _prepare(config: Namespace, inputs: Inputs, folder: RunFolder, stop_request: StopRequest) -> "Run":
+    if inputs.teacher_note:
+        folder.log(inputs.teacher_note)
+    run = Run(config, inputs, folder, stop_request)
+    if config.resume is not None:
+        run.restore()
+    return run
 
 
 class Run:
     """Everything that one training run holds; `execute` is the story."""
 
-    def __init__(self, config: Namespace, teacher_file: TeacherFile | None, folder: RunFolder):
-        self.config, self.folder = config, folder
-        self.device, self.fast = find_device(config.device), Fast.of(config)
+    def __init__(self, config: Namespace, inputs: Inputs, folder: RunFolder, stop_request: StopRequest):
+        self.config, self.folder, self.stop_request = config, folder, stop_request
+        self.device, self.data, self.test_loader = inputs.device, inputs.data, inputs.test_loader
+        self.teacher_accuracy = inputs.teacher_accuracy
         torch.manual_seed(config.seed)
-        self.data = load_data(config.dataset, config.data, config.image_size, config.num_workers)
-        self.test_loader = Loader(self.data.test, self.data, EVALUATION_BATCH, self.device)
         student = build_model(config.model_s, self.data.num_classes)
-        network = None if teacher_file is None else teacher_file.network
-        self.teacher_accuracy = None
-        self.teacher = None if network is None else self._prepare_teacher(teacher_file)
         self.distiller = build_distiller(
-            vars(config), student, network, self.data.num_classes, self.data.image_size, self.data.train.targets
+            *(vars(config), student, inputs.network),
+            *(self.data.num_classes, self.data.image_size, self.data.train.targets),
         ).to(self.device)
-        self.fast.lay_out(self.distiller)
+        inputs.fast.lay_out(self.distiller)
         self.stages = self.distiller.stages(config.epochs)
         self.step, self.epochs_over, self.seconds = 0, 0, 0.0  # what is over, in all stages
         self.accuracies: list[float] = []  # test accuracy (%) of every epoch of the main stage
         self.epoch_state: dict | None = None  # where a resumed run stands within an epoch
-        self.stop_request = StopRequest()
         self._enter(0)
-
-    def _prepare_teacher(self, teacher_file: TeacherFile) -> FrozenTeacher:
-        if teacher_file.num_classes != self.data.num_classes:
-            raise UserError(
-                f"--path_t: the teacher has {teacher_file.num_classes} classes, but --dataset {self.data.name} has "
-                f"{self.data.num_classes}; use a teacher of this data set"
-            )
-        network = teacher_file.network.eval().to(self.device)
-        teacher = FrozenTeacher(self.fast.prepare_teacher(network, self.data.image_size))
-        with self.fast.autocast(self.device):
-            measured = evaluate(lambda images: teacher(images).logits, self.test_loader, "checking the teacher")
-        self.teacher_accuracy = measured["test_accuracy"]
-        self.folder.log(
-            check_teacher(teacher_file, self.data.name, self.teacher_accuracy, self.config.allow_teacher_gap)
-        )
-        return teacher
 
     def _enter(self, number: int, epoch: int = 0, stage_step: int = 0) -> None:
         """Begin the stage of this number, or take it up after some of its epochs and steps."""
         self.stage_number, self.epoch, self.stage_step = number, epoch, stage_step
-        self.training = StageTraining(
-            self.stages[number], self.distiller, self.teacher, self.data, self.config, self.device
-        )
+        self.training = StageTraining(self.stages[number], self.distiller, self.data, self.config, self.device)
 
     @property
     def in_main_stage(self) -> bool:
         return self.stage_number == len(self.stages) - 1
 
-    def execute(self) -> dict:
-        """Train what is left of the run; returns the content of `result.json`."""
+    def execute(self) -> Execution:
+        """Train what is left of the run."""
         self.folder.log(describe_data(self.data, self.device))
         self.folder.log(describe_method(self.distiller, self.stages, self.config.model_s, self.data.image_size))
         while True:
             while self.epoch < self.stages[self.stage_number].epochs and self._steps_left() != 0:
-                self._run_epoch()
+                yield from self._run_epoch()
             if self.in_main_stage:
                 return self._finish()
             self._enter(self.stage_number + 1)
@@ -133,10 +129,10 @@ class Run:
         """How many steps `--max_steps` leaves of the stage; None where there is no limit."""
         return None if self.config.max_steps is None else max(self.config.max_steps - self.stage_step, 0)
 
-    def _run_epoch(self) -> None:
+    def _run_epoch(self) -> Generator[TeacherRequest, Output, None]:
         stage, started = self.stages[self.stage_number], time.perf_counter()
         progress = Progress(self.epoch, stage.epochs)
-        means, steps = self.training.train_epoch(
+        means, steps = yield from self.training.train_epoch(
             *(progress, self.epochs_over, self._steps_left(), self.folder.log_quietly),
             *(self._after_step, self.epoch_state),
         )

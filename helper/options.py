@@ -45,8 +45,8 @@ def _image_size(text: str) -> int:
 
 
 def _trial(text: str) -> str:
-    if not re.fullmatch(r"[A-Za-z0-9_-]+", text):
-        raise argparse.ArgumentTypeError(f"must be a name of letters, digits, - and _, not '{text}'")
+    if not re.fullmatch(r"[A-Za-z0-9_.-]+", text):
+        raise argparse.ArgumentTypeError(f"must be a name of letters, digits, - _ and ., not '{text}'")
     return text
 
 
@@ -108,6 +108,18 @@ def _add_common(parser: Parser) -> None:
         "--seed",
         type=_from_zero,
         help="of weights, order and augmentation; default: --trial if that is a number, else 0",
+    )
+    add(
+        "--data_seed",
+        type=_from_zero,
+        help="of order and augmentation (--seed); runs that are trained together share the first one's",
+    )
+    add("--trials", type=count, metavar="K", help="train so many students together, with trials and seeds counted up")
+    add(
+        "--sweep",
+        nargs="+",
+        metavar="FLAG=V,V",
+        help="train students of every combination together: --sweep b=0.5,1 s=4,8, or distill=kd,norm",
     )
     add("--save_dir", metavar="ROOT", help="where run folders are made (save)")
     add("--save_freq", type=_from_zero, metavar="E", help="also keep epoch_<n>.pth every E epochs (0: none)")

@@ -54,6 +54,7 @@ class RunFolder:
 
     def __init__(self, path: str | os.PathLike):
         self.path = Path(path)
+        self.label = ""  # before every line on the terminal, where several runs print there
         self._events: SummaryWriter | None = None
         self._lock: int | None = None
 
@@ -102,7 +103,7 @@ class RunFolder:
 
     def log(self, line: str) -> None:
         """One line on the terminal, above the progress bar, and in the log file."""
-        tqdm.write(line)
+        tqdm.write(self.label + line)
         self.log_quietly(line)
 
     def log_quietly(self, line: str) -> None:

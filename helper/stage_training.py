@@ -2,8 +2,9 @@
 
 import itertools
 from argparse import Namespace
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import AbstractContextManager, nullcontext
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,11 +16,19 @@ from helper.fast import Fast
 from helper.metrics import EpochMeter
 from helper.reporting import format_losses, progress_bar
 from helper.schedule import cosine_learning_rate, step_learning_rate
-from helper.teacher import FrozenTeacher
 from models.backbone import Output
 
 #: Number of epochs between two passes over the held-out images in one epoch, so that no two are alike.
 PASSES_APART = 100_000
+
+
+class TeacherRequest(NamedTuple):
+    """What a step waits for: the teacher's outputs for a batch."""
+
+    position: tuple[int, int]  # epochs of the whole run and steps of this one that are over
+    batch_key: tuple  # equal for two runs of one data set exactly if their batches are
+    images: Tensor  # (B, 3, H, W)
+    preact: bool
 
 
 class StageTraining:
@@ -29,14 +38,12 @@ class StageTraining:
         self,
         stage: Stage,
         distiller: Distiller,
-        teacher: FrozenTeacher | None,
         data: ImageData,
         config: Namespace,
         device: torch.device,
     ):
         self.stage, self.distiller, self.config, self.device = stage, distiller, config, device
         self.fast = Fast.of(config)
-        self.teacher = teacher if stage.needs_teacher else None
         begin(stage, distiller)
         self.optimizer = torch.optim.SGD(
             [parameter for parameter in distiller.parameters() if parameter.requires_grad],
@@ -45,9 +52,9 @@ class StageTraining:
             weight_decay=config.weight_decay,
             fused=self.fast.fused_optimizer or None,
         )
-        kept, held_out = _split(len(data.train.targets), stage.holdout, config.seed)
-        self.loader = self._loader(data, kept, config.seed)
-        self.held_out = self._loader(data, held_out, config.seed + 1) if stage.holdout else None
+        kept, held_out = _split(len(data.train.targets), stage.holdout, config.data_seed)
+        self.loader = self._loader(data, kept, config.data_seed)
+        self.held_out = self._loader(data, held_out, config.data_seed + 1) if stage.holdout else None
 
     def _loader(self, data: ImageData, subset: torch.Tensor, seed: int) -> Loader:
         config, method = self.config, self.distiller
@@ -79,9 +86,10 @@ class StageTraining:
         log: Callable[[str], None],
         after_step: Callable[[Callable[[], dict], int], None] = lambda state, number: None,
         state: dict | None = None,
-    ) -> tuple[dict[str, float], int]:
+    ) -> Generator[TeacherRequest, Output, tuple[dict[str, float], int]]:
         """One pass over the training images, of at most so many steps -> (means of the epoch, steps).
 
+        Before each step that reads the teacher it yields a request, and is sent the teacher's outputs.
         `epochs_over` counts the epochs of the whole run; what is random depends on it and the seed alone. After every
         step but the last `after_step` is called with a function that returns the epoch's state, and the number of
         steps; `state` is such a state, to go on from.
@@ -101,7 +109,11 @@ class StageTraining:
         title = format_title(self.stage.name, progress)
         bar = progress_bar(meter.timed(batches), title, steps, over)
         for number, batch in enumerate(bar, over + 1):
-            losses, logits = self._step(batch, held_out, progress)
+            batch = self._lay_out(batch)
+            teacher_output = None
+            if self.stage.needs_teacher:
+                teacher_output = yield self._request((epochs_over, number - 1), epoch, batch.images)
+            losses, logits = self._step(batch, teacher_output, held_out, progress)
             meter.update(losses, logits, batch.targets)
             if number % self.config.print_freq == 0:
                 means = meter.summary()
@@ -113,12 +125,12 @@ class StageTraining:
             self.stage.after_epoch(progress)
         return meter.summary(), steps
 
-    def _step(self, batch: Batch, held_out: Iterator[Batch] | None, progress: Progress):
-        batch = self._lay_out(batch)
-        teacher_output = None
-        if self.teacher is not None:
-            with self.fast.autocast(self.device):
-                teacher_output = self.teacher(batch.images, self.distiller.teacher_preact)
+    def _request(self, position: tuple[int, int], epoch: int, images: Tensor) -> TeacherRequest:
+        config, method = self.config, self.distiller
+        batch_key = (config.data_seed, epoch, position[1], config.batch_size, method.views, self.stage.holdout)
+        return TeacherRequest(position, batch_key, images, method.teacher_preact)
+
+    def _step(self, batch: Batch, teacher_output: Output | None, held_out: Iterator[Batch] | None, progress: Progress):
         if self.stage.before_step is not None:
             held_out_batch = None if held_out is None else self._lay_out(next(held_out))
             self.stage.before_step(self.optimizer, batch, teacher_output, held_out_batch, progress)

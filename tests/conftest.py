@@ -48,6 +48,16 @@ def distil(teacher_run, save_dir):
     return call
 
 
+def answer(execution, teacher):
+    """Run a generator of `TeacherRequest`s to its end, answered by a frozen teacher or None; returns its value."""
+    try:
+        request = next(execution)
+        while True:
+            request = execution.send(teacher(request.images, request.preact))
+    except StopIteration as end:
+        return end.value
+
+
 def message_of(main, argv: list[str]) -> str:
     """The one-line message with which a script refuses a command line."""
     with pytest.raises(UserError) as caught:

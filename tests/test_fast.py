@@ -7,7 +7,7 @@ import torch
 
 import train_cifar_student
 from dataset import Images, load_data
-from helper import configuration, engine, fast, options
+from helper import configuration, engine, fast, inputs, options
 from scripts import export_student
 from tests.test_run import load, metrics, same_state
 
@@ -20,11 +20,11 @@ def _few_images(monkeypatch):
         data = load_data(*arguments)
         return data._replace(train=Images(data.train.pixels[:128], data.train.targets[:128]))
 
-    monkeypatch.setattr(engine, "load_data", load_few)
+    monkeypatch.setattr(inputs, "load_data", load_few)
 
 
 def parse(*argv):
-    return configuration.parse(options.teacher_parser(), ["--model", "resnet8", *argv])[0]
+    return configuration.parse(options.teacher_parser(), ["--model", "resnet8", *argv])[0][0]
 
 
 def test_auto_is_what_the_device_supports_and_a_flag_wins(monkeypatch):

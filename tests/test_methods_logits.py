@@ -18,7 +18,7 @@ from helper.stage_training import StageTraining
 from helper.teacher import FrozenTeacher
 from models.backbone import Output
 from tests.check_values import STUDENT_LOGITS, TARGETS, TEACHER_LOGITS, g
-from tests.conftest import pair_networks
+from tests.conftest import answer, pair_networks
 
 LOGIT_LOSSES = {
     "kd": lambda s, t: kl_divergence(s, t, 4.0),
@@ -274,13 +274,15 @@ def test_what_a_stage_trains_gets_gradients_and_nothing_else_does(name, pair):
     teacher, student = pair_networks(*pair)
     data = digits_like()
     method = DISTILLERS[name](student, teacher, Task(10, 32, 4, data.train.targets))
-    config = Namespace(**OFF, batch_size=4, learning_rate=0.01, lr_decay="step", lr_decay_epochs=(1,), seed=0)
+    config = Namespace(
+        **OFF, batch_size=4, learning_rate=0.01, lr_decay="step", lr_decay_epochs=(1,), seed=0, data_seed=0
+    )
     vars(config).update(lr_decay_rate=0.1, momentum=0.9, weight_decay=5e-4, print_freq=9, distill=name)
     for stage in method.stages(240):
         method.zero_grad(set_to_none=True)
-        training = StageTraining(stage, method, FrozenTeacher(teacher), data, config, torch.device("cpu"))
+        training = StageTraining(stage, method, data, config, torch.device("cpu"))
         for epoch in range(2):
-            means, _ = training.train_epoch(Progress(epoch, 240), epoch, None, print)
+            means, _ = answer(training.train_epoch(Progress(epoch, 240), epoch, None, print), FrozenTeacher(teacher))
         trained = {id(parameter) for module in stage.trained for parameter in module.parameters()}
         for key, parameter in method.named_parameters():
             if id(parameter) in trained:

@@ -20,7 +20,7 @@ from distiller_zoo.fsp import FSP, flow
 from distiller_zoo.kdsvd import KDSVD, align, decompose, first_vectors, with_positive_peaks
 from distiller_zoo.ofd import margins, partial_distance
 from errors import UserError
-from helper import engine
+from helper import engine, inputs
 from helper.stage_training import begin, train_step
 from helper.teacher import FrozenTeacher
 from models.checkpoints import load_exported, read_checkpoint
@@ -559,7 +559,7 @@ def load_few(*arguments):
 @pytest.mark.parametrize("saves", [1, 3])
 def test_a_staged_run_that_is_cut_goes_on_bit_for_bit(distil, monkeypatch, name, saves, capsys):
     """Cut after the first of two epochs of the first stage, and after the first of the main one."""
-    monkeypatch.setattr(engine, "load_data", load_few)
+    monkeypatch.setattr(inputs, "load_data", load_few)
     flags = ("--batch_size", "32", "--epochs", "2", "--init_epochs", "2")
     whole = distil(*flags, distill=name)
     save, saved = engine.Run._save, []
@@ -587,7 +587,7 @@ def test_a_staged_run_that_is_cut_goes_on_bit_for_bit(distil, monkeypatch, name,
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_run_ships_the_student_alone(distil, monkeypatch, name, save_dir):
-    monkeypatch.setattr(engine, "load_data", load_few)
+    monkeypatch.setattr(inputs, "load_data", load_few)
     run = distil("--batch_size", "32", "--epochs", "1", "--max_steps", "1", distill=name)
     last = metrics(run)[-1]
     assert math.isfinite(last["loss"]) and ("loss_" + name in last) == (name not in ("abound", "fsp"))

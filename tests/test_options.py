@@ -10,13 +10,13 @@ from models import model_dict
 
 
 def parse_teacher(*argv):
-    return configuration.parse(options.teacher_parser(), argv)[0]
+    return configuration.parse(options.teacher_parser(), argv)[0][0]
 
 
 @pytest.fixture
 def parse_student(teacher_run):
     def parse(*argv):
-        return configuration.parse(options.student_parser(), ["--path_t", str(teacher_run / "last.pth"), *argv])[0]
+        return configuration.parse(options.student_parser(), ["--path_t", str(teacher_run / "last.pth"), *argv])[0][0]
 
     return parse
 

@@ -15,7 +15,7 @@ import train_cifar_student
 import train_teacher
 from dataset import Images, load_data
 from errors import UserError
-from helper import engine
+from helper import inputs
 from helper.run_folder import PREVIOUS, RunFolder
 from models.checkpoints import read_checkpoint
 from tests.conftest import message_of
@@ -32,7 +32,7 @@ def few_images(monkeypatch):
         data = load_data(*arguments)
         return data._replace(train=Images(data.train.pixels[:128], data.train.targets[:128]))
 
-    monkeypatch.setattr(engine, "load_data", load_few)
+    monkeypatch.setattr(inputs, "load_data", load_few)
 
 
 def test_a_damaged_last_checkpoint_falls_back_to_the_one_before(distil, few_images, capsys):

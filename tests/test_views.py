@@ -13,7 +13,7 @@ from distiller_zoo import DISTILLERS, Progress, Task
 from helper.fast import OFF
 from helper.stage_training import StageTraining
 from helper.teacher import FrozenTeacher
-from tests.conftest import pair_networks
+from tests.conftest import answer, pair_networks
 
 CPU = torch.device("cpu")
 PAD = Augmentation().pad
@@ -95,14 +95,15 @@ def images_seen(name: str, epochs_over: int, seed: int = 0, state=None) -> tuple
     data = image_data()
     method = DISTILLERS[name](student, teacher, Task(12, 32, 4, data.train.targets))
     config = Namespace(**OFF, batch_size=4, learning_rate=0.01, lr_decay="step", lr_decay_epochs=(1,), seed=seed)
-    vars(config).update(lr_decay_rate=0.1, momentum=0.9, weight_decay=5e-4, print_freq=9, distill=name)
+    vars(config).update(lr_decay_rate=0.1, momentum=0.9, weight_decay=5e-4, print_freq=9, distill=name, data_seed=seed)
     seen, states = [], []
     *_, main = method.stages(240)
     stage = main._replace(respond=lambda images, teacher: seen.append(images) or method.respond(images, teacher))
-    training = StageTraining(stage, method, FrozenTeacher(teacher), data, config, CPU)
+    training = StageTraining(stage, method, data, config, CPU)
     torch.manual_seed(torch.seed())  # what came before an epoch must not matter
     progress = Progress(epochs_over, 240)
-    training.train_epoch(progress, epochs_over, None, print, lambda take, _: states.append(take()), state)
+    epoch = training.train_epoch(progress, epochs_over, None, print, lambda take, _: states.append(take()), state)
+    answer(epoch, FrozenTeacher(teacher))
     return seen, states
 
 
@@ -172,12 +173,12 @@ def test_what_is_not_cut_out_stays():
 def test_the_strong_view_has_two_operations_its_own_crop_and_a_square(monkeypatch):
     pixels, draws, calls = pictures(8), draw(8, 2), []
 
-    def operation(strong):
+    def operation(strong, generator):
         calls.append(strong)
         return strong // 2
 
     monkeypatch.setattr("dataset.views.random_operation", operation)
-    monkeypatch.setattr("dataset.views.cut_out", lambda strong: strong + 1)
+    monkeypatch.setattr("dataset.views.cut_out", lambda strong, generator: strong + 1)
     weak, strong = weak_strong(pixels, draws, Augmentation())
     assert torch.equal(weak, augment(pixels, draws[0], PAD))
     assert torch.equal(strong, augment(pixels, draws[1], PAD) // 2 // 2 + 1) and len(calls) == 2

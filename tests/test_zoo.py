@@ -21,7 +21,7 @@ from helper.teacher import FrozenTeacher
 from models.backbone import Output
 from models.cost import count_parameters
 from scripts import list_methods
-from tests.conftest import pair_networks
+from tests.conftest import answer, pair_networks
 
 ROOT = Path(__file__).resolve().parent.parent
 BATCH, CLASSES = 4, 6
@@ -36,7 +36,7 @@ CONFIG = Namespace(
     batch_size=BATCH, learning_rate=0.01, lr_decay="step", lr_decay_epochs=(150,), lr_decay_rate=0.1, momentum=0.9
 )
 vars(CONFIG).update(OFF)
-CONFIG.weight_decay, CONFIG.seed, CONFIG.print_freq, CONFIG.distill = 5e-4, 0, 100, "method"
+CONFIG.weight_decay, CONFIG.seed, CONFIG.data_seed, CONFIG.print_freq, CONFIG.distill = 5e-4, 0, 0, 100, "method"
 
 
 @pytest.fixture(scope="module")
@@ -89,9 +89,10 @@ def train_three_steps(method, teacher, data):
     """Three steps of every stage; returns the losses of the last stage and the parameters that it should train."""
     config = Namespace(**vars(CONFIG))
     for stage in method.stages(240):
-        training = StageTraining(stage, method, teacher, data, config, torch.device("cpu"))
+        training = StageTraining(stage, method, data, config, torch.device("cpu"))
         before = {name: value.detach().clone() for name, value in method.state_dict().items()}
-        means, steps = training.train_epoch(Progress(stage.epochs // 2, stage.epochs), 0, 3, print)
+        epoch = training.train_epoch(Progress(stage.epochs // 2, stage.epochs), 0, 3, print)
+        means, steps = answer(epoch, teacher)
         assert steps == 3 and all(value == value for value in means.values())
         frozen = {name for name, parameter in method.named_parameters() if not parameter.requires_grad}
         changed = {
@@ -148,8 +149,9 @@ def test_a_method_reads_what_it_says(name, data):
 
     for stage in method.stages(240):
         stage = stage._replace(losses=spying_on(stage.losses))
-        training = StageTraining(stage, method, FrozenTeacher(teacher_network), data, CONFIG, torch.device("cpu"))
-        training.train_epoch(Progress(stage.epochs // 2, stage.epochs), 0, 1, print)
+        training = StageTraining(stage, method, data, CONFIG, torch.device("cpu"))
+        epoch = training.train_epoch(Progress(stage.epochs // 2, stage.epochs), 0, 1, print)
+        answer(epoch, FrozenTeacher(teacher_network))
     if "norm_loss" in read:  # NORM matches the final map inside the student's forward pass
         read.add("final")
     parts = {"maps", "final", "activated", "pooled"}

@@ -1,0 +1,56 @@
+"""What runs read and may share: the data set and the frozen teacher, checked."""
+
+from argparse import Namespace
+from typing import NamedTuple
+
+import torch
+
+from dataset import ImageData, Loader, load_data
+from errors import UserError
+from helper.device import find_device
+from helper.fast import Fast
+from helper.metrics import evaluate
+from helper.teacher import FrozenTeacher, TeacherFile, check_teacher
+from models.backbone import Backbone, Output
+
+EVALUATION_BATCH = 512
+
+
+class Inputs(NamedTuple):
+    """Data and teacher on the device; the teacher's fields are None where there is none."""
+
+    device: torch.device
+    fast: Fast
+    data: ImageData
+    test_loader: Loader
+    network: Backbone | None  # the teacher as its file holds it, for methods to read shapes and copy parts from
+    teacher: FrozenTeacher | None  # the same as this run computes it
+    teacher_accuracy: float | None
+    teacher_note: str = ""
+
+    def teach(self, images: torch.Tensor, preact: bool) -> Output:
+        """The teacher's outputs for images (B, 3, H, W)."""
+        with self.fast.autocast(self.device):
+            return self.teacher(images, preact)
+
+
+def load_inputs(config: Namespace, teacher_file: TeacherFile | None) -> Inputs:
+    """Load the data and measure the teacher; raises `UserError` where they do not fit or the teacher is off record."""
+    device, fast = find_device(config.device), Fast.of(config)
+    data = load_data(config.dataset, config.data, config.image_size, config.num_workers)
+    data = data._replace(train=data.train.to(device), test=data.test.to(device))
+    test_loader = Loader(data.test, data, EVALUATION_BATCH, device)
+    if teacher_file is None:
+        return Inputs(device, fast, data, test_loader, None, None, None)
+    if teacher_file.num_classes != data.num_classes:
+        raise UserError(
+            f"--path_t: the teacher has {teacher_file.num_classes} classes, but --dataset {data.name} has "
+            f"{data.num_classes}; use a teacher of this data set"
+        )
+    network = teacher_file.network.eval().to(device)
+    teacher = FrozenTeacher(fast.prepare_teacher(network, data.image_size))
+    with fast.autocast(device):
+        measured = evaluate(lambda images: teacher(images).logits, test_loader, "checking the teacher")
+    accuracy = measured["test_accuracy"]
+    note = check_teacher(teacher_file, data.name, accuracy, config.allow_teacher_gap)
+    return Inputs(device, fast, data, test_loader, network, teacher, accuracy, note)
