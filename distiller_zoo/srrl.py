@@ -7,7 +7,7 @@ W_t the teacher's classifier, frozen: its gradient reaches the connector and the
 --srrl_form:
 
 - map: the connector reads the map that the student pools, and its result is pooled (the official ImageNet code; it has
-  no KL term, so -a 0).
+  no KL term, so its recipe is -a 0).
 - pooled: the connector reads the pooled vector (the repository of SimKD, which made the CIFAR-100 rows; -a 1).
 """
 

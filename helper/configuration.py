@@ -98,8 +98,8 @@ def _resolve(given: dict, stored: dict) -> tuple[Namespace, TeacherFile | None]:
     teacher = _find_teacher(stored | given, distill, method)
     of_teacher = _teacher_record(given, teacher)
     dataset = {"dataset": DEFAULTS["dataset"]} | of_teacher | stored | given
-    standardised = (stored | given).get("logit_standardization", False)
-    recipe = resolve(dataset["dataset"], of_teacher["model_t"], model_s, distill, standardised)
+    chosen = {flag.argument: (stored | given).get(flag.argument) for flag in method.flags}
+    recipe = resolve(dataset["dataset"], of_teacher["model_t"], model_s, distill, chosen)
     layers = (
         dict.fromkeys(("data", "max_steps", "resume"), (None, "default")),
         {argument: (value, "default") for argument, value in DEFAULTS.items()},

@@ -3,6 +3,9 @@
 `resolve` lays the rows over each other in this order; a flag on the command line lies on top.
 """
 
+from collections.abc import Mapping
+from types import MappingProxyType
+
 #: How long and how fast a data set is trained.
 DATASET = {
     # RepDistiller, train_student.py; the same in the official NORM code (which runs 241 epochs).
@@ -87,13 +90,16 @@ METHOD = {
     "mlkd": _weights(0.1, 0.9, 0.9, learning_rate=0.025),
 }
 
-#: What changes with `--logit_standardization` (Sun et al., CVPR 2024): values, and factors on what the rest says.
-STANDARDISED = {
-    # CE of the raw logits 0.1, KL 9 at T = 2.
-    "kd": {"gamma": 0.1, "alpha": 9.0, "kd_T": 2.0},
-    "dkd": {"kd_T": 2.0},
+#: What changes with a value of another flag, by (method, flag, value).
+CHOSEN = {
+    # Logit standardisation (Sun et al., CVPR 2024): CE of the raw logits 0.1, KL 9 at T = 2.
+    ("kd", "logit_standardization", True): {"gamma": 0.1, "alpha": 9.0, "kd_T": 2.0},
+    ("dkd", "logit_standardization", True): {"kd_T": 2.0},
+    # SRRL's official code has no KL term.
+    ("srrl", "srrl_form", "map"): {"alpha": 0.0},
 }
-STANDARDISED_FACTORS = {"dkd": {"dkd_alpha": 9.0, "dkd_beta": 9.0}}
+#: The same, as factors on what the other rows say.
+CHOSEN_FACTORS = {("dkd", "logit_standardization", True): {"dkd_alpha": 9.0, "dkd_beta": 9.0}}
 
 #: What a method publishes per student, whatever the teacher.
 METHOD_STUDENT = {
@@ -151,9 +157,9 @@ PUBLISHED_TEACHERS = {
 
 
 def resolve(
-    dataset: str, teacher: str | None, student: str, method: str, standardised: bool = False
+    dataset: str, teacher: str | None, student: str, method: str, chosen: Mapping = MappingProxyType({})
 ) -> dict[str, tuple[object, str]]:
-    """Argument -> (value, which row it comes from); `standardised` is `--logit_standardization`."""
+    """Argument -> (value, which row it comes from); `chosen` holds flags that are given, on which some rows depend."""
     rows = (
         (f"data set {dataset}", DATASET.get(dataset, DATASET["cifar100"])),
         (f"student {student}", STUDENT.get(student, {})),
@@ -162,9 +168,12 @@ def resolve(
         (f"pair {teacher} -> {student}", PAIR.get((teacher, student, method), {})),
     )
     resolved = {argument: (value, source) for source, row in rows for argument, value in row.items()}
-    if standardised:
-        source = f"{method} of standardised logits"
-        resolved |= {argument: (value, source) for argument, value in STANDARDISED.get(method, {}).items()}
-        for argument, factor in STANDARDISED_FACTORS.get(method, {}).items():
+    for key in dict.fromkeys((*CHOSEN, *CHOSEN_FACTORS)):
+        name, flag, setting = key
+        if name != method or chosen.get(flag) != setting:
+            continue
+        source = f"{method} with {flag} {setting}"
+        resolved |= {argument: (value, source) for argument, value in CHOSEN.get(key, {}).items()}
+        for argument, factor in CHOSEN_FACTORS.get(key, {}).items():
             resolved[argument] = (factor * resolved[argument][0], source)
     return resolved

@@ -32,6 +32,7 @@ from helper.run_folder import replacing
 from helper.stage_training import begin, train_step
 from helper.teacher import FrozenTeacher
 from models import build_model
+from models.backbone import Output
 from scripts.benchmark_parts import (
     count_bytes,
     count_flops,
@@ -64,12 +65,19 @@ class Contender:
             self.method.parameters(), 1e-3, 0.9, weight_decay=5e-4, fused=self.fast.fused_optimizer or None
         )
 
+    def teach(self, batch: Batch) -> Output:
+        """The teacher's part of a step."""
+        with self.fast.autocast(self.device):
+            return self.teacher(self.fast.lay_out(batch.images))
+
+    def learn(self, batch: Batch, output: Output) -> None:
+        """The student's part of a step."""
+        batch = batch._replace(images=self.fast.lay_out(batch.images))
+        train_step(*(self.method, self.stage, self.optimizer, batch, output, PROGRESS), self.fast.autocast(self.device))
+
     def step(self, batch: Batch) -> None:
         """One training step, teacher included."""
-        batch = batch._replace(images=self.fast.lay_out(batch.images))
-        with self.fast.autocast(self.device):
-            output = self.teacher(batch.images)
-        train_step(*(self.method, self.stage, self.optimizer, batch, output, PROGRESS), self.fast.autocast(self.device))
+        self.learn(batch, self.teach(batch))
 
     def seconds(self, batches: Iterator[Batch], steps: int) -> float:
         """Time of so many steps, waiting for their batches included."""
@@ -130,6 +138,40 @@ def measure(pair: tuple[str, str], n: int, data: ImageData, args: Namespace, rat
     }
 
 
+def measure_trials(pair: tuple[str, str], n: int, data: ImageData, args: Namespace) -> dict:
+    """How much faster `args.trials` students are trained on one teacher pass (`--trials`) than on one pass each."""
+    students = [Contender(pair, n, data, args, "auto", args.parts) for _ in range(args.trials)]
+    held = next(_endless(Loader(data.train, data, args.batch_size, args.device, data.augmentation)))
+
+    def apart() -> None:
+        for student in students:
+            student.step(held)
+
+    def together() -> None:
+        output = students[0].teach(held)
+        for student in students:
+            student.learn(held, output)
+
+    times = {apart: [], together: []}
+    for way in times:
+        way()
+    for _ in range(args.rounds):
+        for way, measured in times.items():
+            wait_for(args.device)
+            start = time.perf_counter()
+            for _ in range(args.steps):
+                way()
+            wait_for(args.device)
+            measured.append((time.perf_counter() - start) / args.steps)
+    seconds = {way: statistics.median(measured) for way, measured in times.items()}
+    return {
+        "trials": args.trials,
+        "trials_apart_step_s": seconds[apart],
+        "trials_together_step_s": seconds[together],
+        "trials_ratio": seconds[apart] / seconds[together],
+    }
+
+
 def _bytes_of_a_step(contender: Contender, batch: Batch) -> int:
     """The layers' traffic of one step: the teacher's forward pass, and three passes of the student's."""
 
@@ -156,7 +198,7 @@ def profile(pair: tuple[str, str], n: int, data: ImageData, args: Namespace) -> 
     contender = Contender(pair, n, data, args, "auto", args.parts)
     batch = next(_endless(Loader(data.train, data, args.batch_size, args.device, data.augmentation)))
     contender.step(batch)
-    with torch.profiler.profile() as profiler:
+    with torch.profiler.profile(acc_events=True) as profiler:
         contender.step(batch)
         wait_for(args.device)
     key = "self_cuda_time_total" if args.device.type == "cuda" else "self_cpu_time_total"
@@ -181,7 +223,7 @@ def table(records: list[dict]) -> str:
             )
         )
     lines = ["| " + " | ".join(row) + " |" for row in rows]
-    for kind in ("step_ratio", "epoch_ratio"):
+    for kind in ("step_ratio", "epoch_ratio", *(("trials_ratio",) if "trials_ratio" in records[0] else ())):
         mean = statistics.geometric_mean(record[kind] for record in records)
         lines.append(f"\ngeometric mean of the {kind.replace('_', ' ')}s: {mean:.2f}")
     return "\n".join(lines)
@@ -195,6 +237,7 @@ def main(argv=None) -> list[dict]:
     parser.add_argument("--batch_size", type=int, default=64)
     parser.add_argument("--steps", type=int, default=3, help="steps of a round (3)")
     parser.add_argument("--rounds", type=int, default=3, help="alternating rounds (3)")
+    parser.add_argument("--trials", type=int, default=1, help="also time so many students on one teacher pass (1: no)")
     parser.add_argument("--workers", type=int, default=2, help="worker processes of the plain input (2)")
     parser.add_argument("--dataset", default="digits", help="images to train on (digits)")
     parser.add_argument("--data", metavar="PATH")
@@ -216,6 +259,8 @@ def main(argv=None) -> list[dict]:
     records = []
     for pair, n in itertools.product(args.pairs, args.n):
         records.append(measure(pair, n, data, args, rates))
+        if args.trials > 1:
+            records[-1] |= measure_trials(pair, n, data, args)
         print(json.dumps(records[-1]), flush=True)
     if args.json:
         with replacing(args.json) as temporary:

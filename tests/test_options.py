@@ -4,7 +4,7 @@ import pytest
 
 from errors import UserError
 from helper import configuration, options
-from helper.recipes import CIFAR_PAIRS, DATASET, METHOD, METHOD_STUDENT, PAIR, STANDARDISED, STUDENT, resolve
+from helper.recipes import CHOSEN, CIFAR_PAIRS, DATASET, METHOD, METHOD_STUDENT, PAIR, STUDENT, resolve
 from helper.schedule import cosine_learning_rate, step_learning_rate, stretch
 from models import model_dict
 
@@ -42,9 +42,9 @@ def test_the_recipe_table_names_only_what_exists():
     flags = {flag.argument for method in options.DISTILLERS.values() for flag in method.flags}
     assert set(METHOD) <= set(options.DISTILLERS)
     common = {"learning_rate", "epochs", "batch_size"}
-    rows = (*METHOD.values(), *PAIR.values(), *STANDARDISED.values(), *METHOD_STUDENT.values())
+    rows = (*METHOD.values(), *PAIR.values(), *CHOSEN.values(), *METHOD_STUDENT.values())
     assert all(set(row) <= flags | common for row in rows)
-    assert {name for name, _ in METHOD_STUDENT} | set(STANDARDISED) <= set(options.DISTILLERS)
+    assert {name for name, _ in METHOD_STUDENT} | {name for name, *_ in CHOSEN} <= set(options.DISTILLERS)
     assert {name for _, name in METHOD_STUDENT} <= set(model_dict)
     assert all(name in model_dict for name in STUDENT)
     assert all(name in model_dict for pair in CIFAR_PAIRS for name in pair) and len(CIFAR_PAIRS) == 13
@@ -94,8 +94,10 @@ def test_standardised_logits_have_a_recipe_of_their_own(parse_student):
     config = parse_student("--distill", "kd", "--model_s", "resnet8", "--logit_standardization")
     assert (config.logit_standardization, config.gamma, config.alpha, config.kd_T) == (True, 0.1, 9.0, 2.0)
     assert parse_student("--distill", "kd", "--model_s", "resnet8", "--logit_standardization", "-a", "3").alpha == 3.0
-    dkd = [resolve("cifar100", "vgg13", "vgg8", "dkd", standardised) for standardised in (False, True)]
+    dkd = [resolve("cifar100", "vgg13", "vgg8", "dkd", {"logit_standardization": on}) for on in (False, True)]
     assert [[row[name][0] for name in ("dkd_alpha", "dkd_beta")] for row in dkd] == [[1.0, 6.0], [9.0, 54.0]]
+    srrl = ("--distill", "srrl", "--model_s", "resnet8")
+    assert [parse_student(*srrl, *flags).alpha for flags in ((), ("--srrl_form", "map"))] == [1.0, 0.0]
 
 
 def test_numbers_of_epochs_stretch_with_the_run_unless_they_are_given(parse_student):

@@ -1,0 +1,62 @@
+"""The benchmarks run as they stand, and what they compare is the same training."""
+
+import json
+import math
+
+import pytest
+import torch
+
+from dataset import Batch, load_data
+from helper.fast import OFF
+from scripts import benchmark, benchmark_methods
+
+RECORD = {
+    *("pair", "n", "batch_size", "device", "plain_step_s", "fast_step_s", "step_ratio", "plain_epoch_images_per_s"),
+    *("fast_epoch_images_per_s", "epoch_ratio", "peak_memory_plain", "peak_memory_fast", "floor_s"),
+}
+SMALL = ["--pairs", "resnet14:resnet8", "--batch_size", "8", "--steps", "1"]
+
+
+def test_the_speed_benchmark_writes_its_records(tmp_path, capsys):
+    path = tmp_path / "records.json"
+    flags = ["--n", "1,2", "--rounds", "1", "--workers", "0", "--trials", "2", "--json", str(path)]
+    records = benchmark.main([*SMALL, *flags])
+    assert json.loads(path.read_text()) == records and [record["n"] for record in records] == [1, 2]
+    for record in records:
+        assert set(record) >= RECORD and record["pair"] == "resnet14:resnet8"
+        numbers = [record[key] for key in RECORD - {"pair", "device"}]
+        assert all(math.isfinite(number) and number > 0 for number in numbers)
+        assert record["step_ratio"] == pytest.approx(record["plain_step_s"] / record["fast_step_s"])
+        assert record["trials_ratio"] > 0
+    assert "| resnet14 -> resnet8 | 2 |" in capsys.readouterr().out
+
+
+def test_the_profile_writes_a_trace(tmp_path, capsys):
+    trace = tmp_path / "trace.json"
+    benchmark.main([*SMALL, "--profile", str(trace)])
+    assert "traceEvents" in json.loads(trace.read_text()) and "conv" in capsys.readouterr().out
+
+
+def test_plain_and_fast_take_the_same_step():
+    """In one precision, so that the comparison can be sharp."""
+    data = load_data("digits", None)
+    args = benchmark.Namespace(device=torch.device("cpu"), batch_size=8)
+    parts = OFF | {"channels_last": True, "fold_teacher": True, "fused_optimizer": True}
+    contenders = [
+        benchmark.Contender(("resnet14", "resnet8"), 4, data, args, form, chosen)
+        for form, chosen in (("direct", OFF), ("collapsed", parts))
+    ]
+    batch = Batch(torch.randn(8, 3, 32, 32), torch.arange(8), torch.arange(8))
+    for contender in contenders:
+        contender.step(batch)
+    plain, fast = (contender.method.state_dict() for contender in contenders)
+    for key, value in plain.items():
+        assert torch.allclose(value.float(), fast[key].float(), rtol=1e-3, atol=1e-4), key
+
+
+def test_methods_are_timed_beside_kd_and_refusals_are_told(capsys):
+    flags = ["--methods", "kd,fsp", "--pairs", "resnet14:resnet8,vgg13:resnet8", "--batch_size", "4", "--steps", "1"]
+    timed, vgg, fsp, refused = benchmark_methods.main(flags)
+    assert timed["ratio"] > 0 and vgg["ratio"] > 0 and fsp["ratio"] > 0
+    assert "ratio" not in refused and "equal" in refused["refused"]
+    assert "| fsp |" in capsys.readouterr().out
