@@ -8,7 +8,8 @@ import torch
 
 from dataset import Batch, load_data
 from helper.fast import OFF
-from scripts import benchmark, benchmark_methods
+from scripts import benchmark, benchmark_losses, benchmark_methods
+from tests.conftest import message_of
 
 RECORD = {
     *("pair", "n", "batch_size", "device", "plain_step_s", "fast_step_s", "step_ratio", "plain_epoch_images_per_s"),
@@ -60,3 +61,16 @@ def test_methods_are_timed_beside_kd_and_refusals_are_told(capsys):
     assert timed["ratio"] > 0 and vgg["ratio"] > 0 and fsp["ratio"] > 0
     assert "ratio" not in refused and "equal" in refused["refused"]
     assert "| fsp |" in capsys.readouterr().out
+
+
+def test_losses_are_timed_beside_their_formula(capsys):
+    flags = ["--pair", "resnet20:resnet20", "--batch_size", "6", "--rounds", "1"]
+    records = benchmark_losses.main([*flags, "--losses", "attention,similarity,nst,rkd,pkt,norm,kdsvd"])
+    assert len(records) == 7 and all(record["ratio"] > 0 and record["plain_bytes"] > 0 for record in records)
+    assert "| kdsvd |" in capsys.readouterr().out
+
+
+def test_forms_that_disagree_are_an_error(monkeypatch):
+    monkeypatch.setattr(benchmark_losses.plain_losses, "pkt", lambda student, teacher: student.square().sum())
+    message = message_of(benchmark_losses.main, ["--batch_size", "4", "--rounds", "1", "--losses", "pkt"])
+    assert "the forms disagree" in message
