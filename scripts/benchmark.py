@@ -9,7 +9,6 @@ of matrix products and of copying: floor_s = max(operations / rate, bytes / band
 """
 
 import itertools
-import json
 import statistics
 import sys
 import time
@@ -28,7 +27,6 @@ from helper.device import find_device
 from helper.fast import OFF, PRECISIONS, Fast, choose
 from helper.options import Parser, pairs
 from helper.recipes import CIFAR_PAIRS
-from helper.run_folder import replacing
 from helper.stage_training import begin, train_step
 from helper.teacher import FrozenTeacher
 from models import build_model
@@ -41,6 +39,7 @@ from scripts.benchmark_parts import (
     peak_memory,
     plain_batches,
     recipe_method,
+    report,
     wait_for,
 )
 
@@ -135,6 +134,7 @@ def measure(pair: tuple[str, str], n: int, data: ImageData, args: Namespace, rat
         "achieved_flops_per_s": flops / step[fast],
         "fast": args.parts,
         **rates,
+        **(measure_trials(pair, n, data, args) if args.trials > 1 else {}),
     }
 
 
@@ -256,17 +256,8 @@ def main(argv=None) -> list[dict]:
         "loader_images_per_s": loader_rate(data, args),
     }
     print(", ".join(f"{name} {value:.3g}" for name, value in rates.items()))
-    records = []
-    for pair, n in itertools.product(args.pairs, args.n):
-        records.append(measure(pair, n, data, args, rates))
-        if args.trials > 1:
-            records[-1] |= measure_trials(pair, n, data, args)
-        print(json.dumps(records[-1]), flush=True)
-    if args.json:
-        with replacing(args.json) as temporary:
-            Path(temporary).write_text(json.dumps(records, indent=1) + "\n")
-    print(table(records))
-    return records
+    cases = itertools.product(args.pairs, args.n)
+    return report((measure(*case, data, args, rates) for case in cases), table, args.json)
 
 
 if __name__ == "__main__":

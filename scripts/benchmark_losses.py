@@ -5,7 +5,6 @@ python scripts/benchmark_losses.py [--pair resnet32x4:resnet8x4] [--batch_size 6
 Forward and backward pass, alternating, on random maps of the pair's shapes; both must give the same value.
 """
 
-import json
 import statistics
 import sys
 import time
@@ -26,11 +25,10 @@ from distiller_zoo.maps import middle_maps
 from errors import UserError, run_script
 from helper.device import find_device
 from helper.options import Parser, pairs
-from helper.run_folder import replacing
 from models import build_model
 from models.backbone import Output
 from scripts import plain_losses
-from scripts.benchmark_parts import peak_memory, wait_for
+from scripts.benchmark_parts import peak_memory, report, wait_for
 
 IMAGES, CLASSES, SIZE, N, NEGATIVES = 50_000, 100, 32, 8, 16_384
 
@@ -178,17 +176,13 @@ def main(argv=None) -> list[dict]:
     torch.manual_seed(0)
     images = torch.randn(args.batch_size, 3, SIZE, SIZE, device=device)
     teacher, student = (build_model(name, CLASSES).to(device).outputs(images) for name in pair)
-    cases, records = make_cases(student, teacher), []
-    for name in args.losses.split(",") if args.losses else cases:
+    cases = make_cases(student, teacher)
+    names = args.losses.split(",") if args.losses else list(cases)
+    for name in names:
         if name not in cases:
             raise UserError(f"--losses: {name} is none of {', '.join(cases)}")
-        records.append({"pair": ":".join(pair), **compare(name, cases[name], args.rounds, device)})
-        print(json.dumps(records[-1]), flush=True)
-    if args.json:
-        with replacing(args.json) as temporary:
-            Path(temporary).write_text(json.dumps(records, indent=1) + "\n")
-    print(table(records))
-    return records
+    measured = ({"pair": ":".join(pair), **compare(name, cases[name], args.rounds, device)} for name in names)
+    return report(measured, table, args.json)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ Steps of a method and of KD alternate, on the same images, so that what else the
 is that of the medians. Only the main stage is timed.
 """
 
-import json
+import itertools
 import statistics
 import sys
 import time
@@ -21,11 +21,10 @@ from distiller_zoo import DISTILLERS, Progress, Task
 from errors import UserError, run_script
 from helper.device import find_device
 from helper.options import Parser, pairs
-from helper.run_folder import replacing
 from helper.stage_training import begin, train_step
 from helper.teacher import FrozenTeacher
 from models import build_model
-from scripts.benchmark_parts import recipe_method
+from scripts.benchmark_parts import recipe_method, report
 
 IMAGES, CLASSES, SIZE = 50_000, 100, 32
 
@@ -91,16 +90,8 @@ def main(argv=None) -> list[dict]:
     parser.add_argument("--json", metavar="FILE", help="write the records there")
     args = parser.parse_args(argv)
     device = find_device(args.device)
-    records = []
-    for name in args.methods.split(","):
-        for pair in args.pairs:
-            records.append(compare(name, pair, args.batch_size, args.steps, device))
-            print(json.dumps(records[-1]), flush=True)
-    if args.json:
-        with replacing(args.json) as temporary:
-            Path(temporary).write_text(json.dumps(records, indent=1) + "\n")
-    print(table(records))
-    return records
+    cases = itertools.product(args.methods.split(","), args.pairs)
+    return report((compare(*case, args.batch_size, args.steps, device) for case in cases), table, args.json)
 
 
 if __name__ == "__main__":

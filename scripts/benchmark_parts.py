@@ -1,7 +1,10 @@
 """What the benchmarks measure with: the plain input pipeline, memory, work, and the floor that the device sets."""
 
+import json
+import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 
 import torch
 from PIL import Image
@@ -13,6 +16,7 @@ from torchvision import transforms
 from dataset import Batch, ImageData
 from distiller_zoo import Distiller, Task, find_distiller
 from helper.recipes import resolve
+from helper.run_folder import replacing
 from models.backbone import Backbone
 
 
@@ -56,6 +60,19 @@ def recipe_method(
     recipe = {argument: value for argument, (value, _) in resolve("cifar100", *pair, name).items()}
     recipe = {flag.argument: recipe.get(flag.argument, flag.default) for flag in method.flags}
     return method(student, teacher, task, **(recipe | others))
+
+
+def report(measured: Iterable[dict], table: Callable[[list[dict]], str], path: str | os.PathLike | None) -> list[dict]:
+    """Print every record as it is measured, write all to `path` if there is one, print them as a table."""
+    records = []
+    for record in measured:
+        records.append(record)
+        print(json.dumps(record), flush=True)
+    if path:
+        with replacing(path) as temporary:
+            Path(temporary).write_text(json.dumps(records, indent=1) + "\n")
+    print(table(records))
+    return records
 
 
 def wait_for(device: torch.device) -> None:
