@@ -44,6 +44,31 @@ class ImageData(NamedTuple):
         return self.train.pixels.shape[-1]
 
 
+def hold_out(images: Images, k: int) -> tuple[Images, Images]:
+    """Images -> (those that are left, `k` of them that are kept apart), each class in proportion.
+
+    Which ones depends on the data set and k alone, not on a run's seed, so that all seeds and methods are trained and
+    chosen on the same images. Raises `ValueError` unless every class has an image on both sides.
+    """
+    n = len(images.targets)
+    generator = torch.Generator().manual_seed(0)
+    targets = images.targets.cpu()
+    shuffled = torch.randperm(n, generator=generator)
+    # An image's rank within its class, as a share of the class: the k lowest are spread over the classes.
+    share = torch.empty(n, dtype=torch.float64)
+    for target in targets.unique():
+        of_class = shuffled[targets[shuffled] == target]
+        share[of_class] = (torch.arange(len(of_class), dtype=torch.float64) + 0.5) / len(of_class)
+    kept_apart = torch.zeros(n, dtype=torch.bool)
+    kept_apart[share.argsort(stable=True)[:k]] = True
+    classes = len(targets.unique())
+    if any(len(targets[side].unique()) < classes for side in (kept_apart, ~kept_apart)):
+        raise ValueError(f"{k} of {n} images leave a class of {classes} without images on one side")
+    kept_apart = kept_apart.to(images.targets.device)
+    left, apart = (Images(images.pixels[side], images.targets[side]) for side in (~kept_apart, kept_apart))
+    return left, apart
+
+
 class Draws(NamedTuple):
     """The random choices of one epoch, by sample: crop offsets (n,) in 0..2*pad, flips (n,)."""
 

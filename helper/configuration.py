@@ -25,6 +25,7 @@ DEFAULTS = {
     "distill": "norm",
     "dataset": "digits",
     "image_size": 32,
+    "holdout": 0,
     "num_workers": 4,
     "trial": "1",
     "device": "auto",

@@ -19,7 +19,7 @@ from helper.configuration import run_name
 from helper.inputs import Inputs, load_inputs
 from helper.lockstep import execute_together
 from helper.metrics import evaluate
-from helper.reporting import describe_data, describe_method, format_epoch, format_result
+from helper.reporting import describe_data, describe_method, describe_protocol, format_epoch, format_result
 from helper.run_folder import BEST, CONFIG, LAST, RESULT, RunFolder
 from helper.run_state import build_distiller, data_record
 from helper.signals import StopRequest
@@ -30,7 +30,7 @@ from models.backbone import Output
 from models.cost import count_parameters
 
 #: What a resumed run takes up besides weights and optimizer.
-STATE = ("stage_number", "epoch", "stage_step", "step", "epochs_over", "seconds", "accuracies")
+STATE = ("stage_number", "epoch", "stage_step", "step", "epochs_over", "seconds", "accuracies", "choices")
 #: How a run is executed: it asks for the teacher's outputs, is sent them, and returns the content of `result.json`.
 Execution = Generator[TeacherRequest, Output, dict]
 
@@ -91,6 +91,7 @@ class Run:
     def __init__(self, config: Namespace, inputs: Inputs, folder: RunFolder, stop_request: StopRequest):
         self.config, self.folder, self.stop_request = config, folder, stop_request
         self.device, self.data, self.test_loader = inputs.device, inputs.data, inputs.test_loader
+        self.choosing_loader = inputs.choosing_loader
         self.teacher_accuracy = inputs.teacher_accuracy
         torch.manual_seed(config.seed)
         student = build_model(config.model_s, self.data.num_classes)
@@ -102,6 +103,9 @@ class Run:
         self.stages = self.distiller.stages(config.epochs)
         self.step, self.epochs_over, self.seconds = 0, 0, 0.0  # what is over, in all stages
         self.accuracies: list[float] = []  # test accuracy (%) of every epoch of the main stage
+        self.choices: list[
+            float
+        ] = []  # the accuracies that the best epoch is chosen by: on the test images, or held-out
         self.epoch_state: dict | None = None  # where a resumed run stands within an epoch
         self._enter(0)
 
@@ -139,19 +143,28 @@ class Run:
         self.epoch_state = None
         self.distiller.eval()
         # The student of an earlier stage is not yet what is tested.
-        test = evaluate(self.distiller.predict, self.test_loader, "testing") if self.in_main_stage else {}
+        test = self._test() if self.in_main_stage else {}
         self.epoch, self.stage_step, self.step = self.epoch + 1, self.stage_step + steps, self.step + steps
         self.epochs_over, self.seconds = self.epochs_over + 1, self.seconds + time.perf_counter() - started
         learning_rate = self.training.learning_rate(self.epoch)
         record = {"epoch": self.epoch, "step": self.step, "learning_rate": learning_rate, **means, **test}
         if self.in_main_stage:
             self.accuracies.append(test["test_accuracy"])
+            self.choices.append(test.get("holdout_accuracy", test["test_accuracy"]))
         else:
             record = {"stage": stage.name, **record}
         self.folder.append_metrics(record, self.epochs_over)
         self.folder.log(format_epoch(record, format_title(stage.name, progress)))
         self._save(record)
         self._stop_if_asked()
+
+    def _test(self) -> dict[str, float]:
+        """Accuracies on the test images, and on the held-out ones where there are any."""
+        test = evaluate(self.distiller.predict, self.test_loader, "testing")
+        if self.choosing_loader is not None:
+            held_out = evaluate(self.distiller.predict, self.choosing_loader, "held-out images")
+            test |= {name.replace("test", "holdout"): value for name, value in held_out.items()}
+        return test
 
     def _after_step(self, make_state: Callable[[], dict], number: int) -> None:
         """Save within an epoch where that is due, or before the run stops."""
@@ -186,10 +199,14 @@ class Run:
         if not self.in_main_stage:
             return
         # The first of equals is kept, so the last epoch does not overwrite the best for a tie.
-        if self.accuracies.index(max(self.accuracies)) == self.epoch - 1:
+        if self._best_epoch() == self.epoch:
             self.folder.save(BEST, model)
         if self.config.save_freq and self.epoch % self.config.save_freq == 0:
             self.folder.save(f"epoch_{self.epoch}.pth", model)
+
+    def _best_epoch(self) -> int:
+        """Counted from 1; the first of equals."""
+        return self.choices.index(max(self.choices)) + 1
 
     def restore(self) -> None:
         """Take up the state of the folder's last checkpoint."""
@@ -198,6 +215,7 @@ class Run:
             self._enter(checkpoint["stage_number"], checkpoint["epoch"], checkpoint["stage_step"])
             self.distiller.load_state_dict(checkpoint["distiller"])
             self.training.optimizer.load_state_dict(checkpoint["optimizer"])
+            checkpoint.setdefault("choices", checkpoint["accuracies"])  # files from before there was --holdout
             for name in (*STATE, "epoch_state"):
                 setattr(self, name, checkpoint[name])
         except (KeyError, IndexError, RuntimeError, ValueError) as error:
@@ -211,12 +229,13 @@ class Run:
         self.folder.log(f"resumed after {title}{within}")
 
     def _finish(self) -> dict:
-        last_five = self.accuracies[-5:]
+        last_five, best_epoch = self.accuracies[-5:], self._best_epoch()
         result = {
             "accuracy_last": self.accuracies[-1],
-            "accuracy_best": max(self.accuracies),
+            "accuracy_best": self.accuracies[best_epoch - 1],
             "accuracy_mean_last_five": sum(last_five) / len(last_five),
-            "best_epoch": self.accuracies.index(max(self.accuracies)) + 1,
+            "best_epoch": best_epoch,
+            "protocol": describe_protocol(self.config.holdout),
             "epochs": self.epoch,
             "steps": self.step,
             "teacher_accuracy": self.teacher_accuracy,

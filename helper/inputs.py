@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import torch
 
-from dataset import ImageData, Loader, load_data
+from dataset import ImageData, Loader, hold_out, load_data
 from errors import UserError
 from helper.device import find_device
 from helper.fast import Fast
@@ -23,6 +23,9 @@ class Inputs(NamedTuple):
     fast: Fast
     data: ImageData
     test_loader: Loader
+    choosing_loader: (
+        Loader | None
+    )  # training images that were kept apart to choose the best epoch on; `data` lacks them
     network: Backbone | None  # the teacher as its file holds it, for methods to read shapes and copy parts from
     teacher: FrozenTeacher | None  # the same as this run computes it
     teacher_accuracy: float | None
@@ -39,9 +42,10 @@ def load_inputs(config: Namespace, teacher_file: TeacherFile | None) -> Inputs:
     device, fast = find_device(config.device), Fast.of(config)
     data = load_data(config.dataset, config.data, config.image_size, config.num_workers)
     data = data._replace(train=data.train.to(device), test=data.test.to(device))
+    data, choosing_loader = _keep_apart(data, config.holdout, device)
     test_loader = Loader(data.test, data, EVALUATION_BATCH, device)
     if teacher_file is None:
-        return Inputs(device, fast, data, test_loader, None, None, None)
+        return Inputs(device, fast, data, test_loader, choosing_loader, None, None, None)
     if teacher_file.num_classes != data.num_classes:
         raise UserError(
             f"--path_t: the teacher has {teacher_file.num_classes} classes, but --dataset {data.name} has "
@@ -53,4 +57,16 @@ def load_inputs(config: Namespace, teacher_file: TeacherFile | None) -> Inputs:
         measured = evaluate(lambda images: teacher(images).logits, test_loader, "checking the teacher")
     accuracy = measured["test_accuracy"]
     note = check_teacher(teacher_file, data.name, accuracy, config.allow_teacher_gap)
-    return Inputs(device, fast, data, test_loader, network, teacher, accuracy, note)
+    return Inputs(device, fast, data, test_loader, choosing_loader, network, teacher, accuracy, note)
+
+
+def _keep_apart(data: ImageData, k: int, device: torch.device) -> tuple[ImageData, Loader | None]:
+    """Take `--holdout` k training images out of the data, for choosing."""
+    if not k:
+        return data, None
+    try:
+        train, apart = hold_out(data.train, k)
+    except ValueError as error:
+        raise UserError(f"--holdout: {error}; choose another number") from None
+    data = data._replace(train=train)
+    return data, Loader(apart, data, EVALUATION_BATCH, device)

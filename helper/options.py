@@ -78,6 +78,13 @@ def _add_common(parser: Parser) -> None:
         help="where the data lie or are downloaded to; for --dataset folder: train/, val|test/",
     )
     add("--image_size", type=_image_size, help="for --dataset folder: images become squares of this size (32)")
+    add(
+        "--holdout",
+        type=_from_zero,
+        metavar="K",
+        help="keep K training images, the same for all seeds, to choose the best epoch on; the test images then only "
+        "report (0: the best epoch is chosen on the test images, as in the official code)",
+    )
     add("--num_workers", type=_from_zero, help="threads that decode a folder of images (4); the rest lies in memory")
     add = parser.add_argument_group("training (defaults: helper/recipes.py)").add_argument
     add("--batch_size", type=count)

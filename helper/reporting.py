@@ -37,6 +37,11 @@ def describe_method(distiller: Distiller, stages: Sequence[Stage], model_name: s
     )
 
 
+def describe_protocol(holdout: int | None) -> str:
+    """Which images the best epoch of a run is chosen on, as `result.json` and tables say it."""
+    return f"best on {holdout} held-out" if holdout else "best on test"
+
+
 def format_losses(means: dict[str, float]) -> str:
     """The loss, its weighted terms by name, and the training accuracy, on one line."""
     terms = " + ".join(f"{name.removeprefix('loss_')} {means[name]:.3f}" for name in means if name.startswith("loss_"))
@@ -47,7 +52,8 @@ def format_losses(means: dict[str, float]) -> str:
 def format_epoch(record: dict, title: str) -> str:
     """An epoch's line in the log."""
     seconds = record["data_wait_s"] + record["compute_s"]
-    test = f", test {record['test_accuracy']:.2f} %" if "test_accuracy" in record else ""
+    tests = {name: record[f"{name}_accuracy"] for name in ("holdout", "test") if f"{name}_accuracy" in record}
+    test = "".join(f", {name} {accuracy:.2f} %" for name, accuracy in tests.items())
     return (
         f"{title}: {format_losses(record)}{test}, "
         f"lr {record['learning_rate']:.3g}, {seconds:.1f} s ({record['data_wait_s']:.1f} s waiting for data), "
@@ -59,6 +65,6 @@ def format_result(result: dict) -> str:
     """The three accuracies, each by its name."""
     return (
         f"test accuracy: last {result['accuracy_last']:.2f} %, best {result['accuracy_best']:.2f} % (epoch "
-        f"{result['best_epoch']}, chosen on the test images), mean of the last five epochs "
+        f"{result['best_epoch']}, {result['protocol']}), mean of the last five epochs "
         f"{result['accuracy_mean_last_five']:.2f} %"
     )
