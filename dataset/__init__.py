@@ -2,6 +2,7 @@
 
 from dataset.images import Augmentation, ImageData, Images, hold_out
 from dataset.loader import Batch, Loader, epoch_seed
+from dataset.single import read_normalised
 from dataset.sources import DATASETS, load_data
 from dataset.views import VIEWS
 
@@ -16,4 +17,5 @@ __all__ = [
     "epoch_seed",
     "hold_out",
     "load_data",
+    "read_normalised",
 ]

@@ -34,6 +34,7 @@ class ImageData(NamedTuple):
     mean: tuple[float, ...]
     std: tuple[float, ...]
     augmentation: Augmentation
+    margin: int = 0  # black pixels around each image
 
     @property
     def num_classes(self) -> int:

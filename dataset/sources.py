@@ -4,15 +4,12 @@ import os
 from concurrent.futures import ThreadPoolExecutor
 from urllib.error import URLError
 
-import numpy
 import torch
-from PIL import Image
-from torch import Tensor
 from torch.nn import functional as F
 from torchvision import datasets
-from torchvision.transforms import v2
 
 from dataset.images import Augmentation, ImageData, Images, channel_statistics
+from dataset.single import read_square
 from errors import UserError
 
 DOWNLOAD_FOLDER = "data"
@@ -69,6 +66,7 @@ def fashion_mnist(folder: str | None, image_size: int, num_workers: int) -> Imag
         train.classes,
         *channel_statistics(train_images.pixels),
         Augmentation(),
+        margin=2,
     )
 
 
@@ -122,21 +120,10 @@ def _list_images(path: str) -> datasets.ImageFolder:
 
 
 def _read_images(listing: datasets.ImageFolder, image_size: int, num_workers: int) -> Images:
-    wanted = (image_size, image_size)
-    fit = v2.Compose([v2.Resize(image_size), v2.CenterCrop(image_size)])
-
-    def read(path: str) -> Tensor:
-        try:
-            with Image.open(path) as image:
-                square = image.convert("RGB")
-                return torch.from_numpy(numpy.array(square if square.size == wanted else fit(square)))
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            raise UserError(f"--data: {path} cannot be read as an image ({error}); mend or remove it") from None
-
     paths, targets = zip(*listing.samples, strict=True)
     with ThreadPoolExecutor(max(num_workers, 1)) as pool:
         try:
-            pixels = list(pool.map(read, paths))
+            pixels = list(pool.map(lambda path: read_square(path, image_size), paths))
         except UserError:
             pool.shutdown(cancel_futures=True)
             raise

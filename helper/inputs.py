@@ -23,9 +23,7 @@ class Inputs(NamedTuple):
     fast: Fast
     data: ImageData
     test_loader: Loader
-    choosing_loader: (
-        Loader | None
-    )  # training images that were kept apart to choose the best epoch on; `data` lacks them
+    choosing_loader: Loader | None  # training images kept apart for choosing; `data` lacks them
     network: Backbone | None  # the teacher as its file holds it, for methods to read shapes and copy parts from
     teacher: FrozenTeacher | None  # the same as this run computes it
     teacher_accuracy: float | None

@@ -48,6 +48,7 @@ def data_record(data: ImageData) -> dict:
         "mean": list(data.mean),
         "std": list(data.std),
         "image_size": data.image_size,
+        "margin": data.margin,
         "train_images": len(data.train.targets),
     }
 

@@ -1,12 +1,15 @@
 """Write the plain network of a trained student: transform folded in, adapters and teacher left behind.
 
-python scripts/export_student.py save/<run>/best.pth [--out FILE]
+python scripts/export_student.py save/<run>/best.pth [--out FILE] [--format pth,onnx,pt2]
 
-CKPT is a checkpoint of a run, or a student by the official NORM code. The network that was written is read back and
-compared with the trained one on real images before the file takes its name.
+CKPT is a checkpoint of a run, or a student by the official NORM code. Each file that was written is read back and
+compared with the trained network on real images before it takes its name.
 """
 
+import argparse
+import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,13 +21,13 @@ from torch import Tensor, nn
 from dataset import Loader, load_data
 from distiller_zoo import Distiller, Predictor
 from errors import UserError, run_script
+from helper.deployment import FORMATS
 from helper.options import Parser
 from helper.run_folder import replacing
 from helper.run_state import rebuild, rebuild_official
-from models.backbone import Backbone, FinalConv
-from models.checkpoints import load_exported, read_checkpoint
+from models.backbone import Backbone
+from models.checkpoints import read_checkpoint
 from models.cost import count_parameters, measure_latency
-from models.wrappers import describe_wrapper
 
 #: How many images both networks are compared on, and how far their logits may differ, relative to the largest.
 COMPARED_IMAGES = 1000
@@ -49,6 +52,7 @@ def read_trained(path: str, model_s: str | None, ft: str) -> Trained:
     if model_s not in (None, config["model_s"]):
         raise UserError(f"--model_s: {path} holds {config['model_s']}, not {model_s}")
     record = {key: checkpoint["data"][key] for key in ("classes", "mean", "std", "image_size")}
+    record["margin"] = checkpoint["data"].get("margin", 0)
     record |= {"dataset": config["dataset"], "data": config["data"], "accuracy": checkpoint["accuracy"]}
     return Trained(method, config["model_s"], record)
 
@@ -68,7 +72,7 @@ def real_images(record: dict, dataset: str | None, folder: str | None) -> tuple[
 
 
 @torch.inference_mode()
-def compare(trained: nn.Module, exported: nn.Module, images: Tensor, name: str) -> None:
+def compare(trained: nn.Module, exported: Callable[[Tensor], Tensor], images: Tensor, name: str) -> None:
     """Print how far the logits of both networks lie apart; raises `UserError` where that is more than rounding."""
     before, after = (torch.cat([network(part) for part in images.split(100)]) for network in (trained, exported))
     difference, scale = float((before - after).abs().max()), float(before.abs().max())
@@ -89,6 +93,30 @@ def describe(trained: nn.Module, exported: Backbone, image_size: int) -> None:
         print(f"{title:>9}: {count_parameters(network):>10,} parameters, {latency:6.2f} ms for one image (best of 30)")
 
 
+def _formats(text: str) -> list[str]:
+    formats = text.lower().split(",")
+    for kind in formats:
+        if kind not in FORMATS:
+            raise argparse.ArgumentTypeError(f"must be of {', '.join(FORMATS)}, not {kind or 'nothing'}")
+    return formats
+
+
+def _files(out: Path, formats: list[str] | None, source: Path) -> dict[str, Path]:
+    """The files to write, by format; raises `UserError` where they cannot be made."""
+    suffix = out.suffix.lstrip(".")
+    formats = formats or [suffix if suffix in FORMATS else "pth"]
+    files = {kind: out.with_suffix(f".{kind}") if len(formats) > 1 or suffix in FORMATS else out for kind in formats}
+    if not out.parent.is_dir():
+        raise UserError(f"--out: there is no folder {out.parent}")
+    for file in files.values():
+        if file.is_dir() or file.resolve() == source.resolve():
+            raise UserError(f"--out: {file} is a folder or CKPT itself; name another file")
+    beside = out.with_suffix(".json")
+    if beside.exists() and "model_name" not in beside.read_text(encoding="utf-8", errors="replace"):
+        raise UserError(f"--out: {beside} is another file, and would be overwritten; choose another name")
+    return files
+
+
 def main(argv=None) -> Path:
     parser = Parser(__doc__.split("\n")[0])
     parser.add_argument("checkpoint", metavar="CKPT", help="best.pth or last.pth of a run, or an official NORM student")
@@ -97,33 +125,33 @@ def main(argv=None) -> Path:
     parser.add_argument("--ft", choices=("default", "plain"), default="default", help="transform of an official file")
     parser.add_argument("--dataset", help="test images to compare on; default: the run's data set")
     parser.add_argument("--data", metavar="PATH", help="where that data set lies")
+    parser.add_argument(
+        "--format",
+        type=_formats,
+        metavar="F,F",
+        help="pth, pt2 (torch.export), onnx; default: the suffix of --out, pth",
+    )
     args = parser.parse_args(argv)
     trained = read_trained(args.checkpoint, args.model_s, args.ft)
     source = Path(args.checkpoint)
     out = args.out or source.with_name(f"{source.stem}_exported.pth")
-    if not out.parent.is_dir():
-        raise UserError(f"--out: there is no folder {out.parent}")
-    if out.is_dir() or out.resolve() == source.resolve():
-        raise UserError(f"--out: {out} is a folder or CKPT itself; name another file")
+    files = _files(out, args.format, source)
     images, name = real_images(trained.record, args.dataset, args.data)
     network, predictor = trained.method.export(), Predictor(trained.method).eval()
-    content = {
-        "model": network.state_dict(),
-        "model_name": trained.model_name,
-        "num_classes": network.get_classifier().out_features,
-        "wrapper": describe_wrapper(network),
-        "final_conv": isinstance(network, FinalConv),  # for readers from before there were several kinds of wrappers
-        **trained.record,
-    }
-    with replacing(out) as temporary:
-        torch.save(content, temporary)
-        exported, _ = load_exported(read_checkpoint(temporary), str(out))
-        compare(predictor, exported, images, name)
-    describe(predictor, exported, images.shape[-1])
+    sizes = {"model_name": trained.model_name, "num_classes": network.get_classifier().out_features}
+    record = {**sizes, **trained.record}
+    for kind, file in files.items():
+        write, read = FORMATS[kind]
+        with replacing(file) as temporary:
+            write(network, record, temporary)
+            compare(predictor, read(temporary, "--out").predict, images, name)
+        print(f"exported {trained.model_name}: {file}")
+    with replacing(out.with_suffix(".json")) as temporary:
+        Path(temporary).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    describe(predictor, network, images.shape[-1])
     if trained.method.export_note():
         print(f"note: {trained.method.export_note()}")
-    print(f"exported {trained.model_name}: {out}")
-    return out
+    return next(iter(files.values()))
 
 
 if __name__ == "__main__":
