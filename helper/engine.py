@@ -103,9 +103,7 @@ class Run:
         self.stages = self.distiller.stages(config.epochs)
         self.step, self.epochs_over, self.seconds = 0, 0, 0.0  # what is over, in all stages
         self.accuracies: list[float] = []  # test accuracy (%) of every epoch of the main stage
-        self.choices: list[
-            float
-        ] = []  # the accuracies that the best epoch is chosen by: on the test images, or held-out
+        self.choices: list[float] = []  # what the best epoch is chosen by: the same, or accuracy on held-out images
         self.epoch_state: dict | None = None  # where a resumed run stands within an epoch
         self._enter(0)
 

@@ -19,7 +19,7 @@ ROOMS = {
     "crd": {"errors"},
     "distiller_zoo": {"errors", "models", "crd"},
     "helper": {"errors", "models", "dataset", "distiller_zoo"},
-    "scripts": {"errors", "models", "dataset", "distiller_zoo", "helper"},
+    "scripts": {"errors", "models", "dataset", "distiller_zoo", "crd", "helper"},
     "train_teacher": {"errors", "helper"},
     "train_cifar_student": {"errors", "helper"},
 }
