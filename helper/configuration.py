@@ -34,6 +34,7 @@ DEFAULTS = {
     "print_freq": 100,
     "save_freq": 0,
     "save_every_steps": 0,
+    "max_bad_steps": 0,
     "allow_teacher_gap": False,
 }
 #: What may differ between a run and its continuation.
@@ -44,6 +45,7 @@ MAY_CHANGE = (
     "print_freq",
     "save_freq",
     "save_every_steps",
+    "max_bad_steps",
     "save_dir",
     "max_steps",
     "epochs",

@@ -16,6 +16,7 @@ from torch import nn
 from distiller_zoo import Progress
 from errors import Stopped, UserError
 from helper.configuration import run_name
+from helper.guard import Guard
 from helper.inputs import Inputs, load_inputs
 from helper.lockstep import execute_together
 from helper.metrics import evaluate
@@ -24,7 +25,7 @@ from helper.run_folder import BEST, CONFIG, LAST, RESULT, RunFolder
 from helper.run_state import build_distiller, data_record
 from helper.signals import StopRequest
 from helper.stage_training import StageTraining, TeacherRequest, format_title
-from helper.teacher import TeacherFile
+from helper.teacher import TeacherFile, check_apart
 from models import build_model
 from models.backbone import Output
 from models.cost import count_parameters
@@ -99,8 +100,11 @@ class Run:
             *(vars(config), student, inputs.network),
             *(self.data.num_classes, self.data.image_size, self.data.train.targets),
         ).to(self.device)
+        if inputs.network is not None:
+            check_apart(self.distiller, inputs.network, config.distill)
         inputs.fast.lay_out(self.distiller)
         self.stages = self.distiller.stages(config.epochs)
+        self.guard = Guard(config.max_bad_steps)
         self.step, self.epochs_over, self.seconds = 0, 0, 0.0  # what is over, in all stages
         self.accuracies: list[float] = []  # test accuracy (%) of every epoch of the main stage
         self.choices: list[float] = []  # what the best epoch is chosen by: the same, or accuracy on held-out images
@@ -110,7 +114,9 @@ class Run:
     def _enter(self, number: int, epoch: int = 0, stage_step: int = 0) -> None:
         """Begin the stage of this number, or take it up after some of its epochs and steps."""
         self.stage_number, self.epoch, self.stage_step = number, epoch, stage_step
-        self.training = StageTraining(self.stages[number], self.distiller, self.data, self.config, self.device)
+        self.training = StageTraining(
+            self.stages[number], self.distiller, self.data, self.config, self.device, self.guard
+        )
 
     @property
     def in_main_stage(self) -> bool:
@@ -145,7 +151,8 @@ class Run:
         self.epoch, self.stage_step, self.step = self.epoch + 1, self.stage_step + steps, self.step + steps
         self.epochs_over, self.seconds = self.epochs_over + 1, self.seconds + time.perf_counter() - started
         learning_rate = self.training.learning_rate(self.epoch)
-        record = {"epoch": self.epoch, "step": self.step, "learning_rate": learning_rate, **means, **test}
+        skipped = {"skipped_steps": self.guard.skipped} if self.config.max_bad_steps else {}
+        record = {"epoch": self.epoch, "step": self.step, "learning_rate": learning_rate, **means, **test, **skipped}
         if self.in_main_stage:
             self.accuracies.append(test["test_accuracy"])
             self.choices.append(test.get("holdout_accuracy", test["test_accuracy"]))
@@ -168,7 +175,8 @@ class Run:
         """Save within an epoch where that is due, or before the run stops."""
         every = self.config.save_every_steps
         if self.stop_request.signal_number is not None or (every and number % every == 0):
-            self._save_last(self._model(None), make_state())
+            epoch_state = make_state()
+            self._save_last(self._model(None), epoch_state)
             self._stop_if_asked()
 
     def _stop_if_asked(self) -> None:
@@ -178,7 +186,8 @@ class Run:
             raise Stopped(number, f"stopped by {name} and saved; go on with --resume {self.folder.path}")
 
     def _model(self, accuracy: float | None) -> dict:
-        """What a checkpoint holds of the networks, and what is known of them."""
+        """What a checkpoint holds of the networks, and what is known of them; raises `UserError` where they diverged."""
+        self.guard.check_weights(self.distiller)
         return {
             "config": {key: value for key, value in vars(self.config).items() if key != "origins"},
             "data": data_record(self.data),
@@ -188,7 +197,8 @@ class Run:
         }
 
     def _save_last(self, model: dict, epoch_state: dict | None) -> None:
-        state = {name: getattr(self, name) for name in STATE} | {"epoch_state": epoch_state}
+        state = {name: getattr(self, name) for name in STATE}
+        state |= {"epoch_state": epoch_state, "skipped_steps": self.guard.skipped}
         self.folder.save(LAST, model | state | {"optimizer": self.training.optimizer.state_dict()})
 
     def _save(self, record: dict) -> None:
@@ -216,6 +226,7 @@ class Run:
             checkpoint.setdefault("choices", checkpoint["accuracies"])  # files from before there was --holdout
             for name in (*STATE, "epoch_state"):
                 setattr(self, name, checkpoint[name])
+            self.guard.skipped = checkpoint["skipped_steps"]
         except (KeyError, IndexError, RuntimeError, ValueError) as error:
             raise UserError(
                 f"--resume: {self.folder.path} does not fit this run: {str(error).splitlines()[0]}"

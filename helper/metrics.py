@@ -8,7 +8,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dataset import Batch, Loader
-from errors import UserError
 from helper.reporting import progress_bar
 
 
@@ -44,6 +43,10 @@ class EpochMeter:
             self._has_logits = True
         self._images += len(targets)
 
+    @property
+    def has_images(self) -> bool:
+        return self._images > 0
+
     def state(self) -> dict:
         """What `load_state` takes up again."""
         seconds = time.perf_counter() - self._start
@@ -60,13 +63,8 @@ class EpochMeter:
         self._start = time.perf_counter() - seconds
 
     def summary(self) -> dict[str, float]:
-        """Means so far; raises `UserError` where a loss is no longer finite."""
+        """Means so far, where there are any images."""
         losses = {f"loss_{name}": float(total) / self._images for name, total in self._losses.items()}
-        for name, value in losses.items():
-            if value != value or value in (float("inf"), float("-inf")):
-                raise UserError(
-                    f"{name} is {value}: the training diverged; lower --learning_rate or the weight of that term"
-                )
         accuracy = {"train_accuracy": 100 * int(self._correct) / self._images} if self._has_logits else {}
         # The sums above waited for the device, so the clock below covers all the work.
         seconds = time.perf_counter() - self._start

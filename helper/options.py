@@ -131,6 +131,12 @@ def _add_common(parser: Parser) -> None:
     add("--save_dir", metavar="ROOT", help="where run folders are made (save)")
     add("--save_freq", type=_from_zero, metavar="E", help="also keep epoch_<n>.pth every E epochs (0: none)")
     add("--save_every_steps", type=_from_zero, metavar="K", help="also save within epochs, every K steps (0: no)")
+    add(
+        "--max_bad_steps",
+        type=_from_zero,
+        metavar="K",
+        help="skip up to K steps of a run whose losses or gradient are not finite, then stop (0: stop at the first)",
+    )
     add("--print_freq", type=count, metavar="K", help="steps between lines in the log (100)")
     add(
         "--resume",

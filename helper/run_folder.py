@@ -3,6 +3,7 @@
 import fcntl
 import itertools
 import json
+import math
 import os
 import shutil
 from collections.abc import Iterator
@@ -157,7 +158,7 @@ class RunFolder:
     def append_metrics(self, record: dict, epochs_over: int) -> None:
         """One epoch's numbers: a line of `metrics.jsonl`, and TensorBoard's scalars by epochs of the whole run."""
         with open(self.path / METRICS, "a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+            file.write(json.dumps({key: _or_null(value) for key, value in record.items()}) + "\n")
         self._events = self._events or SummaryWriter(self.path)
         for key, value in record.items():
             if key not in ("stage", "epoch"):
@@ -179,6 +180,11 @@ class RunFolder:
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
+
+
+def _or_null(value):
+    """A test loss may be infinite, for which JSON has no word."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _candidates(root: str, name: str) -> Iterator[Path]:

@@ -1,5 +1,6 @@
 """One stage of a run: what it trains, its optimizer, its batches, one epoch after the other."""
 
+import functools
 import itertools
 from argparse import Namespace
 from collections.abc import Callable, Generator, Iterator
@@ -13,6 +14,7 @@ from dataset import Batch, ImageData, Loader, epoch_seed
 from distiller_zoo import Distiller, Progress, Stage
 from errors import UserError
 from helper.fast import Fast
+from helper.guard import Guard
 from helper.metrics import EpochMeter
 from helper.reporting import format_losses, progress_bar
 from helper.schedule import cosine_learning_rate, step_learning_rate
@@ -41,8 +43,10 @@ class StageTraining:
         data: ImageData,
         config: Namespace,
         device: torch.device,
+        guard: Guard | None = None,
     ):
         self.stage, self.distiller, self.config, self.device = stage, distiller, config, device
+        self.guard = guard or Guard()
         self.fast = Fast.of(config)
         begin(stage, distiller)
         self.optimizer = torch.optim.SGD(
@@ -99,6 +103,8 @@ class StageTraining:
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate(progress.epoch + 1)
         begin(self.stage, self.distiller)
+        title = format_title(self.stage.name, progress)
+        self.guard.begin_epoch(title, self.stage.learning_rate is not None)
         steps = max(over, len(self.loader) if most_steps is None else min(len(self.loader), most_steps))
         batches = itertools.islice(self.loader.batches(epoch, over), steps - over)
         held_out = None if self.held_out is None else _endless(self.held_out, epoch, over)
@@ -106,36 +112,61 @@ class StageTraining:
         if state:
             meter.load_state(state["meter"])
             set_random_state(state["random"])
-        title = format_title(self.stage.name, progress)
         bar = progress_bar(meter.timed(batches), title, steps, over)
         for number, batch in enumerate(bar, over + 1):
             batch = self._lay_out(batch)
             teacher_output = None
             if self.stage.needs_teacher:
                 teacher_output = yield self._request((epochs_over, number - 1), epoch, batch.images)
-            losses, logits = self._step(batch, teacher_output, held_out, progress)
-            meter.update(losses, logits, batch.targets)
-            if number % self.config.print_freq == 0:
+            step = self._step(batch, teacher_output, held_out, progress, number)
+            if step is None:
+                log(f"{title} step {number}/{steps} skipped: a number in it was not finite")
+            else:
+                meter.update(*step, batch.targets)
+            if number % self.config.print_freq == 0 and meter.has_images:
+                self.guard.look()
                 means = meter.summary()
                 bar.set_postfix_str(format_losses(means))
                 log(f"{title} step {number}/{steps}: {format_losses(means)}")
             if number < steps:
-                after_step(lambda: {"steps": number, "meter": meter.state(), "random": random_state()}, number)  # noqa: B023
+                after_step(functools.partial(self._state, number, meter), number)
         if self.stage.after_epoch is not None:
             self.stage.after_epoch(progress)
+        self.guard.look()
+        if not meter.has_images:
+            raise UserError(f"--max_bad_steps: every step of {title} was skipped; the training diverged")
         return meter.summary(), steps
+
+    def _state(self, number: int, meter: EpochMeter) -> dict:
+        """Where the epoch stands after its step of this number."""
+        self.guard.look()
+        return {"steps": number, "meter": meter.state(), "random": random_state()}
 
     def _request(self, position: tuple[int, int], epoch: int, images: Tensor) -> TeacherRequest:
         config, method = self.config, self.distiller
         batch_key = (config.data_seed, epoch, position[1], config.batch_size, method.views, self.stage.holdout)
         return TeacherRequest(position, batch_key, images, method.teacher_preact)
 
-    def _step(self, batch: Batch, teacher_output: Output | None, held_out: Iterator[Batch] | None, progress: Progress):
+    def _step(
+        self,
+        batch: Batch,
+        teacher_output: Output | None,
+        held_out: Iterator[Batch] | None,
+        progress: Progress,
+        number: int,
+    ) -> tuple[dict[str, Tensor], Tensor | None] | None:
+        """One step -> (losses, logits); None where it was skipped."""
         if self.stage.before_step is not None:
             held_out_batch = None if held_out is None else self._lay_out(next(held_out))
             self.stage.before_step(self.optimizer, batch, teacher_output, held_out_batch, progress)
-        autocast = self.fast.autocast(self.device)
-        return train_step(self.distiller, self.stage, self.optimizer, batch, teacher_output, progress, autocast)
+        skipped_before = self.guard.skipped
+        self.guard.begin_step(self.distiller)
+        step = train_step(
+            *(self.distiller, self.stage, self.optimizer, batch, teacher_output, progress),
+            self.fast.autocast(self.device),
+            lambda losses: self.guard.judge(losses, self.optimizer.param_groups[0]["params"], number),
+        )
+        return step if self.guard.skipped == skipped_before else None
 
     def _lay_out(self, batch: Batch) -> Batch:
         return batch._replace(images=self.fast.lay_out(batch.images))
@@ -171,15 +202,20 @@ def train_step(
     teacher_output: Output | None,
     progress: Progress,
     autocast: AbstractContextManager | None = None,
+    may_step: Callable[[dict[str, Tensor]], bool] = lambda losses: True,
 ) -> tuple[dict[str, torch.Tensor], torch.Tensor | None]:
-    """Forward (in the context `autocast`, if any), backward, step -> (named weighted losses, student's logits)."""
+    """Forward (in the context `autocast`, if any), backward, step -> (named weighted losses, student's logits).
+
+    `may_step(losses)` is asked when the gradients are there.
+    """
     with autocast or nullcontext():
         logits, losses = distiller(batch, teacher_output, progress, stage)
     if not losses:
         raise UserError("every loss weight is 0: there is nothing to train; set -r, -a or -b")
     optimizer.zero_grad(set_to_none=True)
     sum(losses.values()).backward()
-    optimizer.step()
+    if may_step(losses):
+        optimizer.step()
     return losses, logits
 
 

@@ -1,5 +1,6 @@
 """The teacher: read from any of the files that teachers come in, checked, frozen."""
 
+import copy
 import os
 import re
 from typing import NamedTuple
@@ -32,11 +33,15 @@ class TeacherFile(NamedTuple):
 
 
 class FrozenTeacher(nn.Module):
-    """A network that cannot be trained: always in eval mode, without gradients."""
+    """A copy of a network that cannot be trained: in memory of its own, without parameters, always in eval mode."""
 
     def __init__(self, network: Backbone):
         super().__init__()
-        self.network = network.requires_grad_(False)
+        self.network = copy.deepcopy(network)
+        for module in self.network.modules():
+            for name, parameter in list(module.named_parameters(recurse=False)):
+                delattr(module, name)
+                module.register_buffer(name, parameter.detach())
         self.eval()
 
     def train(self, mode: bool = True):
@@ -83,6 +88,14 @@ def _read_foreign(path: str, model_t: str | None, checkpoint: dict) -> tuple[str
     recorded = checkpoint.get("accuracy", checkpoint.get("best_acc"))
     record["accuracy"] = published if published is not None else recorded if recorded is None else float(recorded)
     return name, network, record
+
+
+def check_apart(student: nn.Module, teacher: nn.Module, distill: str) -> None:
+    """Raise `UserError` where a method or its student would train or change what is the teacher's."""
+    theirs = {tensor.untyped_storage().data_ptr() for tensor in teacher.state_dict().values() if tensor.numel()}
+    for name, tensor in student.state_dict().items():
+        if tensor.numel() and tensor.untyped_storage().data_ptr() in theirs:
+            raise UserError(f"--distill {distill}: its {name} is the teacher's own; the method must copy it")
 
 
 def _name_from_folder(path: str) -> str:
