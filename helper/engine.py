@@ -186,7 +186,7 @@ class Run:
             raise Stopped(number, f"stopped by {name} and saved; go on with --resume {self.folder.path}")
 
     def _model(self, accuracy: float | None) -> dict:
-        """What a checkpoint holds of the networks, and what is known of them; raises `UserError` where they diverged."""
+        """What a checkpoint holds of the networks, and what is known of them; never of diverged ones."""
         self.guard.check_weights(self.distiller)
         return {
             "config": {key: value for key, value in vars(self.config).items() if key != "origins"},

@@ -85,8 +85,8 @@ class Guard:
             return
         name = next(name for name, value in tensors.items() if value.numel() and not value.abs().max() < LIMIT)
         raise UserError(
-            f"{name} is not finite after {self._place}: the training diverged; lower {self._flag}; the checkpoint before "
-            "is kept"
+            f"{name} is not finite after {self._place}: the training diverged; lower {self._flag}; the "
+            "checkpoint before is kept"
         )
 
 

@@ -7,7 +7,7 @@ import math
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -28,17 +28,28 @@ DAMAGED = "last.damaged.pth"
 def replacing(path: str | os.PathLike) -> Iterator[str]:
     """A temporary name beside `path`; it takes the place of `path` if the block ends well, and goes otherwise.
 
-    The content is on the disk before the name is, so that a power cut leaves the old file or the new one.
+    The content is on the disk before the name is, so that a power cut leaves the old file or the new one. Raises
+    `UserError` where the disk takes no more.
     """
     temporary = f"{path}.part"
     try:
-        yield temporary
-        _flush(temporary)
-        os.replace(temporary, path)
-        _flush(os.path.dirname(os.path.abspath(path)))
+        with writing(path):
+            yield temporary
+            _flush(temporary)
+            os.replace(temporary, path)
+            _flush(os.path.dirname(os.path.abspath(path)))
     finally:
         if os.path.exists(temporary):
             os.remove(temporary)
+
+
+@contextmanager
+def writing(path: str | os.PathLike) -> Iterator[None]:
+    """Name the file that the system refuses to write, in a `UserError`."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror or error}; make room, then go on") from None
 
 
 def _flush(path: str | os.PathLike) -> None:
@@ -61,7 +72,8 @@ class RunFolder:
 
     def lock(self) -> "RunFolder":
         """Claim the folder until `close`; raises `UserError` where another process writes to it."""
-        self._lock = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT)
+        with writing(self.path / ".lock"):
+            self._lock = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT)
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -109,8 +121,7 @@ class RunFolder:
 
     def log_quietly(self, line: str) -> None:
         """One line in the log file only."""
-        with open(self.path / LOG, "a", encoding="utf-8") as file:
-            file.write(line + "\n")
+        _append(self.path / LOG, line)
 
     def write_json(self, name: str, content: dict) -> None:
         with replacing(self.path / name) as temporary, open(temporary, "w", encoding="utf-8") as file:
@@ -130,7 +141,7 @@ class RunFolder:
         """Write a checkpoint; the old `last.pth` is kept as `last.previous.pth`."""
         path = self.path / name
         with replacing(path) as temporary:
-            torch.save(checkpoint, temporary)
+            _save(checkpoint, temporary)
             if name == LAST and path.exists():
                 _flush(temporary)
                 os.replace(path, self.path / PREVIOUS)
@@ -157,29 +168,63 @@ class RunFolder:
 
     def append_metrics(self, record: dict, epochs_over: int) -> None:
         """One epoch's numbers: a line of `metrics.jsonl`, and TensorBoard's scalars by epochs of the whole run."""
-        with open(self.path / METRICS, "a", encoding="utf-8") as file:
-            file.write(json.dumps({key: _or_null(value) for key, value in record.items()}) + "\n")
-        self._events = self._events or SummaryWriter(self.path)
-        for key, value in record.items():
-            if key not in ("stage", "epoch"):
-                self._events.add_scalar(key, value, epochs_over)
-        self._events.flush()
+        path = self.path / METRICS
+        _append(path, json.dumps({key: _or_null(value) for key, value in record.items()}))
+        _flush(path)  # before the checkpoint that says the epoch is over
+        with writing(self.path / "events.out.tfevents"):
+            self._events = self._events or SummaryWriter(self.path)
+            for key, value in record.items():
+                if key not in ("stage", "epoch"):
+                    self._events.add_scalar(key, value, epochs_over)
+            self._events.flush()
 
     def keep_metrics_until(self, epochs_over: int) -> None:
-        """Drop the lines, one per epoch of the whole run, of epochs that a resumed run will go through again."""
+        """Drop the lines, one per epoch of the whole run, of epochs that a resumed run will go through again.
+
+        A line that a power cut has damaged goes too. TensorBoard is told to forget the same epochs.
+        """
         path = self.path / METRICS
-        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+        text = path.read_bytes().decode("utf-8", "replace") if path.exists() else ""
+        whole = [line for line in text.split("\n")[:epochs_over] if _is_record(line)]
         with replacing(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
-            file.writelines(f"{line}\n" for line in lines[:epochs_over])
-        self._events = SummaryWriter(self.path, purge_step=epochs_over + 1)
+            file.writelines(f"{line}\n" for line in whole)
+        with writing(self.path / "events.out.tfevents"):
+            self._events = SummaryWriter(self.path, purge_step=epochs_over + 1)
 
     def close(self) -> None:
         """End the event file and let go of the folder."""
         if self._events is not None:
-            self._events.close()
+            with suppress(OSError):  # a full disk: what could not be written is lost, and was named before
+                self._events.close()
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
+
+
+def _append(path: Path, line: str) -> None:
+    """Add a whole line to a file; where that fails the file is as before."""
+    with writing(path), open(path, "ab", buffering=0) as file:
+        end, rest = file.tell(), line.encode("utf-8", "backslashreplace") + b"\n"
+        try:
+            while rest:
+                rest = rest[file.write(rest) :]
+        except OSError:
+            os.truncate(path, end)
+            raise
+
+
+def _save(checkpoint: dict, path: str) -> None:
+    try:
+        torch.save(checkpoint, path)
+    except RuntimeError as error:  # torch's word for a file that cannot be written
+        raise OSError(f"the disk takes no more ({str(error).splitlines()[0][:100]})") from None
+
+
+def _is_record(line: str) -> bool:
+    try:
+        return isinstance(json.loads(line), dict)
+    except ValueError:
+        return False
 
 
 def _or_null(value):
