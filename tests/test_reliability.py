@@ -171,7 +171,7 @@ def test_killed_at_any_moment_and_resumed_it_ends_the_same(teacher_run, tmp_path
             process.send_signal(signal.SIGKILL)
             kills += 1
         process.wait()
-        if any((tmp_path / "cut").glob("*/result.json")):
+        if list((tmp_path / "cut").glob("*/result.json")):
             break
     subprocess.run([*argv, "--save_dir", str(tmp_path / "cut"), "--resume"], cwd=ROOT, check=True, capture_output=True)
     cut = next(path for path in (tmp_path / "cut").iterdir() if (path / "result.json").exists())
