@@ -1,7 +1,8 @@
-"""The data sets by name. Each is held in memory as bytes; a batch is always (images, targets, index)."""
+"""The data sets by name, in memory or read from a disk; a batch is always (images, targets, index)."""
 
 from dataset.images import Augmentation, ImageData, Images, hold_out
-from dataset.loader import Batch, Loader, epoch_seed
+from dataset.loader import Batch, Loader
+from dataset.seeds import epoch_seed
 from dataset.single import read_normalised
 from dataset.sources import DATASETS, load_data
 from dataset.views import VIEWS

@@ -1,14 +1,17 @@
 """Images in memory, what is known of them, and the augmentation of a batch."""
 
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from dataset.stored import StoredImages
+
 
 class Images(NamedTuple):
-    """One split: pixels (n, 3, H, W) as uint8 and classes (n,) as int64."""
+    """One split in memory: pixels (n, 3, H, W) as uint8 and classes (n,) as int64."""
 
     pixels: Tensor
     targets: Tensor
@@ -16,25 +19,44 @@ class Images(NamedTuple):
     def to(self, device: torch.device) -> "Images":
         return Images(self.pixels.to(device), self.targets.to(device))
 
+    @property
+    def image_size(self) -> int:
+        return self.pixels.shape[-1]
+
+    def select(self, chosen: Tensor) -> "Images":
+        """Those images for which `chosen` (n,) is true, as a split of their own."""
+        return Images(self.pixels[chosen], self.targets[chosen])
+
+    def read(
+        self, parts: Sequence[Tensor], crops: None = None, fill: bool = False
+    ) -> Iterator[tuple[Tensor, list[Tensor]]]:
+        """Sample indices of the batches -> (indices (B,), [pixels (B, 3, H, W)]); as `StoredImages.read`."""
+        for index in parts:
+            yield index, [self.pixels[index]]
+
 
 class Augmentation(NamedTuple):
-    """Random crop after zero padding by `pad` pixels, horizontal flip of every second image where `flip`."""
+    """Random crop after zero padding by `pad` pixels, horizontal flip of every second image where `flip`.
+
+    Images on a disk may be cropped when they are read instead: a random share of their area within `scale`, resized.
+    """
 
     pad: int = 4
     flip: bool = True
+    scale: tuple[float, float] | None = None
 
 
 class ImageData(NamedTuple):
     """A data set: splits, classes by index, normalisation (of pixels in 0..1), augmentation of the training images."""
 
     name: str
-    train: Images
-    test: Images
+    train: Images | StoredImages
+    test: Images | StoredImages
     classes: list[str]
     mean: tuple[float, ...]
     std: tuple[float, ...]
     augmentation: Augmentation
-    margin: int = 0  # black pixels around each image
+    margin: int = 0  # black pixels around each image; below 0: pixels that are cut off all around
 
     @property
     def num_classes(self) -> int:
@@ -42,10 +64,10 @@ class ImageData(NamedTuple):
 
     @property
     def image_size(self) -> int:
-        return self.train.pixels.shape[-1]
+        return self.train.image_size
 
 
-def hold_out(images: Images, k: int) -> tuple[Images, Images]:
+def hold_out(images: Images | StoredImages, k: int) -> tuple[Images | StoredImages, Images | StoredImages]:
     """Images -> (those that are left, `k` of them that are kept apart), each class in proportion.
 
     Which ones depends on the data set and k alone, not on a run's seed, so that all seeds and methods are trained and
@@ -66,8 +88,7 @@ def hold_out(images: Images, k: int) -> tuple[Images, Images]:
     if any(len(targets[side].unique()) < classes for side in (kept_apart, ~kept_apart)):
         raise ValueError(f"{k} of {n} images leave a class of {classes} without images on one side")
     kept_apart = kept_apart.to(images.targets.device)
-    left, apart = (Images(images.pixels[side], images.targets[side]) for side in (~kept_apart, kept_apart))
-    return left, apart
+    return images.select(~kept_apart), images.select(kept_apart)
 
 
 class Draws(NamedTuple):

@@ -30,7 +30,7 @@ def read_normalised(path: str | os.PathLike, record: dict, flag: str = "IMAGE") 
     """An image file -> (3, image_size, image_size) float32, as a network with this record was trained on.
 
     The record holds `image_size`, `mean`, `std` (of pixels in 0..1) and `margin`, the black pixels that the data set
-    has around its images.
+    has around its images; below 0 so many pixels are cut off all around instead.
     """
     margin = record.get("margin") or 0
     pixels = read_square(path, record["image_size"] - 2 * margin, flag).permute(2, 0, 1)

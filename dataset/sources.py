@@ -9,12 +9,20 @@ from torch.nn import functional as F
 from torchvision import datasets
 
 from dataset.images import Augmentation, ImageData, Images, channel_statistics
+from dataset.shards import find_shards, read_shards
 from dataset.single import read_square
+from dataset.stored import Files, Reading, StoredImages
 from errors import UserError
 
 DOWNLOAD_FOLDER = "data"
 #: More than this is not held in memory.
 MEMORY_LIMIT = 8 * 2**30
+#: ImageNet's usual normalisation, and the share of the area that its random crops take.
+IMAGENET_MEAN, IMAGENET_STD, CROP_SCALE = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), (0.08, 1.0)
+#: What is cut off a test image on each side is this part of what is left: 16 pixels of 256 for 224.
+TEST_CUT = 14
+#: About so many images of a folder that is not held in memory give its mean and standard deviation.
+STATISTICS_IMAGES = 2000
 
 
 def _images(pixels, targets) -> Images:
@@ -38,17 +46,17 @@ def _cifar(dataset_class, name: str, mean: tuple[float, ...], std: tuple[float, 
     return ImageData(name, *splits, train.classes, mean, std, Augmentation())
 
 
-def cifar100(folder: str | None, image_size: int, num_workers: int) -> ImageData:
+def cifar100(folder: str | None, image_size: int, reading: Reading) -> ImageData:
     """CIFAR-100, 50,000 + 10,000 images; normalised as in RepDistiller."""
     return _cifar(datasets.CIFAR100, "cifar100", (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761), folder)
 
 
-def cifar10(folder: str | None, image_size: int, num_workers: int) -> ImageData:
+def cifar10(folder: str | None, image_size: int, reading: Reading) -> ImageData:
     """CIFAR-10, 50,000 + 10,000 images."""
     return _cifar(datasets.CIFAR10, "cifar10", (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616), folder)
 
 
-def fashion_mnist(folder: str | None, image_size: int, num_workers: int) -> ImageData:
+def fashion_mnist(folder: str | None, image_size: int, reading: Reading) -> ImageData:
     """Fashion-MNIST, 60,000 + 10,000 grey images of 28x28, padded to 32x32."""
 
     def split(source) -> Images:
@@ -70,7 +78,7 @@ def fashion_mnist(folder: str | None, image_size: int, num_workers: int) -> Imag
     )
 
 
-def digits(folder: str | None, image_size: int, num_workers: int) -> ImageData:
+def digits(folder: str | None, image_size: int, reading: Reading) -> ImageData:
     """The 1,797 handwritten digits of 8x8 that scikit-learn ships, enlarged to 32x32; every fifth is for testing."""
     from sklearn.datasets import load_digits
 
@@ -87,25 +95,70 @@ def digits(folder: str | None, image_size: int, num_workers: int) -> ImageData:
     return ImageData("digits", train, test, classes, *channel_statistics(train.pixels), Augmentation(pad=4, flip=False))
 
 
-def image_folder(folder: str | None, image_size: int, num_workers: int) -> ImageData:
+def image_folder(folder: str | None, image_size: int, reading: Reading) -> ImageData:
     """`PATH/train/CLASS/*` and `PATH/val|test/CLASS/*`, images of any size, resized and cropped to a square."""
     if folder is None:
         raise UserError("--data: name the folder that holds train/ and val/ (or test/), one sub-folder per class")
-    train_list = _list_images(os.path.join(folder, "train"))
-    test_split = next((split for split in ("val", "test") if os.path.isdir(os.path.join(folder, split))), "val")
-    test_list = _list_images(os.path.join(folder, test_split))
-    if train_list.classes != test_list.classes:
-        odd = sorted(set(train_list.classes) ^ set(test_list.classes))
-        raise UserError(f"--data: train/ and {test_split}/ of {folder} hold different classes: {', '.join(odd[:5])}")
+    train_list, test_list, classes = _both_lists(folder)
     size = 3 * image_size**2 * (len(train_list) + len(test_list))
     if size > MEMORY_LIMIT:
-        raise UserError(
-            f"--data: {folder} would take {size / 2**30:.0f} GiB of memory at --image_size {image_size}; "
-            "choose a smaller one"
+        print(
+            f"{folder} would take {size / 2**30:.0f} GiB of memory at --image_size {image_size}: it is read as it goes"
         )
-    train, test = (_read_images(images, image_size, num_workers) for images in (train_list, test_list))
-    mean, std = channel_statistics(train.pixels)
-    return ImageData("folder", train, test, train_list.classes, mean, std, Augmentation())
+        train, test = (_stored(images, image_size, 0, reading) for images in (train_list, test_list))
+        mean, std = channel_statistics(_sample(train))
+    else:
+        train, test = (_read_images(images, image_size, reading.num_workers) for images in (train_list, test_list))
+        mean, std = channel_statistics(train.pixels)
+    return ImageData("folder", train, test, classes, mean, std, Augmentation())
+
+
+def imagenet(folder: str | None, image_size: int, reading: Reading) -> ImageData:
+    """`PATH/train/CLASS/*` and `PATH/val/CLASS/*`, or shards, read as the training goes; ImageNet's normalisation."""
+    if folder is None:
+        raise UserError("--data: name the folder that holds train/ and val/ with one sub-folder per class, or shards")
+    cut = round(image_size / TEST_CUT)
+    shards = [find_shards(folder, split) for split in ("train", "val")]
+    if all(shards):
+        splits, classes = _sharded(shards, image_size, cut, reading)
+    else:
+        train, test, classes = _both_lists(folder)
+        splits = (_stored(images, image_size, cut, reading) for images in (train, test))
+    augmentation = Augmentation(0, True, CROP_SCALE)
+    return ImageData("imagenet", *splits, classes, IMAGENET_MEAN, IMAGENET_STD, augmentation, margin=-cut)
+
+
+def _sharded(shards: list, image_size: int, cut: int, reading: Reading) -> tuple[list[StoredImages], list[str]]:
+    """Both splits, and their classes, which are numbers."""
+    splits = []
+    for paths in shards:
+        source, targets = read_shards(paths, reading.num_workers)
+        splits.append(StoredImages(source, targets, image_size, cut, reading))
+    count = 1 + max(int(split.targets.max()) for split in splits)
+    return splits, [str(number) for number in range(count)]
+
+
+def _stored(listing: datasets.ImageFolder, image_size: int, cut: int, reading: Reading) -> StoredImages:
+    paths, targets = zip(*listing.samples, strict=True)
+    files = Files(listing.root, [os.path.relpath(path, listing.root) for path in paths])
+    return StoredImages(files, torch.tensor(targets), image_size, cut, reading)
+
+
+def _sample(images: StoredImages) -> torch.Tensor:
+    """Pixels of some images of all classes, for statistics."""
+    some = torch.arange(0, len(images.targets), max(len(images.targets) // STATISTICS_IMAGES, 1))
+    return torch.cat([pixels for _, (pixels,) in images.read(some.split(100))])
+
+
+def _both_lists(folder: str) -> tuple[datasets.ImageFolder, datasets.ImageFolder, list[str]]:
+    """What train/ and val/ (or test/) hold, and their classes."""
+    train = _list_images(os.path.join(folder, "train"))
+    test_split = next((split for split in ("val", "test") if os.path.isdir(os.path.join(folder, split))), "val")
+    test = _list_images(os.path.join(folder, test_split))
+    if train.classes != test.classes:
+        odd = sorted(set(train.classes) ^ set(test.classes))
+        raise UserError(f"--data: train/ and {test_split}/ of {folder} hold different classes: {', '.join(odd[:5])}")
+    return train, test, train.classes
 
 
 def _list_images(path: str) -> datasets.ImageFolder:
@@ -136,11 +189,14 @@ DATASETS = {
     "cifar10": cifar10,
     "fashion_mnist": fashion_mnist,
     "folder": image_folder,
+    "imagenet": imagenet,
 }
 
 
-def load_data(name: str, folder: str | None = None, image_size: int = 32, num_workers: int = 4) -> ImageData:
-    """A data set by name, from `folder`; raises `UserError`. Only `folder` reads `image_size` and uses the threads."""
+def load_data(
+    name: str, folder: str | None = None, image_size: int = 32, num_workers: int = 4, max_broken: int = 10
+) -> ImageData:
+    """A data set by name, from `folder`; raises `UserError`. Only folders of images read what comes behind it."""
     if name not in DATASETS:
         raise UserError(f"--dataset: unknown data set '{name}'; choose from {', '.join(DATASETS)}")
-    return DATASETS[name](folder, image_size, num_workers)
+    return DATASETS[name](folder, image_size, Reading(num_workers, max_broken))

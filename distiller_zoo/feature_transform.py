@@ -12,6 +12,7 @@ Shapes: B batch, C student channels, Ct teacher channels, P = B*H*W pixels; `row
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 FORMS = ("auto", "direct", "collapsed")
 
@@ -23,6 +24,12 @@ def norm_loss(expanded: Tensor, target: Tensor) -> Tensor:
     """
     segments = expanded.unflatten(1, (-1, target.shape[1]))
     return (segments - target.unsqueeze(1)).square().mean(dim=(0, 2, 3, 4)).sum()
+
+
+def match_size(feature_map: Tensor, height: int, width: int) -> Tensor:
+    """Max-pool a map (B, C, kH, kW), integer k, to (B, C, H, W); unchanged where it has that size."""
+    kernel = (feature_map.shape[2] // height, feature_map.shape[3] // width)
+    return feature_map if kernel == (1, 1) else F.max_pool2d(feature_map, kernel)
 
 
 def _to_rows(feature_map: Tensor, dtype: torch.dtype) -> Tensor:
@@ -96,10 +103,14 @@ class FeatureTransform(nn.Module):
         self.contract = nn.Sequential(nn.Conv2d(expanded_channels, channels, 1, bias=False), nn.BatchNorm2d(channels))
 
     def forward(self, x: Tensor, target: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        """x (B, C, H, W), target (B, Ct, H, W) or None -> (out (B, C, H, W), matching loss or None)."""
+        """x (B, C, H, W), target (B, Ct, H, W) or None -> (out (B, C, H, W), matching loss or None).
+
+        To a target that is smaller by an integer factor the expanded map is max-pooled, in the direct form.
+        """
         needs_moments = target is not None or self.expand[1].training or self.contract[1].training
         with torch.autocast(x.device.type, enabled=False):
-            if self._chosen_form(x, needs_moments) == "direct":
+            pools = target is not None and target.shape[2:] != x.shape[2:]  # a maximum is in no second moment
+            if pools or self._chosen_form(x, needs_moments) == "direct":
                 out, loss = self._direct(x, target)
             elif needs_moments:
                 out, loss = self._collapsed(x, target)
@@ -118,7 +129,7 @@ class FeatureTransform(nn.Module):
         x = x.to(self.expand[0].weight.dtype)
         expanded = self.expand(x)
         out = self.contract(expanded)
-        loss = None if target is None else norm_loss(expanded, target.to(x.dtype))
+        loss = None if target is None else norm_loss(match_size(expanded, *target.shape[2:]), target.to(x.dtype))
         return (out + x if self.residual else out), loss
 
     def _collapsed(self, x: Tensor, target: Tensor | None) -> tuple[Tensor, Tensor | None]:

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from distiller_zoo.base import ALPHA, BETA, GAMMA, KD_T, Distiller, Flag, count, number, weighted_cross_entropy
-from distiller_zoo.feature_transform import FORMS, FeatureTransform, norm_loss
+from distiller_zoo.feature_transform import FORMS, FeatureTransform, match_size, norm_loss
 from distiller_zoo.kd import weighted_kd
 from errors import UserError
 from models.backbone import Backbone, FinalConv, Output, probe_shapes
@@ -57,6 +57,14 @@ FT_POSITION = Flag(
     choices=("pre", "post"),
 )
 FT_FORM = Flag(("--ft_form",), str, "auto", "how the transform is computed; the numbers are the same", choices=FORMS)
+LARGER_STUDENT = Flag(
+    ("--larger_student",),
+    str,
+    "refuse",
+    "where the student's last map is larger than the teacher's: refuse, or max-pool its expanded map (pool), as the "
+    "official ImageNet loop does; a larger teacher's map is always max-pooled",
+    choices=("refuse", "pool"),
+)
 BETA1 = Flag(
     ("-b1", "--beta1"),
     _schedule,
@@ -70,20 +78,18 @@ def standardise_logits(logits: Tensor, scale: float) -> Tensor:
     return scale * F.layer_norm(logits, logits.shape[1:], eps=1e-7) if scale else logits
 
 
-def match_size(teacher_map: Tensor, height: int, width: int) -> Tensor:
-    """Max-pool a teacher map (B, Ct, kH, kW), integer k, to the student's (B, Ct, H, W)."""
-    kernel = (teacher_map.shape[2] // height, teacher_map.shape[3] // width)
-    return teacher_map if kernel == (1, 1) else F.max_pool2d(teacher_map, kernel)
-
-
-def _check_sizes(student_map: tuple[int, int, int], teacher_map: tuple[int, int, int]) -> None:
+def _check_sizes(
+    student_map: tuple[int, int, int], teacher_map: tuple[int, int, int], larger_student: str, form: str
+) -> None:
     for student_size, teacher_size in zip(student_map[1:], teacher_map[1:], strict=True):
-        if student_size > teacher_size:
+        if student_size > teacher_size and larger_student == "refuse":
             raise UserError(
                 f"--model_s: the student's last map ({student_size} pixels wide) is larger than the teacher's "
-                f"({teacher_size}); choose a --model_t with a larger last map"
+                f"({teacher_size}); choose a --model_t with a larger last map, or --larger_student pool"
             )
-        if teacher_size % student_size:
+        if student_size > teacher_size and form == "collapsed":
+            raise UserError("--ft_form collapsed cannot pool the student's larger map; leave it at auto")
+        if max(student_size, teacher_size) % min(student_size, teacher_size):
             raise UserError(
                 f"--model_s: the last maps' size ratio {teacher_size}/{student_size} of teacher and student is not an "
                 "integer; choose another pair or --image_size"
@@ -109,7 +115,8 @@ class NORM(Distiller):
     group = "N-to-one"
     reads = ("final",)
     ships = "student (transform folded in)"
-    flags = (GAMMA, ALPHA, BETA, BETA1, CETA, CO_SPONGE, KD_T, FT, FT_POSITION, FT_FORM)
+    flags = (GAMMA, ALPHA, BETA, BETA1, CETA, CO_SPONGE, KD_T, FT, FT_POSITION, FT_FORM, LARGER_STUDENT)
+    larger_student = "refuse"
 
     def __init__(self, student: Backbone, teacher: Backbone | None, task, **hyper_parameters):
         super().__init__(student, teacher, task, **hyper_parameters)
@@ -117,7 +124,7 @@ class NORM(Distiller):
             raise UserError(f"-s/--co_sponge: N must be at least 1, not {self.co_sponge}")
         student_map = probe_shapes(student, task.image_size).final
         teacher_map = student_map if teacher is None else probe_shapes(teacher, task.image_size).final
-        _check_sizes(student_map, teacher_map)
+        _check_sizes(student_map, teacher_map, self.larger_student, self.ft_form)
         channels, teacher_channels = student_map[0], teacher_map[0]
         if self.ft == "none":
             if self.co_sponge != 1 or channels != teacher_channels:
@@ -141,11 +148,15 @@ class NORM(Distiller):
         return NormOutput(maps, final, activated, *self.student.classify(activated), loss)
 
     def _transform(self, student_map: Tensor, teacher_map: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        target = None if teacher_map is None else match_size(teacher_map.detach(), *student_map.shape[2:])
+        target = None if teacher_map is None else teacher_map.detach()
+        if target is not None and target.shape[2] > student_map.shape[2]:
+            target = match_size(target, *student_map.shape[2:])
         if self.transform is not None:
             return self.transform(student_map, target)
         with torch.autocast(student_map.device.type, enabled=False):
-            return student_map, None if target is None else norm_loss(student_map.to(target.dtype), target)
+            if target is None:
+                return student_map, None
+            return student_map, norm_loss(match_size(student_map, *target.shape[2:]).to(target.dtype), target)
 
     def losses(self, student, teacher, targets, index, progress):
         student_logits = standardise_logits(student.logits, self.ceta)
@@ -170,10 +181,14 @@ class NORM(Distiller):
         return (
             "one 1x1 convolution is kept: this network's last BatchNorm and ReLU stand between the transform and the "
             "classifier (--ft_position post trains one that folds away)"
+            if self.student.classifies_average
+            else "one 1x1 convolution is kept: this network's classifier reads more than the average of its last map"
         )
 
     def _folds_into_classifier(self) -> bool:
-        return self.ft_position == "post" or not self.student.activates_final
+        """Whether only an average over the pixels stands between the transform and the classifier."""
+        averaged = self.ft_position == "post" or not self.student.activates_final
+        return averaged and self.student.classifies_average
 
 
 @torch.no_grad()

@@ -27,6 +27,7 @@ DEFAULTS = {
     "image_size": 32,
     "holdout": 0,
     "num_workers": 4,
+    "max_broken": 10,
     "trial": "1",
     "device": "auto",
     "fast": "off",
@@ -41,6 +42,7 @@ DEFAULTS = {
 MAY_CHANGE = (
     "data",
     "num_workers",
+    "max_broken",
     "device",
     "print_freq",
     "save_freq",
@@ -87,6 +89,7 @@ def _parse_run(given: dict) -> tuple[Namespace, TeacherFile | None]:
 def run_name(config: Namespace) -> str:
     """The name of a run's folder: data set, method, networks, trial."""
     networks = [config.model_t, config.model_s] if config.model_t else [config.model_s]
+    networks = [name.replace(":", "-") for name in networks]  # torchvision:NAME
     return "_".join([config.dataset, config.distill, *networks, f"trial{config.trial}"])
 
 
@@ -129,8 +132,10 @@ def _resolve(given: dict, stored: dict) -> tuple[Namespace, TeacherFile | None]:
     merged.setdefault("data_seed", (merged["seed"][0], "from --seed"))
     config = Namespace(**{argument: value for argument, (value, _) in merged.items()})
     config.origins = {argument: origin for argument, (_, origin) in merged.items()}
-    if "image_size" in given and config.dataset != "folder":
-        raise UserError(f"--image_size: only --dataset folder has a choice; {config.dataset} is 32 pixels wide")
+    if "image_size" in given and config.dataset not in ("folder", "imagenet"):
+        raise UserError(
+            f"--image_size: only --dataset folder and imagenet have a choice; {config.dataset} is 32 pixels wide"
+        )
     return config, teacher
 
 

@@ -27,7 +27,7 @@ from helper.signals import StopRequest
 from helper.stage_training import StageTraining, TeacherRequest, format_title
 from helper.teacher import TeacherFile, check_apart
 from models import build_model
-from models.backbone import Output
+from models.backbone import Output, probe_shapes
 from models.cost import count_parameters
 
 #: What a resumed run takes up besides weights and optimizer.
@@ -96,6 +96,7 @@ class Run:
         self.teacher_accuracy = inputs.teacher_accuracy
         torch.manual_seed(config.seed)
         student = build_model(config.model_s, self.data.num_classes)
+        probe_shapes(student, self.data.image_size)
         self.distiller = build_distiller(
             *(vars(config), student, inputs.network),
             *(self.data.num_classes, self.data.image_size, self.data.train.targets),

@@ -11,7 +11,7 @@ from helper.device import find_device
 from helper.fast import Fast
 from helper.metrics import evaluate
 from helper.teacher import FrozenTeacher, TeacherFile, check_teacher
-from models.backbone import Backbone, Output
+from models.backbone import Backbone, Output, probe_shapes
 
 EVALUATION_BATCH = 512
 
@@ -38,7 +38,7 @@ class Inputs(NamedTuple):
 def load_inputs(config: Namespace, teacher_file: TeacherFile | None) -> Inputs:
     """Load the data and measure the teacher; raises `UserError` where they do not fit or the teacher is off record."""
     device, fast = find_device(config.device), Fast.of(config)
-    data = load_data(config.dataset, config.data, config.image_size, config.num_workers)
+    data = load_data(config.dataset, config.data, config.image_size, config.num_workers, config.max_broken)
     data = data._replace(train=data.train.to(device), test=data.test.to(device))
     data, choosing_loader = _keep_apart(data, config.holdout, device)
     test_loader = Loader(data.test, data, EVALUATION_BATCH, device)
@@ -50,11 +50,13 @@ def load_inputs(config: Namespace, teacher_file: TeacherFile | None) -> Inputs:
             f"{data.num_classes}; use a teacher of this data set"
         )
     network = teacher_file.network.eval().to(device)
+    probe_shapes(network, data.image_size)
     teacher = FrozenTeacher(fast.prepare_teacher(network, data.image_size))
     with fast.autocast(device):
         measured = evaluate(lambda images: teacher(images).logits, test_loader, "checking the teacher")
     accuracy = measured["test_accuracy"]
     note = check_teacher(teacher_file, data.name, accuracy, config.allow_teacher_gap)
+    note = "\n".join(filter(None, (network.note, note)))
     return Inputs(device, fast, data, test_loader, choosing_loader, network, teacher, accuracy, note)
 
 

@@ -81,14 +81,14 @@ class EpochMeter:
 @torch.no_grad()
 def evaluate(predict: Callable[[Tensor], Tensor], loader: Loader, title: str = "testing") -> dict[str, float]:
     """Accuracy (%), top-5 accuracy (%) and mean cross entropy of `predict(images) -> logits` over a whole split."""
-    correct = correct_top5 = loss = 0
+    correct = correct_top5 = loss = n = 0
     for batch in progress_bar(loader.batches(), title, len(loader)):
         logits = predict(batch.images).float()
         top = logits.topk(min(5, logits.shape[1]), 1).indices == batch.targets[:, None]
         correct += top[:, 0].sum()
         correct_top5 += top.sum()
         loss += F.cross_entropy(logits, batch.targets, reduction="sum")
-    n = len(loader.images.targets)
+        n += len(batch.targets)  # images that cannot be read are left out
     return {
         "test_accuracy": 100 * int(correct) / n,
         "test_accuracy_top5": 100 * int(correct_top5) / n,

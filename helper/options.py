@@ -52,10 +52,11 @@ def _trial(text: str) -> str:
 
 def pairs(text: str) -> list[tuple[str, str]]:
     """(teacher, student) names, read from a flag like resnet32x4:resnet8x4,wrn_40_2:ShuffleV1."""
-    read = [tuple(_model_name(name) for name in part.split(":")) for part in text.split(",")]
-    if any(len(pair) != 2 for pair in read):
+    name = "((?:timm:|torchvision:)?[^:]+)"
+    matches = [re.fullmatch(f"{name}:{name}", part) for part in text.split(",")]
+    if not all(matches):
         raise argparse.ArgumentTypeError(f"must be pairs like resnet32x4:resnet8x4,wrn_40_2:ShuffleV1, not {text}")
-    return read
+    return [(_model_name(match[1]), _model_name(match[2])) for match in matches]
 
 
 def _epochs(text: str) -> tuple[int, ...]:
@@ -63,6 +64,19 @@ def _epochs(text: str) -> tuple[int, ...]:
         return tuple(count(part) for part in text.split(","))
     except ValueError:
         raise argparse.ArgumentTypeError(f"must be epochs like 150,180,210, not {text}") from None
+
+
+_PATH_T = (
+    "the teacher's checkpoint: a run's, an exported network, or RepDistiller's; or published weights by name, "
+    "torchvision:resnet34, torchvision:resnet50@IMAGENET1K_V2, timm:NAME"
+)
+
+
+def imagenet_parser() -> argparse.ArgumentParser:
+    """The flags of `train_imagenet_student.py`: the same, with ImageNet as the data set."""
+    parser = student_parser("ImageNet, or on a folder like it")
+    parser.set_defaults(dataset="imagenet")
+    return parser
 
 
 def _add_common(parser: Parser) -> None:
@@ -75,9 +89,9 @@ def _add_common(parser: Parser) -> None:
     add(
         "--data",
         metavar="PATH",
-        help="where the data lie or are downloaded to; for --dataset folder: train/, val|test/",
+        help="where the data lie or are downloaded to; for folder and imagenet: what holds train/ and val|test/",
     )
-    add("--image_size", type=_image_size, help="for --dataset folder: images become squares of this size (32)")
+    add("--image_size", type=_image_size, help="of folder (32) and imagenet (224): images become squares of this size")
     add(
         "--holdout",
         type=_from_zero,
@@ -85,7 +99,8 @@ def _add_common(parser: Parser) -> None:
         help="keep K training images, the same for all seeds, to choose the best epoch on; the test images then only "
         "report (0: the best epoch is chosen on the test images, as in the official code)",
     )
-    add("--num_workers", type=_from_zero, help="threads that decode a folder of images (4); the rest lies in memory")
+    add("--num_workers", type=_from_zero, help="threads or processes that decode images (4); the rest lies in memory")
+    add("--max_broken", type=_from_zero, help="images that may be unreadable where they are read as it goes (10)")
     add = parser.add_argument_group("training (defaults: helper/recipes.py)").add_argument
     add("--batch_size", type=count)
     add("--epochs", type=count, help="schedules are stretched to it unless they are given too")
@@ -188,14 +203,14 @@ def _add_method_flags(parser: Parser) -> None:
             _add_flag(groups[title], flag)
 
 
-def student_parser() -> argparse.ArgumentParser:
-    """The flags of `train_cifar_student.py`: the official NORM code's, and ours."""
-    parser = Parser(f"Distil a student on small images.\n\nmethods (--distill NAME, in any case):\n{_list_methods()}")
+def student_parser(images: str = "small images") -> argparse.ArgumentParser:
+    """The flags of the scripts that train students: the official NORM code's, and ours."""
+    parser = Parser(f"Distil a student on {images}.\n\nmethods (--distill NAME, in any case):\n{_list_methods()}")
     add = parser.add_argument_group("networks and method").add_argument
     add("--distill", metavar="METHOD", help="one of the methods above (norm)")
     add("--model_s", type=_model_name, metavar="NAME", help="student")
     add("--model_t", type=_model_name, metavar="NAME", help="teacher; default: what --path_t says")
-    add("--path_t", metavar="FILE", help="the teacher's checkpoint: a run's, an exported network, or RepDistiller's")
+    add("--path_t", metavar="FILE", help=_PATH_T)
     add("--allow_teacher_gap", action="store_true", default=None, help="go on with a teacher whose accuracy is off")
     _add_common(parser)
     _add_method_flags(parser)

@@ -20,6 +20,18 @@ DATASET = {
         "momentum": 0.9,
     },
 }
+# The official NORM code's ImageNet script: 100 epochs of 256 images at 0.1, cosine; its steps are 30, 60, 90.
+DATASET["imagenet"] = {
+    "batch_size": 256,
+    "epochs": 100,
+    "learning_rate": 0.1,
+    "lr_decay": "cos",
+    "lr_decay_epochs": (30, 60, 90),
+    "lr_decay_rate": 0.1,
+    "weight_decay": 1e-4,
+    "momentum": 0.9,
+    "image_size": 224,
+}
 # Not published for these: CIFAR-100's recipe.
 DATASET["cifar10"] = DATASET["fashion_mnist"] = DATASET["folder"] = DATASET["cifar100"]
 # Ours: 1,433 small images need few epochs; the milestones stand at the same fractions of the run.
@@ -115,6 +127,22 @@ METHOD_STUDENT = {
     ("factor", "vgg8"): {"init_learning_rate": 0.05},
 }
 
+#: What a method publishes for a data set, on every pair.
+METHOD_DATASET = {
+    # The official NORM code's ImageNet loop: its own schedule of the weight; the student's map is pooled if larger.
+    ("norm", "imagenet"): {"beta1": "imagenet", "larger_student": "pool"},
+    ("norm_crd", "imagenet"): {"beta1": "imagenet", "larger_student": "pool"},
+    # mdistiller and torchdistill.
+    ("kd", "imagenet"): {"gamma": 0.5, "alpha": 0.5, "kd_T": 1.0},
+    ("dist", "imagenet"): {"kd_T": 1.0},
+    ("dkd", "imagenet"): {"kd_T": 1.0, "dkd_beta": 0.5},
+    ("ofd", "imagenet"): {"beta": 1e-4},
+    ("semckd", "imagenet"): {"beta": 50.0},
+    # ReviewKD: without a warm-up.
+    ("reviewkd", "imagenet"): {"beta": 1.0},
+    ("srrl", "imagenet"): {"alpha": 0.0, "srrl_form": "map"},
+}
+
 # README of the official NORM code: -r 0.1 -a 0 -b 1.0 -s 8.
 _NORM_RESNET_X4 = {"gamma": 0.1, "alpha": 0.0, "beta": 1.0, "co_sponge": 8}
 
@@ -126,7 +154,22 @@ PAIR = {
     # ReviewKD's README.
     ("resnet56", "resnet20", "reviewkd"): {"beta": 0.6},
     ("resnet110", "resnet32", "reviewkd"): {"beta": 1.0},
+    # ReviewKD's and DKD's ImageNet configurations.
+    ("resnet50", "MobileNet", "reviewkd"): {"beta": 8.0},
+    ("resnet50", "MobileNet", "dkd"): {"dkd_beta": 2.0},
 }
+
+# The official NORM code's ImageNet script; ResNet50 -> a quarter of its width has no command: ResNet34 -> ResNet18's.
+_NORM_IMAGENET = {"gamma": 1.0, "alpha": 0.0, "beta": 1.0, "co_sponge": 8}
+for _method in ("norm", "norm_crd"):
+    PAIR |= {
+        ("resnet34", "resnet18", _method): _NORM_IMAGENET,
+        ("resnet50", "MobileNet", _method): _NORM_IMAGENET | {"gamma": 0.125},
+        ("resnet50", "resnet50_4", _method): _NORM_IMAGENET,
+    }
+
+#: The three (teacher, student) pairs of the NORM paper's ImageNet tables.
+IMAGENET_PAIRS = (("resnet34", "resnet18"), ("resnet50", "MobileNet"), ("resnet50", "resnet50_4"))
 
 #: The thirteen (teacher, student) pairs of the NORM paper's CIFAR-100 tables: same family, then across families.
 CIFAR_PAIRS = (
@@ -164,6 +207,7 @@ def resolve(
         (f"data set {dataset}", DATASET.get(dataset, DATASET["cifar100"])),
         (f"student {student}", STUDENT.get(student, {})),
         (f"method {method}", METHOD.get(method, {})),
+        (f"{method} on {dataset}", METHOD_DATASET.get((method, dataset), {})),
         (f"{method} -> {student}", METHOD_STUDENT.get((method, student), {})),
         (f"pair {teacher} -> {student}", PAIR.get((teacher, student, method), {})),
     )

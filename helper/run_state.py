@@ -19,6 +19,7 @@ from models.checkpoints import (
     find_weights,
     identify,
     load_weights,
+    name_for,
     rename_for,
     split_official_norm,
 )
@@ -35,7 +36,8 @@ def build_distiller(
 ) -> Distiller:
     """The method `config["distill"]` around a student, with the hyper-parameters that it names."""
     method = find_distiller(config["distill"])
-    hyper_parameters = {flag.argument: config[flag.argument] for flag in method.flags}
+    # A flag may be newer than the configuration.
+    hyper_parameters = {flag.argument: config.get(flag.argument, flag.default) for flag in method.flags}
     return method(
         student, teacher, Task(num_classes, image_size, config["batch_size"], train_targets), **hyper_parameters
     )
@@ -78,6 +80,7 @@ def rebuild_official(checkpoint: Mapping, source: str, model_s: str | None, ft: 
     """
     network_weights, transform_weights = split_official_norm(find_weights(checkpoint, source))
     name = model_s or _recognise(network_weights, bool(transform_weights), source)
+    network_weights = name_for(name, network_weights)
     num_classes = count_classes(build_model(name, 1), rename_for(name, network_weights)) or 1
     network = build_model(name, num_classes)
     load_weights(network, name, network_weights, source)

@@ -9,11 +9,21 @@ import torch
 from torch import Tensor, nn
 
 from errors import UserError
+from helper.pretrained import read_timm, read_torchvision
 from helper.recipes import PUBLISHED_TEACHERS
 from helper.run_state import rebuild
-from models import build_model
+from models import build_model, imagenet_model_dict
 from models.backbone import Backbone, Output
-from models.checkpoints import count_classes, find_weights, load_exported, load_weights, read_checkpoint, rename_for
+from models.checkpoints import (
+    count_classes,
+    find_weights,
+    load_exported,
+    load_weights,
+    name_for,
+    read_checkpoint,
+    rename_for,
+)
+from models.external import is_external
 
 #: How far, in points of accuracy, a teacher may lie from its recorded or published accuracy.
 TEACHER_TOLERANCE = 0.5
@@ -53,7 +63,10 @@ class FrozenTeacher(nn.Module):
 
 
 def read_teacher(path: str, model_t: str | None) -> TeacherFile:
-    """Read `--path_t`: a run's checkpoint, an exported network, or plain weights such as RepDistiller's."""
+    """Read `--path_t`: a run's checkpoint, an exported network, plain weights such as RepDistiller's, or the name of
+    published ones, `torchvision:NAME` or `timm:NAME`."""
+    if is_external(path):
+        return _read_pretrained(path, model_t)
     checkpoint = read_checkpoint(path, "--path_t")
     if "distiller" in checkpoint:
         distiller, config = rebuild(checkpoint, f"--path_t: {path}")
@@ -77,7 +90,7 @@ def read_teacher(path: str, model_t: str | None) -> TeacherFile:
 
 def _read_foreign(path: str, model_t: str | None, checkpoint: dict) -> tuple[str, Backbone, dict]:
     name = model_t or _name_from_folder(path)
-    weights = find_weights(checkpoint, f"--path_t: {path}")
+    weights = name_for(name, find_weights(checkpoint, f"--path_t: {path}"))
     probe = build_model(name, 1)
     num_classes = count_classes(probe, rename_for(name, weights)) or 1
     network = build_model(name, num_classes)
@@ -96,6 +109,26 @@ def check_apart(student: nn.Module, teacher: nn.Module, distill: str) -> None:
     for name, tensor in student.state_dict().items():
         if tensor.numel() and tensor.untyped_storage().data_ptr() in theirs:
             raise UserError(f"--distill {distill}: its {name} is the teacher's own; the method must copy it")
+
+
+def _read_pretrained(path: str, model_t: str | None) -> TeacherFile:
+    library, _, weights_name = path.partition(":")
+    if library == "timm":
+        network, record = read_timm(weights_name)
+        name = network.name
+        if model_t not in (None, name):
+            raise UserError(f"--path_t: {path} is another architecture, {name}, than --model_t {model_t}")
+    else:
+        checkpoint, record = read_torchvision(weights_name)
+        architecture = weights_name.partition("@")[0]
+        # Our own networks of the same name and weights show more to the methods than a foreign one does.
+        name = model_t or (architecture if architecture in imagenet_model_dict else f"torchvision:{architecture}")
+        weights = name_for(name, find_weights(checkpoint, f"--path_t: {path}"))
+        network = build_model(name, count_classes(build_model(name, 1), weights) or 1)
+        load_weights(network, name, weights, f"--path_t: {path}")
+    num_classes = network.get_classifier().out_features
+    known = (record.get("image_size"), record.get("accuracy"))
+    return TeacherFile(path, name, network, num_classes, record["dataset"], None, *known)
 
 
 def _name_from_folder(path: str) -> str:

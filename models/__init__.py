@@ -1,10 +1,11 @@
-"""The networks by name: `model_dict[name](num_classes=...)`, the names of RepDistiller."""
+"""The networks by name: `model_dict[name](num_classes=...)`, the names of RepDistiller; other libraries' by prefix."""
 
 import difflib
 from collections.abc import Callable
 
 from errors import UserError
 from models.backbone import Backbone
+from models.external import find_external, is_external
 from models.mobilenetv1 import MobileNetV1
 from models.mobilenetv2 import mobilenetv2_half, mobilenetv2_half_norm
 from models.resnet import (
@@ -66,14 +67,19 @@ imagenet_model_dict = {
 
 
 def find_builder(name: str) -> Callable[..., Backbone]:
-    """The function `(num_classes) -> network` of a name; raises `UserError` for one that is in neither table."""
+    """The function `(num_classes) -> network` of a name; raises `UserError` for one that is in neither table.
+
+    Names like `torchvision:NAME` and `timm:NAME` are looked up in those libraries.
+    """
+    if is_external(name):
+        return find_external(name)
     builder = model_dict.get(name) or imagenet_model_dict.get(name)
     if builder is None:
         known = [*model_dict, *imagenet_model_dict]
         by_lower_case = {known_name.lower(): known_name for known_name in known}
         close = difflib.get_close_matches(name.lower(), by_lower_case, n=1)
         hint = f"did you mean {by_lower_case[close[0]]}? " if close else ""
-        raise UserError(f"unknown model '{name}': {hint}choose from {', '.join(known)}")
+        raise UserError(f"unknown model '{name}': {hint}choose from {', '.join(known)}, torchvision:NAME, timm:NAME")
     return builder
 
 

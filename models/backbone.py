@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from errors import UserError
+
 
 class Output(NamedTuple):
     """What one forward pass shows of a network."""
@@ -39,8 +41,12 @@ class Backbone(nn.Module):
 
     #: True where a BatchNorm and a ReLU stand between `final` and the pooling (pre-activation networks).
     activates_final = False
+    #: True where the classifier reads the average of the activated map over its pixels, and nothing else.
+    classifies_average = True
     #: Names of the sub-modules below the last stage.
     trunk: tuple[str, ...] = ()
+    #: One sentence that a run says of the network; empty where its name says enough.
+    note = ""
 
     def forward_trunk(self, x: Tensor, preact: bool = False) -> tuple[list[Tensor], Tensor]:
         """Images (B, 3, H, W) -> (stage outputs but the last, the map that enters the last stage)."""
@@ -117,10 +123,17 @@ def evaluating(network: nn.Module) -> Iterator[None]:
 
 
 def probe_shapes(network: Backbone, image_size: int) -> Shapes:
-    """Shapes of every output for images of (3, image_size, image_size), found by running one blank image."""
+    """Shapes of every output for images of (3, image_size, image_size), found by running one blank image.
+
+    Raises `UserError` where the network cannot read images of this size.
+    """
     parameter = next(network.parameters())
-    with evaluating(network):
-        output = network.outputs(torch.zeros(1, 3, image_size, image_size).to(parameter))
+    try:
+        with evaluating(network):
+            output = network.outputs(torch.zeros(1, 3, image_size, image_size).to(parameter))
+    except (AssertionError, RuntimeError, ValueError) as error:
+        name, reason = getattr(network, "name", type(network).__name__), str(error).splitlines()[0]
+        raise UserError(f"--image_size: {name} cannot read images of {image_size}x{image_size} ({reason})") from None
     return Shapes(
         maps=[tuple(feature_map.shape[1:]) for feature_map in output.maps],
         final=tuple(output.final.shape[1:]),
@@ -155,6 +168,7 @@ class FinalConv(Wrapper):
         self.sizes = {"channels": channels}
         self.final_conv = nn.Conv2d(channels, channels, 1)
         self.activates_final = network.activates_final
+        self.classifies_average = network.classifies_average
 
     def forward_maps(self, x, preact=False):
         maps, final = self.network.forward_maps(x, preact)

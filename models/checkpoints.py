@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from errors import UserError
 from models import build_model, imagenet_model_dict, model_dict
 from models.backbone import Backbone
+from models.external import is_external
 from models.wrappers import wrap
 
 Weights = dict[str, Tensor]
@@ -88,6 +89,13 @@ def find_weights(checkpoint: Mapping, source: str) -> Weights:
     if not weights:
         raise UserError(f"{source} holds no weights")
     return weights
+
+
+def name_for(model_name: str, weights: Weights) -> Weights:
+    """A plain network's weights from another code; of a foreign library's network they stand below `network` here."""
+    if not is_external(model_name) or all(key.startswith("network.") for key in weights):
+        return weights
+    return {f"network.{key}": value for key, value in weights.items()}
 
 
 def rename_for(model_name: str, weights: Weights) -> Weights:

@@ -25,6 +25,8 @@ class ReusedClassifier(Wrapper):
     def __init__(self, network: Backbone, channels: int, size: int, factor: int):
         super().__init__(network)
         own = network.get_classifier()
+        if not network.classifies_average:
+            raise UserError("the classifier cannot be exchanged: it reads more than the average of the last map")
         inner = channels // factor
         self.sizes = {"channels": channels, "size": size, "factor": factor}
         self.projector = nn.Sequential(

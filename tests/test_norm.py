@@ -221,6 +221,24 @@ def test_a_larger_teacher_map_is_max_pooled():
     assert match_size(teacher_map, 8, 4) is teacher_map
 
 
+@pytest.mark.parametrize(("ft", "n", "student"), [("default", 3, "resnet8"), ("none", 1, "MobileNetV2")])
+def test_a_larger_student_map_is_max_pooled_behind_its_expansion_where_wanted(ft, n, student):
+    teacher = pair_networks("MobileNetV2", "resnet8")[0]
+    student = pair_networks("MobileNetV2", student)[1]
+    size = 32 if ft == "default" else 64
+    method = NORM(student, teacher, TASK._replace(image_size=size), ft=ft, co_sponge=n, larger_student="pool").eval()
+    images = torch.randn(2, 3, size, size)
+    seen = teacher.outputs(images[:, :, ::2, ::2] if ft == "none" else images)
+    final = student.forward_maps(images)[1]
+    expanded = final if method.transform is None else method.transform.expand(final)
+    assert final.shape[2] > seen.final.shape[2]
+    pooled = F.adaptive_max_pool2d(expanded, seen.final.shape[2:])
+    assert torch.allclose(method.respond(images, seen).norm_loss, norm_loss(pooled, seen.final), rtol=1e-5)
+    if ft == "default":
+        with pytest.raises(UserError, match="--ft_form collapsed"):
+            NORM(student, teacher, TASK, ft_form="collapsed", larger_student="pool")
+
+
 def test_n_below_one_is_refused():
     with pytest.raises(UserError, match=r"-s/--co_sponge: N must be at least 1"):
         build(co_sponge=0)

@@ -1,0 +1,62 @@
+"""Encoded images to pixels of one size: what a worker does with each image of a data set that lies on a disk."""
+
+import io
+from typing import NamedTuple
+
+import numpy
+import torch
+from PIL import Image
+from torch import Tensor
+from torchvision.io import ImageReadMode, decode_image
+from torchvision.transforms import RandomResizedCrop
+from torchvision.transforms.v2 import functional
+
+from dataset.seeds import epoch_seed
+
+#: Height to width of random crops.
+RATIO = (3 / 4, 4 / 3)
+
+
+class BrokenImage(Exception):
+    """An image that cannot be read; the message says why."""
+
+
+class RandomCrops(NamedTuple):
+    """The random-resized crops of an epoch; each depends on (seed, epoch, sample, view) alone."""
+
+    seed: int
+    epoch: int
+    views: int
+    scale: tuple[float, float]  # share of the image's area
+
+    def of(self, image: Tensor, sample: int, size: int) -> list[Tensor]:
+        """An image (3, H, W) -> one crop of (3, size, size) per view."""
+        crops = []
+        with torch.random.fork_rng(devices=[]):
+            for view in range(self.views):
+                torch.default_generator.manual_seed(epoch_seed(self.seed, self.epoch, sample, view))
+                place = RandomResizedCrop.get_params(image, list(self.scale), list(RATIO))
+                crops.append(functional.resized_crop(image, *place, [size, size], antialias=True))
+        return crops
+
+
+def decode(content: bytes) -> Tensor:
+    """An encoded image of any usual format -> RGB bytes (3, H, W); raises `BrokenImage`."""
+    try:
+        return decode_image(torch.frombuffer(bytearray(content), dtype=torch.uint8), ImageReadMode.RGB)
+    except (RuntimeError, ValueError):  # broken, or a format that only Pillow knows
+        pass
+    try:
+        with Image.open(io.BytesIO(content)) as image:
+            return torch.from_numpy(numpy.array(image.convert("RGB"))).permute(2, 0, 1)
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        reason = "it is empty" if not content else str(error).replace(f"{io.BytesIO}", "it")
+        raise BrokenImage(reason) from None
+
+
+def fit(image: Tensor, size: int, cut: int) -> Tensor:
+    """The middle square (3, size, size) of an image (3, H, W), whose shorter side is resized to size + 2 * cut."""
+    side = size + 2 * cut
+    if min(image.shape[1:]) != side:
+        image = functional.resize(image, [side], antialias=True)
+    return functional.center_crop(image, [size, size])
