@@ -66,7 +66,9 @@ def split(name: str, network: nn.Module, num_classes: int) -> Split:
                 width = stages[names[layer]]
                 maps.append(output if output.shape[1] == width else output.movedim(3, 1))
 
-        names = {module.get_submodule(stage): stage for stage in stages}
+        # Hooks cannot be exported, and who exports a network wants its logits.
+        kept = () if torch.compiler.is_exporting() else stages
+        names = {module.get_submodule(stage): stage for stage in kept}
         hooks = [layer.register_forward_hook(keep) for layer in names]
         try:
             last = module.forward_features(images)

@@ -13,12 +13,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from errors import UserError, run_script
 from helper.options import Parser
 from helper.run_folder import replacing
-from scripts import benchmark, benchmark_losses, benchmark_methods
+from scripts import benchmark, benchmark_input, benchmark_losses, benchmark_methods
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE, RECORDS = ROOT / "docs" / "benchmarks.md", ROOT / "docs" / "benchmarks"
 #: Which script's table shows a file, by the first word of its name.
-TABLES = {"methods": benchmark_methods.table, "losses": benchmark_losses.table, "step": benchmark.table}
+TABLES = {
+    "methods": benchmark_methods.table,
+    "losses": benchmark_losses.table,
+    "step": benchmark.table,
+    "input": benchmark_input.table,
+}
 PLACE = re.compile(r"(<!-- ((\w+?)_\w+\.json) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 

@@ -35,6 +35,12 @@ def test_the_parts_are_the_network(name):
     assert str(output.final.shape[1]) in network.note
 
 
+def test_a_network_of_timm_can_be_exported():
+    network, images = build_model("timm:resnet10t", 7).eval(), torch.randn(1, 3, SIZE, SIZE)
+    program = torch.export.export(network, (images,)).module()
+    assert torch.allclose(program(images), network(images), atol=1e-5)
+
+
 @pytest.mark.parametrize("name", AVERAGED[:1])
 def test_training_mode_reaches_both_parts(name):
     network = build_model(name, 7)

@@ -51,8 +51,12 @@ def test_the_example_commands_run_in_their_order(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize("command", [line for line in commands("") if line.startswith("python train_")])
 def test_commands_that_need_a_network_or_own_images_parse(command):
     _, script, *argv = shlex.split(command)
-    parser = options.teacher_parser() if "teacher" in script else options.student_parser()
-    parser.parse_args(argv)
+    parsers = {
+        "train_teacher.py": options.teacher_parser,
+        "train_cifar_student.py": options.student_parser,
+        "train_imagenet_student.py": options.imagenet_parser,
+    }
+    parsers[script]().parse_args(argv)
 
 
 def test_every_file_and_method_that_is_named_exists():

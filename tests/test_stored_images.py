@@ -1,7 +1,9 @@
 """Images that are read from a disk as the training goes."""
 
 import json
+import multiprocessing
 import os
+import signal
 from pathlib import Path
 
 import numpy
@@ -12,7 +14,7 @@ from PIL import Image
 import train_imagenet_student
 import train_teacher
 from dataset import Augmentation, Loader, hold_out, load_data, read_normalised, sources
-from dataset.decoding import decode, fit
+from dataset.decoding import RandomCrops, decode, fit
 from errors import UserError
 from tests.conftest import message_of
 
@@ -72,6 +74,10 @@ def test_an_image_keeps_its_crop_whatever_else_is_read(folder):
     (batch,) = part.batches(0)
     for sample, image in zip(batch.index, batch.images, strict=True):
         assert torch.equal(whole[int(sample)], image)
+    image, crops = decode((folder / "train/cat/3.JPEG").read_bytes()), RandomCrops(0, 0, 2, (0.08, 1.0))
+    first, second = crops.of(image, 5, 32)
+    for other in (second, *crops.of(image, 6, 32), *crops._replace(epoch=1).of(image, 5, 32)):
+        assert first.shape == other.shape == (3, 32, 32) and not torch.equal(first, other)
     (other,) = loader_of(folder, subset=torch.tensor([1, 2, 9])).batches(1)
     assert not torch.equal(batch.images[batch.index == 2], other.images[other.index == 2])
 
@@ -143,6 +149,7 @@ def test_broken_images_are_named_and_skipped_up_to_a_limit(folder, capsys):
     train = loader_of(folder, workers=1)
     batches = list(train.batches(0))
     assert [len(batch.index) for batch in batches] == [4, 4, 4, 2], "batches keep their sizes"
+    assert all(torch.equal(batch.targets, (batch.index >= 7).long()) for batch in batches)
     shown = torch.cat([batch.index for batch in batches])
     assert not {3, 7} & set(shown.tolist()) and len(set(shown.tolist())) == 12
     list(train.batches(1))
@@ -153,6 +160,24 @@ def test_broken_images_are_named_and_skipped_up_to_a_limit(folder, capsys):
     with pytest.raises(UserError, match=r"--max_broken") as caught:
         list(loader_of(folder, max_broken=1).batches(0))
     assert ".JPEG" in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_signals_to_all_processes_leave_the_readers_alone(folder):
+    batches = loader_of(folder, workers=1).batches(0)
+    first = next(batches)
+    for reader in multiprocessing.active_children():
+        os.kill(reader.pid, signal.SIGTERM)
+        os.kill(reader.pid, signal.SIGINT)
+    assert len([first, *batches]) == 4
+
+
+def test_a_reader_that_is_ended_from_outside_is_one_line(folder):
+    batches = loader_of(folder, workers=1, batch_size=1).batches(0)
+    next(batches)
+    (reader,) = multiprocessing.active_children()
+    os.kill(reader.pid, signal.SIGKILL)
+    with pytest.raises(UserError, match="--num_workers"):
+        list(batches)  # what was read before may still come
 
 
 def test_formats_that_only_pillow_knows_are_read(tmp_path):

@@ -1,0 +1,55 @@
+"""Make a folder in ImageNet's shape from small photographs: the first images of every class, enlarged, as JPEG.
+
+python scripts/enlarge_images.py SOURCE TARGET --per_class 20 --size 256
+
+SOURCE holds train/<class>/* and val/ or test/<class>/*; TARGET gets train/<class>/*.JPEG and val/<class>/*.JPEG, a
+quarter as many. It is for trying and timing ImageNet's path where ImageNet is not at hand; nothing is learnt from it.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from PIL import Image
+
+from distiller_zoo.base import count
+from errors import UserError, run_script
+from helper.options import Parser
+
+QUALITY = 90
+
+
+def enlarge(source: Path, target: Path, most: int, size: int) -> int:
+    """Write at most `most` images of every class folder of `source`; returns how many."""
+    written = 0
+    for folder in sorted(path for path in source.iterdir() if path.is_dir()):
+        place = target / folder.name
+        place.mkdir(parents=True, exist_ok=True)
+        for path in sorted(folder.iterdir())[:most]:
+            with Image.open(path) as image:
+                # A little wider than high, as photographs are.
+                large = image.convert("RGB").resize((size * 4 // 3, size), Image.BICUBIC)
+            large.save(place / f"{path.stem}.JPEG", quality=QUALITY)
+            written += 1
+    return written
+
+
+def main(argv=None) -> Path:
+    parser = Parser(__doc__.split("\n")[0])
+    parser.add_argument("source", type=Path, metavar="SOURCE")
+    parser.add_argument("target", type=Path, metavar="TARGET")
+    parser.add_argument("--per_class", type=count, default=20, help="training images of each class (20)")
+    parser.add_argument("--size", type=count, default=256, help="height in pixels (256)")
+    args = parser.parse_args(argv)
+    test = next((args.source / name for name in ("val", "test") if (args.source / name).is_dir()), None)
+    if test is None or not (args.source / "train").is_dir():
+        raise UserError(f"SOURCE: {args.source} must hold train/ and val/ or test/, one folder per class")
+    train = enlarge(args.source / "train", args.target / "train", args.per_class, args.size)
+    tested = enlarge(test, args.target / "val", max(args.per_class // 4, 1), args.size)
+    print(f"{args.target}: {train} training and {tested} test images, {args.size} pixels high")
+    return args.target
+
+
+if __name__ == "__main__":
+    run_script(main)
