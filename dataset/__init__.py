@@ -5,6 +5,7 @@ from dataset.loader import Batch, Loader
 from dataset.seeds import epoch_seed
 from dataset.single import read_normalised
 from dataset.sources import DATASETS, load_data
+from dataset.stored import StoredImages
 from dataset.views import VIEWS
 
 __all__ = [
@@ -15,6 +16,7 @@ __all__ = [
     "ImageData",
     "Images",
     "Loader",
+    "StoredImages",
     "epoch_seed",
     "hold_out",
     "load_data",

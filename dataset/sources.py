@@ -21,6 +21,8 @@ MEMORY_LIMIT = 8 * 2**30
 IMAGENET_MEAN, IMAGENET_STD, CROP_SCALE = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), (0.08, 1.0)
 #: What is cut off a test image on each side is this part of what is left: 16 pixels of 256 for 224.
 TEST_CUT = 14
+#: A batch that must fit, of images that are not held in memory.
+BATCH = 100
 #: About so many images of a folder that is not held in memory give its mean and standard deviation.
 STATISTICS_IMAGES = 2000
 
@@ -101,6 +103,11 @@ def image_folder(folder: str | None, image_size: int, reading: Reading) -> Image
         raise UserError("--data: name the folder that holds train/ and val/ (or test/), one sub-folder per class")
     train_list, test_list, classes = _both_lists(folder)
     size = 3 * image_size**2 * (len(train_list) + len(test_list))
+    if 3 * image_size**2 * BATCH > MEMORY_LIMIT:
+        raise UserError(
+            f"--image_size: {BATCH} images of {image_size}x{image_size} would take "
+            f"{3 * image_size**2 * BATCH / 2**30:.0f} GiB of memory; choose a smaller one"
+        )
     if size > MEMORY_LIMIT:
         print(
             f"{folder} would take {size / 2**30:.0f} GiB of memory at --image_size {image_size}: it is read as it goes"
@@ -147,7 +154,7 @@ def _stored(listing: datasets.ImageFolder, image_size: int, cut: int, reading: R
 def _sample(images: StoredImages) -> torch.Tensor:
     """Pixels of some images of all classes, for statistics."""
     some = torch.arange(0, len(images.targets), max(len(images.targets) // STATISTICS_IMAGES, 1))
-    return torch.cat([pixels for _, (pixels,) in images.read(some.split(100))])
+    return torch.cat([pixels for _, (pixels,) in images.read(some.split(BATCH))])
 
 
 def _both_lists(folder: str) -> tuple[datasets.ImageFolder, datasets.ImageFolder, list[str]]:

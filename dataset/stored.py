@@ -1,6 +1,7 @@
 """Images that lie on a disk, encoded: read by worker processes ahead of the training."""
 
 import copy
+import os
 import signal
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -42,10 +43,10 @@ class Files:
     def __init__(self, root: str, names: Sequence[str]):
         self.root = root
         # One block of bytes: a list of a million strings would be copied into every worker as soon as it is read.
-        self.names = numpy.array([name.encode() for name in names])
+        self.names = numpy.array([os.fsencode(name) for name in names])
 
     def name_of(self, sample: int) -> str:
-        return str(Path(self.root, self.names[sample].decode()))
+        return str(Path(self.root, os.fsdecode(bytes(self.names[sample]))))
 
     def content_of(self, sample: int) -> bytes:
         return Path(self.name_of(sample)).read_bytes()
@@ -99,11 +100,12 @@ class StoredImages:
         try:
             for index, pixels, broken in loader:
                 self._count(broken)
-                if not len(index):
+                if fill and not len(index):
                     raise UserError(f"--data: no image of a batch can be read, for example {next(iter(broken))}")
                 yield index.to(device, non_blocking=True), [view.to(device, non_blocking=True) for view in pixels]
-        except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
+        except (RuntimeError, ConnectionError, EOFError, FileNotFoundError) as error:
+            # The last three come from the way on which a process that has gone would have handed its batch over.
+            if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
                 raise
             raise UserError(
                 "--num_workers: a process that reads images was ended from outside (out of memory, or of shared "
@@ -146,8 +148,10 @@ class _Batches(Dataset):
             except BrokenImage as error:
                 broken[self.images.name_of(sample)] = str(error)
         samples = _fill(index.tolist(), read) if self.fill else [sample for sample in index.tolist() if sample in read]
+        if not samples:
+            return index[:0], [torch.empty(0, 3, *[self.images.image_size] * 2, dtype=torch.uint8)], broken
         views = zip(*(read[sample] for sample in samples), strict=True)
-        return torch.tensor(samples, dtype=torch.int64), [torch.stack(view) for view in views], broken
+        return torch.tensor(samples), [torch.stack(view) for view in views], broken
 
 
 def _fill(samples: list[int], read: dict) -> list[int]:

@@ -13,7 +13,8 @@ from helper.metrics import evaluate
 from helper.teacher import FrozenTeacher, TeacherFile, check_teacher
 from models.backbone import Backbone, Output, probe_shapes
 
-EVALUATION_BATCH = 512
+#: Images per batch when testing; where they are wider than SMALL pixels, as many as in training.
+EVALUATION_BATCH, SMALL = 512, 64
 
 
 class Inputs(NamedTuple):
@@ -40,8 +41,9 @@ def load_inputs(config: Namespace, teacher_file: TeacherFile | None) -> Inputs:
     device, fast = find_device(config.device), Fast.of(config)
     data = load_data(config.dataset, config.data, config.image_size, config.num_workers, config.max_broken)
     data = data._replace(train=data.train.to(device), test=data.test.to(device))
-    data, choosing_loader = _keep_apart(data, config.holdout, device)
-    test_loader = Loader(data.test, data, EVALUATION_BATCH, device)
+    batch_size = EVALUATION_BATCH if data.image_size <= SMALL else config.batch_size
+    data, choosing_loader = _keep_apart(data, config.holdout, batch_size, device)
+    test_loader = Loader(data.test, data, batch_size, device)
     if teacher_file is None:
         return Inputs(device, fast, data, test_loader, choosing_loader, None, None, None)
     if teacher_file.num_classes != data.num_classes:
@@ -60,7 +62,7 @@ def load_inputs(config: Namespace, teacher_file: TeacherFile | None) -> Inputs:
     return Inputs(device, fast, data, test_loader, choosing_loader, network, teacher, accuracy, note)
 
 
-def _keep_apart(data: ImageData, k: int, device: torch.device) -> tuple[ImageData, Loader | None]:
+def _keep_apart(data: ImageData, k: int, batch_size: int, device: torch.device) -> tuple[ImageData, Loader | None]:
     """Take `--holdout` k training images out of the data, for choosing."""
     if not k:
         return data, None
@@ -69,4 +71,4 @@ def _keep_apart(data: ImageData, k: int, device: torch.device) -> tuple[ImageDat
     except ValueError as error:
         raise UserError(f"--holdout: {error}; choose another number") from None
     data = data._replace(train=train)
-    return data, Loader(apart, data, EVALUATION_BATCH, device)
+    return data, Loader(apart, data, batch_size, device)

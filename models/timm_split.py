@@ -44,7 +44,6 @@ def build_pretrained(architecture: str) -> nn.Module:
 
 def split(name: str, network: nn.Module, num_classes: int) -> Split:
     """Take the network apart; raises `UserError` where it has no last feature map or no linear classifier."""
-    network.eval()
     linear = network.get_classifier()
     if not isinstance(linear, nn.Linear) or linear.out_features != num_classes:
         raise no_map(name, "its last layer is no linear classifier")

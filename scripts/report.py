@@ -72,7 +72,7 @@ def row_of(runs: list[tuple[dict, dict]]) -> list[str]:
 def command_of(config: dict) -> str:
     """The flags that tell the row from the others: networks, method, its hyper-parameters, length."""
     flags = find_distiller(config["distill"]).flags
-    values = " ".join(f"{flag.names[0]} {config[flag.argument]}" for flag in flags)
+    values = " ".join(f"{flag.names[0]} {config[flag.argument]}" for flag in flags if flag.argument in config)
     networks = f"--model_t {config['model_t']} --model_s {config['model_s']}" if config["model_t"] else ""
     training = (
         f"--epochs {config['epochs']} --batch_size {config['batch_size']} --learning_rate {config['learning_rate']}"

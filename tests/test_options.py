@@ -149,7 +149,7 @@ def test_the_seed_is_the_trial_unless_it_is_given():
         ("--model_s resnet8 --trial ../1", "--trial: must be a name of letters"),
         ("--model_s resnet8 --seed 99999999999999999999", "--seed: must be a whole number"),
         ("--model_s resnet8 --dataset folder --image_size 4", "--image_size: must be at least 8"),
-        ("--model_s resnet8 --dataset imagenet", "--dataset: invalid choice: 'imagenet'"),
+        ("--model_s resnet8 --dataset mnist", "--dataset: invalid choice: 'mnist'"),
         ("--model_s resnet9000", "--model_s: unknown model 'resnet9000'"),
         ("--distill nrom --model_s resnet8", "--distill: unknown method 'nrom'; choose from norm"),
     ],
