@@ -4,12 +4,13 @@ python train_cifar_student.py --distill NORM --path_t save/digits_ce_resnet20_tr
 """
 
 from errors import run_script
-from helper import configuration, engine, options
+from helper import configuration, distributed, engine, options
 
 
 def main(argv=None):
-    configs, teacher_file = configuration.parse(options.student_parser(), argv)
-    return engine.run(configs, teacher_file)
+    with distributed.joined():
+        configs, teacher_file = configuration.parse(options.student_parser(), argv)
+        return engine.run(configs, teacher_file)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from crd.processes import gather_rows, rows_of_all
+
 #: A bank of up to so many rows per index is multiplied as a whole: that is faster than visiting rows one by one.
 WHOLE_BANK_ROWS = 32
 
@@ -75,7 +77,8 @@ class ContrastMemory(nn.Module):
     """Scores of the student's embeddings against the teacher's bank and the other way round.
 
     `memory_v1` holds the student's embeddings, `memory_v2` the teacher's, each (n_data, feat_dim). Z_1 and Z_2 are set
-    from the first batch, as in the paper's code, and kept from then on (0 means: not set yet).
+    from the first batch, as in the paper's code, and kept from then on (0 means: not set yet). Several processes make
+    the updates of all of them, so their banks stay alike.
     """
 
     def __init__(self, feat_dim: int, n_data: int, temperature: float = 0.07, momentum: float = 0.5):
@@ -92,19 +95,22 @@ class ContrastMemory(nn.Module):
 
         Afterwards the banks' rows of the batch move towards the new embeddings.
         """
-        products_1 = BankProducts.apply(v1, self.memory_v2, contrast_index, index)
-        products_2 = BankProducts.apply(v2, self.memory_v1, contrast_index, index)
-        self._update(self.memory_v1, v1, index)
-        self._update(self.memory_v2, v2, index)
-        return self._normalised(products_1, self.z_v1), self._normalised(products_2, self.z_v2)
+        sizes = rows_of_all(len(index))
+        updated = gather_rows(index, sizes)
+        products_1 = BankProducts.apply(v1, self.memory_v2, contrast_index, updated)
+        products_2 = BankProducts.apply(v2, self.memory_v1, contrast_index, updated)
+        self._update(self.memory_v1, gather_rows(v1, sizes), updated)
+        self._update(self.memory_v2, gather_rows(v2, sizes), updated)
+        return self._normalised(products_1, self.z_v1, sizes), self._normalised(products_2, self.z_v2, sizes)
 
-    def _normalised(self, products: Tensor, z: Tensor) -> Tensor:
+    def _normalised(self, products: Tensor, z: Tensor, sizes: list[int]) -> Tensor:
         """exp(products / T) / Z; Z is set where it is not."""
         similarities = torch.exp(products / self.temperature)
         with torch.no_grad():
-            z.copy_(torch.where(z == 0, similarities.mean() * len(self.memory_v1), z))
+            mean = gather_rows(similarities.mean(1), sizes).mean() if len(sizes) > 1 else similarities.mean()
+            z.copy_(torch.where(z == 0, mean * len(self.memory_v1), z))
         return similarities / z.clone()
 
     @torch.no_grad()
     def _update(self, memory: Tensor, v: Tensor, index: Tensor) -> None:
-        memory[index] = unit_rows(memory[index] * self.momentum + v.detach().to(memory.dtype) * (1 - self.momentum))
+        memory[index] = unit_rows(memory[index] * self.momentum + v.to(memory.dtype) * (1 - self.momentum))

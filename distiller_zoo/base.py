@@ -137,6 +137,8 @@ class Distiller(nn.Module):
     views = "plain"
     #: The smallest batch whose losses are defined; a shorter last batch is left out.
     min_batch = 1
+    #: Whether the losses of every step depend on everything that is trained, apart from weights of 0.
+    uses_everything = True
     #: Children that the main stage does not train.
     frozen: tuple[str, ...] = ()
     #: What `export` writes, for the tables.

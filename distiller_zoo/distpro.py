@@ -27,6 +27,7 @@ from distiller_zoo.base import INIT_EPOCHS, Flag, Stage, number, widen_output
 from distiller_zoo.kd import FeatureDistiller, LogitDistiller
 from distiller_zoo.pathways import STYLES, Pathways, PathwayWeights
 from models.backbone import Backbone, Output, probe_shapes
+from models.synchronised import average
 
 KD_WEIGHT = Flag(("--kd_weight",), number, 1.0, "DistPro's factor on the weights of the styles scaled and constant")
 DISTPRO_STYLE = Flag(
@@ -110,7 +111,8 @@ class DistPro(LogitDistiller):
 
     def move_scores(self, optimizer, batch, teacher, held_out, progress) -> None:
         """One step of the scores; weights, statistics and gradients of the searched student stay as they are."""
-        self.weights.step(self.score_gradient(optimizer, batch, widen_output(teacher, self.reads), held_out))
+        gradient = self.score_gradient(optimizer, batch, widen_output(teacher, self.reads), held_out)
+        self.weights.step(average(gradient))
 
     def score_gradient(self, optimizer, batch, teacher: Output, held_out) -> Tensor:
         """The gradient (pathways,) of the held-out cross entropy behind the next step of an SGD `optimizer`."""

@@ -7,12 +7,18 @@
 Nothing non-linear stands between the layers, so output, running statistics and matching loss follow from the second
 moments of x and of the teacher's map alone (`_collapsed`; derived in docs/norm.md), at a cost that hardly grows with N.
 
+With `--sync_bn` both BatchNorms are synchronised, and so are these moments: the loss is that of all processes' pixels.
+
 Shapes: B batch, C student channels, Ct teacher channels, P = B*H*W pixels; `rows` are pixels x channels.
 """
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from models.synchronised import is_synchronised, total, update_statistics
 
 FORMS = ("auto", "direct", "collapsed")
 
@@ -42,26 +48,27 @@ def _to_map(rows: Tensor, like: Tensor) -> Tensor:
     return rows.unflatten(0, (like.shape[0], *like.shape[2:])).permute(0, 3, 1, 2)
 
 
-def _projected_variances(weight: Tensor, centred: Tensor) -> Tensor:
-    """Variance over the pixels of each row of `weight` (M, C) applied to `centred` (P, C) -> (M,)."""
+def _own(values: Tensor) -> Tensor:
+    """The sum over this process alone; `total` takes its place where BatchNorms are synchronised."""
+    return values
+
+
+def _projected_squares(weight: Tensor, centred: Tensor) -> Tensor:
+    """Sum of squares over the pixels of each row of `weight` (M, C) applied to `centred` (P, C) -> (M,)."""
     pixels, channels = centred.shape
     if pixels <= channels:  # (M, P) is no larger than `weight`, and spares the rounding of a squared factor
-        return (weight @ centred.T).square().sum(1) / pixels
-    covariance = centred.T @ centred / pixels
-    return ((weight @ covariance) * weight).sum(1).clamp_min(0)  # rounding can fall below zero
+        return (weight @ centred.T).square().sum(1)
+    scatter = centred.T @ centred
+    return ((weight @ scatter) * weight).sum(1).clamp_min(0)  # rounding can fall below zero
 
 
-def _statistics(bn: nn.BatchNorm2d, mean: Tensor, variance: Tensor, pixels: int) -> tuple[Tensor, Tensor]:
+def _statistics(bn: nn.Module, mean: Tensor, variance: Tensor, pixels: int | Tensor) -> tuple[Tensor, Tensor]:
     """The mean and variance that `bn` normalises with, given those of the batch; in training the running ones move."""
     if not bn.training:
         return bn.running_mean.to(mean.dtype), bn.running_var.to(mean.dtype)
-    if pixels == 1:
+    if isinstance(pixels, int) and pixels == 1:
         raise ValueError("a feature transform in training needs more than one pixel: raise the batch or the image size")
-    with torch.no_grad():
-        unbiased = variance * (pixels / (pixels - 1))
-        bn.running_mean.lerp_(mean.to(bn.running_mean.dtype), bn.momentum)
-        bn.running_var.lerp_(unbiased.to(bn.running_var.dtype), bn.momentum)
-        bn.num_batches_tracked += 1
+    update_statistics(bn, mean, variance, pixels)
     return mean, variance
 
 
@@ -136,13 +143,15 @@ class FeatureTransform(nn.Module):
         """The second-moment form of docs/norm.md; everything is centred before it is multiplied."""
         dtype = torch.promote_types(self.expand[0].weight.dtype, torch.float32)
         rows = _to_rows(x, dtype)
-        mean = rows.mean(0)
-        centred = rows - mean
         (conv1, bn1), (conv2, bn2) = self.expand, self.contract
+        over_all = total if is_synchronised(bn1) else _own
+        pixels = len(rows) if over_all is _own else over_all(rows.new_tensor(len(rows)))
+        mean = over_all(rows.sum(0)) / pixels
+        centred = rows - mean
         w1, w2 = conv1.weight.flatten(1).to(dtype), conv2.weight.flatten(1).to(dtype)
 
-        mean1, variance1 = w1 @ mean, _projected_variances(w1, centred)
-        used_mean, used_variance = _statistics(bn1, mean1, variance1, len(rows))
+        mean1, variance1 = w1 @ mean, over_all(_projected_squares(w1, centred)) / pixels
+        used_mean, used_variance = _statistics(bn1, mean1, variance1, pixels)
         scale1 = bn1.weight * torch.rsqrt(used_variance + bn1.eps)
         a = scale1[:, None] * w1  # y = centred A^T + mean_y
         mean_y = bn1.bias + scale1 * (mean1 - used_mean)
@@ -153,19 +162,25 @@ class FeatureTransform(nn.Module):
         if target is None:
             return out, None
         target, variance_y = _to_rows(target, dtype), (scale1.square() * variance1).sum()
-        return out, self._collapsed_loss(a, variance_y, mean_y, centred, target)
+        return out, self._collapsed_loss(a, variance_y, mean_y, centred, target, pixels, over_all)
 
-    def _collapsed_loss(self, a: Tensor, variance_y: Tensor, mean_y: Tensor, centred: Tensor, target: Tensor) -> Tensor:
+    def _collapsed_loss(
+        self,
+        a: Tensor,
+        variance_y: Tensor,
+        mean_y: Tensor,
+        centred: Tensor,
+        target: Tensor,
+        pixels: int | Tensor,
+        over_all: Callable[[Tensor], Tensor],
+    ) -> Tensor:
         """`norm_loss` of y = centred A^T + mean_y: its centred part plus the part of the means."""
-        target_mean = target.mean(0)
+        target_mean = over_all(target.sum(0)) / pixels
         target_centred = target - target_mean
-        cross = target_centred.T @ centred / len(centred)  # (Ct, C)
+        cross = target_centred.T @ centred  # (Ct, C)
         segments = a.unflatten(0, (self.n, self.teacher_channels))
-        centred_part = (
-            variance_y
-            - 2 * (segments.sum(0) * cross).sum()
-            + self.n * target_centred.square().sum() / len(target_centred)
-        )
+        sums = self.n * target_centred.square().sum() - 2 * (segments.sum(0) * cross).sum()
+        centred_part = variance_y + over_all(sums) / pixels
         mean_part = (mean_y.unflatten(0, (self.n, -1)) - target_mean).square().sum()
         return (centred_part + mean_part) / self.teacher_channels
 

@@ -76,6 +76,7 @@ class SemCKD(FeatureDistiller):
     group = "feature maps"
     reads = ("maps",)
     min_batch = 2  # one image is similar to itself only
+    uses_everything = False  # a short batch leaves the attention out
 
     def __init__(self, student, teacher, task, **hyper_parameters):
         super().__init__(student, teacher, task, **hyper_parameters)

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from distiller_zoo import DISTILLERS, Distiller, find_distiller
 from errors import UserError
 from helper.device import find_device
+from helper.distributed import by_main, images_per_pass, is_main
 from helper.fast import OFF, choose
 from helper.recipes import resolve
 from helper.run_folder import CONFIG, RunFolder
@@ -37,6 +38,8 @@ DEFAULTS = {
     "save_every_steps": 0,
     "max_bad_steps": 0,
     "allow_teacher_gap": False,
+    "accumulate": 1,
+    "sync_bn": False,
 }
 #: What may differ between a run and its continuation.
 MAY_CHANGE = (
@@ -51,6 +54,7 @@ MAY_CHANGE = (
     "save_dir",
     "max_steps",
     "epochs",
+    "accumulate",
 )
 
 
@@ -60,6 +64,22 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> tuple[
 
     A configuration's `origins` says where each value comes from; `resume` is the run folder to go on with, or None.
     """
+    teacher = None
+
+    def parse_here() -> list[Namespace]:
+        nonlocal teacher
+        configs, teacher = _parse_all(parser, argv)
+        return configs
+
+    configs = by_main(parse_here)
+    if not is_main() and configs[0].path_t is not None:
+        teacher = read_teacher(configs[0].path_t, configs[0].model_t)
+    return configs, teacher
+
+
+def _parse_all(
+    parser: argparse.ArgumentParser, argv: Sequence[str] | None
+) -> tuple[list[Namespace], TeacherFile | None]:
     given = {argument: value for argument, value in vars(parser.parse_args(argv)).items() if value is not None}
     runs = expand(given, parser)
     if len(runs) > 1 and given.get("resume", "auto") != "auto":
@@ -129,6 +149,8 @@ def _resolve(given: dict, stored: dict) -> tuple[Namespace, TeacherFile | None]:
     if "seed" not in merged:
         trial = merged["trial"][0]
         merged["seed"] = (int(trial) % 2**63 if trial.isdecimal() else 0, "from --trial")
+    divided = Namespace(batch_size=merged["batch_size"][0], accumulate=merged["accumulate"][0])
+    merged["images_per_pass"] = (images_per_pass(divided), "batch_size over processes and --accumulate")
     merged.setdefault("data_seed", (merged["seed"][0], "from --seed"))
     config = Namespace(**{argument: value for argument, (value, _) in merged.items()})
     config.origins = {argument: origin for argument, (_, origin) in merged.items()}

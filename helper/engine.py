@@ -16,12 +16,13 @@ from torch import nn
 from distiller_zoo import Progress
 from errors import Stopped, UserError
 from helper.configuration import run_name
+from helper.distributed import average_statistics, by_main, count_processes, describe_batch, is_main
 from helper.guard import Guard
 from helper.inputs import Inputs, load_inputs
 from helper.lockstep import execute_together
 from helper.metrics import evaluate
 from helper.reporting import describe_data, describe_method, describe_protocol, format_epoch, format_result
-from helper.run_folder import BEST, CONFIG, LAST, RESULT, RunFolder
+from helper.run_folder import BEST, CONFIG, LAST, RESULT, FolderElsewhere, RunFolder
 from helper.run_state import build_distiller, data_record
 from helper.signals import StopRequest
 from helper.stage_training import StageTraining, TeacherRequest, format_title
@@ -29,6 +30,7 @@ from helper.teacher import TeacherFile, check_apart
 from models import build_model
 from models.backbone import Output, probe_shapes
 from models.cost import count_parameters
+from models.synchronised import synchronise
 
 #: What a resumed run takes up besides weights and optimizer.
 STATE = ("stage_number", "epoch", "stage_step", "step", "epochs_over", "seconds", "accuracies", "choices")
@@ -50,7 +52,8 @@ def run(configs: Sequence[Namespace], teacher_file: TeacherFile | None) -> list[
                 folder = _open_folder(config, preparations)
                 folders.callback(folder.close)
                 folder.label = f"[trial {config.trial}] " if len(configs) > 1 else ""
-                print(f"{folder.label}run folder: {folder.path}", flush=True)
+                if is_main():
+                    print(f"{folder.label}run folder: {folder.path}", flush=True)
                 if config.resume is None:
                     _record_settings(config, folder, beside=configs[0] if runs else None)
                 runs.append(_prepare(config, inputs, folder, stop_request))
@@ -59,12 +62,19 @@ def run(configs: Sequence[Namespace], teacher_file: TeacherFile | None) -> list[
 
 
 def _open_folder(config: Namespace, preparations: ExitStack) -> RunFolder:
-    """The folder to go on with, or a new one, which goes again where the preparations fail."""
+    """The folder to go on with, or a new one, which goes again where the preparations fail; the main process's."""
+    folder = by_main(lambda: _claim_folder(config))
+    if not is_main():
+        return FolderElsewhere(folder.path)
+    if config.resume is None:
+        preparations.enter_context(folder.discarded_on_error())
+    return folder
+
+
+def _claim_folder(config: Namespace) -> RunFolder:
     if config.resume is not None:
         return RunFolder(config.resume).lock()
-    folder = RunFolder.create(config.save_dir, run_name(config))
-    preparations.enter_context(folder.discarded_on_error())
-    return folder
+    return RunFolder.create(config.save_dir, run_name(config))
 
 
 def _record_settings(config: Namespace, folder: RunFolder, beside: Namespace | None) -> None:
@@ -103,6 +113,8 @@ class Run:
         ).to(self.device)
         if inputs.network is not None:
             check_apart(self.distiller, inputs.network, config.distill)
+        if config.sync_bn and count_processes() > 1:
+            synchronise(self.distiller)
         inputs.fast.lay_out(self.distiller)
         self.stages = self.distiller.stages(config.epochs)
         self.guard = Guard(config.max_bad_steps)
@@ -127,6 +139,8 @@ class Run:
         """Train what is left of the run."""
         self.folder.log(describe_data(self.data, self.device))
         self.folder.log(describe_method(self.distiller, self.stages, self.config.model_s, self.data.image_size))
+        if division := describe_batch(self.config):
+            self.folder.log(division)
         while True:
             while self.epoch < self.stages[self.stage_number].epochs and self._steps_left() != 0:
                 yield from self._run_epoch()
@@ -146,6 +160,7 @@ class Run:
             *(self._after_step, self.epoch_state),
         )
         self.epoch_state = None
+        average_statistics(self.distiller)
         self.distiller.eval()
         # The student of an earlier stage is not yet what is tested.
         test = self._test() if self.in_main_stage else {}
@@ -175,13 +190,14 @@ class Run:
     def _after_step(self, make_state: Callable[[], dict], number: int) -> None:
         """Save within an epoch where that is due, or before the run stops."""
         every = self.config.save_every_steps
-        if self.stop_request.signal_number is not None or (every and number % every == 0):
+        if self.stop_request.heard_by_any() is not None or (every and number % every == 0):
+            average_statistics(self.distiller)
             epoch_state = make_state()
             self._save_last(self._model(None), epoch_state)
             self._stop_if_asked()
 
     def _stop_if_asked(self) -> None:
-        number = self.stop_request.signal_number
+        number = self.stop_request.heard_by_any()
         if number is not None:
             name = signal.Signals(number).name
             raise Stopped(number, f"stopped by {name} and saved; go on with --resume {self.folder.path}")
@@ -219,7 +235,7 @@ class Run:
 
     def restore(self) -> None:
         """Take up the state of the folder's last checkpoint."""
-        checkpoint = self.folder.read_last()
+        checkpoint = by_main(self.folder.read_last)
         try:
             self._enter(checkpoint["stage_number"], checkpoint["epoch"], checkpoint["stage_step"])
             self.distiller.load_state_dict(checkpoint["distiller"])
@@ -254,6 +270,7 @@ class Run:
             "parameters_trained": count_parameters(nn.ModuleList(self.stages[-1].trained)),
             "seed": self.config.seed,
             "seconds": self.seconds,
+            "processes": count_processes(),
             "torch": torch.__version__,
             "device": str(self.device),
         }

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 
 from errors import UserError
+from helper.distributed import largest as largest_of_all
 
 #: A magnitude from here on counts as not finite: sums over an epoch would overflow.
 LIMIT = 1e30
@@ -50,7 +51,7 @@ class Guard:
         if names != self._names:
             self.look()
             self._names = names
-        if self.most_skipped and not _is_good(seen):
+        if self.most_skipped and largest_of_all(not _is_good(seen)):  # all processes skip a step, or none
             self._skip(seen)
             return False
         self._seen = seen if self._seen is None else torch.where(_is_good(self._seen), seen, self._seen)

@@ -5,9 +5,9 @@ from typing import NamedTuple
 
 import torch
 
-from dataset import ImageData, Loader, hold_out, load_data
+from dataset import ImageData, Images, Loader, hold_out, load_data
 from errors import UserError
-from helper.device import find_device
+from helper.distributed import count_processes, device_of, one_by_one_here, rank
 from helper.fast import Fast
 from helper.metrics import evaluate
 from helper.teacher import FrozenTeacher, TeacherFile, check_teacher
@@ -38,12 +38,13 @@ class Inputs(NamedTuple):
 
 def load_inputs(config: Namespace, teacher_file: TeacherFile | None) -> Inputs:
     """Load the data and measure the teacher; raises `UserError` where they do not fit or the teacher is off record."""
-    device, fast = find_device(config.device), Fast.of(config)
-    data = load_data(config.dataset, config.data, config.image_size, config.num_workers, config.max_broken)
+    device, fast = device_of(config.device), Fast.of(config)
+    with one_by_one_here():
+        data = load_data(config.dataset, config.data, config.image_size, config.num_workers, config.max_broken)
     data = data._replace(train=data.train.to(device), test=data.test.to(device))
     batch_size = EVALUATION_BATCH if data.image_size <= SMALL else config.batch_size
     data, choosing_loader = _keep_apart(data, config.holdout, batch_size, device)
-    test_loader = Loader(data.test, data, batch_size, device)
+    test_loader = _part_loader(data.test, data, batch_size, device)
     if teacher_file is None:
         return Inputs(device, fast, data, test_loader, choosing_loader, None, None, None)
     if teacher_file.num_classes != data.num_classes:
@@ -71,4 +72,10 @@ def _keep_apart(data: ImageData, k: int, batch_size: int, device: torch.device) 
     except ValueError as error:
         raise UserError(f"--holdout: {error}; choose another number") from None
     data = data._replace(train=train)
-    return data, Loader(apart, data, batch_size, device)
+    return data, _part_loader(apart, data, batch_size, device)
+
+
+def _part_loader(images: Images, data: ImageData, batch_size: int, device: torch.device) -> Loader:
+    """Batches of this process's part of a split: every image once in all of them."""
+    mine = torch.arange(len(images.targets)).tensor_split(count_processes())[rank()]
+    return Loader(images, data, batch_size, device, subset=mine)

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 
 from errors import Stopped, UserError
+from helper.distributed import count_processes
 from helper.stage_training import TeacherRequest, random_state, set_random_state
 from models.backbone import Output
 
@@ -26,6 +27,8 @@ class _Strand:
         except StopIteration as end:
             self.request, self.result = None, end.value
         except (Stopped, UserError) as error:
+            if isinstance(error, UserError) and count_processes() > 1:
+                raise  # this process may be the only one: it cannot leave the run and go on with the others
             self.request, self.error = None, error
         if not self._alone:
             self._random = random_state()

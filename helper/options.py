@@ -102,7 +102,15 @@ def _add_common(parser: Parser) -> None:
     add("--num_workers", type=_from_zero, help="threads or processes that decode images (4); the rest lies in memory")
     add("--max_broken", type=_from_zero, help="images that may be unreadable where they are read as it goes (10)")
     add = parser.add_argument_group("training (defaults: helper/recipes.py)").add_argument
-    add("--batch_size", type=count)
+    add("--batch_size", type=count, help="of all processes together; the learning rate belongs to it")
+    add(
+        "--accumulate", type=count, metavar="K", help="compute each batch in K parts, where it does not fit at once (1)"
+    )
+    add(
+        "--sync_bn",
+        action=argparse.BooleanOptionalAction,
+        help="BatchNorm and the feature transform over the batch of all processes that torchrun has started (off)",
+    )
     add("--epochs", type=count, help="schedules are stretched to it unless they are given too")
     add("--learning_rate", type=number)
     add("--lr_decay", choices=("step", "cos"))

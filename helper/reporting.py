@@ -9,12 +9,15 @@ from tqdm import tqdm
 
 from dataset import ImageData
 from distiller_zoo import Distiller, Stage
+from helper.distributed import is_main
 from models.cost import count_multiply_adds, count_parameters
 
 
 def progress_bar(items: Iterable, title: str, total: int, over: int = 0) -> tqdm:
     """The items, with a bar that is only drawn on a terminal and goes when it is full; `over` of `total` are done."""
-    return tqdm(items, title, total, leave=False, disable=not sys.stderr.isatty(), unit="step", initial=over)
+    return tqdm(
+        items, title, total, leave=False, disable=not (is_main() and sys.stderr.isatty()), unit="step", initial=over
+    )
 
 
 def describe_data(data: ImageData, device: torch.device) -> str:

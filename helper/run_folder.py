@@ -201,6 +201,15 @@ class RunFolder:
             self._lock = None
 
 
+class FolderElsewhere(RunFolder):
+    """The folder as processes know it that do not write: the main one does. Nothing here needs to see its disk."""
+
+    def _ignore(self, *arguments, **named) -> None:
+        pass
+
+    log = log_quietly = write_json = save = append_metrics = keep_metrics_until = _ignore
+
+
 def _append(path: Path, line: str) -> None:
     """Add a whole line to a file; where that fails the file is as before."""
     with writing(path), open(path, "ab", buffering=0) as file:

@@ -38,9 +38,8 @@ def build_distiller(
     method = find_distiller(config["distill"])
     # A flag may be newer than the configuration.
     hyper_parameters = {flag.argument: config.get(flag.argument, flag.default) for flag in method.flags}
-    return method(
-        student, teacher, Task(num_classes, image_size, config["batch_size"], train_targets), **hyper_parameters
-    )
+    batch_size = config.get("images_per_pass", config["batch_size"])
+    return method(student, teacher, Task(num_classes, image_size, batch_size, train_targets), **hyper_parameters)
 
 
 def data_record(data: ImageData) -> dict:

@@ -13,6 +13,7 @@ from torch import Tensor
 from dataset import Batch, ImageData, Loader, epoch_seed
 from distiller_zoo import Distiller, Progress, Stage
 from errors import UserError
+from helper.distributed import Replica, count_processes, rank
 from helper.fast import Fast
 from helper.guard import Guard
 from helper.metrics import EpochMeter
@@ -22,12 +23,14 @@ from models.backbone import Output
 
 #: Number of epochs between two passes over the held-out images in one epoch, so that no two are alike.
 PASSES_APART = 100_000
+#: What a part of a batch has given: losses by name, the student's logits if there are any, classes.
+Outcome = tuple[dict[str, Tensor], Tensor | None, Tensor]
 
 
 class TeacherRequest(NamedTuple):
     """What a step waits for: the teacher's outputs for a batch."""
 
-    position: tuple[int, int]  # epochs of the whole run and steps of this one that are over
+    position: tuple[int, int, int]  # epochs of the whole run, steps of this one and parts of the step that are over
     batch_key: tuple  # equal for two runs of one data set exactly if their batches are
     images: Tensor  # (B, 3, H, W)
     preact: bool
@@ -56,6 +59,9 @@ class StageTraining:
             weight_decay=config.weight_decay,
             fused=self.fast.fused_optimizer or None,
         )
+        self.replica = Replica(distiller)
+        if stage.before_step is not None and config.accumulate > 1:
+            raise UserError(f"--accumulate: stage {stage.name} of --distill {config.distill} needs whole batches")
         kept, held_out = _split(len(data.train.targets), stage.holdout, config.data_seed)
         self.loader = self._loader(data, kept, config.data_seed)
         self.held_out = self._loader(data, held_out, config.data_seed + 1) if stage.holdout else None
@@ -67,6 +73,8 @@ class StageTraining:
             views=method.views,
             min_batch=method.min_batch,
             subset=subset,
+            rank=rank(),
+            world_size=count_processes(),
         )
         if not len(loader):
             raise UserError(f"--data: {len(subset)} training images are too few for --distill {config.distill}")
@@ -114,15 +122,11 @@ class StageTraining:
             set_random_state(state["random"])
         bar = progress_bar(meter.timed(batches), title, steps, over)
         for number, batch in enumerate(bar, over + 1):
-            batch = self._lay_out(batch)
-            teacher_output = None
-            if self.stage.needs_teacher:
-                teacher_output = yield self._request((epochs_over, number - 1), epoch, batch.images)
-            step = self._step(batch, teacher_output, held_out, progress, number)
-            if step is None:
+            given = yield from self._step(batch, held_out, (epochs_over, number - 1), progress)
+            if given is None:
                 log(f"{title} step {number}/{steps} skipped: a number in it was not finite")
-            else:
-                meter.update(*step, batch.targets)
+            for losses, logits, targets in given or ():
+                meter.update(losses, logits, targets)
             if number % self.config.print_freq == 0 and meter.has_images:
                 self.guard.look()
                 means = meter.summary()
@@ -142,31 +146,47 @@ class StageTraining:
         self.guard.look()
         return {"steps": number, "meter": meter.state(), "random": random_state()}
 
-    def _request(self, position: tuple[int, int], epoch: int, images: Tensor) -> TeacherRequest:
+    def _request(self, position: tuple[int, int, int], epoch: int, images: Tensor) -> TeacherRequest:
         config, method = self.config, self.distiller
-        batch_key = (config.data_seed, epoch, position[1], config.batch_size, method.views, self.stage.holdout)
+        batch_key = (
+            *(config.data_seed, epoch, *position[1:], config.batch_size, config.accumulate),
+            *(method.views, self.stage.holdout),
+        )
         return TeacherRequest(position, batch_key, images, method.teacher_preact)
 
     def _step(
-        self,
-        batch: Batch,
-        teacher_output: Output | None,
-        held_out: Iterator[Batch] | None,
-        progress: Progress,
-        number: int,
-    ) -> tuple[dict[str, Tensor], Tensor | None] | None:
-        """One step -> (losses, logits); None where it was skipped."""
-        if self.stage.before_step is not None:
-            held_out_batch = None if held_out is None else self._lay_out(next(held_out))
-            self.stage.before_step(self.optimizer, batch, teacher_output, held_out_batch, progress)
-        skipped_before = self.guard.skipped
-        self.guard.begin_step(self.distiller)
-        step = train_step(
-            *(self.distiller, self.stage, self.optimizer, batch, teacher_output, progress),
-            self.fast.autocast(self.device),
-            lambda losses: self.guard.judge(losses, self.optimizer.param_groups[0]["params"], number),
-        )
-        return step if self.guard.skipped == skipped_before else None
+        self, batch: Batch, held_out: Iterator[Batch] | None, position: tuple[int, int], progress: Progress
+    ) -> Generator[TeacherRequest, Output, list[Outcome] | None]:
+        """One step -> what each part of the batch has given; None where the step was skipped."""
+        self.optimizer.zero_grad(set_to_none=True)
+        parts, outcomes = self._parts(batch), []
+        for number, part in enumerate(map(self._lay_out, parts)):
+            teacher_output = None
+            if self.stage.needs_teacher:
+                teacher_output = yield self._request((*position, number), position[0] + 1, part.images)
+            if self.stage.before_step is not None:
+                held_out_batch = None if held_out is None else self._lay_out(next(held_out))
+                self.stage.before_step(self.optimizer, part, teacher_output, held_out_batch, progress)
+            if number == 0:
+                self.guard.begin_step(self.distiller)
+            # Gradients are added over the parts and averaged over the processes; this makes them the batch's mean.
+            share = len(part.targets) * count_processes() / (batch.whole or len(batch.targets) * count_processes())
+            autocast = self.fast.autocast(self.device)
+            with self.replica.only_adding(number + 1 < len(parts)):
+                losses, logits = add_gradients(
+                    self.replica, self.stage, part, teacher_output, progress, autocast, share
+                )
+            outcomes.append((losses, logits, part.targets))
+        self.replica.finish_gradients()
+        if not self.guard.judge(_sums(outcomes), self.optimizer.param_groups[0]["params"], position[1] + 1):
+            return None
+        self.optimizer.step()
+        return outcomes
+
+    def _parts(self, batch: Batch) -> list[Batch]:
+        """The parts of this process's batch that are computed one after the other; a short batch may have fewer."""
+        smallest = (batch.whole or len(batch.targets) * count_processes()) // count_processes()
+        return batch.parts(max(min(self.config.accumulate, smallest // self.distiller.min_batch), 1))
 
     def _lay_out(self, batch: Batch) -> Batch:
         return batch._replace(images=self.fast.lay_out(batch.images))
@@ -202,21 +222,39 @@ def train_step(
     teacher_output: Output | None,
     progress: Progress,
     autocast: AbstractContextManager | None = None,
-    may_step: Callable[[dict[str, Tensor]], bool] = lambda losses: True,
 ) -> tuple[dict[str, torch.Tensor], torch.Tensor | None]:
-    """Forward (in the context `autocast`, if any), backward, step -> (named weighted losses, student's logits).
+    """Forward (in the context `autocast`, if any), backward, step -> (named weighted losses, student's logits)."""
+    optimizer.zero_grad(set_to_none=True)
+    losses, logits = add_gradients(distiller, stage, batch, teacher_output, progress, autocast)
+    optimizer.step()
+    return losses, logits
 
-    `may_step(losses)` is asked when the gradients are there.
-    """
+
+def add_gradients(
+    distiller: Callable[..., tuple[Tensor | None, dict[str, Tensor]]],
+    stage: Stage,
+    batch: Batch,
+    teacher_output: Output | None,
+    progress: Progress,
+    autocast: AbstractContextManager | None = None,
+    share: float = 1.0,
+) -> tuple[dict[str, Tensor], Tensor | None]:
+    """Forward and backward of the losses times `share` -> (named weighted losses, student's logits)."""
     with autocast or nullcontext():
         logits, losses = distiller(batch, teacher_output, progress, stage)
     if not losses:
         raise UserError("every loss weight is 0: there is nothing to train; set -r, -a or -b")
-    optimizer.zero_grad(set_to_none=True)
-    sum(losses.values()).backward()
-    if may_step(losses):
-        optimizer.step()
+    total = sum(losses.values())
+    (total if share == 1 else share * total).backward()
     return losses, logits
+
+
+def _sums(outcomes: list[Outcome]) -> dict[str, Tensor]:
+    """The losses of all parts of a batch by name, added up: one that is not finite shows."""
+    sums: dict[str, Tensor] = {}
+    for losses, _, _ in outcomes:
+        sums |= {name: sums.get(name, 0) + value.detach() for name, value in losses.items()}
+    return sums
 
 
 def format_title(stage: str, progress: Progress) -> str:

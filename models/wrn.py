@@ -5,6 +5,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from models.backbone import Backbone, initialise
+from models.synchronised import is_synchronised, normalise, total_moments
 
 
 class WideBlock(nn.Module):
@@ -42,6 +43,9 @@ def _normalise_once_more(bn: nn.BatchNorm2d, x: Tensor) -> Tensor:
     """`bn(x)` without a second update of the running statistics: the network normalises this very map itself."""
     if not bn.training:
         return bn(x)
+    if is_synchronised(bn):
+        mean, variance, _ = total_moments(x)
+        return normalise(x, bn, (mean, variance))
     return F.batch_norm(x, None, None, bn.weight, bn.bias, training=True, eps=bn.eps)
 
 

@@ -277,7 +277,7 @@ def test_what_a_stage_trains_gets_gradients_and_nothing_else_does(name, pair):
     config = Namespace(
         **OFF, batch_size=4, learning_rate=0.01, lr_decay="step", lr_decay_epochs=(1,), seed=0, data_seed=0
     )
-    vars(config).update(lr_decay_rate=0.1, momentum=0.9, weight_decay=5e-4, print_freq=9, distill=name)
+    vars(config).update(lr_decay_rate=0.1, momentum=0.9, weight_decay=5e-4, print_freq=9, distill=name, accumulate=1)
     for stage in method.stages(240):
         method.zero_grad(set_to_none=True)
         training = StageTraining(stage, method, data, config, torch.device("cpu"))

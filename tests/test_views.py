@@ -95,7 +95,8 @@ def images_seen(name: str, epochs_over: int, seed: int = 0, state=None) -> tuple
     data = image_data()
     method = DISTILLERS[name](student, teacher, Task(12, 32, 4, data.train.targets))
     config = Namespace(**OFF, batch_size=4, learning_rate=0.01, lr_decay="step", lr_decay_epochs=(1,), seed=seed)
-    vars(config).update(lr_decay_rate=0.1, momentum=0.9, weight_decay=5e-4, print_freq=9, distill=name, data_seed=seed)
+    vars(config).update(lr_decay_rate=0.1, momentum=0.9, weight_decay=5e-4, print_freq=9, distill=name)
+    vars(config).update(data_seed=seed, accumulate=1)
     seen, states = [], []
     *_, main = method.stages(240)
     stage = main._replace(respond=lambda images, teacher: seen.append(images) or method.respond(images, teacher))

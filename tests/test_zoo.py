@@ -36,6 +36,7 @@ CONFIG = Namespace(
     batch_size=BATCH, learning_rate=0.01, lr_decay="step", lr_decay_epochs=(150,), lr_decay_rate=0.1, momentum=0.9
 )
 vars(CONFIG).update(OFF)
+CONFIG.accumulate = 1
 CONFIG.weight_decay, CONFIG.seed, CONFIG.data_seed, CONFIG.print_freq, CONFIG.distill = 5e-4, 0, 0, 100, "method"
 
 

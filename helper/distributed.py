@@ -1,0 +1,236 @@
+"""Several processes that train one student together, started by torchrun: joining, agreeing, and ending together.
+
+Without torchrun there is one process, and everything here does nothing.
+"""
+
+import os
+import sys
+from argparse import Namespace
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, distributed, nn
+
+from errors import Stopped, UserError
+from helper.device import find_device
+from models.synchronised import average, count_processes, is_synchronised
+
+#: Where processes tell each other that one of them has failed.
+FAILURES = "failures"
+
+
+@contextmanager
+def joined() -> Iterator[None]:
+    """Within this block the processes that torchrun started belong together; a failure of one ends all of them.
+
+    Of those that fail alike one says why, the others end silently with the same exit code.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or "RANK" not in os.environ:
+        yield
+        return
+    from torch.distributed.rendezvous import rendezvous
+
+    store, number, world_size = next(rendezvous("env://"))
+    if torch.cuda.is_available() and local_rank() < torch.cuda.device_count():
+        torch.cuda.set_device(local_rank())
+    distributed.init_process_group(store=store, rank=number, world_size=world_size)
+    try:
+        yield
+    except Stopped as stop:
+        distributed.destroy_process_group()
+        if number == 0:
+            raise
+        sys.exit(128 + stop.signal_number)
+    except Exception as error:
+        first = store.add(FAILURES, 1) == 1
+        reason = _one_line(error)
+        if reason is None:
+            raise
+        if first:
+            raise reason from None
+        sys.exit(2)  # without leaving the group, which may wait for those that have gone
+    distributed.destroy_process_group()
+
+
+def _one_line(error: Exception) -> UserError | None:
+    """What the terminal is told where that is one line; None for a mistake in the code."""
+    if isinstance(error, UserError):
+        return error
+    lost = isinstance(error, (distributed.DistBackendError, distributed.DistNetworkError)) or "gloo" in str(error)
+    if isinstance(error, RuntimeError) and lost:
+        return UserError(
+            "another process of this run has ended, so this one ends too; start all of them again with --resume"
+        )
+    return None
+
+
+def rank() -> int:
+    """This process's number among all, from 0."""
+    return distributed.get_rank() if count_processes() > 1 else 0
+
+
+def local_rank() -> int:
+    """This process's number on its machine, from 0."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def is_main() -> bool:
+    """Whether this process writes the files and talks to the terminal."""
+    return rank() == 0
+
+
+def device_of(name: str) -> torch.device:
+    """The device of `--device`; of several processes on one machine each takes the GPU of its own number."""
+    if count_processes() == 1:
+        return find_device(name)
+    if ":" in name:
+        raise UserError(f"--device: {name} is one device, but every process needs its own; give --device cuda")
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return find_device(f"cuda:{local_rank()}" if name == "cuda" else name)
+
+
+def agree(value: Any) -> Any:
+    """The value of the main process, in every process; it is pickled."""
+    if count_processes() == 1:
+        return value
+    box = [value if is_main() else None]
+    distributed.broadcast_object_list(box, src=0)
+    return value if is_main() else box[0]
+
+
+def by_main(make: Callable[[], Any]) -> Any:
+    """What `make()` gives in the main process, in every process; its `UserError` is raised everywhere."""
+    value, error = None, None
+    if count_processes() == 1:
+        return make()
+    if is_main():
+        try:
+            value = make()
+        except (UserError, SystemExit) as caught:
+            error = caught
+    value, error = agree((value, error))
+    if error is not None:
+        raise error
+    return value
+
+
+@contextmanager
+def one_by_one_here() -> Iterator[None]:
+    """On each machine its first process goes through the block before the others, which may find what it has made."""
+    if count_processes() > 1 and local_rank() > 0:
+        distributed.barrier()
+    yield
+    if count_processes() > 1 and local_rank() == 0:
+        distributed.barrier()
+
+
+def total_of(values: Sequence[Tensor | float]) -> list[float]:
+    """The sums over all processes of some numbers."""
+    numbers = [float(value) for value in values]
+    if count_processes() == 1:
+        return numbers
+    sums = torch.tensor(numbers, dtype=torch.float64)
+    distributed.all_reduce(sums)
+    return sums.tolist()
+
+
+def largest(number: int) -> int:
+    """The largest of all processes' numbers."""
+    if count_processes() == 1:
+        return number
+    box = torch.tensor([number])  # on the CPU: nothing waits for an accelerator
+    distributed.all_reduce(box, distributed.ReduceOp.MAX)
+    return int(box)
+
+
+def average_statistics(module: nn.Module) -> None:
+    """Give all processes the mean of their running statistics, of every BatchNorm that each has updated alone."""
+    if count_processes() == 1:
+        return
+    updated = [
+        layer
+        for layer in module.modules()
+        if isinstance(layer, nn.modules.batchnorm._BatchNorm) and layer.training and not is_synchronised(layer)
+    ]
+    buffers = [buffer for layer in updated for buffer in (layer.running_mean, layer.running_var)]
+    if buffers:
+        means = average(torch.cat([buffer.flatten() for buffer in buffers])).split([len(buffer) for buffer in buffers])
+        for buffer, mean in zip(buffers, means, strict=True):
+            buffer.copy_(mean)
+
+
+def describe_batch(config: Namespace) -> str:
+    """One line on how the batch is divided and what that means for the learning rate; empty where it is not divided."""
+    processes, parts = count_processes(), config.accumulate
+    if processes * parts == 1:
+        return ""
+    factors = f"{processes} processes x " * (processes > 1) + f"{parts} parts x " * (parts > 1)
+    statistics = "all processes'" if config.sync_bn else "each process's own"
+    return (
+        f"batch: {config.batch_size} = {factors}{images_per_pass(config)} images; the learning rate, "
+        f"{config.learning_rate:g}, belongs to the whole batch and is not scaled; BatchNorm over {statistics} "
+        + ("part" if parts > 1 else "images")
+    )
+
+
+def images_per_pass(config: Namespace) -> int:
+    """How many images of a whole batch a process computes at once; raises `UserError` where they do not divide."""
+    processes, parts = count_processes(), config.accumulate
+    images, rest = divmod(config.batch_size, processes * parts)
+    if rest:
+        raise UserError(
+            f"--batch_size: {config.batch_size} is the batch of all processes, it cannot be divided by {processes} "
+            f"processes x --accumulate {parts}; try {max(images, 1) * processes * parts}"
+        )
+    return images
+
+
+class Replica:
+    """The distiller in training: called like it, with gradients that are the mean over all processes.
+
+    The first step exchanges gradients by hand and finds out whether everything that is trained gets one. Only where
+    that is not so (a weight is 0, say) or changes from step to step (`uses_everything`), DDP, which takes over then,
+    has to look for what is unused in every step.
+    """
+
+    def __init__(self, distiller: nn.Module):
+        self._distiller = distiller
+        self._parallel: nn.parallel.DistributedDataParallel | None = None
+
+    def __call__(self, *arguments):
+        return (self._parallel or self._distiller)(*arguments)
+
+    def only_adding(self, only: bool) -> AbstractContextManager:
+        """Within this block gradients are added up here and not exchanged, if `only`."""
+        return self._parallel.no_sync() if only and self._parallel is not None else nullcontext()
+
+    def finish_gradients(self) -> None:
+        """To be called when all gradients of a step are there, before they are used."""
+        if count_processes() == 1 or self._parallel is not None:
+            return
+        trained = [parameter for parameter in self._distiller.parameters() if parameter.requires_grad]
+        used = [parameter for parameter in trained if parameter.grad is not None]
+        means = average(torch.cat([parameter.grad.flatten() for parameter in used]))
+        for parameter, mean in zip(used, means.split([parameter.numel() for parameter in used]), strict=True):
+            parameter.grad.copy_(mean.view_as(parameter))
+        self._parallel = nn.parallel.DistributedDataParallel(
+            _Detached(self._distiller),
+            broadcast_buffers=False,  # statistics are averaged where they are used; banks are alike already
+            init_sync=False,  # one seed, one checkpoint: weights are alike, and statistics would be lost
+            find_unused_parameters=len(used) < len(trained) or not self._distiller.uses_everything,
+        )
+
+
+class _Detached(nn.Module):
+    """A distiller whose logits are for reading only: DDP takes every output for something that is differentiated."""
+
+    def __init__(self, distiller: nn.Module):
+        super().__init__()
+        self.distiller = distiller
+
+    def forward(self, *arguments):
+        logits, losses = self.distiller(*arguments)
+        return (None if logits is None else logits.detach()), losses

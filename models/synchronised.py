@@ -1,0 +1,99 @@
+"""BatchNorm over the batch of all processes (torch.distributed), on any device.
+
+torch's synchronised BatchNorm is for accelerators; on a CPU its mathematics is written out here, with sums over all
+processes that gradients flow through.
+"""
+
+import torch
+from torch import Tensor, distributed, nn
+
+
+def count_processes() -> int:
+    """How many processes train together; 1 without torchrun."""
+    return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
+
+
+def total(values: Tensor) -> Tensor:
+    """The sum over all processes of a tensor of one shape; its gradient is the sum of theirs."""
+    if count_processes() == 1:
+        return values
+    from torch.distributed.nn.functional import all_reduce
+
+    return all_reduce(values)
+
+
+def average(values: Tensor) -> Tensor:
+    """The mean over all processes, without gradients."""
+    if count_processes() == 1:
+        return values
+    values = values.detach().clone()
+    distributed.all_reduce(values)
+    return values / count_processes()
+
+
+def is_synchronised(bn: nn.Module) -> bool:
+    """Whether a BatchNorm in training takes its statistics over all processes."""
+    return bn.training and isinstance(bn, (nn.SyncBatchNorm, SyncBatchNormOnCPU)) and count_processes() > 1
+
+
+def total_moments(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """x (B, C, ...) -> mean (C,), biased variance (C,) and number of values per channel, over all processes."""
+    others = [dimension for dimension in range(x.dim()) if dimension != 1]
+    number = x.new_full((1,), x.numel() / x.shape[1])
+    *sums, number = total(torch.cat([x.sum(others), number])).split([x.shape[1], 1])
+    mean = sums[0] / number
+    variance = total((x - _per_channel(mean, x)).square().sum(others)) / number
+    return mean, variance, number.detach()
+
+
+def normalise(x: Tensor, bn: nn.Module, moments: tuple[Tensor, Tensor]) -> Tensor:
+    """(x - mean) / sqrt(variance + eps) with the affine layer of `bn`, for x (B, C, ...)."""
+    mean, variance = (_per_channel(values, x) for values in moments)
+    normalised = (x - mean) * torch.rsqrt(variance + bn.eps)
+    return normalised * _per_channel(bn.weight, x) + _per_channel(bn.bias, x)
+
+
+def _per_channel(values: Tensor, x: Tensor) -> Tensor:
+    return values.to(x.dtype).view(1, -1, *[1] * (x.dim() - 2))
+
+
+class SyncBatchNormOnCPU(nn.BatchNorm2d):
+    """What `torch.nn.SyncBatchNorm` computes, for (B, C, ...) on any device."""
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        pass
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not is_synchronised(self):
+            return super().forward(input)
+        x = input.to(torch.promote_types(input.dtype, torch.float32))
+        mean, variance, number = total_moments(x)
+        update_statistics(self, mean, variance, number)
+        return normalise(x, self, (mean, variance)).to(input.dtype)
+
+
+@torch.no_grad()
+def update_statistics(bn: nn.Module, mean: Tensor, variance: Tensor, number: Tensor | int) -> None:
+    """Move the running statistics (C,) towards a batch's mean and biased variance (C,) over `number` values each."""
+    unbiased = variance * (number / (number - 1))
+    bn.running_mean.lerp_(mean.to(bn.running_mean.dtype), bn.momentum)
+    bn.running_var.lerp_(unbiased.to(bn.running_var.dtype), bn.momentum)
+    bn.num_batches_tracked += 1
+
+
+def synchronise(module: nn.Module) -> None:
+    """Put synchronised BatchNorms, with the same parameters and buffers, into the places of all plain ones."""
+    for name, child in module.named_children():
+        if isinstance(child, nn.modules.batchnorm._BatchNorm):
+            setattr(module, name, _synchronised(child))
+        else:
+            synchronise(child)
+
+
+def _synchronised(bn: nn.Module) -> nn.Module:
+    kind = SyncBatchNormOnCPU if bn.weight.device.type == "cpu" else nn.SyncBatchNorm
+    new = kind(bn.num_features, bn.eps, bn.momentum, bn.affine, bn.track_running_stats)
+    new.weight, new.bias = bn.weight, bn.bias
+    for name, buffer in bn.named_buffers():
+        setattr(new, name, buffer)
+    return new.train(bn.training)
