@@ -128,6 +128,8 @@ class FeatureTransform(nn.Module):
     def _chosen_form(self, x: Tensor, needs_moments: bool) -> str:
         if self.form != "auto":
             return self.form
+        if is_synchronised(self.expand[1]):
+            return "collapsed"  # processes with more and with fewer images have to exchange the same sums
         pixels, channels = x.numel() // x.shape[1], x.shape[1]
         costs = multiply_adds(pixels, channels, self.teacher_channels, self.n, needs_moments)
         return min(costs, key=costs.get)

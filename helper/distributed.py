@@ -44,7 +44,7 @@ def joined() -> Iterator[None]:
             raise
         sys.exit(128 + stop.signal_number)
     except Exception as error:
-        first = store.add(FAILURES, 1) == 1
+        first = _is_first(store)
         reason = _one_line(error)
         if reason is None:
             raise
@@ -52,6 +52,14 @@ def joined() -> Iterator[None]:
             raise reason from None
         sys.exit(2)  # without leaving the group, which may wait for those that have gone
     distributed.destroy_process_group()
+
+
+def _is_first(store: distributed.Store) -> bool:
+    """Whether no other process has failed before; True where the process that would know has ended."""
+    try:
+        return store.add(FAILURES, 1) == 1
+    except RuntimeError:
+        return True
 
 
 def _one_line(error: Exception) -> UserError | None:
