@@ -4,12 +4,13 @@ python train_imagenet_student.py --data PATH --path_t torchvision:resnet34 --mod
 """
 
 from errors import run_script
-from helper import configuration, engine, options
+from helper import configuration, distributed, engine, options
 
 
 def main(argv=None):
-    configs, teacher_file = configuration.parse(options.imagenet_parser(), argv)
-    return engine.run(configs, teacher_file)
+    with distributed.joined():
+        configs, teacher_file = configuration.parse(options.imagenet_parser(), argv)
+        return engine.run(configs, teacher_file)
 
 
 if __name__ == "__main__":

@@ -62,7 +62,7 @@ class EpochMeter:
         self._images, self.has_images = share * images, images > 0
         self._correct.fill_(share * state["correct"])
         self._losses = {
-            name: torch.tensor(share * value, device=self._device) for name, value in state["losses"].items()
+            name: torch.tensor(share * float(value), device=self._device) for name, value in state["losses"].items()
         }
 
     def _totals(self) -> tuple[dict[str, float], int, int, float]:

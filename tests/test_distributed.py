@@ -22,6 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")
 EQUAL = [name for name, case in CASES.items() if case[3]]
 RUN = ("--batch_size", "8", "--epochs", "2", "--model", "resnet8", "--save_every_steps", "1")
+SLOW = ("--trial", "2", "--sync_bn", "--learning_rate", "0.001")
 
 
 def free_port() -> int:
@@ -39,9 +40,8 @@ def together(tmp_path_factory) -> Path:
     student = ["student", *common, "--path_t", teacher, "--model_s", "resnet8"]
     runs = [
         ["teacher", *common, *RUN],
-        [*student, "--distill", "factor", "--max_steps", "2", "--epochs", "1"],
-        ["teacher", *common, *RUN, "--sync_bn", "--max_steps", "4", "--trial", "2"],
-        ["teacher", *common, *RUN, "--sync_bn", "--max_steps", "9", "--trial", "2", "--resume"],
+        [*student, "--distill", "factor", "--allow_teacher_gap", "--max_steps", "2", "--epochs", "1"],
+        ["teacher", *common, *RUN, *SLOW, "--max_steps", "4"],
     ]
     spawn(run_cases, (free_port(), str(folder), runs), nprocs=2)
     return folder
@@ -66,7 +66,7 @@ def test_two_processes_end_with_the_weights_of_one(outcomes, name):
         assert torch.allclose(value, first["after"][key], rtol=1e-9, atol=1e-11), key
     for ours, theirs in zip(alone["means"], first["means"], strict=True):
         assert close(ours, theirs, 1e-6)
-    assert close(alone["test"], first["test"], 1e-9)
+    assert close(alone["test"], first["test"], 1e-6)
     assert same_state(first["before"], second["before"])
 
 
@@ -95,20 +95,21 @@ def test_whole_runs_write_once(together):
     assert len(list(run.glob("events*"))) == 1
     assert not (together / "digits_ce_resnet8_trial1-2").exists()
     assert [record.get("stage") for record in metrics(together / "digits_factor_resnet8_resnet8_trial1")] == [
-        "paraphrase",
+        "paraphraser",
         None,
     ]
 
 
 def test_a_run_goes_on_in_another_number_of_processes(together, tmp_path, monkeypatch):
-    """Four steps in two processes and the other eight in two, or in one: the same weights as twelve in one."""
+    """Four steps in two processes and five in one: the same weights as nine in one, but for rounding."""
     monkeypatch.setattr(inputs, "load_data", few_images)
-    argv = ["--save_dir", str(tmp_path), *RUN, "--sync_bn", "--trial", "2", "--max_steps", "9"]
-    train_teacher.main(argv)
-    alone, resumed = (load(folder / "digits_ce_resnet8_trial2" / "last.pth") for folder in (tmp_path, together))
+    train_teacher.main(["--save_dir", str(tmp_path), *RUN, *SLOW, "--max_steps", "9"])
+    run = "digits_ce_resnet8_trial2"
+    train_teacher.main(["--resume", str(together / run), "--max_steps", "9"])
+    alone, resumed = (load(folder / run / "last.pth") for folder in (tmp_path, together))
     assert alone["step"] == resumed["step"] == 9
     for key, value in alone["distiller"].items():
-        assert torch.allclose(value.double(), resumed["distiller"][key].double(), atol=1e-3), key
+        assert torch.allclose(value.double(), resumed["distiller"][key].double(), rtol=1e-4, atol=1e-4), key
 
 
 def environment(number: int, port: int, trouble: str) -> dict:
@@ -124,7 +125,8 @@ def run_with_trouble(trouble: str, folder: Path) -> list[tuple[int, str]]:
         subprocess.Popen(argv, cwd=ROOT, env=environment(number, port, trouble), stderr=subprocess.PIPE, text=True)
         for number in range(2)
     ]
-    return [(process.wait(timeout=300), process.stderr.read()) for process in processes]
+    texts = [process.communicate(timeout=300)[1] for process in processes]
+    return [(process.returncode, text) for process, text in zip(processes, texts, strict=True)]
 
 
 def test_an_error_in_one_process_ends_all_with_one_line(tmp_path):
@@ -207,5 +209,5 @@ def test_every_part_is_large_enough_for_the_method(distil, monkeypatch):
         return losses(self, student, teacher, targets, index, progress)
 
     monkeypatch.setattr(DISTILLERS["rkd"], "losses", spied)
-    distil("--batch_size", "8", "--accumulate", "4", "--epochs", "1", distill="rkd")
+    distil("--batch_size", "8", "--accumulate", "4", "--epochs", "1", "--allow_teacher_gap", distill="rkd")
     assert sizes == [2] * 20 + [3]
