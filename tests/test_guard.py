@@ -1,6 +1,7 @@
 """Numbers that are not finite, and what is the teacher's: found, named, kept apart."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -76,14 +77,14 @@ def run_folder(save_dir):
     [
         (lambda loss: loss * torch.nan, "loss_kd is nan"),
         (lambda loss: loss + torch.inf, "loss_kd is inf"),
-        (with_infinite_gradient, "the gradient is inf"),
+        (with_infinite_gradient, "the gradient is (inf|nan)"),
     ],
 )
 def test_the_first_bad_step_is_named_and_the_good_checkpoint_stays(distil, poison, save_dir, change, said):
     poison("kd", "kd", {5, 6}, change)
     with pytest.raises(UserError) as caught:
         distil(*FLAGS, "--save_every_steps", "1", distill="kd")
-    assert f"{said} in epoch 2/2 step 2" in str(caught.value) and "lower --learning_rate or" in str(caught.value)
+    assert re.search(f"{said} in epoch 2/2 step 2: .* lower --learning_rate or", str(caught.value))
     run = run_folder(save_dir)
     checkpoint = load(run / "last.pth")
     assert (checkpoint["epoch"], checkpoint["epoch_state"]["steps"]) == (1, 1)
