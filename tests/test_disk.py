@@ -1,8 +1,10 @@
 """What a run writes: on a full disk, in torn files, and in TensorBoard after it was resumed."""
 
 import json
+import os
 import resource
 import subprocess
+import tempfile
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -44,14 +46,16 @@ def no_file_above(size: int):
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-@pytest.fixture(scope="module")
-def small_disk(tmp_path_factory):
-    """A file system of 4 MB of its own."""
-    place = tmp_path_factory.mktemp("disk")
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(place)], capture_output=True).returncode:
+@pytest.fixture
+def small_disk():
+    """A file system of 4 MB of its own; not below pytest's folder, whose clearing a mount that was left would stop."""
+    place = tempfile.mkdtemp(prefix="small_disk")
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", place], capture_output=True).returncode:
+        os.rmdir(place)
         pytest.skip("only root may mount a small file system")
-    yield place
-    subprocess.run(["umount", str(place)], check=True)
+    yield Path(place)
+    subprocess.run(["umount", "--lazy", place], check=True)
+    os.rmdir(place)
 
 
 def test_a_full_disk_stops_the_run_and_keeps_the_checkpoint(small_disk, tmp_path):
