@@ -22,7 +22,7 @@ def read_square(path: str | os.PathLike, size: int, flag: str = "--data") -> Ten
             if square.size != (size, size):
                 square = v2.CenterCrop(size)(v2.Resize(size)(square))
             return torch.from_numpy(numpy.array(square))
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except Exception as error:  # decoders raise whatever their parsers do
         raise UserError(f"{flag}: {path} cannot be read as an image ({error}); mend or remove it") from None
 
 

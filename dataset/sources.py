@@ -32,30 +32,39 @@ def _images(pixels, targets) -> Images:
     return Images(torch.as_tensor(pixels).permute(0, 3, 1, 2).contiguous(), torch.as_tensor(targets).long())
 
 
-def _download(dataset_class, folder: str, **options):
+def _download(dataset_class, folder: str | None, may_download: bool, **options):
+    folder = folder or DOWNLOAD_FOLDER
     try:
-        return dataset_class(folder, download=True, **options)
-    except (URLError, OSError, RuntimeError) as error:
+        return dataset_class(folder, download=may_download, **options)
+    except (URLError, OSError, RuntimeError, ValueError) as error:
+        if not may_download:  # a file names the folder; what a file says is read, and never written to
+            raise UserError(
+                f"--data: {dataset_class.__name__} is not in {folder}, the folder on record; name another with --data"
+            ) from None
         raise UserError(
             f"--data: {dataset_class.__name__} is neither in {folder} nor can it be downloaded ({error}); put the "
             "archive there, or try --dataset digits, which needs no network"
         ) from None
 
 
-def _cifar(dataset_class, name: str, mean: tuple[float, ...], std: tuple[float, ...], folder: str | None) -> ImageData:
-    train, test = (_download(dataset_class, folder or DOWNLOAD_FOLDER, train=is_train) for is_train in (True, False))
+def _cifar(dataset_class, name: str, mean: tuple[float, ...], std: tuple[float, ...], *place) -> ImageData:
+    train, test = (_download(dataset_class, *place, train=is_train) for is_train in (True, False))
     splits = (_images(split.data, split.targets) for split in (train, test))
     return ImageData(name, *splits, train.classes, mean, std, Augmentation())
 
 
 def cifar100(folder: str | None, image_size: int, reading: Reading) -> ImageData:
     """CIFAR-100, 50,000 + 10,000 images; normalised as in RepDistiller."""
-    return _cifar(datasets.CIFAR100, "cifar100", (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761), folder)
+    return _cifar(
+        datasets.CIFAR100, "cifar100", (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761), folder, reading.may_download
+    )
 
 
 def cifar10(folder: str | None, image_size: int, reading: Reading) -> ImageData:
     """CIFAR-10, 50,000 + 10,000 images."""
-    return _cifar(datasets.CIFAR10, "cifar10", (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616), folder)
+    return _cifar(
+        datasets.CIFAR10, "cifar10", (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616), folder, reading.may_download
+    )
 
 
 def fashion_mnist(folder: str | None, image_size: int, reading: Reading) -> ImageData:
@@ -66,7 +75,7 @@ def fashion_mnist(folder: str | None, image_size: int, reading: Reading) -> Imag
         return _images(grey[..., None].expand(-1, -1, -1, 3), source.targets)
 
     train, test = (
-        _download(datasets.FashionMNIST, folder or DOWNLOAD_FOLDER, train=is_train) for is_train in (True, False)
+        _download(datasets.FashionMNIST, folder, reading.may_download, train=is_train) for is_train in (True, False)
     )
     train_images = split(train)
     return ImageData(
@@ -173,9 +182,14 @@ def _list_images(path: str) -> datasets.ImageFolder:
         raise UserError(
             f"--data: there is no folder {path}; expected train/ and val/ (or test/), one sub-folder per class"
         )
+    for root, folders, _ in os.walk(path, followlinks=True):
+        for folder in folders:
+            link = os.path.join(root, folder)
+            if os.path.islink(link) and f"{os.path.realpath(root)}/".startswith(f"{os.path.realpath(link)}/"):
+                raise UserError(f"--data: {link} leads back to a folder that it lies in; remove it")
     try:
         return datasets.ImageFolder(path)
-    except FileNotFoundError as error:
+    except OSError as error:
         raise UserError(f"--data: {path} has no images, or a class without any: {str(error).splitlines()[0]}") from None
 
 
@@ -201,9 +215,14 @@ DATASETS = {
 
 
 def load_data(
-    name: str, folder: str | None = None, image_size: int = 32, num_workers: int = 4, max_broken: int = 10
+    name: str,
+    folder: str | None = None,
+    image_size: int = 32,
+    num_workers: int = 4,
+    max_broken: int = 10,
+    may_download: bool = True,
 ) -> ImageData:
     """A data set by name, from `folder`; raises `UserError`. Only folders of images read what comes behind it."""
     if name not in DATASETS:
         raise UserError(f"--dataset: unknown data set '{name}'; choose from {', '.join(DATASETS)}")
-    return DATASETS[name](folder, image_size, Reading(num_workers, max_broken))
+    return DATASETS[name](folder, image_size, Reading(num_workers, max_broken, may_download))

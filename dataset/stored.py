@@ -25,6 +25,7 @@ class Reading(NamedTuple):
 
     num_workers: int = 4  # processes; 0: none beside the training
     max_broken: int = 10  # different images that cannot be read before the run ends
+    may_download: bool = True  # to the folder
 
 
 class Source(Protocol):

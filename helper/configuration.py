@@ -17,6 +17,7 @@ from helper.fast import OFF, choose
 from helper.recipes import resolve
 from helper.run_folder import CONFIG, RunFolder
 from helper.schedule import stretch
+from helper.stored import read_configuration
 from helper.teacher import TeacherFile, read_teacher
 from helper.variants import expand, share_order
 from models.wrappers import describe_wrapper
@@ -208,12 +209,11 @@ def _stored_configuration(path: str, given: dict) -> dict:
     """The configuration of the run folder at `path`; what is given besides must agree with it, or be free to change."""
     if not os.path.isdir(path):
         raise UserError(f"--resume: {path} is not a run folder")
-    stored = RunFolder(path).read_json(CONFIG)
+    stored = read_configuration(RunFolder(path).read_json(CONFIG), f"--resume: {os.path.join(path, CONFIG)}")
     for argument, value in given.items():
-        if argument not in MAY_CHANGE and stored.get(argument) != (list(value) if isinstance(value, tuple) else value):
+        if argument not in MAY_CHANGE and stored.get(argument) != value:
             raise UserError(
                 f"--resume: {path} was run with {argument} {stored.get(argument)}, not {value}; leave the flag out, or "
                 "start a new run"
             )
-    stored.pop("origins", None)
     return stored | {"resume": path}

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from distiller_zoo import Progress
-from errors import Stopped, UserError
+from errors import Stopped
 from helper.configuration import run_name
 from helper.distributed import average_statistics, by_main, count_processes, describe_batch, is_main
 from helper.guard import Guard
@@ -26,9 +26,11 @@ from helper.run_folder import BEST, CONFIG, LAST, RESULT, FolderElsewhere, RunFo
 from helper.run_state import build_distiller, data_record
 from helper.signals import StopRequest
 from helper.stage_training import StageTraining, TeacherRequest, format_title
+from helper.stored import check_optimizer, check_state, contained
 from helper.teacher import TeacherFile, check_apart
 from models import build_model
 from models.backbone import Output, probe_shapes
+from models.checkpoints import load_weights
 from models.cost import count_parameters
 from models.synchronised import synchronise
 
@@ -236,18 +238,18 @@ class Run:
     def restore(self) -> None:
         """Take up the state of the folder's last checkpoint."""
         checkpoint = by_main(self.folder.read_last)
-        try:
-            self._enter(checkpoint["stage_number"], checkpoint["epoch"], checkpoint["stage_step"])
-            self.distiller.load_state_dict(checkpoint["distiller"])
-            self.training.optimizer.load_state_dict(checkpoint["optimizer"])
+        source = f"--resume: {self.folder.path} does not fit this run"
+        with contained(source):
             checkpoint.setdefault("choices", checkpoint["accuracies"])  # files from before there was --holdout
+            self._enter(checkpoint["stage_number"], checkpoint["epoch"], checkpoint["stage_step"])
+            check_state(checkpoint, self.in_main_stage)
+            load_weights(self.distiller, self.config.model_s, checkpoint["distiller"], source)
+            optimizer = self.training.optimizer
+            momentum = check_optimizer(checkpoint["optimizer"], optimizer.param_groups[0]["params"])
+            optimizer.load_state_dict(optimizer.state_dict() | {"state": momentum})
             for name in (*STATE, "epoch_state"):
                 setattr(self, name, checkpoint[name])
             self.guard.skipped = checkpoint["skipped_steps"]
-        except (KeyError, IndexError, RuntimeError, ValueError) as error:
-            raise UserError(
-                f"--resume: {self.folder.path} does not fit this run: {str(error).splitlines()[0]}"
-            ) from None
         self.folder.keep_metrics_until(self.epochs_over)
         stage = self.stages[self.stage_number]
         title = format_title(stage.name, Progress(self.epoch - 1, stage.epochs))

@@ -39,8 +39,11 @@ class Inputs(NamedTuple):
 def load_inputs(config: Namespace, teacher_file: TeacherFile | None) -> Inputs:
     """Load the data and measure the teacher; raises `UserError` where they do not fit or the teacher is off record."""
     device, fast = device_of(config.device), Fast.of(config)
+    # Only a folder that was named on the command line is written to.
+    may_download = config.data is None or config.origins["data"] == "command line"
+    reading = (config.data, config.image_size, config.num_workers, config.max_broken, may_download)
     with one_by_one_here():
-        data = load_data(config.dataset, config.data, config.image_size, config.num_workers, config.max_broken)
+        data = load_data(config.dataset, *reading)
     data = data._replace(train=data.train.to(device), test=data.test.to(device))
     batch_size = EVALUATION_BATCH if data.image_size <= SMALL else config.batch_size
     data, choosing_loader = _keep_apart(data, config.holdout, batch_size, device)

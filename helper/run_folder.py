@@ -71,7 +71,13 @@ class RunFolder:
         self._lock: int | None = None
 
     def lock(self) -> "RunFolder":
-        """Claim the folder until `close`; raises `UserError` where another process writes to it."""
+        """Claim the folder until `close`; raises `UserError` where another process writes to it.
+
+        Nor is a folder taken in which a link would lead what is written out of it.
+        """
+        for name in os.listdir(self.path):
+            if (self.path / name).is_symlink():
+                raise UserError(f"--resume: {self.path / name} is a link; a run's files must be its own")
         with writing(self.path / ".lock"):
             self._lock = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT)
         try:

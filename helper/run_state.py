@@ -11,6 +11,7 @@ from distiller_zoo.ce import CrossEntropy
 from distiller_zoo.feature_transform import FeatureTransform
 from distiller_zoo.norm import FTBaseline
 from errors import UserError
+from helper.stored import contained, read_configuration
 from models import build_model
 from models.backbone import Backbone
 from models.checkpoints import (
@@ -24,6 +25,9 @@ from models.checkpoints import (
     split_official_norm,
 )
 from models.wrappers import wrap
+
+#: More training images are a damaged number.
+MOST_IMAGES = 10**8
 
 
 def build_distiller(
@@ -56,18 +60,20 @@ def data_record(data: ImageData) -> dict:
 
 def rebuild(checkpoint: Mapping, source: str) -> tuple[Distiller, dict]:
     """A run's checkpoint -> (the method with its weights, its configuration); needs neither teacher file nor data."""
-    try:
-        config, data, weights = dict(checkpoint["config"]), checkpoint["data"], checkpoint["distiller"]
+    with contained(f"{source} is not a whole checkpoint of a run"):
+        config, data, weights = (
+            read_configuration(checkpoint["config"], source),
+            checkpoint["data"],
+            checkpoint["distiller"],
+        )
         num_classes = len(data["classes"])
+        if not num_classes <= data["train_images"] <= MOST_IMAGES:
+            raise ValueError(f"{data['train_images']} training images")
         targets = torch.arange(data["train_images"]) % num_classes  # only their number matters here
         student = build_model(config["model_s"], num_classes)
-        teacher = build_model(config["model_t"], num_classes) if config["model_t"] else None
-        teacher = wrap(teacher, config.get("wrapper_t"), source)
+        teacher = build_model(config["model_t"], num_classes) if config.get("model_t") else None
+        teacher = wrap(teacher, checkpoint["config"].get("wrapper_t"), source)
         distiller = build_distiller(config, student, teacher, num_classes, data["image_size"], targets)
-    except (KeyError, TypeError) as error:
-        raise UserError(
-            f"{source} is not a whole checkpoint of a run: {error} is missing or of the wrong kind"
-        ) from None
     load_weights(distiller, config["model_s"], weights, source)
     return distiller.eval(), config
 

@@ -12,6 +12,7 @@ from errors import UserError
 from helper.pretrained import read_timm, read_torchvision
 from helper.recipes import PUBLISHED_TEACHERS
 from helper.run_state import rebuild
+from helper.stored import contained
 from models import build_model, imagenet_model_dict
 from models.backbone import Backbone, Output
 from models.checkpoints import (
@@ -68,24 +69,39 @@ def read_teacher(path: str, model_t: str | None) -> TeacherFile:
     if is_external(path):
         return _read_pretrained(path, model_t)
     checkpoint = read_checkpoint(path, "--path_t")
-    if "distiller" in checkpoint:
-        distiller, config = rebuild(checkpoint, f"--path_t: {path}")
-        name, network, record = (
-            config["model_s"],
-            distiller.export(),
-            {**config, "accuracy": checkpoint.get("accuracy")},
-        )
-    elif "model_name" in checkpoint:
-        network, record = load_exported(checkpoint, f"--path_t: {path}")
-        name = record["model_name"]
-    else:
-        name, network, record = _read_foreign(path, model_t, checkpoint)
+    with contained(f"--path_t: {path} cannot be used"):
+        if "distiller" in checkpoint:
+            distiller, config = rebuild(checkpoint, f"--path_t: {path}")
+            name, network, record = (
+                config["model_s"],
+                distiller.export(),
+                {**config, "accuracy": checkpoint.get("accuracy")},
+            )
+        elif "model_name" in checkpoint:
+            network, record = load_exported(checkpoint, f"--path_t: {path}")
+            name = record["model_name"]
+        else:
+            name, network, record = _read_foreign(path, model_t, checkpoint)
+        _check_record(record)
     if model_t is not None and model_t != name:
         raise UserError(f"--path_t: {path} holds another architecture, {name}, than --model_t {model_t}")
     num_classes = network.get_classifier().out_features
     return TeacherFile(
         path, name, network, num_classes, *(record.get(key) for key in ("dataset", "data", "image_size", "accuracy"))
     )
+
+
+def _check_record(record: dict) -> None:
+    """Raise `ValueError` where what a file says of its teacher is of the wrong kind."""
+    kinds = {"dataset": str, "data": str, "image_size": int, "accuracy": float}
+    for name, kind in kinds.items():
+        value = record.get(name)
+        if value is not None and (
+            type(value) is not kind or "\0" in str(value) or (kind is not str and not value >= 0)
+        ):
+            raise ValueError(f"its {name} is {str(value)[:40]}")
+    if not 8 <= (record.get("image_size") or 32) <= 10_000:
+        raise ValueError(f"its image_size is {record['image_size']}")
 
 
 def _read_foreign(path: str, model_t: str | None, checkpoint: dict) -> tuple[str, Backbone, dict]:

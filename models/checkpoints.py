@@ -111,16 +111,29 @@ def rename_for(model_name: str, weights: Weights) -> Weights:
 def _differences(expected: Mapping[str, Tensor], weights: Weights) -> list[str]:
     missing = [f"no {key}" for key in expected if key not in weights]
     unknown = [f"unknown {key}" for key in weights if key not in expected]
+    both = [(key, value, weights[key]) for key, value in expected.items() if key in weights]
     shapes = [
-        f"{key} is {tuple(weights[key].shape)} instead of {tuple(value.shape)}"
-        for key, value in expected.items()
-        if key in weights and weights[key].shape != value.shape
+        f"{key} is {tuple(found.shape)} instead of {tuple(value.shape)}"
+        for key, value, found in both
+        if found.shape != value.shape
     ]
-    return shapes + missing + unknown
+    # Floats of another width are fine; they are converted.
+    kinds = [
+        f"{key} is {found.dtype} instead of {value.dtype}"
+        for key, value, found in both
+        if found.dtype != value.dtype and not (found.is_floating_point() and value.is_floating_point())
+    ]
+    return shapes + missing + unknown + kinds
+
+
+def _is_plain(value: object) -> bool:
+    return isinstance(value, Tensor) and value.layout == torch.strided and value.device.type != "meta"
 
 
 def load_weights(model: nn.Module, model_name: str, weights: Weights, source: str) -> None:
-    """Load strictly: every key and shape must agree, else `UserError` with the first differences."""
+    """Load strictly: every key, shape and kind of number must agree, and every number be finite, else `UserError`."""
+    if not isinstance(weights, Mapping) or not all(_is_plain(value) for value in weights.values()):
+        raise UserError(f"{source} holds something else than weights")
     weights = rename_for(model_name, weights)
     differences = _differences(model.state_dict(), weights)
     if differences:
@@ -129,6 +142,9 @@ def load_weights(model: nn.Module, model_name: str, weights: Weights, source: st
             f"{source} holds another architecture than {model_name}: {'; '.join(differences[:2])}{more}"
             f"{_suggestion(weights)}"
         )
+    for key, value in weights.items():
+        if not value.isfinite().all():
+            raise UserError(f"{source} is of no use: {key} is not finite")
     model.load_state_dict(weights)
 
 

@@ -555,7 +555,7 @@ def load_few(*arguments):
     return data._replace(train=Images(data.train.pixels[:64], data.train.targets[:64]))
 
 
-@pytest.mark.parametrize("name", ["abound", "factor", "fsp"])
+@pytest.mark.parametrize("name", ["abound", "factor", "fsp", "sskd"])
 @pytest.mark.parametrize("saves", [1, 3])
 def test_a_staged_run_that_is_cut_goes_on_bit_for_bit(distil, monkeypatch, name, saves, capsys):
     """Cut after the first of two epochs of the first stage, and after the first of the main one."""

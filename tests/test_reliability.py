@@ -1,5 +1,7 @@
 """What happens to machines, and what is let in: kills, damaged files, two processes in one folder."""
 
+import json
+import multiprocessing
 import os
 import random
 import signal
@@ -51,7 +53,7 @@ def test_a_damaged_last_checkpoint_falls_back_to_the_one_before(distil, few_imag
     assert same_state(load(whole / "last.pth")["distiller"], load(cut / "last.pth")["distiller"])
 
 
-@pytest.mark.parametrize("distill", ["norm", "norm_crd"])
+@pytest.mark.parametrize("distill", ["norm", "norm_crd", "ofd"])
 @pytest.mark.parametrize("saves", [2, 3, 6])
 def test_cut_within_an_epoch_and_resumed_it_ends_the_same(distil, few_images, monkeypatch, distill, saves, capsys):
     flags = ("--batch_size", "32", "--epochs", "2", *(("--nce_k", "16") if distill == "norm_crd" else ()))
@@ -93,6 +95,39 @@ def test_a_signal_saves_and_stops(tmp_path, name, code):
     assert process.returncode == code and f"stopped by {name} and saved" in errors and "Traceback" not in errors
     assert load(run / "last.pth")["epoch"] < 50
     train_teacher.main(["--resume", str(run), "--max_steps", "1"])
+
+
+def test_nothing_on_record_leads_out_of_the_run_folder(distil, few_images, tmp_path, monkeypatch, save_dir):
+    """What config.json and a teacher's file say is read; only the command line says where to write."""
+    run, outside = distil("--batch_size", "64", "--epochs", "1"), tmp_path / "outside"
+    config = json.loads((run / "config.json").read_text())
+    argv = ["--resume", str(run), "--epochs", "2"]
+    (run / "config.json").write_text(json.dumps(config | {"save_dir": str(outside), "device": "cpu"}))
+    train_cifar_student.main([*argv, "--max_steps", "3"])
+    for name, value in {"trial": "../../outside", "dataset": "../outside", "model_s": "/outside"}.items():
+        (run / "config.json").write_text(json.dumps(config | {name: value}))
+        assert "config.json" in message_of(train_cifar_student.main, argv)
+    outside.mkdir()
+    (run / "config.json").write_text(json.dumps(config | {"dataset": "cifar10", "data": str(outside)}))
+    assert "CIFAR10 is not in" in message_of(train_cifar_student.main, argv)
+    teacher = load(tmp_path / "save" / run.name / "last.pth")
+    teacher["config"] |= {
+        "dataset": "cifar10",
+        "data": str(outside),
+        "save_dir": str(outside),
+        "trial": "../../outside",
+    }
+    torch.save(teacher, tmp_path / "teacher.pth")
+    flags = ["--model_s", "resnet8", "--path_t", str(tmp_path / "teacher.pth"), "--save_dir", str(save_dir)]
+    assert "trial" in message_of(train_cifar_student.main, flags)
+    teacher["config"]["trial"] = "1"
+    torch.save(teacher, tmp_path / "teacher.pth")
+    assert "CIFAR10 is not in" in message_of(train_cifar_student.main, flags)
+    (run / "config.json").write_text(json.dumps(config))
+    (run / "log.txt").unlink()
+    (run / "log.txt").symlink_to(outside / "log.txt")
+    assert "log.txt is a link" in message_of(train_cifar_student.main, argv)
+    assert not list(outside.iterdir()) and {path.name for path in save_dir.iterdir()} == {run.name}
 
 
 def test_a_folder_belongs_to_one_process(distil, few_images):
@@ -157,25 +192,56 @@ def test_a_pickle_that_runs_code_is_refused(tmp_path):
         assert not (tmp_path / "made").exists() and not (tmp_path / "save").exists()
 
 
+def train_few(argv: list[str]) -> None:
+    """`train_cifar_student.py` on few images, in a process of its own."""
+    data = load_data("digits")
+    few = data._replace(**{name: Images(*(part[:96] for part in getattr(data, name))) for name in ("train", "test")})
+    inputs.load_data = lambda *arguments: few
+    torch.set_num_threads(1)
+    train_cifar_student.main(argv)
+
+
+def start(argv: list[str]) -> multiprocessing.Process:
+    """A process that has the modules loaded already, so that kills fall into the run and not into imports."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["train_cifar_student"])
+    process = context.Process(target=train_few, args=(argv,))
+    process.start()
+    return process
+
+
+def finish(argv: list[str]) -> float:
+    """Run a command to its end; returns its seconds."""
+    started, process = time.monotonic(), start(argv)
+    process.join()
+    assert process.exitcode == 0
+    return time.monotonic() - started
+
+
 def test_killed_at_any_moment_and_resumed_it_ends_the_same(teacher_run, tmp_path):
-    """SIGKILL at random moments until the run is over; KILLS=50 for the published figure."""
-    argv = [sys.executable, "train_cifar_student.py", "--distill", "norm", "--model_s", "resnet8"]
-    argv += ["--path_t", str(teacher_run / "last.pth"), "--epochs", "3", "--batch_size", "256"]
-    subprocess.run([*argv, "--save_dir", str(tmp_path / "whole")], cwd=ROOT, check=True, capture_output=True)
+    """SIGKILL at random moments of runs that go on until they are over; KILLS=50 for the published figure."""
+    argv = ["--distill", "norm", "--model_s", "resnet8", "--path_t", str(teacher_run / "last.pth")]
+    argv += ["--epochs", "3", "--batch_size", "32", "--allow_teacher_gap", "--save_every_steps", "1"]
+    seconds = finish([*argv, "--save_dir", str(tmp_path / "whole")])
     (whole,) = (tmp_path / "whole").iterdir()
-    draw, kills = random.Random(0), 0
+    draw, kills, runs = random.Random(0), 0, 0
     while kills < KILLS:
-        process = subprocess.Popen([*argv, "--save_dir", str(tmp_path / "cut"), "--resume"], cwd=ROOT, stdout=-3)
-        time.sleep(draw.uniform(2, 12))
-        if process.poll() is None:
-            process.send_signal(signal.SIGKILL)
-            kills += 1
-        process.wait()
-        if list((tmp_path / "cut").glob("*/result.json")):
-            break
-    subprocess.run([*argv, "--save_dir", str(tmp_path / "cut"), "--resume"], cwd=ROOT, check=True, capture_output=True)
-    cut = next(path for path in (tmp_path / "cut").iterdir() if (path / "result.json").exists())
-    assert same_state(load(whole / "last.pth")["distiller"], load(cut / "last.pth")["distiller"])
-    clocks = ("images_per_s", "data_wait_s", "compute_s")
-    for ours, theirs in zip(metrics(whole), metrics(cut), strict=True):
-        assert all(ours[key] == theirs[key] for key in ours if key not in clocks)
+        root, runs = tmp_path / f"cut{runs}", runs + 1
+        resume = [*argv, "--save_dir", str(root), "--resume"]
+        while kills < KILLS and not any(root.glob("*/result.json")):
+            process = start(resume)
+            process.join(draw.uniform(0, seconds))
+            if process.exitcode is None:
+                process.kill()
+                process.join()
+            kills += process.exitcode == -signal.SIGKILL
+            assert process.exitcode in (0, -signal.SIGKILL)
+        finish(resume)
+        cut = next(path for path in root.iterdir() if (path / "result.json").exists())
+        a, b = load(whole / "last.pth"), load(cut / "last.pth")
+        for key in ("distiller", "optimizer", "epoch", "step", "accuracies"):
+            assert same_state(a[key], b[key]), key
+        clocks = ("images_per_s", "data_wait_s", "compute_s")
+        for ours, theirs in zip(metrics(whole), metrics(cut), strict=True):
+            assert all(ours[key] == theirs[key] for key in ours if key not in clocks)
+    print(f"{kills} kills in {runs} runs")
