@@ -114,7 +114,12 @@ def run_name(config: Namespace) -> str:
     return "_".join([config.dataset, config.distill, *networks, f"trial{config.trial}"])
 
 
-def _resolve(given: dict, stored: dict) -> tuple[Namespace, TeacherFile | None]:
+def foresee(given: dict, teacher: TeacherFile | None) -> Namespace:
+    """The configuration that a run with these flags will have, whose teacher need not exist yet (`network` None)."""
+    return _resolve(dict(given), {}, lambda *_: teacher)[0]
+
+
+def _resolve(given: dict, stored: dict, find_teacher=None) -> tuple[Namespace, TeacherFile | None]:
     """Lay the sources of values over each other; `given` is the command line, `stored` the run that is resumed."""
     distill = given.get("distill", stored.get("distill", DEFAULTS["distill"]))
     method = find_distiller(distill)
@@ -122,7 +127,7 @@ def _resolve(given: dict, stored: dict) -> tuple[Namespace, TeacherFile | None]:
     if model_s is None:
         raise UserError("name the network to train: --model_s NAME (in train_teacher.py: --model NAME)")
     _refuse_unused(given, distill, method)
-    teacher = _find_teacher(stored | given, distill, method)
+    teacher = (find_teacher or _find_teacher)(stored | given, distill, method)
     of_teacher = _teacher_record(given, teacher)
     dataset = {"dataset": DEFAULTS["dataset"]} | of_teacher | stored | given
     chosen = {flag.argument: (stored | given).get(flag.argument) for flag in method.flags}

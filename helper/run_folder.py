@@ -92,7 +92,7 @@ class RunFolder:
     @classmethod
     def create(cls, root: str, name: str) -> "RunFolder":
         """A new folder `root/name`, or `root/name-2` and so on where that exists."""
-        for candidate in _candidates(root, name):
+        for candidate in run_candidates(root, name):
             try:
                 candidate.mkdir(parents=True)
                 return cls(candidate).lock()
@@ -105,7 +105,7 @@ class RunFolder:
     @classmethod
     def find(cls, root: str, name: str) -> "RunFolder | None":
         """The latest folder that `create` made for this name and that has a checkpoint."""
-        made = list(itertools.takewhile(Path.exists, _candidates(root, name)))
+        made = list(itertools.takewhile(Path.exists, run_candidates(root, name)))
         return next(
             (cls(path) for path in reversed(made) if (path / LAST).exists() or (path / PREVIOUS).exists()), None
         )
@@ -247,7 +247,7 @@ def _or_null(value):
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _candidates(root: str, name: str) -> Iterator[Path]:
+def run_candidates(root: str, name: str) -> Iterator[Path]:
     yield Path(root, name)
     number = 2
     while True:

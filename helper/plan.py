@@ -1,0 +1,201 @@
+"""The runs of a table: which there are, which exist, which command trains each that does not."""
+
+import copy
+import itertools
+import json
+import re
+import shlex
+from argparse import Namespace
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from distiller_zoo import DISTILLERS, find_distiller
+from errors import UserError
+from helper.configuration import foresee, run_name
+from helper.options import student_parser, teacher_parser
+from helper.recipes import CIFAR_PAIRS
+from helper.run_folder import CONFIG, LAST, PREVIOUS, RESULT, run_candidates
+from helper.run_state import build_distiller
+from helper.teacher import TeacherFile
+from models import build_model
+from models.backbone import Backbone
+
+#: The pairs of the NORM paper's tables: CIFAR-100 within a family, across families; ImageNet.
+TABLES = {
+    "1": CIFAR_PAIRS[:7],
+    "2": CIFAR_PAIRS[7:],
+    "3": (("resnet34", "resnet18"), ("resnet50", "MobileNet")),
+    "6": (("resnet50", "resnet50_4"),),
+}
+IMAGENET_TABLES = ("3", "6")
+#: What a table has beside one row per method: (method, flags).
+COMBINATIONS = (("ft", "--ft plain"), ("ft", "--ft default"), ("crd", "-a 1"), ("norm", "-a 1"))
+#: What does not make a run another one.
+IRRELEVANT = (
+    *("trial", "origins", "save_dir", "num_workers", "device", "print_freq", "save_freq", "save_every_steps"),
+    *("resume", "path_t", "allow_teacher_gap"),
+)
+PUBLISHED_TEACHER = "{teacher}_vanilla/ckpt_epoch_240.pth"
+
+
+class Variant(NamedTuple):
+    """A row of a table: a method, and the flags in which it differs from its recipe."""
+
+    distill: str
+    flags: tuple[str, ...] = ()
+
+    @property
+    def label(self) -> str:
+        return " ".join((self.distill, *self.flags))
+
+    def trial(self, number: int) -> str:
+        """The name of a trial in the run folder's name: 1, or 1_a1 with `-a 1`."""
+        changed = re.sub(r"[^A-Za-z0-9.]", "", "".join(self.flags))
+        return f"{number}_{changed}" if changed else str(number)
+
+
+class Job(NamedTuple):
+    """One run of a table."""
+
+    row: str  # networks and method
+    config: Namespace
+    folder: Path  # where it lies, or will lie
+    state: str  # finished, begun, missing
+    command: tuple[str, ...]  # script and flags that train what is left of it
+    teacher: Path | None = None  # the folder of another job that must be finished first
+
+    @property
+    def title(self) -> str:
+        return f"{self.row}, seed {self.config.seed}"
+
+
+def read_variants(text: str) -> list[Variant]:
+    """norm -c 0; norm -s 1 -> the rows; raises `UserError` for an unknown method."""
+    words = [shlex.split(part) for part in text.split(";") if part.strip()]
+    for distill, *_ in words:
+        find_distiller(distill)
+    return [Variant(distill.lower(), tuple(flags)) for distill, *flags in words]
+
+
+def all_variants() -> list[Variant]:
+    """Every method with its recipe, and the combinations that tables list; `ce` is the baseline, which is no row."""
+    combined = [Variant(distill, tuple(flags.split())) for distill, flags in COMBINATIONS]
+    spelled_out = {"ft", "ce"}
+    return [*(Variant(name) for name in DISTILLERS if name not in spelled_out), *combined]
+
+
+class Plan:
+    """Lists the jobs of pairs, rows and seeds; `common` are flags of every run, `of_teacher` those of teachers."""
+
+    def __init__(self, save_dir: str, dataset: str | None, common: Sequence[str], of_teacher: Sequence[str]):
+        self.save_dir, self.common, self.of_teacher = save_dir, tuple(common), tuple(of_teacher)
+        self.common += ("--dataset", dataset) if dataset and "--dataset" not in common else ()
+        self.inapplicable: list[tuple[str, str]] = []  # (title, reason)
+        self._teacher_parser, self._student_parser = teacher_parser(), student_parser()
+        self._networks: dict[str, Backbone] = {}
+
+    def jobs(self, pairs: Sequence[tuple[str, str]], variants: Sequence[Variant], trials: int) -> list[Job]:
+        """Teachers and baselines first, then every row of every pair, seed by seed."""
+        teachers = {name: self._teacher(name) for name in dict.fromkeys(teacher for teacher, _ in pairs)}
+        jobs = [job for job in teachers.values() if isinstance(job, Job)]
+        for student in dict.fromkeys(student for _, student in pairs):
+            jobs += [self._network(student, number, self.common) for number in range(1, trials + 1)]
+        for (teacher, student), variant in itertools.product(pairs, variants):
+            if self._applies(teacher, student, variant, teachers[teacher]):
+                for number in range(1, trials + 1):
+                    jobs.append(self._student(teachers[teacher], teacher, student, variant, number))
+        return list({job.folder: job for job in jobs}.values())
+
+    def _teacher(self, name: str) -> "Job | Path":
+        """The job of a teacher, or the published file where it is there."""
+        job = self._network(name, 1, (*self.common, *self.of_teacher))
+        published = Path(self.save_dir, "models", PUBLISHED_TEACHER.format(teacher=name))
+        return published if job.config.dataset == "cifar100" and published.exists() else job
+
+    def _network(self, name: str, number: int, common: Sequence[str]) -> Job:
+        argv = ["--model", name, "--trial", str(number), "--save_dir", self.save_dir, *common]
+        given = _given(self._teacher_parser, argv)
+        return self._job(f"{name} with labels alone", foresee(given, None), "train_teacher.py", argv)
+
+    def _student(self, source: "Job | Path", teacher: str, student: str, variant: Variant, number: int) -> Job:
+        method = DISTILLERS[variant.distill]
+        argv = ["--distill", variant.distill, "--model_s", student, *variant.flags, *self.common]
+        argv += ["--trial", variant.trial(number), "--seed", str(number), "--save_dir", self.save_dir]
+        waits, file = None, None
+        if method.needs_teacher:
+            waits = source.folder if isinstance(source, Job) else None
+            path = str(source.folder / LAST if isinstance(source, Job) else source)
+            argv += ["--path_t", path]
+            file = _foreseen_teacher(path, teacher, source)
+        config = foresee(_given(self._student_parser, argv), file)
+        names = f"{teacher} -> {student}" if method.needs_teacher else student
+        return self._job(f"{names}: {variant.label}", config, "train_cifar_student.py", argv, waits)
+
+    def _job(self, row: str, config: Namespace, script: str, argv: list[str], waits: Path | None = None) -> Job:
+        folder, state = find_run(self.save_dir, config)
+        if state == "begun":
+            argv = ["--resume", str(folder)]
+        return Job(row, config, folder, state, (script, *argv), waits)
+
+    def _applies(self, teacher: str, student: str, variant: Variant, source: "Job | Path") -> bool:
+        """Whether the method can be built on the pair; notes why not."""
+        config = self._student(source, teacher, student, variant, 1).config
+        targets = torch.arange(50_000) % 10
+        try:
+            with torch.device("meta"):  # shapes alone, so that hundreds of rows are listed in seconds
+                for name in (teacher, student):
+                    self._networks.setdefault(name, build_model(name, 10))
+                networks = copy.deepcopy(self._networks[student]), self._networks[teacher]
+                build_distiller(vars(config), *networks, 10, config.image_size, targets)
+        except UserError as error:
+            self.inapplicable.append((f"{teacher} -> {student}: {variant.label}", str(error)))
+            return False
+        except (NotImplementedError, RuntimeError):
+            pass  # it reads numbers, which a network without weights does not have; its shapes were fine so far
+        return True
+
+
+def find_run(save_dir: str, config: Namespace) -> tuple[Path, str]:
+    """(the folder of a run with this configuration, finished or begun), or (a free folder for it, missing)."""
+    begun = None
+    for folder in run_candidates(save_dir, run_name(config)):
+        if not folder.exists():
+            return begun or (folder, "missing")
+        if not _same(folder, config):
+            continue
+        if (folder / RESULT).exists():
+            return folder, "finished"
+        if (folder / LAST).exists() or (folder / PREVIOUS).exists():
+            begun = (folder, "begun")
+    raise AssertionError("there is always a next number")
+
+
+def _same(folder: Path, config: Namespace) -> bool:
+    """Whether a run folder's configuration is this one, in all that both of them name and that matters."""
+    try:
+        stored = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    expected = json.loads(json.dumps(vars(config)))
+    shared = (expected.keys() & stored.keys()) - set(IRRELEVANT)
+    return all(expected[name] == stored[name] for name in shared)
+
+
+def _given(parser, argv: Sequence[str]) -> dict:
+    return {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
+
+
+def _foreseen_teacher(path: str, name: str, source: "Job | Path") -> TeacherFile:
+    if isinstance(source, Job):
+        config = source.config
+        return TeacherFile(path, name, None, 0, config.dataset, config.data, config.image_size, None)
+    return TeacherFile(path, name, None, 100, "cifar100", None, None, None)
+
+
+def by_state(jobs: Sequence[Job]) -> Iterator[tuple[str, int]]:
+    """How many jobs are in which state."""
+    for state in ("finished", "begun", "missing"):
+        yield state, sum(job.state == state for job in jobs)

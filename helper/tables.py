@@ -1,0 +1,237 @@
+"""Finished runs as tables: one line per row and pair, or laid out like the paper's, rows methods and columns pairs."""
+
+import csv
+import html
+import io
+import json
+import statistics
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from distiller_zoo import DISTILLERS, find_distiller
+from errors import UserError
+from helper.configuration import DEFAULTS
+from helper.plan import IRRELEVANT
+from helper.published import PUBLISHED, Published, judge
+from helper.recipes import resolve
+from helper.reporting import describe_protocol
+from helper.run_folder import CONFIG, RESULT
+
+#: The accuracies of `result.json` and their titles. "Best" is chosen as the protocol says.
+ACCURACIES = {"accuracy_last": "last", "accuracy_best": "best", "accuracy_mean_last_five": "mean of last five"}
+NOT_RUN = "not run"
+#: What does not tell one row from another, beside what no run is told by.
+SAME_ROW = (*IRRELEVANT, "seed", "data_seed")
+
+
+class Row(NamedTuple):
+    """Runs that differ in nothing but their seeds."""
+
+    config: dict
+    results: list[dict]
+    folders: list[Path]
+
+    def values(self, accuracy: str) -> list[float]:
+        """One accuracy (%) of every run."""
+        return [result[accuracy] for result in self.results]
+
+    @property
+    def pair(self) -> str:
+        return f"{self.config['model_t'] or '-'} -> {self.config['model_s']}"
+
+    @property
+    def protocol(self) -> str:
+        return describe_protocol(self.config.get("holdout"))
+
+    @property
+    def setting(self) -> tuple:
+        """What rows of one table have in common: data set, epochs, protocol."""
+        folder = Path(self.config["data"]).name if self.config["dataset"] == "folder" else ""
+        return f"{self.config['dataset']} {folder}".strip(), self.results[0]["epochs"], self.protocol
+
+    @property
+    def label(self) -> str:
+        """The method, and the flags in which it differs from its recipe."""
+        config = self.config
+        chosen = {flag.argument: config.get(flag.argument) for flag in find_distiller(config["distill"]).flags}
+        recipe = resolve(config["dataset"], config["model_t"], config["model_s"], config["distill"], chosen)
+        label = [config["distill"]]
+        for flag in DISTILLERS[config["distill"]].flags:
+            usual = recipe.get(flag.argument, (flag.default, ""))[0]
+            value = config.get(flag.argument, usual)
+            if value != usual and flag.full_run is None:
+                label.append(f"{flag.names[0]} {value}")
+        return " ".join(label)
+
+    def published(self) -> Published | None:
+        config = self.config
+        teacher = config["model_t"] if find_distiller(config["distill"]).needs_teacher else None
+        return PUBLISHED.get((config["dataset"], teacher, config["model_s"], self.label))
+
+
+def read_rows(folders: Iterable[Path]) -> tuple[list[Row], list[Path]]:
+    """Run folders -> (rows of finished runs, folders that are not finished); raises `UserError` where none is."""
+    rows, unfinished = defaultdict(list), []
+    for folder in folders:
+        if not (folder / RESULT).exists():
+            unfinished.append(folder)
+            continue
+        try:
+            config, result = (json.loads((folder / name).read_text(encoding="utf-8")) for name in (CONFIG, RESULT))
+            # Runs from before a flag existed were what its default is now.
+            identity = {**DEFAULTS, **{name: value for name, value in config.items() if value is not None}}
+            key = json.dumps({name: identity[name] for name in identity if name not in SAME_ROW}, sort_keys=True)
+            rows[key].append((config, result, folder))
+        except (OSError, ValueError, AttributeError) as error:
+            raise UserError(f"RUN: {folder} cannot be read: {error}") from None
+    if not rows:
+        raise UserError("RUN: none of the folders holds a finished run")
+    made = [Row(runs[0][0], [run[1] for run in runs], [run[2] for run in runs]) for runs in rows.values()]
+    return sorted(made, key=lambda row: row.config["distill"] != "ce"), unfinished
+
+
+def spread(values: Sequence[float]) -> str:
+    """mean ± standard deviation (n - 1), or the one value."""
+    if len(values) == 1:
+        return f"{values[0]:.2f}"
+    return f"{statistics.mean(values):.2f} ± {statistics.stdev(values):.2f}"
+
+
+HEADER = (
+    *("data set", "teacher", "student", "method", "epochs", "last", "best", "mean of last five", "seeds"),
+    *("protocol", "paper", "ours is"),
+)
+
+
+def list_cells(row: Row) -> list[str]:
+    """A row's cells under `HEADER`."""
+    config, published = row.config, row.published()
+    names = [config["dataset"], config["model_t"] or "-", config["model_s"], row.label, str(row.results[0]["epochs"])]
+    accuracies = [spread(row.values(name)) for name in ACCURACIES]
+    seeds = str(len({result["seed"] for result in row.results}))
+    paper = ["-", "-"] if published is None else [f"{published.accuracy:.2f}", _verdict(row, published)]
+    return [*names, *accuracies, seeds, row.protocol, *paper]
+
+
+def _verdict(row: Row, published: Published) -> str:
+    return f"{judge(published, row.values(published.compared))} ({ACCURACIES[published.compared]})"
+
+
+class Grid(NamedTuple):
+    """A table like the paper's, of one setting: rows methods, columns pairs; None where nothing was run."""
+
+    setting: tuple
+    pairs: list[str]
+    methods: list[str]
+    cells: dict[tuple[str, str], Row]
+
+
+def make_grids(rows: Sequence[Row]) -> list[Grid]:
+    """One grid per data set, number of epochs and protocol. Networks without a teacher stand in every pair's column."""
+    grids = []
+    for setting in dict.fromkeys(row.setting for row in rows):
+        of_setting = [row for row in rows if row.setting == setting]
+        distilled = [row for row in of_setting if row.config["model_t"]]
+        pairs = list(dict.fromkeys(row.pair for row in distilled)) or [row.pair for row in of_setting]
+        cells: dict[tuple[str, str], Row] = {}
+        for row in of_setting:
+            for pair in [pair for pair in pairs if row.pair == pair]:
+                cells.setdefault((row.label, pair), row)
+        for row in [row for row in rows if not row.config["model_t"] and row.setting[0] == setting[0]]:
+            for pair in pairs:
+                teacher, student = pair.split(" -> ")
+                if row.config["model_s"] == teacher:  # a teacher may have been trained for longer
+                    cells.setdefault(("teacher", pair), row)
+                if row.config["model_s"] == student and row.setting == setting:
+                    cells.setdefault(("student alone" if row.label == "ce" else row.label, pair), row)
+        methods = list(dict.fromkeys(["teacher", "student alone", *(label for label, _ in cells)]))
+        methods = [label for label in methods if any((label, pair) in cells for pair in pairs)]
+        grids.append(Grid(setting, pairs, methods, cells))
+    return [grid for grid in grids if any(not pair.startswith("- ") for pair in grid.pairs)]
+
+
+def cell_lines(row: Row | None) -> list[str]:
+    """What a cell of a grid says, line by line."""
+    if row is None:
+        return [NOT_RUN]
+    seeds = len({result["seed"] for result in row.results})
+    lines = [f"{title} {spread(row.values(name))}" for name, title in ACCURACIES.items()]
+    lines.append(f"{seeds} seed{'s' if seeds > 1 else ''}")
+    published = row.published()
+    if published is not None:
+        lines.append(f"paper {published.accuracy:.2f}: {_verdict(row, published)}")
+    return lines
+
+
+def markdown_table(lines: Sequence[Sequence[str]]) -> str:
+    """Header and rows of cells as Markdown."""
+    marked = [lines[0], ["--"] * len(lines[0]), *lines[1:]]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in marked)
+
+
+def grid_title(grid: Grid) -> str:
+    """Data set, epochs and protocol of a grid."""
+    dataset, epochs, protocol = grid.setting
+    return f"{dataset}, {epochs} epochs; {protocol}"
+
+
+def grid_markdown(grid: Grid) -> str:
+    """The grid with every accuracy in its cells."""
+    lines = [["", *grid.pairs]]
+    for method in grid.methods:
+        lines.append([method, *("<br>".join(cell_lines(grid.cells.get((method, pair)))) for pair in grid.pairs)])
+    return f"**{grid_title(grid)}**\n\n{markdown_table(lines)}"
+
+
+def as_csv(rows: Sequence[Row]) -> str:
+    """One line per run, unrounded, with what the paper reports."""
+    output = io.StringIO()
+    writer = csv.writer(output, lineterminator="\n")
+    writer.writerow(
+        ["dataset", "teacher", "student", "method", "epochs", "protocol", "seed", *ACCURACIES, "paper", "source", "run"]
+    )
+    for row in rows:
+        config, published = row.config, row.published()
+        for result, folder in zip(row.results, row.folders, strict=True):
+            names = [config["dataset"], config["model_t"] or "", config["model_s"], row.label, result["epochs"]]
+            paper = ["", ""] if published is None else [published.accuracy, published.source]
+            values = [result[name] for name in ACCURACIES]
+            writer.writerow([*names, row.protocol, result["seed"], *values, *paper, folder.name])
+    return output.getvalue()
+
+
+STYLE = """body{font:15px/1.4 sans-serif;margin:2em;color:#222}table{border-collapse:collapse;margin:1em 0}
+td,th{border-bottom:1px solid #ccc;padding:.35em .8em;text-align:left;vertical-align:top}
+td small{color:#666;display:block}.none{color:#999}figure{display:inline-block;margin:1em}"""
+
+
+def as_html(rows: Sequence[Row], figures: Sequence[tuple[str, str]]) -> str:
+    """One self-contained page: grids, the list of all rows, and figures as (title, SVG)."""
+    parts = [f"<!doctype html><meta charset='utf-8'><title>Results</title><style>{STYLE}</style><h1>Results</h1>"]
+    for grid in make_grids(rows):
+        parts.append(f"<h2>{html.escape(grid_title(grid))}</h2>")
+        body = [
+            [html.escape(method), *(_html_cell(grid.cells.get((method, pair))) for pair in grid.pairs)]
+            for method in grid.methods
+        ]
+        parts.append(_html_table(["", *map(html.escape, grid.pairs)], body))
+    cells = [[html.escape(cell) for cell in list_cells(row)] for row in rows]
+    parts.append("<h2>All rows</h2>" + _html_table(HEADER, cells))
+    parts.append("<p>Test accuracy in percent, mean ± standard deviation over seeds.</p>")
+    parts += [f"<figure><figcaption>{html.escape(title)}</figcaption>{svg}</figure>" for title, svg in figures]
+    return "\n".join(parts) + "\n"
+
+
+def _html_cell(row: Row | None) -> str:
+    first, *rest = map(html.escape, cell_lines(row))
+    if row is None:
+        return f"<span class='none'>{first}</span>"
+    return first + "".join(f"<small>{line}</small>" for line in rest)
+
+
+def _html_table(header: Sequence[str], body: Sequence[Sequence[str]]) -> str:
+    head = "".join(f"<th>{cell}</th>" for cell in header)
+    lines = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>" for cells in body)
+    return f"<table><tr>{head}</tr>{lines}</table>"

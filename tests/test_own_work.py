@@ -1,0 +1,100 @@
+"""The page for newcomers works as it stands: its files are saved, its commands are run in their order."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+import distiller_zoo
+import models
+import train_cifar_student
+import train_teacher
+from scripts import compare, export_student, predict, report, reproduce
+from tests.test_reproduce import in_process
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGE = (ROOT / "docs" / "own_work.md").read_text()
+MAINS = {
+    "train_teacher.py": train_teacher.main,
+    "train_cifar_student.py": train_cifar_student.main,
+    "scripts/export_student.py": export_student.main,
+    "scripts/report.py": report.main,
+    "scripts/reproduce.py": reproduce.main,
+    "scripts/compare.py": compare.main,
+    "scripts/predict.py": predict.main,
+}
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", PAGE, re.S | re.M)
+
+
+@pytest.fixture
+def photographs(tmp_path, monkeypatch):
+    """The folder of the page's first section, in the current directory: two classes, images of unequal sizes."""
+    monkeypatch.chdir(tmp_path)
+    generator = torch.Generator().manual_seed(0)
+    for split, n in (("train", 8), ("val", 3)):
+        for name, colour in (("cat", 0), ("dog", 2)):
+            (tmp_path / "photographs" / split / name).mkdir(parents=True)
+            for number in range(n):
+                pixels = torch.randint(0, 120, (30 + number, 40, 3), generator=generator, dtype=torch.uint8)
+                pixels[..., colour] += 120
+                Image.fromarray(pixels.numpy()).save(tmp_path / "photographs" / split / name / f"{number}.jpg")
+    return tmp_path
+
+
+def shortened(script: str, flags: list[str]) -> list[str]:
+    """Fewer epochs, steps and pixels; names with a * are spelled out, as a shell would."""
+    flags = [str(path) for flag in flags for path in (sorted(Path().glob(flag)) if "*" in flag else [flag])]
+    flags = [{"60": "1", "3": "2"}.get(flag, flag) for flag in flags]
+    if script.startswith("train_") or "--" in flags:
+        flags += ["--max_steps", "1", "--batch_size", "8"]
+    return flags
+
+
+def run_method_of_the_page() -> type:
+    """Save nothing: the page's file is executed, and the method found as the folder's files are."""
+    [code] = [block for block in blocks("python") if "FeatureDistiller" in block]
+    namespace = {"__name__": "mean_map"}
+    exec(compile(code, "mean_map.py", "exec"), namespace)
+    return namespace["MeanMap"]
+
+
+def test_the_commands_run_in_their_order(photographs, monkeypatch, capsys):
+    monkeypatch.setitem(distiller_zoo.DISTILLERS, "mean_map", run_method_of_the_page())
+    in_process(monkeypatch)
+    ran = []
+    for command in (line for block in blocks("bash") for line in block.splitlines() if line.strip()):
+        program, script, *flags = shlex.split(command)
+        assert program == "python"
+        MAINS[script](shortened(script, flags))
+        ran.append(script)
+    assert set(ran) == set(MAINS)
+    printed = capsys.readouterr().out
+    assert "| folder | resnet20 | resnet8 | mean_map |" in printed
+    assert all(Path(name).exists() for name in ("report.html", "figures/learning_curves.svg", "student.onnx"))
+    predictions = [line for line in printed.splitlines() if line.startswith("photographs/val/")]
+    assert len(predictions) == 6 and all("cat" in line and "dog" in line for line in predictions)
+
+
+def test_the_network_of_the_page_teaches_and_learns(tmp_path, monkeypatch, capsys):
+    [code] = [block for block in blocks("python") if "Backbone" in block]
+    namespace = {"__name__": "tiny"}
+    exec(compile(code, "tiny.py", "exec"), namespace)
+    monkeypatch.setitem(models.model_dict, "tiny", namespace["Tiny"])
+    short = ["--max_steps", "2", "--save_dir", str(tmp_path)]
+    train_teacher.main(["--model", "tiny", *short])
+    teacher = tmp_path / "digits_ce_tiny_trial1" / "last.pth"
+    for distill in ("norm", "hint"):
+        train_cifar_student.main(["--distill", distill, "--path_t", str(teacher), "--model_s", "tiny", *short])
+    export_student.main([str(tmp_path / "digits_norm_tiny_tiny_trial1" / "last.pth")])
+    assert "same class on 364 of 364" in capsys.readouterr().out
+
+
+def test_the_method_is_the_one_of_the_architecture_page():
+    [code] = [block for block in blocks("python") if "FeatureDistiller" in block]
+    assert code in (ROOT / "docs" / "architecture.md").read_text()

@@ -1,0 +1,156 @@
+"""Tables and figures of runs."""
+
+import csv
+import io
+import json
+import shutil
+
+import pytest
+
+from errors import UserError
+from helper import figures, published, tables
+from helper.published import Published, judge
+from scripts import report
+from tests.conftest import message_of
+from tests.run_folders import make_run
+
+PAIR = {"teacher": "resnet32x4", "model_s": "resnet8x4", "dataset": "cifar100"}
+
+
+@pytest.fixture
+def runs(tmp_path):
+    """Three seeds of KD and NORM, one of the baseline and of the teacher, two values of N."""
+    root = tmp_path / "save"
+    made = [make_run(root, "kd", seed, [50.0, 61.0, 60.0 + seed]) for seed in (1, 2, 3)]
+    made += [make_run(root, "norm", seed, [50.0, 70.0, 65.0 + seed]) for seed in (1, 2, 3)]
+    made += [make_run(root, "norm", 1, [50.0, 55.0, 52.0], co_sponge=2)]
+    made += [make_run(root, "ce", 1, [40.0, 45.0, 44.0], None)]
+    made += [make_run(root, "ce", 1, [80.0] * 5, None, model_s="resnet20")]
+    return made
+
+
+def test_a_row_is_what_differs_in_seeds_alone(runs):
+    table = report.make_report(runs)
+    cells = "| digits | resnet20 | resnet8 | kd | 3 | 62.00 ± 1.00 | 62.00 ± 1.00 | 57.67 ± 0.33 | 3 | best on test |"
+    assert cells.replace("| 62.00 ± 1.00 | 57", "| 62.00 ± 1.00 | 57") in table
+    assert "| norm -s 2 | 3 | 52.00 | 55.00 | 52.33 | 1 |" in table
+    assert "| paper |" not in table, "no column without a value"
+    assert "    --distill kd --model_t resnet20 --model_s resnet8 -r 0.1 -a 0.9" in table
+
+
+def test_older_run_folders_share_a_row_with_newer_ones(runs):
+    path = runs[0] / "config.json"
+    config = json.loads(path.read_text())
+    del config["holdout"]
+    path.write_text(json.dumps(config))
+    assert "| 62.00 ± 1.00 |" in report.make_report(runs[:3])
+
+
+def test_the_protocol_makes_a_row_of_its_own(tmp_path):
+    runs = [make_run(tmp_path, "kd", 1, [50.0]), make_run(tmp_path, "kd", 2, [52.0], holdout=100)]
+    table = report.make_report(runs)
+    assert "best on test" in table and "best on 100 held-out" in table
+
+
+def test_the_grid_has_methods_as_rows_and_pairs_as_columns(runs, tmp_path):
+    other = make_run(tmp_path / "more", "kd", 1, [50.0, 51.0, 52.0], teacher="resnet14")
+    [grid] = tables.make_grids(tables.read_rows([*runs, other])[0])
+    assert grid.pairs == ["resnet20 -> resnet8", "resnet14 -> resnet8"]
+    assert grid.methods[:2] == ["teacher", "student alone"] and {"kd", "norm", "norm -s 2"} == set(grid.methods[2:])
+    text = tables.grid_markdown(grid)
+    lines = {line.split(" | ")[0].strip("| "): line.split(" | ")[1:] for line in text.splitlines() if " | " in line}
+    assert lines["teacher"] == ["last 80.00<br>best 80.00<br>mean of last five 80.00<br>1 seed", "not run |"]
+    assert all("last 44.00" in cell for cell in lines["student alone"])
+    assert lines["norm"][1] == "not run |" and "3 seeds" in lines["norm"][0] and "last 52.00" in lines["kd"][1]
+
+
+def test_the_papers_value_stands_beside_ours(tmp_path):
+    runs = [make_run(tmp_path, "norm", n, [70.0, value], **PAIR) for n, value in ((1, 76.4), (2, 76.6), (3, 76.3))]
+    text = report.make_report(runs)
+    assert "| 76.49 | within (best) |" in text
+    assert "paper 76.49: within (best)" in report.make_grid_report(runs)
+    changed = make_run(tmp_path / "n", "norm", 1, [70.0, 75.0], co_sponge=2, **PAIR)
+    assert "paper" not in report.make_report([changed]), "another N is another row than the paper's"
+
+
+def test_the_band_is_that_of_a_t_test():
+    paper = Published(76.49, "", runs=3)
+    assert judge(paper, [76.0]) == "one seed"
+    assert judge(paper, [76.4, 76.5, 76.6]) == "within"
+    assert judge(paper, [75.4, 75.5, 75.6]) == "below"
+    assert judge(paper, [77.4, 77.5, 77.6]) == "above"
+    # t(0.975, 2) = 4.303, and the standard deviation 0.1: the band reaches 4.303 * 0.1 * sqrt(2 / 3) = 0.351.
+    assert judge(paper, [76.04, 76.14, 76.24]) == "within"
+    assert judge(paper, [76.03, 76.13, 76.23]) == "below"
+
+
+def test_every_published_value_names_its_source_and_something_that_exists():
+    for (_, _, _, method), value in published.PUBLISHED.items():
+        assert method in tables.DISTILLERS and value.source and value.compared in tables.ACCURACIES
+
+
+def test_csv_has_a_line_per_run(runs):
+    lines = list(csv.DictReader(io.StringIO(tables.as_csv(tables.read_rows(runs)[0]))))
+    assert len(lines) == len(runs)
+    assert [line["accuracy_last"] for line in lines if line["method"] == "kd"] == ["61.0", "62.0", "63.0"]
+
+
+def test_the_page_is_whole_and_holds_its_figures(runs, tmp_path, capsys):
+    page = tmp_path / "page.html"
+    names = [str(run) for run in runs]
+    report.main([*names, "--html", str(page), "--csv", str(tmp_path / "runs.csv"), "--figures", str(tmp_path / "f")])
+    text = page.read_text()
+    assert text.count("<svg") == 3 and "http://" not in text.replace("http://www.w3.org", "").replace(
+        "http://purl.org", ""
+    ).replace("http://creativecommons.org", "")
+    assert "<h2>digits, 3 epochs; best on test</h2>" in text and "62.00 ± 1.00" in text
+    expected = ["accuracy_against_cost.svg", "accuracy_against_n.svg", "learning_curves.svg"]
+    assert sorted(path.name for path in (tmp_path / "f").iterdir()) == expected
+    assert (tmp_path / "runs.csv").exists()
+
+
+def test_curves_show_the_seeds_and_n_is_an_axis(runs):
+    rows, _ = tables.read_rows(runs)
+    axes = figures.learning_curves(rows).axes[0]
+    [kd] = [line for line in axes.lines if line.get_label().endswith(": kd")]
+    assert list(kd.get_ydata()) == [50.0, 61.0, 62.0]
+    axes = figures.accuracy_against_n(rows).axes[0]
+    [[numbers, means]] = [line.get_data() for line in axes.lines if line.get_label().startswith("_child")][:1] or [
+        axes.lines[0].get_data()
+    ]
+    assert list(numbers) == [2, 8] and list(means) == [52.0, 67.0]
+    assert figures.accuracy_against_n([row for row in rows if row.label != "norm -s 2"]) is None
+
+
+def test_features_and_correlations_are_drawn_from_a_run(distil, tmp_path):
+    run = distil("--batch_size", "64", "--max_steps", "2", distill="kd")
+    outputs = figures.read_outputs(run)
+    assert outputs["pooled"].shape == (364, 64) and outputs["teacher_logits"].shape == outputs["logits"].shape
+    report.main([str(run), "--figures", str(tmp_path / "f"), "--networks"])
+    assert {f"tsne_{run.name}.png", f"correlation_{run.name}.png"} <= {path.name for path in (tmp_path / "f").iterdir()}
+    outputs["teacher_logits"] = outputs["logits"]
+    title = figures.correlation_difference(outputs, "x").axes[0].get_title()
+    assert title == "x: mean 0.000, max 0.000"
+
+
+def test_documents_are_filled_between_their_markers(runs, tmp_path, capsys):
+    (tmp_path / "docs").mkdir()
+    text = "before\n<!-- table save/*kd* -->\nold\n<!-- end of table -->\nafter\n"
+    (tmp_path / "README.md").write_text(text)
+    assert report.update_documents(tmp_path) == [tmp_path / "README.md"]
+    filled = (tmp_path / "README.md").read_text()
+    assert filled.startswith("before\n<!-- table save/*kd* -->\n| data set") and filled.endswith("-->\nafter\n")
+    assert "old" not in filled and "| kd |" in filled and "| norm |" not in filled
+    assert report.update_documents(tmp_path) == []
+    shutil.rmtree(tmp_path / "save")
+    with pytest.raises(UserError, match="matches no run folder"):
+        report.update_documents(tmp_path)
+
+
+def test_what_is_missing_is_said(runs, tmp_path, capsys):
+    (runs[0] / "result.json").unlink()
+    report.main([str(run) for run in runs])
+    assert f"{runs[0]}: not finished, left out" in capsys.readouterr().err
+    assert "name run folders" in message_of(report.main, [])
+    assert "none of the folders" in message_of(report.main, [str(tmp_path)])
+    assert "cannot be written" in message_of(report.main, [str(runs[1]), "--csv", str(tmp_path / "none" / "x.csv")])
