@@ -90,7 +90,9 @@ def all_variants() -> list[Variant]:
 class Plan:
     """Lists the jobs of pairs, rows and seeds; `common` are flags of every run, `of_teacher` those of teachers."""
 
-    def __init__(self, save_dir: str, dataset: str | None, common: Sequence[str], of_teacher: Sequence[str]):
+    def __init__(
+        self, save_dir: str, dataset: str | None = None, common: Sequence[str] = (), of_teacher: Sequence[str] = ()
+    ):
         self.save_dir, self.common, self.of_teacher = save_dir, tuple(common), tuple(of_teacher)
         self.common += ("--dataset", dataset) if dataset and "--dataset" not in common else ()
         self.inapplicable: list[tuple[str, str]] = []  # (title, reason)
@@ -109,30 +111,35 @@ class Plan:
                     jobs.append(self._student(teachers[teacher], teacher, student, variant, number))
         return list({job.folder: job for job in jobs}.values())
 
-    def _teacher(self, name: str) -> "Job | Path":
-        """The job of a teacher, or the published file where it is there."""
+    def _teacher(self, name: str) -> "Job | str":
+        """The job of a teacher, or what --path_t says of a published one, where there is one."""
         job = self._network(name, 1, (*self.common, *self.of_teacher))
+        if job.config.dataset == "imagenet":
+            return f"torchvision:{name}"
         published = Path(self.save_dir, "models", PUBLISHED_TEACHER.format(teacher=name))
-        return published if job.config.dataset == "cifar100" and published.exists() else job
+        return str(published) if job.config.dataset == "cifar100" and published.exists() else job
 
     def _network(self, name: str, number: int, common: Sequence[str]) -> Job:
         argv = ["--model", name, "--trial", str(number), "--save_dir", self.save_dir, *common]
         given = _given(self._teacher_parser, argv)
         return self._job(f"{name} with labels alone", foresee(given, None), "train_teacher.py", argv)
 
-    def _student(self, source: "Job | Path", teacher: str, student: str, variant: Variant, number: int) -> Job:
+    def _student(self, source: "Job | str", teacher: str, student: str, variant: Variant, number: int) -> Job:
         method = DISTILLERS[variant.distill]
         argv = ["--distill", variant.distill, "--model_s", student, *variant.flags, *self.common]
         argv += ["--trial", variant.trial(number), "--seed", str(number), "--save_dir", self.save_dir]
         waits, file = None, None
         if method.needs_teacher:
             waits = source.folder if isinstance(source, Job) else None
-            path = str(source.folder / LAST if isinstance(source, Job) else source)
+            path = str(source.folder / LAST) if isinstance(source, Job) else source
             argv += ["--path_t", path]
-            file = _foreseen_teacher(path, teacher, source)
+            data = vars(source.config) if isinstance(source, Job) else {}
+            fields = (data.get(name) for name in ("dataset", "data", "image_size"))
+            file = TeacherFile(path, teacher, None, 0, *fields, None)
         config = foresee(_given(self._student_parser, argv), file)
         names = f"{teacher} -> {student}" if method.needs_teacher else student
-        return self._job(f"{names}: {variant.label}", config, "train_cifar_student.py", argv, waits)
+        script = "train_imagenet_student.py" if config.dataset == "imagenet" else "train_cifar_student.py"
+        return self._job(f"{names}: {variant.label}", config, script, argv, waits)
 
     def _job(self, row: str, config: Namespace, script: str, argv: list[str], waits: Path | None = None) -> Job:
         folder, state = find_run(self.save_dir, config)
@@ -140,7 +147,7 @@ class Plan:
             argv = ["--resume", str(folder)]
         return Job(row, config, folder, state, (script, *argv), waits)
 
-    def _applies(self, teacher: str, student: str, variant: Variant, source: "Job | Path") -> bool:
+    def _applies(self, teacher: str, student: str, variant: Variant, source: "Job | str") -> bool:
         """Whether the method can be built on the pair; notes why not."""
         config = self._student(source, teacher, student, variant, 1).config
         targets = torch.arange(50_000) % 10
@@ -186,13 +193,6 @@ def _same(folder: Path, config: Namespace) -> bool:
 
 def _given(parser, argv: Sequence[str]) -> dict:
     return {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
-
-
-def _foreseen_teacher(path: str, name: str, source: "Job | Path") -> TeacherFile:
-    if isinstance(source, Job):
-        config = source.config
-        return TeacherFile(path, name, None, 0, config.dataset, config.data, config.image_size, None)
-    return TeacherFile(path, name, None, 100, "cifar100", None, None, None)
 
 
 def by_state(jobs: Sequence[Job]) -> Iterator[tuple[str, int]]:

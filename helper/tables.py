@@ -13,6 +13,7 @@ from typing import NamedTuple
 from distiller_zoo import DISTILLERS, find_distiller
 from errors import UserError
 from helper.configuration import DEFAULTS
+from helper.fast import OFF
 from helper.plan import IRRELEVANT
 from helper.published import PUBLISHED, Published, judge
 from helper.recipes import resolve
@@ -80,16 +81,21 @@ def read_rows(folders: Iterable[Path]) -> tuple[list[Row], list[Path]]:
             continue
         try:
             config, result = (json.loads((folder / name).read_text(encoding="utf-8")) for name in (CONFIG, RESULT))
-            # Runs from before a flag existed were what its default is now.
-            identity = {**DEFAULTS, **{name: value for name, value in config.items() if value is not None}}
-            key = json.dumps({name: identity[name] for name in identity if name not in SAME_ROW}, sort_keys=True)
+            key = json.dumps(_identity(config), sort_keys=True)
             rows[key].append((config, result, folder))
-        except (OSError, ValueError, AttributeError) as error:
+        except (OSError, ValueError, AttributeError, KeyError) as error:
             raise UserError(f"RUN: {folder} cannot be read: {error}") from None
     if not rows:
         raise UserError("RUN: none of the folders holds a finished run")
     made = [Row(runs[0][0], [run[1] for run in runs], [run[2] for run in runs]) for runs in rows.values()]
     return sorted(made, key=lambda row: row.config["distill"] != "ce"), unfinished
+
+
+def _identity(config: dict) -> dict:
+    """What makes the run's row; runs from before a flag existed were what its default is now."""
+    method = {flag.argument: flag.default for flag in find_distiller(config["distill"]).flags}
+    known = {name: value for name, value in config.items() if value is not None}
+    return {name: value for name, value in (DEFAULTS | OFF | method | known).items() if name not in SAME_ROW}
 
 
 def spread(values: Sequence[float]) -> str:

@@ -48,11 +48,6 @@ def choose_pairs(args: argparse.Namespace) -> Sequence[tuple[str, str]]:
     """The table's pairs, those that --pairs names, or those of them that are in the table."""
     if args.table is None and args.pairs is None:
         raise UserError("--table or --pairs: say what to reproduce, like --table 1 or --pairs resnet32x4:resnet8x4")
-    if args.table in IMAGENET_TABLES:
-        raise UserError(
-            f"--table {args.table}: ImageNet's runs ({', '.join('->'.join(pair) for pair in TABLES[args.table])}) are "
-            "not planned by this script yet; they are trained by train_imagenet_student.py"
-        )
     chosen = args.pairs or TABLES[args.table]
     absent = [pair for pair in chosen if args.table and pair not in TABLES[args.table]]
     if absent:
@@ -115,7 +110,7 @@ def make_parser() -> Parser:
     """The flags of this script."""
     parser = Parser(__doc__.rsplit("\n\n", 1)[0])
     add = parser.add_argument
-    add("--table", choices=TABLES, help="of the NORM paper: 1 and 2 are CIFAR-100 within and across families")
+    add("--table", choices=TABLES, help="of the NORM paper: 1, 2: CIFAR-100; 3, 6: ImageNet")
     add("--pairs", type=pairs, metavar="T:S,T:S", help="teacher:student, ...; with --table: only these of its pairs")
     add("--methods", metavar="M,M", help="rows, each with its recipe; default: every method that applies")
     add("--variants", metavar="'M FLAGS; M FLAGS'", help="rows with flags of their own, like 'norm -c 0; norm -s 1'")
@@ -139,7 +134,8 @@ def main(argv=None) -> None:
     end = argv.index("--") if "--" in argv else len(argv)
     args = make_parser().parse_args(argv[:end])
     chosen, rows = choose_pairs(args), read_rows(args.methods, args.variants)
-    plan = Plan(args.save_dir, "cifar100" if args.table else None, argv[end + 1 :], args.teacher_flags)
+    dataset = None if args.table is None else "imagenet" if args.table in IMAGENET_TABLES else "cifar100"
+    plan = Plan(args.save_dir, dataset, argv[end + 1 :], args.teacher_flags)
     jobs = plan.jobs(chosen, rows, args.trials)
     missing = [job for job in jobs if job.state != "finished"]
     places = [{}] if args.dry_run or args.job_list or args.slurm is not None else find_places(args.gpus, args.jobs)

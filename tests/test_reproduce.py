@@ -8,17 +8,20 @@ from pathlib import Path
 
 import pytest
 
+from dataset import DATASETS
 from errors import Stopped
-from helper import plan, running
+from helper import running
 from helper.configuration import foresee
 from helper.costs import Rates, count_train_images, estimate, format_seconds
 from helper.plan import TABLES, Job, Plan, Variant, all_variants, find_run, read_variants
 from helper.recipes import CIFAR_PAIRS
+from helper.teacher import TeacherFile
 from scripts import reproduce
 from tests.conftest import message_of
 from tests.run_folders import make_run
 
 PAIR = (("resnet20", "resnet8"),)
+TEACHER = TeacherFile("t.pth", "resnet20", None, 10, "digits", None, 32, None)
 #: Runs that are over after two steps.
 SHORT = ("--max_steps", "2", "--batch_size", "16")
 
@@ -33,7 +36,7 @@ def test_the_tables_are_the_papers_pairs():
 
 
 def test_teachers_and_baselines_come_first_then_every_row_and_seed(tmp_path):
-    jobs = Plan(str(tmp_path), None, (), ()).jobs(PAIR, read_variants("kd; norm -a 1; ft --ft plain"), 2)
+    jobs = Plan(str(tmp_path)).jobs(PAIR, read_variants("kd; norm -a 1; ft --ft plain"), 2)
     assert titles(jobs) == [
         "resnet20 with labels alone, seed 1",
         *(f"resnet8 with labels alone, seed {seed}" for seed in (1, 2)),
@@ -55,7 +58,7 @@ def test_every_method_and_the_combinations_are_rows():
 
 
 def test_a_method_that_cannot_train_the_pair_is_named_with_its_reason(tmp_path):
-    made = Plan(str(tmp_path), None, (), ())
+    made = Plan(str(tmp_path))
     jobs = made.jobs((("resnet32x4", "resnet8"),), read_variants("fsp; kd"), 1)
     assert not any("fsp" in job.title for job in jobs) and any("kd" in job.title for job in jobs)
     [(title, reason)] = made.inapplicable
@@ -64,9 +67,7 @@ def test_a_method_that_cannot_train_the_pair_is_named_with_its_reason(tmp_path):
 
 def test_runs_are_found_by_their_configuration_not_by_their_name(tmp_path):
     run = make_run(tmp_path, "kd", 1, [50.0, 60.0])
-    config = foresee({"distill": "kd", "model_s": "resnet8", "epochs": 2}, plan._foreseen_teacher("t", "resnet20", run))
-    named = json.loads((run / "config.json").read_text())
-    config.dataset, config.image_size = named["dataset"], named["image_size"]
+    config = foresee({"distill": "kd", "model_s": "resnet8", "epochs": 2}, TEACHER)
     assert find_run(str(tmp_path), config) == (run, "finished")
     config.kd_T = 7.0
     assert find_run(str(tmp_path), config) == (tmp_path / f"{run.name}-2", "missing")
@@ -79,7 +80,7 @@ def test_runs_are_found_by_their_configuration_not_by_their_name(tmp_path):
 
 def test_a_published_teacher_is_taken_where_it_lies(tmp_path):
     def listed():
-        return Plan(str(tmp_path), "cifar100", (), ()).jobs((("resnet56", "resnet20"),), [Variant("kd")], 1)
+        return Plan(str(tmp_path), "cifar100").jobs((("resnet56", "resnet20"),), [Variant("kd")], 1)
 
     assert "resnet56 with labels alone, seed 1" in titles(listed())
     file = tmp_path / "models" / "resnet56_vanilla" / "ckpt_epoch_240.pth"
@@ -90,11 +91,20 @@ def test_a_published_teacher_is_taken_where_it_lies(tmp_path):
     assert jobs[-1].teacher is None and str(file) in jobs[-1].command
 
 
+@pytest.mark.skipif("imagenet" not in DATASETS, reason="this version has no ImageNet")
+def test_imagenet_is_taught_by_torchvisions_networks(tmp_path):
+    jobs = Plan(str(tmp_path), "imagenet", ("--data", "images")).jobs(TABLES["6"], [Variant("norm")], 1)
+    assert titles(jobs) == ["resnet50_4 with labels alone, seed 1", "resnet50 -> resnet50_4: norm, seed 1"]
+    script, *flags = jobs[1].command
+    assert script == "train_imagenet_student.py" and "torchvision:resnet50" in flags
+    assert jobs[1].config.batch_size == 256 and jobs[1].teacher is None
+
+
 def test_costs_come_from_what_was_measured(tmp_path):
     make_run(tmp_path, "kd", 7, [50.0])  # 100 images/s
     rates = Rates(tmp_path.glob("*"))
     kd, norm, other = (
-        Plan(str(tmp_path), None, (), ()).jobs(((teacher, "resnet8"),), [Variant(method)], 1)[-1]
+        Plan(str(tmp_path)).jobs(((teacher, "resnet8"),), [Variant(method)], 1)[-1]
         for teacher, method in (("resnet20", "kd"), ("resnet20", "norm"), ("resnet56", "kd"))
     )
     cost = estimate(kd, rates)
@@ -183,7 +193,7 @@ def test_students_wait_for_their_teacher_and_fail_with_it(command, capsys, monke
 
 
 def test_a_run_that_was_cut_is_resumed(tmp_path):
-    made = Plan(str(tmp_path), None, SHORT, ())
+    made = Plan(str(tmp_path), None, SHORT)
     job = made.jobs(PAIR, [Variant("kd")], 1)[-1]
     job.folder.mkdir()
     (job.folder / "config.json").write_text(json.dumps(vars(job.config)))
@@ -259,7 +269,7 @@ def test_slurm_jobs_of_students_depend_on_their_teachers(tmp_path, monkeypatch):
             return type("Handle", (), {"job_id": str(self.number)})()
 
     monkeypatch.setattr(submitit, "AutoExecutor", Executor)
-    jobs = Plan(str(tmp_path), None, SHORT, ()).jobs(PAIR, read_variants("kd; ft"), 1)
+    jobs = Plan(str(tmp_path), None, SHORT).jobs(PAIR, read_variants("kd; ft"), 1)
     cluster.submit(jobs, tmp_path, ["slurm_partition=gpu"], "slurm")
     assert settings == [None, None, "afterok:101", None]
 
@@ -275,10 +285,10 @@ def test_what_makes_no_table_is_one_line(tmp_path):
 
 @pytest.mark.parametrize("flags", ["-c 0", "-b1 1", "-s 1", "-s 2", "-s 4", "-s 16", "--ft plain"])
 def test_the_ablations_that_nobody_published_are_rows(tmp_path, flags):
-    jobs = Plan(str(tmp_path), None, SHORT, ()).jobs(PAIR, read_variants(f"norm {flags}"), 1)
+    jobs = Plan(str(tmp_path), None, SHORT).jobs(PAIR, read_variants(f"norm {flags}"), 1)
     job = jobs[-1]
     assert job.title.endswith(f"norm {flags}, seed 1")
-    plain = foresee({"distill": "norm", "model_s": "resnet8"}, plan._foreseen_teacher("t", "resnet20", jobs[0]))
+    plain = foresee({"distill": "norm", "model_s": "resnet8"}, TEACHER)
     changed = {name for name, value in vars(job.config).items() if getattr(plain, name, None) != value}
     known = {"-c": "ceta", "-b1": "beta1", "-s": "co_sponge", "--ft": "ft"}[flags.split()[0]]
     assert known in changed
