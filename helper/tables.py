@@ -24,7 +24,7 @@ from helper.run_folder import CONFIG, RESULT
 ACCURACIES = {"accuracy_last": "last", "accuracy_best": "best", "accuracy_mean_last_five": "mean of last five"}
 NOT_RUN = "not run"
 #: What does not tell one row from another, beside what no run is told by.
-SAME_ROW = (*IRRELEVANT, "seed", "data_seed")
+SAME_ROW = (*IRRELEVANT, "seed")
 
 
 class Row(NamedTuple):
@@ -63,7 +63,7 @@ class Row(NamedTuple):
             usual = recipe.get(flag.argument, (flag.default, ""))[0]
             value = config.get(flag.argument, usual)
             if value != usual and flag.full_run is None:
-                label.append(f"{flag.names[0]} {value}")
+                label.append(f"{flag.names[0]} {value:g}" if isinstance(value, float) else f"{flag.names[0]} {value}")
         return " ".join(label)
 
     def published(self) -> Published | None:

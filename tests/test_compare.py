@@ -19,7 +19,7 @@ def test_a_large_difference_is_beyond_seed_noise_and_settings_are_named(tmp_path
     runs += [make_run(tmp_path, "norm", seed, [value], ceta=0.0) for seed, value in enumerate(second, 1)]
     printed = output(capsys, runs)
     assert "A: digits, resnet20 -> resnet8: kd; best on test; seeds 1, 2, 3" in printed
-    assert "norm -c 0.0" in printed
+    assert "norm -c 0;" in printed
     p = ttest_ind(second, first, equal_var=False).pvalue
     assert f"last               +2.03, p = {p:.3g}: beyond seed noise\n" in printed
     assert "distill            A kd, B norm" in printed and "ceta               A None, B 0.0" in printed

@@ -75,7 +75,7 @@ def test_the_commands_run_in_their_order(photographs, monkeypatch, capsys):
         ran.append(script)
     assert set(ran) == set(MAINS)
     printed = capsys.readouterr().out
-    assert "| folder | resnet20 | resnet8 | mean_map |" in printed
+    assert "| folder | resnet20 | resnet8 | mean_map -b 10 |" in printed
     assert all(Path(name).exists() for name in ("report.html", "figures/learning_curves.svg", "student.onnx"))
     predictions = [line for line in printed.splitlines() if line.startswith("photographs/val/")]
     assert len(predictions) == 6 and all("cat" in line and "dog" in line for line in predictions)
@@ -89,7 +89,7 @@ def test_the_network_of_the_page_teaches_and_learns(tmp_path, monkeypatch, capsy
     short = ["--max_steps", "2", "--save_dir", str(tmp_path)]
     train_teacher.main(["--model", "tiny", *short])
     teacher = tmp_path / "digits_ce_tiny_trial1" / "last.pth"
-    for distill in ("norm", "hint"):
+    for distill in ("norm", "attention"):
         train_cifar_student.main(["--distill", distill, "--path_t", str(teacher), "--model_s", "tiny", *short])
     export_student.main([str(tmp_path / "digits_norm_tiny_tiny_trial1" / "last.pth")])
     assert "same class on 364 of 364" in capsys.readouterr().out
