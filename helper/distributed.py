@@ -33,6 +33,10 @@ def joined() -> Iterator[None]:
     from torch.distributed.rendezvous import rendezvous
 
     store, number, world_size = next(rendezvous("env://"))
+    if os.environ.get("GROUP_WORLD_SIZE", "1") == "1":
+        # torchrun keeps one store over its restarts, where the addresses of processes that have gone would be found.
+        # Agents of several machines may count differently; docs/distributed.md says what to set there.
+        store = distributed.PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
     if torch.cuda.is_available() and local_rank() < torch.cuda.device_count():
         torch.cuda.set_device(local_rank())
     distributed.init_process_group(store=store, rank=number, world_size=world_size)
