@@ -93,7 +93,7 @@ def remove_norms(module: nn.Module) -> None:
 
 def test(distiller, data) -> dict:
     distiller.eval()
-    loader = inputs._part_loader(data.test, data, CPU)
+    loader = inputs._part_loader(data.test, data, 32, CPU)
     return evaluate(lambda images: distiller.predict(images.double()), loader)
 
 
