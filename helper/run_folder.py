@@ -248,6 +248,7 @@ def _or_null(value):
 
 
 def run_candidates(root: str, name: str) -> Iterator[Path]:
+    """root/name, root/name-2, ...: the folders of runs of one name, in the order in which they are made."""
     yield Path(root, name)
     number = 2
     while True:
