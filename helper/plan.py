@@ -88,12 +88,19 @@ def all_variants() -> list[Variant]:
 
 
 class Plan:
-    """Lists the jobs of pairs, rows and seeds; `common` are flags of every run, `of_teacher` those of teachers."""
+    """Lists the jobs of pairs, rows and seeds; `common` are flags of every run, `of_teacher` those of teachers,
+    `of_student` those of what a teacher teaches."""
 
     def __init__(
-        self, save_dir: str, dataset: str | None = None, common: Sequence[str] = (), of_teacher: Sequence[str] = ()
+        self,
+        save_dir: str,
+        dataset: str | None = None,
+        common: Sequence[str] = (),
+        of_teacher: Sequence[str] = (),
+        of_student: Sequence[str] = (),
     ):
-        self.save_dir, self.common, self.of_teacher = save_dir, tuple(common), tuple(of_teacher)
+        self.save_dir, self.common = save_dir, tuple(common)
+        self.of_teacher, self.of_student = tuple(of_teacher), tuple(of_student)
         self.common += ("--dataset", dataset) if dataset and "--dataset" not in common else ()
         self.inapplicable: list[tuple[str, str]] = []  # (title, reason)
         self._teacher_parser, self._student_parser = teacher_parser(), student_parser()
@@ -132,7 +139,7 @@ class Plan:
         if method.needs_teacher:
             waits = source.folder if isinstance(source, Job) else None
             path = str(source.folder / LAST) if isinstance(source, Job) else source
-            argv += ["--path_t", path]
+            argv += ["--path_t", path, *self.of_student]
             data = vars(source.config) if isinstance(source, Job) else {}
             fields = (data.get(name) for name in ("dataset", "data", "image_size"))
             file = TeacherFile(path, teacher, None, 0, *fields, None)

@@ -117,6 +117,7 @@ def make_parser() -> Parser:
     add("--trials", type=count, default=3, metavar="K", help="seeds of every row and of the baseline (3)")
     add("--save_dir", default="save", metavar="ROOT", help="where run folders and models/ lie (save)")
     add("--teacher_flags", type=shlex.split, default=[], metavar="'FLAGS'", help="for teachers only: '--epochs 30'")
+    add("--student_flags", type=shlex.split, default=[], metavar="'FLAGS'", help="for distilled ones only")
     add("--dry_run", action="store_true", help="only list")
     add("--measure", action="store_true", help="run a few steps of what was never measured, for the estimate")
     add("--gpus", type=lambda text: [int(part) for part in text.split(",")], metavar="N,N", help="default: free ones")
@@ -135,7 +136,7 @@ def main(argv=None) -> None:
     args = make_parser().parse_args(argv[:end])
     chosen, rows = choose_pairs(args), read_rows(args.methods, args.variants)
     dataset = None if args.table is None else "imagenet" if args.table in IMAGENET_TABLES else "cifar100"
-    plan = Plan(args.save_dir, dataset, argv[end + 1 :], args.teacher_flags)
+    plan = Plan(args.save_dir, dataset, argv[end + 1 :], args.teacher_flags, args.student_flags)
     jobs = plan.jobs(chosen, rows, args.trials)
     missing = [job for job in jobs if job.state != "finished"]
     places = [{}] if args.dry_run or args.job_list or args.slurm is not None else find_places(args.gpus, args.jobs)

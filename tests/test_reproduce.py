@@ -51,6 +51,14 @@ def test_teachers_and_baselines_come_first_then_every_row_and_seed(tmp_path):
     assert jobs[-1].teacher is None, "the transform alone reads no teacher"
 
 
+def test_flags_of_teachers_and_of_students_reach_them_alone(tmp_path):
+    jobs = Plan(str(tmp_path), None, SHORT, ("--epochs", "7"), ("--allow_teacher_gap",)).jobs(PAIR, [Variant("kd")], 1)
+    teacher, baseline, student = (job.config for job in jobs)
+    assert (teacher.epochs, baseline.epochs, student.epochs) == (7, 16, 16)
+    assert (teacher.allow_teacher_gap, baseline.allow_teacher_gap, student.allow_teacher_gap) == (False, False, True)
+    assert all(config.max_steps == 2 for config in (teacher, baseline, student))
+
+
 def test_every_method_and_the_combinations_are_rows():
     labels = [variant.label for variant in all_variants()]
     assert {"norm", "norm_crd", "norm -a 1", "ft --ft plain", "ft --ft default", "kd", "crd -a 1"} <= set(labels)
