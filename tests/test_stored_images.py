@@ -15,6 +15,7 @@ import train_imagenet_student
 import train_teacher
 from dataset import Augmentation, Loader, hold_out, load_data, read_normalised, sources
 from dataset.decoding import RandomCrops, decode, fit
+from dataset.stored import _fill
 from errors import UserError
 from tests.conftest import message_of
 
@@ -161,6 +162,13 @@ def test_broken_images_are_named_and_skipped_up_to_a_limit(folder, capsys):
     with pytest.raises(UserError, match=r"--max_broken") as caught:
         list(loader_of(folder, max_broken=1).batches(0))
     assert ".JPEG" in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_the_next_whole_image_of_a_batch_takes_a_broken_ones_place():
+    read = dict.fromkeys((1, 3, 4))
+    assert _fill([1, 2, 3, 4], read) == [1, 3, 3, 4]
+    assert _fill([1, 3, 4, 5], read) == [1, 3, 4, 1], "after the last comes the first"
+    assert _fill([7, 8], {}) == []
 
 
 def test_signals_to_all_processes_leave_the_readers_alone(folder):
