@@ -11,8 +11,8 @@ from torch import Tensor
 from errors import UserError
 from helper.options import student_parser
 
-#: What a stored configuration holds beside flags; all of it is found out again.
-DERIVED = ("origins", "resume", "wrapper_t")
+#: What a stored configuration holds beside flags; most of it is found out again.
+DERIVED = ("origins", "resume", "wrapper_t", "images_per_pass")
 #: The settings that may be null.
 MAY_BE_NONE = ("data", "max_steps", "path_t", "model_t")
 
@@ -36,7 +36,18 @@ def read_configuration(stored: object, source: str) -> dict:
         raise UserError(f"{source}: {error}") from None
     switches = {name: value for name, value in stored.items() if value is False and read.get(name) is None}
     none = {argument: None for argument in MAY_BE_NONE if argument in stored and stored[argument] is None}
-    return none | {argument: value for argument, value in read.items() if value is not None} | switches
+    given = {argument: value for argument, value in read.items() if value is not None}
+    return none | given | switches | _images_per_pass(stored, source)
+
+
+def _images_per_pass(stored: Mapping, source: str) -> dict:
+    """The images of a batch that one forward pass saw: some methods' weights have this size."""
+    if "images_per_pass" not in stored:
+        return {}
+    images = stored["images_per_pass"]
+    if type(images) is not int or not 1 <= images < 2**31:
+        raise UserError(f"{source}: images_per_pass cannot be {str(images)[:100]!r}")
+    return {"images_per_pass": images}
 
 
 def _as_flag(action: argparse.Action, value: object, source: str) -> list[str]:
