@@ -150,7 +150,7 @@ def _resolve(given: dict, stored: dict, find_teacher=None) -> tuple[Namespace, T
             value, source = merged[flag.argument]
             (stretched,) = stretch((value,), flag.full_run, merged["epochs"][0])
             if stretched != value:
-                merged[flag.argument] = (max(stretched, 1), f"{source}, stretched")
+                merged[flag.argument] = (stretched, f"{source}, stretched")
     _choose_fast_parts(merged, stored)
     if "seed" not in merged:
         trial = merged["trial"][0]

@@ -22,5 +22,5 @@ def cosine_learning_rate(base: float, epochs_over: int, epochs: int, steps_per_e
 
 
 def stretch(milestones: Sequence[int], from_epochs: int, to_epochs: int) -> tuple[int, ...]:
-    """The milestones of a run of `from_epochs` at the same fractions of a run of `to_epochs`."""
-    return tuple(round(milestone * to_epochs / from_epochs) for milestone in milestones)
+    """The milestones of a run of `from_epochs` at the same fractions of a run of `to_epochs`, at the first or later."""
+    return tuple(max(round(milestone * to_epochs / from_epochs), 1) for milestone in milestones)

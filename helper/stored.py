@@ -94,14 +94,12 @@ def check_state(checkpoint: Mapping, in_main_stage: bool) -> None:
 
 def _check_epoch_state(state: Mapping) -> None:
     counts = state["meter"]["counts"]
-    sums, correct = state["meter"]["losses"].values(), state["meter"]["correct"]
-    kinds = [type(value) for value in (state["steps"], *counts)]
-    if kinds != [int, int, bool, float, float] or not all(0 <= value < math.inf for value in (state["steps"], *counts)):
+    sums, numbers = state["meter"]["losses"].values(), (state["steps"], state["meter"]["correct"], *counts)
+    kinds = [type(value) for value in numbers]
+    if kinds != [int, int, int, bool, float, float] or not all(0 <= value < math.inf for value in numbers):
         raise ValueError("the state within the epoch is of another kind")
-    if not all(value.shape == () and value.is_floating_point() and value.isfinite() for value in sums):
+    if not all(type(value) is float and math.isfinite(value) for value in sums):
         raise ValueError("the sums within the epoch are not finite")
-    if (correct.shape, correct.dtype) != ((), torch.int64):
-        raise ValueError("the images within the epoch are not counted")
     torch.Generator().set_state(state["random"]["cpu"])
 
 

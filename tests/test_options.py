@@ -111,6 +111,7 @@ def test_numbers_of_epochs_stretch_with_the_run_unless_they_are_given(parse_stud
 
 def test_milestones_stretch_with_the_epochs_unless_they_are_given():
     assert stretch((150, 180, 210), 240, 24) == (15, 18, 21)
+    assert stretch((30, 60, 90), 100, 1) == (1, 1, 1), "the only epoch is at the full rate"
     assert parse_teacher("--model", "resnet8", "--epochs", "32").lr_decay_epochs == (20, 24, 28)
     given = parse_teacher("--model", "resnet8", "--epochs", "32", "--lr_decay_epochs", "5,6")
     assert given.lr_decay_epochs == (5, 6)
