@@ -1,6 +1,6 @@
 """Mistakes at the terminal: one line that names the flag or file, exit code 2, no traceback, nothing left behind."""
 
-import subprocess
+import runpy
 import sys
 from pathlib import Path
 
@@ -64,17 +64,20 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_a_mistake_is_one_line_and_exit_code_2(case, place, teacher_run):
+def test_a_mistake_is_one_line_and_exit_code_2(case, place, teacher_run, monkeypatch, capsys):
     command, expected = CASES[case]
     if "mobile.pth" in command:
         torch.save({"model": build_model("MobileNetV2", 10).state_dict()}, place / "mobile.pth")
     names = {"place": place, "teacher": teacher_run / "last.pth"}
     before = sorted(place.rglob("*"))
     argv = [part.format(**names) for part in command.split()]
-    done = subprocess.run([sys.executable, *argv], cwd=ROOT, capture_output=True, text=True)
-    errors = done.stderr.strip().splitlines()
-    assert done.returncode == 2, done.stderr
-    assert len(errors) == 1 and errors[0].startswith("error: "), done.stderr
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sys, "argv", argv)
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(argv[0], run_name="__main__")
+    errors = capsys.readouterr().err.strip().splitlines()
+    assert ended.value.code == 2, errors
+    assert len(errors) == 1 and errors[0].startswith("error: "), errors
     assert expected.format(**names) in errors[0]
     left = [path for path in sorted(place.rglob("*")) if path not in before and path != place / "save"]
     assert not left, f"left behind: {left}"

@@ -59,7 +59,8 @@ def assert_same(ours, theirs, tolerance):
 def test_both_forms_agree_on_every_pair(cifar_pair, n, training):
     teacher, student = (probe_shapes(network, 32).final for network in pair_networks(*cifar_pair))
     channels, height, width = student
-    for dtype, tolerance in TOLERANCE.items():
+    wide = n * teacher[0] > 2**13  # minutes; one precision will do
+    for dtype, tolerance in TOLERANCE.items() if not wide else [(torch.float64, TOLERANCE[torch.float64])]:
         # A BatchNorm over four pixels amplifies the rounding of float32 beyond the bound in either form.
         batches = [1 if dtype == torch.float64 or height > 2 else 16]
         if n * teacher[0] * channels <= 2**21:
