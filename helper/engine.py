@@ -117,7 +117,7 @@ class Run:
             check_apart(self.distiller, inputs.network, config.distill)
         if config.sync_bn and count_processes() > 1:
             synchronise(self.distiller)
-        inputs.fast.lay_out(self.distiller)
+        inputs.fast.prepare_student(self.distiller, self.device)
         self.stages = self.distiller.stages(config.epochs)
         self.guard = Guard(config.max_bad_steps)
         self.step, self.epochs_over, self.seconds = 0, 0, 0.0  # what is over, in all stages

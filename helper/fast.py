@@ -16,6 +16,14 @@ PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 OFF = {"precision": "float32", "channels_last": False, "fold_teacher": False, "fused_optimizer": False}
 
 
+class Float32Convolution(nn.Conv2d):
+    """A convolution that autocast leaves in float32."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            return super().forward(x.to(self.weight.dtype))
+
+
 class Fast(NamedTuple):
     """The choices of a run. Losses, BatchNorm statistics, weights and optimizer are float32 in every one."""
 
@@ -46,6 +54,15 @@ class Fast(NamedTuple):
     def lay_out(self, value: nn.Module | Tensor) -> nn.Module | Tensor:
         """The same network or images (B, C, H, W) in the chosen memory layout."""
         return value.to(memory_format=torch.channels_last) if self.channels_last else value
+
+    def prepare_student(self, distiller: nn.Module, device: torch.device) -> nn.Module:
+        """The same module as this run trains it."""
+        if self.precision != "float32" and device.type == "cpu":
+            # oneDNN's backward pass of depthwise convolutions is slower in bfloat16 than in float32.
+            for layer in distiller.modules():
+                if type(layer) is nn.Conv2d and layer.groups == layer.in_channels > 1:
+                    layer.__class__ = Float32Convolution
+        return self.lay_out(distiller)
 
 
 def choose(device: torch.device) -> dict[str, object]:

@@ -2,7 +2,7 @@
 
 python scripts/benchmark.py [--pairs resnet32x4:resnet8x4,...] [--n 8] [--batch_size 64] [--json FILE] [--profile FILE]
 
-Plain: the expanded feature is computed (`--ft_form direct`), float32, eager, contiguous, images one by one through PIL
+Plain: the expanded feature is computed by convolutions, float32, eager, contiguous, images one by one through PIL
 in worker processes. Fast: what `--fast auto` chooses here, images in memory. Steps of both alternate, so that what else
 the machine does falls on both. The ratios are what to quote. The floor is what a step would take at the measured rates
 of matrix products and of copying: floor_s = max(operations / rate, bytes / bandwidth), in the fast path's precision.
@@ -42,6 +42,7 @@ from scripts.benchmark_parts import (
     report,
     wait_for,
 )
+from scripts.plain_losses import PlainTransform
 
 PROGRESS = Progress(120, 240)
 
@@ -56,7 +57,9 @@ class Contender:
         task = Task(data.num_classes, data.image_size, args.batch_size, data.train.targets)
         student = build_model(pair[1], data.num_classes)
         self.method = recipe_method("norm", student, teacher, pair, task, co_sponge=n, ft_form=form).to(self.device)
-        self.fast.lay_out(self.method)
+        if form == "direct":
+            self.method.transform.__class__ = PlainTransform
+        self.fast.prepare_student(self.method, self.device)
         self.teacher = FrozenTeacher(self.fast.prepare_teacher(teacher.to(self.device), data.image_size))
         self.stage = self.method.main_stage(240)
         begin(self.stage, self.method)

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from distiller_zoo.feature_transform import FeatureTransform, match_size
+
 
 def attention(student: Tensor, teacher: Tensor) -> Tensor:
     """Zagoruyko & Komodakis, ICLR 2017: mean squared distance of the normalised attention maps."""
@@ -112,3 +114,13 @@ def crd(v_student: Tensor, v_teacher: Tensor, banks: list[Tensor], index: Tensor
         for vector, bank in ((v_student, banks[1]), (v_teacher, banks[0])):
             bank.index_copy_(0, index, F.normalize(0.5 * bank[index] + 0.5 * vector))
     return total
+
+
+class PlainTransform(FeatureTransform):
+    """Liu et al., ICLR 2023: the feature transform in its direct form as two convolutions of maps (B, C, H, W)."""
+
+    def _direct(self, x: Tensor, target: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        expanded = self.expand(x)
+        out = self.contract(expanded)
+        loss = None if target is None else norm(match_size(expanded, *target.shape[2:]), target)
+        return (out + x if self.residual else out), loss

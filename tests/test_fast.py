@@ -1,5 +1,6 @@
 """The fast path: what it chooses, that it is the same training, that it repeats itself."""
 
+import copy
 import json
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 import train_cifar_student
 from dataset import Images, load_data
 from helper import configuration, engine, fast, inputs, options
+from models import build_model
 from scripts import export_student
 from tests.test_run import load, metrics, same_state
 
@@ -85,3 +87,19 @@ def test_the_teacher_is_folded_in_the_run_only(distil, monkeypatch):
     assert not folded
     distil(*FLAGS, "--fold_teacher")
     assert len(folded) == 1
+
+
+def test_depthwise_convolutions_stay_in_float32_on_a_cpu():
+    student, images = build_model("ShuffleV2", 10), torch.randn(2, 3, 32, 32)
+    keys, plain = list(student.state_dict()), student.eval()(images)
+    quick = fast.Fast(precision="bfloat16").prepare_student(copy.deepcopy(student), torch.device("cpu"))
+    types = {}
+    for name, layer in quick.named_modules():
+        if isinstance(layer, torch.nn.Conv2d):
+            layer.register_forward_hook(lambda layer, given, out, name=name: types.update({name: out.dtype}))
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = quick(images)
+    depthwise = {name for name in types if quick.get_submodule(name).groups > 1}
+    assert depthwise and all((types[name] == torch.float32) == (name in depthwise) for name in types)
+    assert torch.allclose(logits.float(), plain, atol=0.1 * plain.abs().max().item())
+    assert list(quick.state_dict()) == keys
