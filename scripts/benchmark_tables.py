@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from errors import UserError, run_script
 from helper.options import Parser
 from helper.run_folder import replacing
-from scripts import benchmark, benchmark_input, benchmark_losses, benchmark_methods
+from scripts import benchmark, benchmark_input, benchmark_losses, benchmark_methods, estimate_imagenet
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE, RECORDS = ROOT / "docs" / "benchmarks.md", ROOT / "docs" / "benchmarks"
@@ -23,6 +23,7 @@ TABLES = {
     "losses": benchmark_losses.table,
     "step": benchmark.table,
     "input": benchmark_input.table,
+    "estimate": estimate_imagenet.table,
 }
 PLACE = re.compile(r"(<!-- ((\w+?)_\w+\.json) -->\n).*?(<!-- end -->)", re.DOTALL)
 

@@ -8,7 +8,7 @@ import torch
 
 from dataset import Batch, load_data
 from helper.fast import OFF
-from scripts import benchmark, benchmark_losses, benchmark_methods
+from scripts import benchmark, benchmark_losses, benchmark_methods, benchmark_tables, estimate_imagenet
 from tests.conftest import message_of
 
 RECORD = {
@@ -74,3 +74,19 @@ def test_forms_that_disagree_are_an_error(monkeypatch):
     monkeypatch.setattr(benchmark_losses.plain_losses, "pkt", lambda student, teacher: student.square().sum())
     message = message_of(benchmark_losses.main, ["--batch_size", "4", "--rounds", "1", "--losses", "pkt"])
     assert "the forms disagree" in message
+
+
+def test_the_page_shows_its_records():
+    page = benchmark_tables.PAGE.read_text(encoding="utf-8")
+    assert benchmark_tables.fill(page) == page, "run python scripts/benchmark_tables.py"
+    assert "| resnet32x4 -> resnet8x4 |" in page
+
+
+def test_imagenet_is_estimated_from_work_and_rates():
+    slow, fast = (estimate_imagenet.main(["--flops_per_s", rate, "--shares", "0.5"]) for rate in ("1e12", "1e18"))
+    first = slow[0]
+    products = 3.66e9 + 3 * 1.81e9  # He et al., CVPR 2016, table 1, for ResNet-34 and -18
+    assert first["flops_per_image"] == pytest.approx(2 * products, rel=0.02)
+    assert first["images_per_s"] == [pytest.approx(0.5e12 / first["flops_per_image"])]
+    assert first["gpu_hours"] == [pytest.approx(128_116_700 / first["images_per_s"][0] / 3600)]
+    assert fast[0]["floor_s_per_image"] == pytest.approx(first["bytes_per_image"] / 3.35e12)
