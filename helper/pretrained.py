@@ -8,7 +8,7 @@ import torchvision
 
 from errors import UserError
 from helper.download import RemoteFile, provide
-from models import build_model
+from models import build_model, find_builder, imagenet_model_dict
 from models.checkpoints import find_weights, load_weights, read_checkpoint
 from models.external import External, build_pretrained, find_external
 
@@ -42,6 +42,19 @@ def torchvision_weights(name: str):
     if (wanted or WEIGHTS) not in members:
         raise UserError(f"torchvision:{name}: its weights are {', '.join(members) or 'not published'}")
     return members[wanted or WEIGHTS]
+
+
+def published_name(source: str) -> str:
+    """The model of `torchvision:NAME[@WEIGHTS]` or `timm:NAME[.TAG]`, found without a download; `UserError` for none.
+
+    Our own networks of the same name and weights show more to the methods than a foreign one does.
+    """
+    library, _, architecture = source.partition(":")
+    architecture = architecture.partition("." if library == "timm" else "@")[0]
+    is_ours = library == "torchvision" and architecture in imagenet_model_dict
+    name = architecture if is_ours else f"{library}:{architecture}"
+    find_builder(name)
+    return name
 
 
 def imagenet_teacher(name: str) -> RemoteFile:

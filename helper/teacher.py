@@ -3,17 +3,19 @@
 import copy
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from errors import UserError
-from helper.pretrained import read_timm, read_torchvision
+from helper.pretrained import published_name, read_timm, read_torchvision
 from helper.recipes import PUBLISHED_TEACHERS
 from helper.run_state import rebuild
 from helper.stored import contained
-from models import build_model, imagenet_model_dict
+from models import build_model
 from models.backbone import Backbone, Output
 from models.checkpoints import (
     count_classes,
@@ -64,31 +66,50 @@ class FrozenTeacher(nn.Module):
 
 
 def read_teacher(path: str, model_t: str | None) -> TeacherFile:
-    """Read `--path_t`: a run's checkpoint, an exported network, plain weights such as RepDistiller's, or the name of
-    published ones, `torchvision:NAME` or `timm:NAME`."""
+    """What `--path_t` and `--model_t` name."""
+    return read_network(path, model_t, "--path_t", "--model_t")
+
+
+def read_network(path: str, name: str | None, flag: str, name_flag: str) -> TeacherFile:
+    """Read a run's checkpoint, an exported network, plain weights such as RepDistiller's, or published weights by name,
+    `torchvision:NAME` or `timm:NAME`.
+
+    `name` is the model's, where it is known. Raises `UserError`, naming `flag`, or `name_flag` where that would help.
+    """
     if is_external(path):
-        return _read_pretrained(path, model_t)
-    checkpoint = read_checkpoint(path, "--path_t")
-    with contained(f"--path_t: {path} cannot be used"):
+        with naming(flag):
+            return _read_pretrained(path, name, name_flag)
+    checkpoint = read_checkpoint(path, flag)
+    with contained(f"{flag}: {path} cannot be used"):
         if "distiller" in checkpoint:
-            distiller, config = rebuild(checkpoint, f"--path_t: {path}")
-            name, network, record = (
+            distiller, config = rebuild(checkpoint, f"{flag}: {path}")
+            found, network, record = (
                 config["model_s"],
                 distiller.export(),
                 {**config, "accuracy": checkpoint.get("accuracy")},
             )
         elif "model_name" in checkpoint:
-            network, record = load_exported(checkpoint, f"--path_t: {path}")
-            name = record["model_name"]
+            network, record = load_exported(checkpoint, f"{flag}: {path}")
+            found = record["model_name"]
         else:
-            name, network, record = _read_foreign(path, model_t, checkpoint)
+            found = name or _name_from_folder(path, name_flag)
+            network, record = _read_foreign(f"{flag}: {path}", found, checkpoint)
         _check_record(record)
-    if model_t is not None and model_t != name:
-        raise UserError(f"--path_t: {path} holds another architecture, {name}, than --model_t {model_t}")
+    if name not in (None, found):
+        raise UserError(f"{flag}: {path} holds another architecture, {found}, than {name_flag} {name}")
     num_classes = network.get_classifier().out_features
     return TeacherFile(
-        path, name, network, num_classes, *(record.get(key) for key in ("dataset", "data", "image_size", "accuracy"))
+        path, found, network, num_classes, *(record.get(key) for key in ("dataset", "data", "image_size", "accuracy"))
     )
+
+
+@contextmanager
+def naming(flag: str) -> Iterator[None]:
+    """Let a `UserError` of what knows no flags begin with the flag."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{flag}: {error}") from None
 
 
 def _check_record(record: dict) -> None:
@@ -104,19 +125,18 @@ def _check_record(record: dict) -> None:
         raise ValueError(f"its image_size is {record['image_size']}")
 
 
-def _read_foreign(path: str, model_t: str | None, checkpoint: dict) -> tuple[str, Backbone, dict]:
-    name = model_t or _name_from_folder(path)
-    weights = name_for(name, find_weights(checkpoint, f"--path_t: {path}"))
+def _read_foreign(source: str, name: str, checkpoint: dict) -> tuple[Backbone, dict]:
+    weights = name_for(name, find_weights(checkpoint, source))
     probe = build_model(name, 1)
     num_classes = count_classes(probe, rename_for(name, weights)) or 1
     network = build_model(name, num_classes)
-    load_weights(network, name, weights, f"--path_t: {path}")
+    load_weights(network, name, weights, source)
     # RepDistiller's files do not name their data set; the ones with 100 classes are CIFAR-100's.
     record = {"dataset": "cifar100" if num_classes == 100 else None}
     published = PUBLISHED_TEACHERS.get((record["dataset"], name))
     recorded = checkpoint.get("accuracy", checkpoint.get("best_acc"))
     record["accuracy"] = published if published is not None else recorded if recorded is None else float(recorded)
-    return name, network, record
+    return network, record
 
 
 def check_apart(student: nn.Module, teacher: nn.Module, distill: str) -> None:
@@ -127,31 +147,29 @@ def check_apart(student: nn.Module, teacher: nn.Module, distill: str) -> None:
             raise UserError(f"--distill {distill}: its {name} is the teacher's own; the method must copy it")
 
 
-def _read_pretrained(path: str, model_t: str | None) -> TeacherFile:
-    library, _, weights_name = path.partition(":")
+def _read_pretrained(source: str, model: str | None, name_flag: str) -> TeacherFile:
+    library, _, weights_name = source.partition(":")
+    name = published_name(source)
     if library == "timm":
+        if model not in (None, name):
+            raise UserError(f"{source} is another architecture, {name}, than {name_flag} {model}")
         network, record = read_timm(weights_name)
-        name = network.name
-        if model_t not in (None, name):
-            raise UserError(f"--path_t: {path} is another architecture, {name}, than --model_t {model_t}")
     else:
         checkpoint, record = read_torchvision(weights_name)
-        architecture = weights_name.partition("@")[0]
-        # Our own networks of the same name and weights show more to the methods than a foreign one does.
-        name = model_t or (architecture if architecture in imagenet_model_dict else f"torchvision:{architecture}")
-        weights = name_for(name, find_weights(checkpoint, f"--path_t: {path}"))
+        name = model or name
+        weights = name_for(name, find_weights(checkpoint, source))
         network = build_model(name, count_classes(build_model(name, 1), weights) or 1)
-        load_weights(network, name, weights, f"--path_t: {path}")
+        load_weights(network, name, weights, source)
     num_classes = network.get_classifier().out_features
     known = (record.get("image_size"), record.get("accuracy"))
-    return TeacherFile(path, name, network, num_classes, record["dataset"], None, *known)
+    return TeacherFile(source, name, network, num_classes, record["dataset"], None, *known)
 
 
-def _name_from_folder(path: str) -> str:
+def _name_from_folder(path: str, name_flag: str) -> str:
     """RepDistiller's folders are called <model>_vanilla."""
     match = re.fullmatch(r"(.+)_vanilla", os.path.basename(os.path.dirname(os.path.abspath(path))))
     if match is None:
-        raise UserError(f"--model_t: {path} does not say which model it holds; name it")
+        raise UserError(f"{name_flag}: {path} does not say which model it holds; name it")
     return match[1]
 
 

@@ -37,8 +37,8 @@ def build_pretrained(architecture: str) -> nn.Module:
     except Exception as error:  # timm, huggingface_hub and its network libraries have their own errors each
         reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
         raise UserError(
-            f"--path_t: timm's weights of {architecture} are not on this machine and cannot be downloaded ({reason}); "
-            f"give a file with --path_t FILE --model_t timm:{architecture.partition('.')[0]}"
+            f"timm's weights of {architecture} are not on this machine and cannot be downloaded ({reason}); give a "
+            f"file of them, and name its network, timm:{architecture.partition('.')[0]}"
         ) from None
 
 
