@@ -14,6 +14,7 @@ from errors import UserError
 from helper.device import find_device
 from helper.distributed import by_main, images_per_pass, is_main
 from helper.fast import OFF, choose
+from helper.initial import find_model
 from helper.recipes import resolve
 from helper.run_folder import CONFIG, RunFolder
 from helper.schedule import stretch
@@ -124,6 +125,8 @@ def _resolve(given: dict, stored: dict, find_teacher=None) -> tuple[Namespace, T
     distill = given.get("distill", stored.get("distill", DEFAULTS["distill"]))
     method = find_distiller(distill)
     model_s = given.get("model_s", stored.get("model_s"))
+    if model_s is None and "init" in given and not stored:
+        model_s = find_model(given["init"])
     if model_s is None:
         raise UserError("name the network to train: --model_s NAME (in train_teacher.py: --model NAME)")
     _refuse_unused(given, distill, method)
@@ -133,7 +136,8 @@ def _resolve(given: dict, stored: dict, find_teacher=None) -> tuple[Namespace, T
     chosen = {flag.argument: (stored | given).get(flag.argument) for flag in method.flags}
     recipe = resolve(dataset["dataset"], of_teacher["model_t"], model_s, distill, chosen)
     layers = (
-        dict.fromkeys(("data", "max_steps", "resume"), (None, "default")),
+        dict.fromkeys(("data", "max_steps", "resume", "init"), (None, "default")),
+        {"model_s": (model_s, "from --init")},
         {argument: (value, "default") for argument, value in DEFAULTS.items()},
         {flag.argument: (flag.default, "default") for flag in method.flags},
         recipe,

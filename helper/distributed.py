@@ -129,6 +129,14 @@ def by_main(make: Callable[[], Any]) -> Any:
     return value
 
 
+def main_first(make: Callable[[], Any]) -> Any:
+    """What `make()` gives in each process; the main one goes first, so that the others find what it downloads, and
+    its `UserError` is raised everywhere."""
+    made = []
+    by_main(lambda: made.append(make()))
+    return made[0] if made else make()
+
+
 @contextmanager
 def one_by_one_here() -> Iterator[None]:
     """On each machine its first process goes through the block before the others, which may find what it has made."""

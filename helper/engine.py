@@ -18,6 +18,7 @@ from errors import Stopped
 from helper.configuration import run_name
 from helper.distributed import average_statistics, by_main, count_processes, describe_batch, is_main
 from helper.guard import Guard
+from helper.initial import read_initial, start_from
 from helper.inputs import Inputs, load_inputs
 from helper.lockstep import execute_together
 from helper.metrics import evaluate
@@ -48,7 +49,8 @@ def run(configs: Sequence[Namespace], teacher_file: TeacherFile | None) -> list[
     stop_request = StopRequest()
     with ExitStack() as folders:
         with ExitStack() as preparations:
-            inputs = load_inputs(configs[0], teacher_file)
+            initial = read_initial(configs)
+            inputs = load_inputs(configs[0], teacher_file)._replace(initial=initial)
             runs = []
             for config in configs:
                 folder = _open_folder(config, preparations)
@@ -109,6 +111,8 @@ class Run:
         torch.manual_seed(config.seed)
         student = build_model(config.model_s, self.data.num_classes)
         probe_shapes(student, self.data.image_size)
+        if config.init is not None and config.resume is None:
+            folder.log(start_from(inputs.initial, student, config, self.data.num_classes))
         self.distiller = build_distiller(
             *(vars(config), student, inputs.network),
             *(self.data.num_classes, self.data.image_size, self.data.train.targets),

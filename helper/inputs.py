@@ -29,6 +29,7 @@ class Inputs(NamedTuple):
     teacher: FrozenTeacher | None  # the same as this run computes it
     teacher_accuracy: float | None
     teacher_note: str = ""
+    initial: TeacherFile | None = None  # what new runs start from
 
     def teach(self, images: torch.Tensor, preact: bool) -> Output:
         """The teacher's outputs for images (B, 3, H, W)."""

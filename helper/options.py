@@ -66,9 +66,9 @@ def _epochs(text: str) -> tuple[int, ...]:
         raise argparse.ArgumentTypeError(f"must be epochs like 150,180,210, not {text}") from None
 
 
-_PATH_T = (
-    "the teacher's checkpoint: a run's, an exported network, or RepDistiller's; or published weights by name, "
-    "torchvision:resnet34, torchvision:resnet50@IMAGENET1K_V2, timm:NAME"
+_SOURCES = (
+    "a run's, an exported network, or RepDistiller's; or published weights by name, torchvision:resnet34, "
+    "torchvision:resnet50@IMAGENET1K_V2, timm:NAME"
 )
 
 
@@ -80,6 +80,12 @@ def imagenet_parser() -> argparse.ArgumentParser:
 
 
 def _add_common(parser: Parser) -> None:
+    parser.add_argument_group("initial weights").add_argument(
+        "--init",
+        metavar="SOURCE",
+        help=f"start from these weights instead of random ones: a checkpoint, {_SOURCES}. Where the number of classes "
+        "differs, the classifier is new. The network need not be named besides",
+    )
     add = parser.add_argument_group("data").add_argument
     add(
         "--dataset",
@@ -218,7 +224,7 @@ def student_parser(images: str = "small images") -> argparse.ArgumentParser:
     add("--distill", metavar="METHOD", help="one of the methods above (norm)")
     add("--model_s", type=_model_name, metavar="NAME", help="student")
     add("--model_t", type=_model_name, metavar="NAME", help="teacher; default: what --path_t says")
-    add("--path_t", metavar="FILE", help=_PATH_T)
+    add("--path_t", metavar="FILE", help=f"the teacher's checkpoint: {_SOURCES}")
     add("--allow_teacher_gap", action="store_true", default=None, help="go on with a teacher whose accuracy is off")
     _add_common(parser)
     _add_method_flags(parser)

@@ -193,6 +193,7 @@ def _same(folder: Path, config: Namespace) -> bool:
         stored = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
+    stored.setdefault("init", None)  # runs from before there was --init had none
     expected = json.loads(json.dumps(vars(config)))
     shared = (expected.keys() & stored.keys()) - set(IRRELEVANT)
     return all(expected[name] == stored[name] for name in shared)

@@ -14,7 +14,7 @@ from helper.options import student_parser
 #: What a stored configuration holds beside flags; most of it is found out again.
 DERIVED = ("origins", "resume", "wrapper_t", "images_per_pass")
 #: The settings that may be null.
-MAY_BE_NONE = ("data", "max_steps", "path_t", "model_t")
+MAY_BE_NONE = ("data", "max_steps", "path_t", "model_t", "init")
 
 
 def read_configuration(stored: object, source: str) -> dict:

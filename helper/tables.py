@@ -58,7 +58,8 @@ class Row(NamedTuple):
         config = self.config
         chosen = {flag.argument: config.get(flag.argument) for flag in find_distiller(config["distill"]).flags}
         recipe = resolve(config["dataset"], config["model_t"], config["model_s"], config["distill"], chosen)
-        label = [config["distill"]]
+        # Also keeps what started from other weights apart from a paper's value.
+        label = [config["distill"], *([f"--init {config['init']}"] if config.get("init") else [])]
         for flag in DISTILLERS[config["distill"]].flags:
             usual = recipe.get(flag.argument, (flag.default, ""))[0]
             value = config.get(flag.argument, usual)

@@ -9,7 +9,7 @@ from errors import UserError
 
 #: What runs of one process have in common, because they share data, teacher and device.
 COMMON = (
-    *("path_t", "model_t", "dataset", "data", "image_size", "holdout", "num_workers", "max_broken"),
+    *("path_t", "model_t", "init", "dataset", "data", "image_size", "holdout", "num_workers", "max_broken"),
     *("allow_teacher_gap", "save_dir"),
     *("device", "fast", "precision", "channels_last", "fold_teacher", "fused_optimizer"),
     *("trial", "seed", "resume"),

@@ -155,9 +155,27 @@ def _suggestion(weights: Weights) -> str:
 
 def count_classes(model: Backbone, weights: Weights) -> int | None:
     """Number of classes of these weights, read where `model` has its classifier; None where they have nothing there."""
-    classifier = next(name for name, module in model.named_modules() if module is model.get_classifier())
-    bias = weights.get(f"{classifier}.bias")
+    bias = weights.get(f"{_name_of_classifier(model)}.bias")
     return None if bias is None else len(bias)
+
+
+def _name_of_classifier(model: Backbone) -> str:
+    return next(name for name, module in model.named_modules() if module is model.get_classifier())
+
+
+def load_initial(model: Backbone, model_name: str, network: Backbone, source: str) -> bool:
+    """Give `model` the weights of `network`, as strictly as `load_weights`; where the numbers of classes differ, its
+    classifier stays as it is initialised.
+
+    Returns whether the classifier was taken too; raises `UserError` for another architecture.
+    """
+    weights, own = network.state_dict(), model.state_dict()
+    takes_classifier = network.get_classifier().out_features == model.get_classifier().out_features
+    if not takes_classifier:
+        prefix = f"{_name_of_classifier(model)}."
+        weights |= {key: value for key, value in own.items() if key in weights and key.startswith(prefix)}
+    load_weights(model, model_name, weights, source)
+    return takes_classifier
 
 
 def identify(weights: Weights) -> list[str]:

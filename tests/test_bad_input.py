@@ -48,6 +48,8 @@ CASES = {
         "--model_t MobileNetV2",
         "larger than the teacher's",
     ),
+    "other initial weights": (TEACHER + "--model resnet20 --init {teacher}", "--init: {teacher} holds another"),
+    "initial weights of a web page": (TEACHER + "--model resnet8 --init {place}/page.pth", "--init: {place}/page.pth"),
     "unused flag": (STUDENT + "--path_t {teacher} --distill kd -c 2.5", "-c/--ceta: not used"),
     "unknown flag": (STUDENT + "--path_t {teacher} --hint 2", "unrecognized arguments: --hint 2"),
     "empty data folder": (TEACHER + "--model resnet8 --dataset folder --data {place}/empty", "{place}/empty/train"),

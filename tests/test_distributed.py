@@ -23,6 +23,7 @@ CPU = torch.device("cpu")
 EQUAL = [name for name, case in CASES.items() if case[3]]
 RUN = ("--batch_size", "8", "--epochs", "2", "--model", "resnet8", "--save_every_steps", "1")
 SLOW = ("--trial", "2", "--sync_bn", "--learning_rate", "0.001")
+FINE_TUNING = ("--batch_size", "8", "--trial", "3", "--sync_bn", "--learning_rate", "0.01", "--max_steps", "2")
 
 
 def free_port() -> int:
@@ -42,6 +43,7 @@ def together(tmp_path_factory) -> Path:
         ["teacher", *common, *RUN],
         [*student, "--distill", "factor", "--allow_teacher_gap", "--max_steps", "2", "--epochs", "1"],
         ["teacher", *common, *RUN, *SLOW, "--max_steps", "5", "--save_every_steps", "4"],
+        ["teacher", *common, *FINE_TUNING, "--init", teacher],
     ]
     spawn(run_cases, (free_port(), str(folder), runs), nprocs=2)
     return folder
@@ -98,6 +100,16 @@ def test_whole_runs_write_once(together):
         "paraphraser",
         None,
     ]
+
+
+def test_all_processes_start_from_the_given_weights(together, tmp_path, monkeypatch):
+    monkeypatch.setattr(inputs, "load_data", few_images)
+    source, run = together / "digits_ce_resnet8_trial1" / "last.pth", "digits_ce_resnet8_trial3"
+    train_teacher.main(["--save_dir", str(tmp_path), *FINE_TUNING, "--init", str(source)])
+    alone, shared = (load(folder / run / "last.pth")["distiller"] for folder in (tmp_path, together))
+    for key, value in alone.items():
+        assert torch.allclose(value.double(), shared[key].double(), rtol=1e-4, atol=1e-4), key
+    assert (together / run / "log.txt").read_text().count("all weights; images") == 1
 
 
 def test_a_run_goes_on_in_another_number_of_processes(together, tmp_path, monkeypatch):
