@@ -6,12 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
+import torchvision
 from PIL import Image
 
 import distiller_zoo
 import models
 import train_cifar_student
 import train_teacher
+from helper import pretrained
 from scripts import compare, export_student, predict, report, reproduce
 from tests.test_reproduce import in_process
 
@@ -47,10 +49,22 @@ def photographs(tmp_path, monkeypatch):
     return tmp_path
 
 
+@pytest.fixture
+def _downloads(tmp_path, monkeypatch):
+    """Random weights in place of torchvision's."""
+
+    def make(file: pretrained.RemoteFile) -> Path:
+        path = tmp_path / file.name
+        torch.save(torchvision.models.get_model(file.name.partition("-")[0]).state_dict(), path)
+        return path
+
+    monkeypatch.setattr(pretrained, "provide", make)
+
+
 def shortened(script: str, flags: list[str]) -> list[str]:
     """Fewer epochs, steps and pixels; names with a * are spelled out, as a shell would."""
     flags = [str(path) for flag in flags for path in (sorted(Path().glob(flag)) if "*" in flag else [flag])]
-    flags = [{"60": "1", "3": "2"}.get(flag, flag) for flag in flags]
+    flags = [{"60": "1", "30": "1", "3": "2"}.get(flag, flag) for flag in flags]
     if script.startswith("train_") or "--" in flags:
         flags += ["--max_steps", "1", "--batch_size", "8"]
     return flags
@@ -64,7 +78,7 @@ def run_method_of_the_page() -> type:
     return namespace["MeanMap"]
 
 
-def test_the_commands_run_in_their_order(photographs, monkeypatch, capsys):
+def test_the_commands_run_in_their_order(photographs, _downloads, monkeypatch, capsys):
     monkeypatch.setitem(distiller_zoo.DISTILLERS, "mean_map", run_method_of_the_page())
     in_process(monkeypatch)
     ran = []
@@ -76,6 +90,8 @@ def test_the_commands_run_in_their_order(photographs, monkeypatch, capsys):
     assert set(ran) == set(MAINS)
     printed = capsys.readouterr().out
     assert "| folder | resnet20 | resnet8 | mean_map -b 10 |" in printed
+    assert "| folder | - | resnet18 | ce --init torchvision:resnet18 |" in printed
+    assert "which is new: 1000 classes there, 2 here" in printed
     assert all(Path(name).exists() for name in ("report.html", "figures/learning_curves.svg", "student.onnx"))
     predictions = [line for line in printed.splitlines() if line.startswith("photographs/val/")]
     assert len(predictions) == 6 and all("cat" in line and "dog" in line for line in predictions)
