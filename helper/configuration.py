@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from distiller_zoo import DISTILLERS, Distiller, find_distiller
 from errors import UserError
-from helper.device import find_device
+from helper.device import count_cores, find_device
 from helper.distributed import by_main, images_per_pass, is_main
 from helper.fast import OFF, choose
 from helper.initial import find_model
@@ -29,7 +29,7 @@ DEFAULTS = {
     "dataset": "digits",
     "image_size": 32,
     "holdout": 0,
-    "num_workers": 4,
+    "num_workers": min(4, count_cores()),
     "max_broken": 10,
     "trial": "1",
     "device": "auto",

@@ -1,5 +1,7 @@
 """The device of a run."""
 
+import os
+
 import torch
 
 from errors import UserError
@@ -15,3 +17,8 @@ def find_device(name: str) -> torch.device:
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise UserError(f"--device: {name} cannot be used: {str(error).splitlines()[0]}") from None
     return device
+
+
+def count_cores() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

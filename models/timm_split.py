@@ -53,7 +53,8 @@ def split(name: str, network: nn.Module, num_classes: int) -> Split:
     channels = network.num_features
     if len(shape) != 4 or channels not in (shape[1], shape[3]):
         raise no_map(name, "its features are no map of pixels")
-    stages = {stage["module"]: stage["num_chs"] for stage in getattr(network, "feature_info", None) or ()}
+    told, modules = getattr(network, "feature_info", None) or (), dict(network.named_modules())
+    stages = {stage["module"]: stage["num_chs"] for stage in told if stage["module"] in modules}
     channels_last = shape[1] != channels
     final = (channels, *shape[1:3]) if channels_last else shape[1:]
 

@@ -6,7 +6,6 @@ PATH is a folder like ImageNet's, or shards. The limit is one process that only 
 random crops, stacking and the way between processes cost is the rest.
 """
 
-import os
 import sys
 import time
 from collections.abc import Iterator
@@ -20,7 +19,7 @@ from dataset import ImageData, Loader, load_data
 from dataset.decoding import decode
 from distiller_zoo.base import count
 from errors import run_script
-from helper.device import find_device
+from helper.device import count_cores, find_device
 from helper.options import Parser
 from scripts.benchmark_parts import report
 
@@ -56,7 +55,7 @@ def loader_rate(data: ImageData, batch_size: int, device: torch.device, epochs: 
 
 def measure(args) -> Iterator[dict]:
     """One record per number of workers."""
-    device, cores = find_device(args.device), len(os.sched_getaffinity(0))
+    device, cores = find_device(args.device), count_cores()
     data = load_data("imagenet", args.path, args.image_size, 0)
     limit = decode_rate(data, args.batch_size * 4)
     for workers in args.workers:

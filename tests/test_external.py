@@ -20,7 +20,7 @@ NOT_AVERAGED = ("torchvision:mobilenet_v3_small", "timm:mobilenetv3_small_050")
 SIZE = 64
 
 
-@pytest.mark.parametrize("name", [*AVERAGED, *NOT_AVERAGED, "torchvision:regnet_y_400mf", "timm:convnext_atto"])
+@pytest.mark.parametrize("name", [*AVERAGED, *NOT_AVERAGED, "torchvision:regnet_y_400mf", "timm:convnext_atto", "timm:hrnet_w18_small"])
 def test_the_parts_are_the_network(name):
     network = build_model(name, 7).eval()
     images = torch.randn(2, 3, SIZE, SIZE)
