@@ -105,7 +105,11 @@ def _add_common(parser: Parser) -> None:
         help="keep K training images, the same for all seeds, to choose the best epoch on; the test images then only "
         "report (0: the best epoch is chosen on the test images, as in the official code)",
     )
-    add("--num_workers", type=_from_zero, help="threads or processes that decode images (4, or one per core where there are fewer); the rest lies in memory")
+    add(
+        "--num_workers",
+        type=_from_zero,
+        help="threads or processes that decode images (one per core, at most 4); the rest lies in memory",
+    )
     add("--max_broken", type=_from_zero, help="images that may be unreadable where they are read as it goes (10)")
     add = parser.add_argument_group("training (defaults: helper/recipes.py)").add_argument
     add("--batch_size", type=count, help="of all processes together; the learning rate belongs to it")

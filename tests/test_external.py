@@ -20,7 +20,7 @@ NOT_AVERAGED = ("torchvision:mobilenet_v3_small", "timm:mobilenetv3_small_050")
 SIZE = 64
 
 
-@pytest.mark.parametrize("name", [*AVERAGED, *NOT_AVERAGED, "torchvision:regnet_y_400mf", "timm:convnext_atto", "timm:hrnet_w18_small"])
+@pytest.mark.parametrize("name", [*AVERAGED, *NOT_AVERAGED, "torchvision:regnet_y_400mf", "timm:convnext_atto"])
 def test_the_parts_are_the_network(name):
     network = build_model(name, 7).eval()
     images = torch.randn(2, 3, SIZE, SIZE)
@@ -33,6 +33,13 @@ def test_the_parts_are_the_network(name):
     assert len(sizes) > 2 and sizes == sorted(set(sizes), reverse=True)
     assert torch.allclose(network.get_classifier()(output.pooled), output.logits, atol=1e-5)
     assert str(output.final.shape[1]) in network.note
+
+
+def test_stages_that_are_no_modules_of_the_network_are_left_out():
+    network = build_model("timm:hrnet_w18_small", 7).eval()
+    with torch.no_grad():
+        output = network.outputs(torch.randn(1, 3, SIZE, SIZE))
+    assert [feature_map.shape for feature_map in output.maps] == [output.final.shape]
 
 
 def test_a_network_of_timm_can_be_exported():
