@@ -75,6 +75,10 @@ def real_images(record: dict, dataset: str | None, folder: str | None) -> tuple[
 def compare(trained: nn.Module, exported: Callable[[Tensor], Tensor], images: Tensor, name: str) -> None:
     """Print how far the logits of both networks lie apart; raises `UserError` where that is more than rounding."""
     before, after = (torch.cat([network(part) for part in images.split(100)]) for network in (trained, exported))
+    if not before.isfinite().all():
+        raise UserError(
+            f"CKPT: the trained network's logits on {name} are not finite; it diverged, take another epoch's"
+        )
     difference, scale = float((before - after).abs().max()), float(before.abs().max())
     same = int((before.argmax(1) == after.argmax(1)).sum())
     print(

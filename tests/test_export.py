@@ -1,6 +1,7 @@
 """From a checkpoint to the plain network: ours and the official NORM code's."""
 
 import argparse
+import math
 import os
 import pickle
 import shutil
@@ -159,6 +160,13 @@ def test_faults_are_named_and_write_nothing(distil, tmp_path):
     assert "not a dictionary" in message(checkpoint)
     torch.save({"distiller": {}, "config": {}}, checkpoint)
     assert "not a whole checkpoint" in message(checkpoint)
+
+
+def test_a_network_that_diverged_is_not_written(distil, monkeypatch):
+    run = distil(*SHORT)
+    monkeypatch.setattr(export_student, "real_images", lambda *_: (torch.full((2, 3, 32, 32), math.inf), "digits"))
+    assert "logits on digits are not finite" in message_of(export_student.main, [str(run / "best.pth")])
+    assert not Path(run / "best_exported.pth").exists()
 
 
 def test_a_network_that_differs_is_not_written(distil, monkeypatch):
