@@ -1,4 +1,4 @@
-"""The contrastive objective of CRD (Tian, Krishnan & Isola, ICLR 2020, equations 8-10 in their NCE form)."""
+"""The contrastive objective of CRD (Tian, Krishnan & Isola, ICLR 2020) in its NCE form."""
 
 import torch
 from torch import Tensor, nn

@@ -1,7 +1,7 @@
 """DIST: knowledge distillation from a stronger teacher (Huang, You, Wang, Qian & Xu, NeurIPS 2022, arXiv 2205.10536).
 
     L = gamma * CE(s, y) + beta * (inter + intra),    inter = T^2 * (1 - mean over images of the Pearson correlation of
-    their softened classes), intra the same for the classes over the images of the batch (equations 7-9)
+    their softened classes), intra the same for the classes over the images of the batch
 
 T is --kd_T. The paper has a weight for each of the two; both are 2 in its CIFAR runs, so there is one here.
 """

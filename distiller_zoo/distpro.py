@@ -5,8 +5,8 @@
 
 Pathways i lead from maps of the student to maps of the teacher, both before their last ReLU (pathways.py); HCL is
 ReviewKD's. The search trains a copy of the student on four fifths of the images for `--init_epochs` epochs. Before each
-step the scores move so that the cross entropy of held-out images after that step falls (DARTS, Liu et al., ICLR 2019,
-equations 7 and 8): with w' = w - rate * (momentum * velocity + grad_w L + decay * w) and v = grad_w' CE_held-out,
+step the scores move so that the cross entropy of held-out images after that step falls (the second-order step of DARTS,
+Liu et al., ICLR 2019): with w' = w - rate * (momentum * velocity + grad_w L + decay * w) and v = grad_w' CE_held-out,
 
     grad_scores = -rate * (grad_scores L(w + R v) - grad_scores L(w - R v)) / (2 R),   R = 0.01 / |v|.
 

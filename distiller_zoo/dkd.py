@@ -1,4 +1,4 @@
-"""DKD: decoupled knowledge distillation (Zhao, Cui, Song, Qiu & Liang, CVPR 2022, arXiv 2203.08679), equations 7-9.
+"""DKD: decoupled knowledge distillation (Zhao, Cui, Song, Qiu & Liang, CVPR 2022, arXiv 2203.08679).
 
     L = gamma * CE(s, y) + min(epoch / warmup_epochs, 1) * (dkd_alpha * TCKD + dkd_beta * NCKD)
 
