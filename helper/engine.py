@@ -1,6 +1,6 @@
 """The story of a run, top to bottom: student, method, stages, epochs, result.
 
-What runs may share, data and teacher, is in ground.py. Nothing here knows the name of a method; what a method needs it
+What runs may share, data and teacher, is in inputs.py. Nothing here knows the name of a method; what a method needs it
 says itself (distiller_zoo/base.py).
 """
 
@@ -226,14 +226,13 @@ class Run:
 
     def _save(self, record: dict) -> None:
         model = self._model(record.get("test_accuracy"))
-        self._save_last(model, None)
-        if not self.in_main_stage:
-            return
-        # The first of equals is kept, so the last epoch does not overwrite the best for a tie.
-        if self._best_epoch() == self.epoch:
-            self.folder.save(BEST, model)
-        if self.config.save_freq and self.epoch % self.config.save_freq == 0:
-            self.folder.save(f"epoch_{self.epoch}.pth", model)
+        if self.in_main_stage:
+            # The first of equals is kept, so the last epoch does not overwrite the best for a tie.
+            if self._best_epoch() == self.epoch:
+                self.folder.save(BEST, model)
+            if self.config.save_freq and self.epoch % self.config.save_freq == 0:
+                self.folder.save(f"epoch_{self.epoch}.pth", model)
+        self._save_last(model, None)  # the last of them: a run that is killed before it makes the others again
 
     def _best_epoch(self) -> int:
         """Counted from 1; the first of equals."""

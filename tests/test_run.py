@@ -161,6 +161,30 @@ def test_resuming_with_other_settings_is_refused(distil, save_dir):
     assert (run / "config.json").exists()
 
 
+def test_a_run_that_is_killed_between_two_checkpoints_ends_with_the_same_best(tmp_path, monkeypatch):
+    accuracies, saves = iter([10.0, 20.0, 20.0]), []
+    save = engine.RunFolder.save
+
+    def fake(predict, loader, title):
+        return {"test_accuracy": next(accuracies), "test_accuracy_top5": 0.0, "test_loss": 0.0}
+
+    def save_then_stop(self, name, checkpoint):
+        save(self, name, checkpoint)
+        saves.append(name)
+        if len(saves) == 3:  # two of the first epoch, and one of the second
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(engine, "evaluate", fake)
+    monkeypatch.setattr(engine.RunFolder, "save", save_then_stop)
+    with pytest.raises(KeyboardInterrupt):
+        train_teacher.main(["--model", "resnet8", "--epochs", "2", "--batch_size", "128", "--save_dir", str(tmp_path)])
+    run = next(tmp_path.iterdir())
+    [result] = train_teacher.main(["--resume", str(run)])
+    best, last = load(run / "best.pth"), load(run / "last.pth")
+    assert result["best_epoch"] == best["epoch"] == last["epoch"] == 2
+    assert same_state(best["distiller"], last["distiller"])
+
+
 def test_best_last_and_mean_of_five_are_told_apart(tmp_path, monkeypatch):
     accuracies = iter([10.0, 30.0, 30.0, 20.0, 25.0, 15.0])
 
