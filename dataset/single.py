@@ -8,6 +8,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms import v2
 
+from dataset.decoding import convert_to_rgb
 from errors import UserError
 
 
@@ -18,7 +19,7 @@ def read_square(path: str | os.PathLike, size: int, flag: str = "--data") -> Ten
     """
     try:
         with Image.open(path) as image:
-            square = image.convert("RGB")
+            square = convert_to_rgb(image)
             if square.size != (size, size):
                 square = v2.CenterCrop(size)(v2.Resize(size)(square))
             return torch.from_numpy(numpy.array(square))

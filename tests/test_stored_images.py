@@ -15,6 +15,7 @@ import train_imagenet_student
 import train_teacher
 from dataset import Augmentation, Loader, hold_out, load_data, read_normalised, sources
 from dataset.decoding import RandomCrops, decode, fit
+from dataset.single import read_square
 from dataset.stored import _fill
 from errors import UserError
 from tests.conftest import message_of
@@ -195,6 +196,15 @@ def test_formats_that_only_pillow_knows_are_read(tmp_path):
     for name in ("a.bmp", "a.tif", "a.png", "a.webp"):
         image.save(tmp_path / name)
         assert (decode((tmp_path / name).read_bytes()).float() - 200).abs().max() <= 2
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.tif"])
+def test_greys_of_16_bits_are_scaled_to_8(tmp_path, name):
+    greys = numpy.arange(0, 2**16, 2**6, dtype=numpy.uint16).reshape(32, 32)
+    Image.fromarray(greys).save(tmp_path / name)
+    expected = torch.from_numpy((greys >> 8).astype(numpy.uint8)).expand(3, -1, -1)
+    assert torch.equal(decode((tmp_path / name).read_bytes()), expected)
+    assert torch.equal(read_square(tmp_path / name, 32).permute(2, 0, 1), expected)
 
 
 def test_a_folder_that_does_not_fit_into_memory_is_read_as_it_goes(folder, monkeypatch, capsys):
