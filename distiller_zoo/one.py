@@ -29,8 +29,9 @@ PROBABILITY_FLOOR = 1e-7
 
 
 class BranchOutput(NamedTuple):
-    """What ONE reads of a forward pass; `logits` are the first branch's."""
+    """What ONE shows of a forward pass; `pooled` and `logits` are the first branch's."""
 
+    pooled: Tensor  # (B, D)
     logits: Tensor  # (B, K)
     branch_logits: list[Tensor]  # of every branch, (B, K) each
     gate_scores: Tensor  # (B, branches), before their softmax
@@ -78,9 +79,9 @@ class ONE(Distiller):
 
     def respond(self, images, teacher):
         _, shared = self.student.forward_trunk(images)
-        logits = [_branch_logits(branch, shared) for branch in (self.student, *self.other_branches)]
-        first, *_ = logits
-        return BranchOutput(first, logits, self.gate(shared))
+        pooled, logits = zip(*(_finish(branch, shared) for branch in (self.student, *self.other_branches)), strict=True)
+        (first_pooled, *_), (first_logits, *_) = pooled, logits
+        return BranchOutput(first_pooled, first_logits, list(logits), self.gate(shared))
 
     def losses(self, student, teacher, targets, index, progress):
         ensemble, terms = ensemble_logits(student.branch_logits, student.gate_scores), {}
@@ -96,8 +97,7 @@ class ONE(Distiller):
         return self.student(images)
 
 
-def _branch_logits(network: Backbone, shared: Tensor) -> Tensor:
-    """The map that enters the last stage -> logits (B, K) of one branch."""
+def _finish(network: Backbone, shared: Tensor) -> tuple[Tensor, Tensor]:
+    """The map that enters the last stage -> pooled (B, D) and logits (B, K) of one branch."""
     _, final = network.forward_last_stage(shared)
-    _, logits = network.classify(network.activate(final))
-    return logits
+    return network.classify(network.activate(final))

@@ -129,6 +129,8 @@ def test_features_and_correlations_are_drawn_from_a_run(distil, tmp_path):
     assert outputs["pooled"].shape == (364, 64) and outputs["teacher_logits"].shape == outputs["logits"].shape
     report.main([str(run), "--figures", str(tmp_path / "f"), "--networks"])
     assert {f"tsne_{run.name}.png", f"correlation_{run.name}.png"} <= {path.name for path in (tmp_path / "f").iterdir()}
+    alone = figures.read_outputs(distil("--batch_size", "64", "--max_steps", "1", distill="one", teacher=False))
+    assert alone["pooled"].shape == outputs["pooled"].shape and "teacher_logits" not in alone
     outputs["teacher_logits"] = outputs["logits"]
     title = figures.correlation_difference(outputs, "x").axes[0].get_title()
     assert title == "x: mean 0.000, max 0.000"
