@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from dataset import Loader, load_data
 from distiller_zoo import Distiller, Predictor
@@ -58,7 +59,7 @@ def read_trained(path: str, model_s: str | None, ft: str) -> Trained:
 
 
 def real_images(record: dict, dataset: str | None, folder: str | None) -> tuple[Tensor, str]:
-    """Normalised test images (n, 3, H, W) and their data set: the run's own, else digits, which are always there."""
+    """Normalised test images (n, 3, H, W) and their data set: the run's own, else digits; of the run's size."""
     name = dataset or record.get("dataset") or "digits"
     try:
         data = load_data(name, folder or record.get("data"), record["image_size"])
@@ -67,8 +68,9 @@ def real_images(record: dict, dataset: str | None, folder: str | None) -> tuple[
             raise
         print(f"{error}\ncomparing on digits instead")
         data = load_data("digits")
-    loader = Loader(data.test, data, COMPARED_IMAGES, torch.device("cpu"))
-    return next(iter(loader.batches())).images, data.name
+    images = next(iter(Loader(data.test, data, COMPARED_IMAGES, torch.device("cpu")).batches())).images
+    size = record["image_size"]
+    return images if images.shape[-1] == size else F.interpolate(images, size, mode="bilinear"), data.name
 
 
 @torch.inference_mode()

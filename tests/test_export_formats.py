@@ -55,6 +55,13 @@ def test_every_format_predicts_the_same_for_any_batch_and_carries_its_record(exp
     assert all(other.record[name] == beside[name] for name in beside)
 
 
+def test_a_network_is_compared_at_its_size_where_its_images_are_gone(exported, tmp_path, capsys):
+    checkpoint = exported.with_name("last.pth")
+    argv = [str(checkpoint), "--dataset", "digits", "--format", "pth,pt2", "--out", str(tmp_path / "x.pth")]
+    export_student.main(argv)  # digits have 32 pixels, the network's images 16
+    assert "364 test images of digits" in capsys.readouterr().out and (tmp_path / "x.pt2").exists()
+
+
 @pytest.mark.parametrize("kind", FORMATS)
 def test_photographs_are_predicted(exported, folder, kind, capsys):
     images = [str(path) for path in sorted((folder / "val").glob("*/*.png"))]
