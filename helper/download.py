@@ -47,7 +47,13 @@ def provide(file: RemoteFile, report: Callable[[str], None] = print) -> Path:
 
     Several processes may ask at once: one downloads, the others wait.
     """
-    file.target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        file.target.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"{file.target} has no place: {error.filename} cannot be made ({error.strerror}); make it writable, or put "
+            "the file elsewhere and name it (torchvision's place is set by TORCH_HOME)"
+        ) from None
     with open(file.target.with_name(f".{file.target.name}.lock"), "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if file.target.exists():

@@ -22,6 +22,7 @@ from helper.run_state import build_distiller
 from helper.teacher import TeacherFile
 from models import build_model
 from models.backbone import Backbone
+from models.external import is_external
 
 #: The pairs of the NORM paper's tables: CIFAR-100 within a family, across families; ImageNet.
 TABLES = {
@@ -122,7 +123,7 @@ class Plan:
         """The job of a teacher, or what --path_t says of a published one, where there is one."""
         job = self._network(name, 1, (*self.common, *self.of_teacher))
         if job.config.dataset == "imagenet":
-            return f"torchvision:{name}"
+            return name if is_external(name) else f"torchvision:{name}"
         published = Path(self.save_dir, "models", PUBLISHED_TEACHER.format(teacher=name))
         return str(published) if job.config.dataset == "cifar100" and published.exists() else job
 
@@ -140,6 +141,8 @@ class Plan:
             waits = source.folder if isinstance(source, Job) else None
             path = str(source.folder / LAST) if isinstance(source, Job) else source
             argv += ["--path_t", path, *self.of_student]
+            if is_external(path):  # torchvision's weights of a name fit our network and theirs
+                argv += ["--model_t", teacher]
             data = vars(source.config) if isinstance(source, Job) else {}
             fields = (data.get(name) for name in ("dataset", "data", "image_size"))
             file = TeacherFile(path, teacher, None, 0, *fields, None)

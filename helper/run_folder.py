@@ -49,7 +49,9 @@ def writing(path: str | os.PathLike) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise UserError(f"{path} cannot be written: {error.strerror or error}; make room, then go on") from None
+        is_place = isinstance(error, (FileNotFoundError, FileExistsError, NotADirectoryError, PermissionError))
+        way_out = "name another place" if is_place else "make room, then go on"
+        raise UserError(f"{path} cannot be written: {error.strerror or error}; {way_out}") from None
 
 
 def _flush(path: str | os.PathLike) -> None:

@@ -16,7 +16,7 @@ from distiller_zoo import find_distiller
 from errors import UserError, run_script
 from helper import figures
 from helper.options import Parser
-from helper.run_folder import replacing
+from helper.run_folder import replacing, writing
 from helper.tables import (
     HEADER,
     Row,
@@ -123,13 +123,10 @@ def draw_networks(rows: Sequence[Row], folder: Path) -> None:
             figures.save(figures.correlation_difference(outputs, title), folder / f"correlation_{run.name}.png")
 
 
-def write(path: Path, text: str, flag: str) -> None:
-    """Write a text file; raises `UserError`, naming the flag, where that is impossible."""
-    try:
-        with replacing(path) as temporary:
-            Path(temporary).write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"{flag}: {path} cannot be written: {error.strerror}") from None
+def write(path: Path, text: str) -> None:
+    """Write a text file; raises `UserError` where that is impossible."""
+    with replacing(path) as temporary:
+        Path(temporary).write_text(text, encoding="utf-8")
     print(f"written: {path}")
 
 
@@ -160,12 +157,13 @@ def main(argv=None) -> None:
     print(make_grid_report(folders) if args.grid else make_report(folders), end="")
     rows, _ = read_rows(folders)
     if args.csv:
-        write(args.csv, as_csv(rows), "--csv")
+        write(args.csv, as_csv(rows))
     if args.html:
         svgs = [(name.replace("_", " "), figures.as_svg(figure)) for name, figure in draw_figures(rows).items()]
-        write(args.html, as_html(rows, svgs), "--html")
+        write(args.html, as_html(rows, svgs))
     if args.figures:
-        args.figures.mkdir(parents=True, exist_ok=True)
+        with writing(args.figures):
+            args.figures.mkdir(parents=True, exist_ok=True)
         for name, figure in draw_figures(rows).items():
             figures.save(figure, args.figures / f"{name}.svg")
         if args.networks:

@@ -31,6 +31,7 @@ from helper.plan import (
     by_state,
     read_variants,
 )
+from helper.run_folder import LAST, RESULT, replacing
 from helper.running import LOGS, command_line, find_places, run_jobs
 
 MEASURED_STEPS = "20"
@@ -94,7 +95,7 @@ def measure(jobs: Sequence[Job], rates: Rates, places: list[dict[str, str]]) -> 
                 teacher=None,
             )
             for job in first.values()
-            if job.teacher is None or (job.teacher / "last.pth").exists()
+            if job.teacher is None or (job.teacher / LAST).exists()
         ]
         run_jobs(short, places[:1], Path(folder, LOGS))
         return Rates([*rates.folders, *Path(folder).iterdir()])
@@ -102,7 +103,9 @@ def measure(jobs: Sequence[Job], rates: Rates, places: list[dict[str, str]]) -> 
 
 def write_job_list(path: Path, jobs: Sequence[Job]) -> None:
     """One command per line, teachers first."""
-    path.write_text("".join(f"{shlex.join(command_line(job))}\n" for job in jobs), encoding="utf-8")
+    with replacing(path) as temporary:
+        lines = "".join(f"{shlex.join(command_line(job))}\n" for job in jobs)
+        Path(temporary).write_text(lines, encoding="utf-8")
     print(f"job list: {path}, {len(jobs)} commands")
 
 
@@ -159,7 +162,7 @@ def report(jobs: Sequence[Job]) -> None:
     """The table of what is finished."""
     from scripts.report import make_report
 
-    folders = [job.folder for job in jobs if (job.folder / "result.json").exists()]
+    folders = [job.folder for job in jobs if (job.folder / RESULT).exists()]
     if folders:
         print(make_report(folders))
 

@@ -156,6 +156,8 @@ def test_what_is_missing_and_where_to_put_it_is_said_offline(server, tmp_path):
     assert len(server.asked) == 1, "a file that is not there is not asked for again"
     nobody = RemoteFile(tmp_path / "x.pth", "http://127.0.0.1:9", "x.pth", SUM)
     assert "x.pth is missing" in refusal(nobody)
+    (tmp_path / "file").touch()
+    assert "cannot be made" in refusal(RemoteFile(tmp_path / "file" / "x" / "x.pth", server.url, "x.pth", SUM))
 
 
 def test_a_mirror_may_be_a_url_or_a_folder(server, tmp_path, monkeypatch):

@@ -156,4 +156,6 @@ def test_what_is_missing_is_said(runs, tmp_path, capsys):
     assert f"{runs[0]}: not finished, left out" in capsys.readouterr().err
     assert "name run folders" in message_of(report.main, [])
     assert "none of the folders" in message_of(report.main, [str(tmp_path)])
-    assert "cannot be written" in message_of(report.main, [str(runs[1]), "--csv", str(tmp_path / "none" / "x.csv")])
+    for flag, place in (("--csv", tmp_path / "none" / "x.csv"), ("--figures", runs[1] / "config.json")):
+        message = message_of(report.main, [str(runs[1]), flag, str(place)])
+        assert f"{place} cannot be written" in message and "name another place" in message

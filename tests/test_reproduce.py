@@ -1,5 +1,6 @@
 """From a table's name to its runs: what is listed, estimated, run, resumed, reported, submitted."""
 
+import itertools
 import json
 import shlex
 import signal
@@ -8,7 +9,6 @@ from pathlib import Path
 
 import pytest
 
-from dataset import DATASETS
 from errors import Stopped
 from helper import running
 from helper.configuration import foresee
@@ -99,13 +99,19 @@ def test_a_published_teacher_is_taken_where_it_lies(tmp_path):
     assert jobs[-1].teacher is None and str(file) in jobs[-1].command
 
 
-@pytest.mark.skipif("imagenet" not in DATASETS, reason="this version has no ImageNet")
 def test_imagenet_is_taught_by_torchvisions_networks(tmp_path):
     jobs = Plan(str(tmp_path), "imagenet", ("--data", "images")).jobs(TABLES["6"], [Variant("norm")], 1)
     assert titles(jobs) == ["resnet50_4 with labels alone, seed 1", "resnet50 -> resnet50_4: norm, seed 1"]
     script, *flags = jobs[1].command
     assert script == "train_imagenet_student.py" and "torchvision:resnet50" in flags
     assert jobs[1].config.batch_size == 256 and jobs[1].teacher is None
+
+
+def test_another_librarys_network_may_teach_imagenet(tmp_path):
+    teacher = "torchvision:resnet50"
+    *_, job = Plan(str(tmp_path), "imagenet", ("--data", "images")).jobs([(teacher, "resnet18")], [Variant("kd")], 1)
+    given = dict(itertools.pairwise(job.command))
+    assert given["--path_t"] == given["--model_t"] == job.config.model_t == teacher
 
 
 def test_costs_come_from_what_was_measured(tmp_path):
@@ -239,6 +245,8 @@ def test_a_job_list_holds_the_commands(command, tmp_path):
     lines = [shlex.split(line) for line in (tmp_path / "jobs.txt").read_text().splitlines()]
     assert len(lines) == 4 and all(Path(line[1]).exists() for line in lines)
     assert Path(lines[0][1]).name == "train_teacher.py" and lines[-1][2:4] == ["--distill", "norm"]
+    absent = str(tmp_path / "none" / "jobs.txt")
+    assert f"{absent} cannot be written" in message_of(reproduce.main, [*flags, "--job_list", absent, *extra])
 
 
 @pytest.mark.filterwarnings("ignore")  # submitit leaves its log files to the garbage collector
