@@ -184,6 +184,14 @@ class FinalConv(Wrapper):
         return self.network.classify(activated)
 
 
+def forward_stage(stage: nn.Sequential, x: Tensor, preact: bool) -> tuple[Tensor, Tensor]:
+    """A chain of blocks, the last of which shows its sum before the ReLU as `preactivation`, on a map (B, C, H, W) ->
+    (the stage's entry in the list of maps, its output)."""
+    before_relu = stage[-1].preactivation(stage[:-1](x))
+    x = F.relu(before_relu)
+    return before_relu if preact else x, x
+
+
 def initialise(network: nn.Module) -> None:
     """Initialise in place as the CIFAR networks of the tables are: convolutions by He et al. (ICCV 2015, fan-out),
     BatchNorm weights 1 and biases 0. Linear layers are left to their family."""

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from models.backbone import Backbone, initialise
+from models.backbone import Backbone, forward_stage, initialise
 
 
 def _shortcut(in_channels: int, out_channels: int, stride: int) -> nn.Sequential | None:
@@ -76,13 +76,6 @@ class Bottleneck(_Block):
         return self.bn3(self.conv3(x)) + residual
 
 
-def _forward_stage(stage: nn.Sequential, x: Tensor, preact: bool) -> tuple[Tensor, Tensor]:
-    """The stage's entry in the list of maps, and its output."""
-    before_relu = stage[-1].preactivation(stage[:-1](x))
-    x = F.relu(before_relu)
-    return before_relu if preact else x, x
-
-
 class ResNet(Backbone):
     """A residual network with one stage per entry of `depths`; every stage but the first halves the resolution.
 
@@ -131,12 +124,12 @@ class ResNet(Backbone):
         x = self.pool(F.relu(self.bn1(self.conv1(x))))
         maps = [x]
         for stage in self.stages[:-1]:
-            stage_output, x = _forward_stage(stage, x, preact)
+            stage_output, x = forward_stage(stage, x, preact)
             maps.append(stage_output)
         return maps, x
 
     def forward_last_stage(self, x, preact=False):
-        return _forward_stage(self.stages[-1], x, preact)
+        return forward_stage(self.stages[-1], x, preact)
 
     def get_classifier(self):
         return self.fc

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from models.backbone import Backbone
+from models.backbone import Backbone, forward_stage
 
 STEM_WIDTH = 24
 
@@ -38,13 +38,6 @@ class ShuffleUnit(nn.Module):
         return F.relu(self.preactivation(x))
 
 
-def _forward_stage(stage: nn.Sequential, x: Tensor, preact: bool) -> tuple[Tensor, Tensor]:
-    """The stage's entry in the list of maps, and its output."""
-    before_relu = stage[-1].preactivation(stage[:-1](x))
-    x = F.relu(before_relu)
-    return before_relu if preact else x, x
-
-
 class ShuffleNetV1(Backbone):
     trunk = ("conv1", "bn1", "layer1", "layer2")
 
@@ -65,12 +58,12 @@ class ShuffleNetV1(Backbone):
         x = F.relu(self.bn1(self.conv1(x)))
         maps = [x]
         for stage in (self.layer1, self.layer2):
-            stage_output, x = _forward_stage(stage, x, preact)
+            stage_output, x = forward_stage(stage, x, preact)
             maps.append(stage_output)
         return maps, x
 
     def forward_last_stage(self, x, preact=False):
-        return _forward_stage(self.layer3, x, preact)
+        return forward_stage(self.layer3, x, preact)
 
     def get_classifier(self):
         return self.linear
