@@ -36,6 +36,13 @@ def count(text: str) -> int:
     return int(text)
 
 
+def whole(text: str) -> int:
+    """A whole number from 0 on, of 63 bits as seeds have, read from a flag."""
+    if not 0 <= int(text) < 2**63:
+        raise ArgumentTypeError(f"must be a whole number from 0 on, not {text}")
+    return int(text)
+
+
 class Flag(NamedTuple):
     """A hyper-parameter of a method and its command-line flag; the last of `names` is the argument, without dashes."""
 
@@ -64,9 +71,9 @@ INIT_EPOCHS = Flag(
 INIT_LEARNING_RATE = Flag(("--init_learning_rate",), positive, 0.05, "learning rate of the stage before the main one")
 WARMUP_EPOCHS = Flag(
     ("--warmup_epochs",),
-    count,
+    whole,
     20,
-    "epochs over which the weight of the method's own loss rises from 0, in a run of 240",
+    "epochs over which the weight of the method's own loss rises from 0, in a run of 240 (0: it is there at once)",
     full_run=240,
 )
 

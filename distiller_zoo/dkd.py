@@ -51,7 +51,7 @@ class DKD(LogitDistiller):
     def losses(self, student, teacher, targets, index, progress):
         logits = self.compared_logits(student, teacher)
         target_class, non_target_class = decoupled_losses(*logits, targets, self.kd_T)
-        risen = min((progress.epoch + 1) / self.warmup_epochs, 1.0)
+        risen = min((progress.epoch + 1) / max(self.warmup_epochs, 1), 1.0)
         return {
             **weighted_cross_entropy(self.gamma, student.logits, targets),
             "tckd": risen * self.dkd_alpha * target_class,

@@ -8,27 +8,18 @@ hint first), and r ends with BatchNorm and ReLU, also where the teacher's map is
 RepDistiller: a pair that r cannot bridge ends in a TypeError; here: in an explanation, when the method is built.
 """
 
-from argparse import ArgumentTypeError
 from collections.abc import Sequence
 
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from distiller_zoo.base import Flag
+from distiller_zoo.base import Flag, whole
 from distiller_zoo.kd import FeatureDistiller
 from errors import UserError
 from models.backbone import Output, Shapes, probe_shapes
 
-
-def _layer(text: str) -> int:
-    """The number of a map, read from the flag."""
-    if int(text) < 0:
-        raise ArgumentTypeError(f"must be a number from 0 on, not {text}")
-    return int(text)
-
-
 HINT_LAYER = Flag(
-    ("--hint_layer",), _layer, 2, "number of the feature map that FitNet compares, in both networks; 0 is the stem's"
+    ("--hint_layer",), whole, 2, "number of the feature map that FitNet compares, in both networks; 0 is the stem's"
 )
 
 

@@ -117,5 +117,6 @@ class ReviewKD(FeatureDistiller):
     def losses(self, student, teacher, targets, index, progress):
         terms = super().losses(student, teacher, targets, index, progress)
         if self.name in terms:
-            terms[self.name] = terms[self.name] * min(1.0, progress.epoch / self.warmup_epochs)
+            risen = min(1.0, progress.epoch / self.warmup_epochs) if self.warmup_epochs else 1.0
+            terms[self.name] = terms[self.name] * risen
         return terms

@@ -150,8 +150,8 @@ def _resolve(given: dict, stored: dict, find_teacher=None) -> tuple[Namespace, T
         (milestones, source), full_run = merged["lr_decay_epochs"], recipe["epochs"][0]
         merged["lr_decay_epochs"] = (stretch(milestones, full_run, given["epochs"]), f"{source}, stretched")
     for flag in method.flags:
-        if flag.full_run and flag.argument not in given | stored:
-            value, source = merged[flag.argument]
+        value, source = merged[flag.argument]
+        if flag.full_run and value and flag.argument not in given | stored:
             (stretched,) = stretch((value,), flag.full_run, merged["epochs"][0])
             if stretched != value:
                 merged[flag.argument] = (stretched, f"{source}, stretched")

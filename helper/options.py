@@ -5,7 +5,7 @@ import re
 
 from dataset import DATASETS
 from distiller_zoo import DISTILLERS
-from distiller_zoo.base import ALPHA, BETA, GAMMA, KD_T, Flag, count, number
+from distiller_zoo.base import ALPHA, BETA, GAMMA, KD_T, Flag, count, number, whole
 from errors import UserError
 from helper.fast import PRECISIONS
 from models import find_builder
@@ -30,12 +30,6 @@ def _model_name(text: str) -> str:
     except UserError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
     return text
-
-
-def _from_zero(text: str) -> int:
-    if not 0 <= int(text) < 2**63:
-        raise argparse.ArgumentTypeError(f"must be a whole number from 0 on, not {text}")
-    return int(text)
 
 
 def _image_size(text: str) -> int:
@@ -100,17 +94,17 @@ def _add_common(parser: Parser) -> None:
     add("--image_size", type=_image_size, help="of folder (32) and imagenet (224): images become squares of this size")
     add(
         "--holdout",
-        type=_from_zero,
+        type=whole,
         metavar="K",
         help="keep K training images, the same for all seeds, to choose the best epoch on; the test images then only "
         "report (0: the best epoch is chosen on the test images, as in the official code)",
     )
     add(
         "--num_workers",
-        type=_from_zero,
+        type=whole,
         help="threads or processes that decode images (one per core, at most 4); the rest lies in memory",
     )
-    add("--max_broken", type=_from_zero, help="images that may be unreadable where they are read as it goes (10)")
+    add("--max_broken", type=whole, help="images that may be unreadable where they are read as it goes (10)")
     add = parser.add_argument_group("training (defaults: helper/recipes.py)").add_argument
     add("--batch_size", type=count, help="of all processes together; the learning rate belongs to it")
     add(
@@ -146,12 +140,12 @@ def _add_common(parser: Parser) -> None:
     add("--trial", type=_trial, help="name of this repetition (1)")
     add(
         "--seed",
-        type=_from_zero,
+        type=whole,
         help="of weights, order and augmentation; default: --trial if that is a number, else 0",
     )
     add(
         "--data_seed",
-        type=_from_zero,
+        type=whole,
         help="of order and augmentation (--seed); runs that are trained together share the first one's",
     )
     add("--trials", type=count, metavar="K", help="train so many students together, with trials and seeds counted up")
@@ -162,11 +156,11 @@ def _add_common(parser: Parser) -> None:
         help="train students of every combination together: --sweep b=0.5,1 s=4,8, or distill=kd,norm",
     )
     add("--save_dir", metavar="ROOT", help="where run folders are made (save)")
-    add("--save_freq", type=_from_zero, metavar="E", help="also keep epoch_<n>.pth every E epochs (0: none)")
-    add("--save_every_steps", type=_from_zero, metavar="K", help="also save within epochs, every K steps (0: no)")
+    add("--save_freq", type=whole, metavar="E", help="also keep epoch_<n>.pth every E epochs (0: none)")
+    add("--save_every_steps", type=whole, metavar="K", help="also save within epochs, every K steps (0: no)")
     add(
         "--max_bad_steps",
-        type=_from_zero,
+        type=whole,
         metavar="K",
         help="skip up to K steps of a run whose losses or gradient are not finite, then stop (0: stop at the first)",
     )

@@ -132,14 +132,14 @@ METHOD_DATASET = {
     # The official NORM code's ImageNet loop: its own schedule of the weight; the student's map is pooled if larger.
     ("norm", "imagenet"): {"beta1": "imagenet", "larger_student": "pool"},
     ("norm_crd", "imagenet"): {"beta1": "imagenet", "larger_student": "pool"},
-    # mdistiller and torchdistill.
+    # mdistiller and torchdistill; DKD's one epoch of warm-up, counted from 1, has the whole weight.
     ("kd", "imagenet"): {"gamma": 0.5, "alpha": 0.5, "kd_T": 1.0},
     ("dist", "imagenet"): {"kd_T": 1.0},
-    ("dkd", "imagenet"): {"kd_T": 1.0, "dkd_beta": 0.5},
+    ("dkd", "imagenet"): {"kd_T": 1.0, "dkd_beta": 0.5, "warmup_epochs": 0},
     ("ofd", "imagenet"): {"beta": 1e-4},
     ("semckd", "imagenet"): {"beta": 50.0},
     # ReviewKD: without a warm-up.
-    ("reviewkd", "imagenet"): {"beta": 1.0},
+    ("reviewkd", "imagenet"): {"beta": 1.0, "warmup_epochs": 0},
     ("srrl", "imagenet"): {"alpha": 0.0, "srrl_form": "map"},
 }
 

@@ -240,6 +240,8 @@ def test_the_weight_of_dkd_rises_over_its_first_epochs():
     values = [float(method.losses(*arguments, Progress(epoch, 240))["nckd"]) for epoch in range(6)]
     full = values[-1]
     assert [value / full for value in values] == pytest.approx([0.25, 0.5, 0.75, 1.0, 1.0, 1.0])
+    method.warmup_epochs = 0
+    assert float(method.losses(*arguments, Progress(0, 240))["nckd"]) == full
 
 
 def test_sskd_trains_its_heads_one_after_the_other():

@@ -232,6 +232,8 @@ def test_reviewkds_weight_rises_from_zero():
         assert torch.allclose(at(epoch), share * full, rtol=1e-4), epoch
     method.warmup_epochs = 40
     assert torch.allclose(at(10), 0.25 * full, rtol=1e-4)
+    method.warmup_epochs = 0
+    assert torch.allclose(at(0), full, rtol=1e-4)
     assert WARMUP_EPOCHS.full_run == 240
 
 

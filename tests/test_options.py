@@ -4,8 +4,20 @@ import pytest
 
 from errors import UserError
 from helper import configuration, options
-from helper.recipes import CHOSEN, CIFAR_PAIRS, DATASET, METHOD, METHOD_STUDENT, PAIR, STUDENT, resolve
+from helper.recipes import (
+    CHOSEN,
+    CHOSEN_FACTORS,
+    CIFAR_PAIRS,
+    DATASET,
+    METHOD,
+    METHOD_DATASET,
+    METHOD_STUDENT,
+    PAIR,
+    STUDENT,
+    resolve,
+)
 from helper.schedule import cosine_learning_rate, step_learning_rate, stretch
+from helper.teacher import TeacherFile
 from models import model_dict
 
 
@@ -42,7 +54,8 @@ def test_the_recipe_table_names_only_what_exists():
     flags = {flag.argument for method in options.DISTILLERS.values() for flag in method.flags}
     assert set(METHOD) <= set(options.DISTILLERS)
     common = {"learning_rate", "epochs", "batch_size"}
-    rows = (*METHOD.values(), *PAIR.values(), *CHOSEN.values(), *METHOD_STUDENT.values())
+    tables = (METHOD, PAIR, CHOSEN, CHOSEN_FACTORS, METHOD_STUDENT, METHOD_DATASET)
+    rows = [row for table in tables for row in table.values()]
     assert all(set(row) <= flags | common for row in rows)
     assert {name for name, _ in METHOD_STUDENT} | {name for name, *_ in CHOSEN} <= set(options.DISTILLERS)
     assert {name for _, name in METHOD_STUDENT} <= set(model_dict)
@@ -107,6 +120,13 @@ def test_numbers_of_epochs_stretch_with_the_run_unless_they_are_given(parse_stud
     assert config.init_epochs == 3 and config.origins["init_epochs"] == "default, stretched"
     assert parse_student(*argv, "--epochs", "2").init_epochs == 1
     assert parse_student(*argv, "--epochs", "24", "--init_epochs", "30").init_epochs == 30
+
+
+@pytest.mark.parametrize("distill", ["dkd", "reviewkd"])
+def test_on_imagenet_nothing_warms_up(distill):
+    teacher = TeacherFile("t.pth", "resnet34", None, 1000, "imagenet", "images", 224, None)
+    config = configuration.foresee({"distill": distill, "model_s": "resnet18"}, teacher)
+    assert (config.epochs, config.warmup_epochs) == (100, 0)
 
 
 def test_milestones_stretch_with_the_epochs_unless_they_are_given():
