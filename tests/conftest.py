@@ -7,7 +7,9 @@ import torch
 
 import train_cifar_student
 import train_teacher
+from dataset import Images
 from errors import UserError
+from helper import inputs
 from helper.recipes import CIFAR_PAIRS
 from models import build_model
 
@@ -19,6 +21,25 @@ TEACHER, STUDENT = "resnet14", "resnet8"
 @pytest.fixture(autouse=True)
 def _reproducible():
     torch.manual_seed(0)
+
+
+def keep_images(monkeypatch, train: int | None = None, test: int | None = None) -> None:
+    """Let runs read only the first so many images of each split; None: all of them."""
+    load_data = inputs.load_data
+
+    def load_few(*arguments):
+        data = load_data(*arguments)
+        return data._replace(
+            train=Images(*(part[:train] for part in data.train)), test=Images(*(part[:test] for part in data.test))
+        )
+
+    monkeypatch.setattr(inputs, "load_data", load_few)
+
+
+@pytest.fixture
+def few_images(monkeypatch):
+    """Train on 128 of the digits, so that an epoch is four steps of 32."""
+    keep_images(monkeypatch, train=128)
 
 
 @pytest.fixture

@@ -12,22 +12,15 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import train_teacher
-from dataset import Images, load_data
-from helper import engine, inputs
+from helper import engine
 from helper.run_folder import PREVIOUS, RunFolder
-from tests.conftest import message_of
-from tests.test_run import load, metrics, same_state
+from tests.conftest import keep_images, message_of
+from tests.run_folders import load, metrics, same_state
 
 
 @pytest.fixture(autouse=True)
 def _few_images(monkeypatch):
-    def load_few(*arguments):
-        data = load_data(*arguments)
-        return data._replace(
-            **{name: Images(*(part[:64] for part in getattr(data, name))) for name in ("train", "test")}
-        )
-
-    monkeypatch.setattr(inputs, "load_data", load_few)
+    keep_images(monkeypatch, 64, 64)
 
 
 def train(root: Path, *flags: str) -> Path:

@@ -16,7 +16,7 @@ from distiller_zoo import DISTILLERS
 from errors import UserError
 from helper import configuration, distributed, inputs, options
 from tests.distributed_cases import CASES, few_images, run_cases, train
-from tests.test_run import load, metrics, same_state
+from tests.run_folders import load, metrics, same_state
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")

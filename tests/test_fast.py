@@ -7,22 +7,15 @@ import pytest
 import torch
 
 import train_cifar_student
-from dataset import Images, load_data
-from helper import configuration, engine, fast, inputs, options
+from helper import configuration, engine, fast, options
 from models import build_model
 from scripts import export_student
-from tests.test_run import load, metrics, same_state
+from tests.run_folders import load, metrics, same_state
 
 FLAGS = ("--batch_size", "32", "--max_steps", "4")
 
 
-@pytest.fixture(autouse=True)
-def _few_images(monkeypatch):
-    def load_few(*arguments):
-        data = load_data(*arguments)
-        return data._replace(train=Images(data.train.pixels[:128], data.train.targets[:128]))
-
-    monkeypatch.setattr(inputs, "load_data", load_few)
+pytestmark = pytest.mark.usefixtures("few_images")
 
 
 def parse(*argv):

@@ -7,16 +7,14 @@ import pytest
 import torch
 from torch import nn
 
-from dataset import Images, load_data
 from distiller_zoo import find_distiller
 from distiller_zoo.kd import KD
 from errors import UserError
-from helper import inputs
 from helper.guard import Guard
 from helper.teacher import FrozenTeacher
 from models import build_model
-from tests.conftest import message_of
-from tests.test_run import load, metrics, same_state
+from tests.conftest import keep_images, message_of
+from tests.run_folders import load, metrics, same_state
 from train_cifar_student import main
 
 FLAGS = ("--allow_teacher_gap", "--batch_size", "32", "--epochs", "2")
@@ -24,14 +22,8 @@ FLAGS = ("--allow_teacher_gap", "--batch_size", "32", "--epochs", "2")
 
 @pytest.fixture(autouse=True)
 def _few_images(monkeypatch):
-    """Train on 96 of the digits: three steps of 32."""
-
-    def load_few(*arguments):
-        data = load_data(*arguments)
-        splits = (Images(data.train.pixels[:96], data.train.targets[:96]), Images(*(part[:32] for part in data.test)))
-        return data._replace(train=splits[0], test=splits[1])
-
-    monkeypatch.setattr(inputs, "load_data", load_few)
+    """Three steps of 32 in an epoch."""
+    keep_images(monkeypatch, 96, 32)
 
 
 @pytest.fixture

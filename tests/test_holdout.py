@@ -6,24 +6,17 @@ import pytest
 import torch
 
 import train_teacher
-from dataset import Images, hold_out, load_data
-from helper import engine, inputs
-from tests.conftest import message_of
-from tests.test_run import load, metrics, same_state
+from dataset import Images, hold_out
+from helper import engine
+from tests.conftest import keep_images, message_of
+from tests.run_folders import load, metrics, same_state
 
 SMALL = ("--batch_size", "32", "--holdout", "40")
 
 
 @pytest.fixture(autouse=True)
 def _few_images(monkeypatch):
-    """160 training and 100 test images of the digits."""
-
-    def load_few(*arguments):
-        data = load_data(*arguments)
-        train, test = (Images(part.pixels[:n], part.targets[:n]) for part, n in ((data.train, 160), (data.test, 100)))
-        return data._replace(train=train, test=test)
-
-    monkeypatch.setattr(inputs, "load_data", load_few)
+    keep_images(monkeypatch, 160, 100)
 
 
 def numbered(targets: torch.Tensor) -> Images:

@@ -30,7 +30,8 @@ from models.checkpoints import read_checkpoint
 from scripts import export_student
 from tests import golden_losses
 from tests.conftest import SHARED, message_of, pair_networks
-from tests.golden_format import Mismatch, fill, loss_input
+from tests.golden_entry import entry_of
+from tests.golden_format import Mismatch, fill
 from tests.golden_maps import CHECKS
 from tests.test_norm import make_batch, wave
 
@@ -640,36 +641,6 @@ def changed(entry, part):
     return entry
 
 
-def entry_of(shapes, seed, plain, parameters=None):
-    """A golden entry made from a plain formula of lists of tensors; `parameters`: name -> filled tensor."""
-    entry, tensors = {"inputs": {}}, {}
-    for tag, shape in shapes.items():
-        tensors[tag] = loss_input(seed, tag, shape, 1.0)
-        entry["inputs"][tag] = {
-            "shape": list(shape),
-            "scale": 1.0,
-            "sum": tensors[tag].sum().item(),
-            "abs_sum": tensors[tag].abs().sum().item(),
-            "first5": tensors[tag].flatten()[:5].tolist(),
-            "student": tag.endswith("s"),
-        }
-        tensors[tag].requires_grad_(tag.endswith("s"))
-    student, teacher = ([tensor for tag, tensor in tensors.items() if tag.endswith(side)] for side in "st")
-    values = plain(student, teacher)
-    sum(values).backward()
-    gradients = {tag: tensor.grad for tag, tensor in tensors.items() if tag.endswith("s")}
-    entry |= {
-        "values": [value.item() for value in values],
-        "total": sum(values).item(),
-        "grad_norm_student": {tag: gradient.norm().item() for tag, gradient in gradients.items()},
-        "grad_first5_student": {tag: gradient.flatten()[:5].tolist() for tag, gradient in gradients.items()},
-    }
-    if parameters:
-        entry["grad_norm_params"] = {name: value.grad.norm().item() for name, value in parameters.items()}
-        entry["module_state_dict"] = [[name, list(value.shape)] for name, value in parameters.items()]
-    return entry
-
-
 def linear_embed_entry():
     names = [f"embed_{side}.linear.{part}" for side in "st" for part in ("weight", "bias")]
     shapes = [shape for width in (12, 20) for shape in ((7, width), (7,))]
@@ -682,7 +653,7 @@ def linear_embed_entry():
         ]
         return [plain_correlation(*embedded)]
 
-    return entry_of({"q_s": (6, 12), "p_t": (6, 20)}, 3, plain, filled)
+    return entry_of({"q_s": (6, 12), "p_t": (6, 20)}, plain, filled)
 
 
 def pairwise(plain):
@@ -696,14 +667,14 @@ VECTORS = {"q_s": (6, 9), "p_t": (6, 14)}
 @pytest.mark.parametrize(
     ("losses", "case", "entry"),
     [
-        (("NSTLoss", "NST"), "f1f2", lambda: entry_of(MAPS, 3, pairwise(plain_nst))),
-        (("Similarity",), "f1f2", lambda: entry_of(MAPS, 3, pairwise(plain_similarity))),
-        (("RKDLoss", "RKD"), "9_14", lambda: entry_of(VECTORS, 3, pairwise(plain_rkd))),
-        (("PKT",), "9_14", lambda: entry_of(VECTORS, 3, pairwise(plain_pkt))),
+        (("NSTLoss", "NST"), "f1f2", lambda: entry_of(MAPS, pairwise(plain_nst))),
+        (("Similarity",), "f1f2", lambda: entry_of(MAPS, pairwise(plain_similarity))),
+        (("RKDLoss", "RKD"), "9_14", lambda: entry_of(VECTORS, pairwise(plain_rkd))),
+        (("PKT",), "9_14", lambda: entry_of(VECTORS, pairwise(plain_pkt))),
         (
             ("Correlation",),
             "direct",
-            lambda: entry_of(dict.fromkeys(("p_s", "p_t"), (6, 9)), 3, pairwise(plain_correlation)),
+            lambda: entry_of(dict.fromkeys(("p_s", "p_t"), (6, 9)), pairwise(plain_correlation)),
         ),
         (("Correlation",), "linear_embed", linear_embed_entry),
     ],

@@ -24,9 +24,10 @@ from helper.teacher import FrozenTeacher
 from models import build_model, imagenet_model_dict, model_dict
 from models.backbone import Backbone, Output
 from tests.conftest import pair_networks
+from tests.run_folders import load, metrics, same_state
 from tests.test_norm import make_batch, wave
-from tests.test_run import _few_images, load, metrics, same_state  # noqa: F401
 
+pytestmark = pytest.mark.usefixtures("few_images")
 TASK = Task(10, 32, 8, torch.zeros(1, dtype=torch.int64))
 
 

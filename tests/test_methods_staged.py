@@ -12,7 +12,6 @@ from torch import nn
 from torch.nn import functional as F
 
 import train_cifar_student
-from dataset import Images, load_data
 from distiller_zoo import DISTILLERS, Progress, Task
 from distiller_zoo.abound import ABLoss, Connector
 from distiller_zoo.factor import FactorTransfer, Paraphraser, Translator
@@ -20,17 +19,18 @@ from distiller_zoo.fsp import FSP, flow
 from distiller_zoo.kdsvd import KDSVD, align, decompose, first_vectors, with_positive_peaks
 from distiller_zoo.ofd import margins, partial_distance
 from errors import UserError
-from helper import engine, inputs
+from helper import engine
 from helper.stage_training import begin, train_step
 from helper.teacher import FrozenTeacher
 from models.checkpoints import load_exported, read_checkpoint
 from scripts import export_student
 from tests import golden_losses
 from tests.check_values import NARROW_STUDENT_MAP, STUDENT_MAP, TEACHER_MAP
-from tests.conftest import SHARED, pair_networks
+from tests.conftest import SHARED, keep_images, pair_networks
+from tests.golden_entry import entry_of
 from tests.golden_format import Mismatch, fill, loss_input
+from tests.run_folders import load, metrics, same_state
 from tests.test_norm import make_batch
-from tests.test_run import load, metrics, same_state
 
 NAMES = ("abound", "factor", "fsp", "kdsvd", "ofd")
 PAIRS = (
@@ -550,16 +550,11 @@ def test_published_defaults():
 # Runs.
 
 
-def load_few(*arguments):
-    data = load_data(*arguments)
-    return data._replace(train=Images(data.train.pixels[:64], data.train.targets[:64]))
-
-
 @pytest.mark.parametrize("name", ["abound", "factor", "fsp", "sskd"])
 @pytest.mark.parametrize("saves", [1, 3])
 def test_a_staged_run_that_is_cut_goes_on_bit_for_bit(distil, monkeypatch, name, saves, capsys):
     """Cut after the first of two epochs of the first stage, and after the first of the main one."""
-    monkeypatch.setattr(inputs, "load_data", load_few)
+    keep_images(monkeypatch, 64)
     flags = ("--batch_size", "32", "--epochs", "2", "--init_epochs", "2")
     whole = distil(*flags, distill=name)
     save, saved = engine.Run._save, []
@@ -587,7 +582,7 @@ def test_a_staged_run_that_is_cut_goes_on_bit_for_bit(distil, monkeypatch, name,
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_run_ships_the_student_alone(distil, monkeypatch, name, save_dir):
-    monkeypatch.setattr(inputs, "load_data", load_few)
+    keep_images(monkeypatch, 64)
     run = distil("--batch_size", "32", "--epochs", "1", "--max_steps", "1", distill=name)
     last = metrics(run)[-1]
     assert math.isfinite(last["loss"]) and ("loss_" + name in last) == (name not in ("abound", "fsp"))
@@ -607,35 +602,6 @@ def test_the_golden_numbers_of_fsp():
     for case, seeds in content["losses"]["FSP"].items():
         for seed, entry in seeds.items():
             golden_losses.check_entry("FSP", case, seed, entry, arrays)
-
-
-def entry_of(shapes, plain, parameters=None, frozen=None, **more):
-    """A golden entry made from a plain formula of lists of tensors; `parameters`: name -> filled tensor."""
-    entry, tensors, parameters, frozen = {"inputs": {}}, {}, parameters or {}, frozen or {}
-    for tag, shape in shapes.items():
-        tensors[tag] = loss_input(3, tag, shape, 1.0)
-        entry["inputs"][tag] = {
-            "shape": list(shape),
-            "scale": 1.0,
-            "sum": tensors[tag].sum().item(),
-            "abs_sum": tensors[tag].abs().sum().item(),
-            "first5": tensors[tag].flatten()[:5].tolist(),
-            "student": tag.endswith("s"),
-        }
-        tensors[tag].requires_grad_(tag.endswith("s"))
-    student, teacher = ([tensor for tag, tensor in tensors.items() if tag.endswith(side)] for side in "st")
-    values = plain(student, teacher)
-    sum(values).backward()
-    gradients = {tag: tensor.grad for tag, tensor in tensors.items() if tag.endswith("s")}
-    entry |= {
-        "values": [value.item() for value in values],
-        "total": sum(values).item(),
-        "grad_norm_student": {tag: gradient.norm().item() for tag, gradient in gradients.items()},
-        "grad_first5_student": {tag: gradient.flatten()[:5].tolist() for tag, gradient in gradients.items()},
-    }
-    if parameters:
-        entry["grad_norm_params"] = {name: value.grad.norm().item() for name, value in parameters.items()}
-    return entry | more
 
 
 def boundary_entry():

@@ -21,20 +21,11 @@ from helper import inputs
 from helper.run_folder import PREVIOUS, RunFolder
 from models.checkpoints import read_checkpoint
 from tests.conftest import message_of
-from tests.test_run import load, metrics, same_state
+from tests.run_folders import assert_same_end, load, metrics, same_state
 
 ROOT = Path(__file__).resolve().parent.parent
 KILLS = int(os.environ.get("KILLS", "3"))
 FLIPS = int(os.environ.get("FLIPS", "150"))
-
-
-@pytest.fixture
-def few_images(monkeypatch):
-    def load_few(*arguments):
-        data = load_data(*arguments)
-        return data._replace(train=Images(data.train.pixels[:128], data.train.targets[:128]))
-
-    monkeypatch.setattr(inputs, "load_data", load_few)
 
 
 def test_a_damaged_last_checkpoint_falls_back_to_the_one_before(distil, few_images, capsys):
@@ -73,12 +64,7 @@ def test_cut_within_an_epoch_and_resumed_it_ends_the_same(distil, few_images, mo
     cut = next(path for path in whole.parent.iterdir() if path.name.endswith("trialcut"))
     train_cifar_student.main(["--resume", str(cut)])
     assert "steps" in capsys.readouterr().out.split("resumed after")[1].splitlines()[0]
-    a, b = load(whole / "last.pth"), load(cut / "last.pth")
-    for key in ("distiller", "optimizer", "epoch", "step", "accuracies"):
-        assert same_state(a[key], b[key]), key
-    clocks = ("images_per_s", "data_wait_s", "compute_s")
-    for ours, theirs in zip(metrics(whole), metrics(cut), strict=True):
-        assert all(ours[key] == theirs[key] for key in ours if key not in clocks)
+    assert_same_end(whole, cut)
 
 
 @pytest.mark.parametrize(("name", "code"), [("SIGTERM", 143), ("SIGINT", 130)])
@@ -238,10 +224,5 @@ def test_killed_at_any_moment_and_resumed_it_ends_the_same(teacher_run, tmp_path
             assert process.exitcode in (0, -signal.SIGKILL)
         finish(resume)
         cut = next(path for path in root.iterdir() if (path / "result.json").exists())
-        a, b = load(whole / "last.pth"), load(cut / "last.pth")
-        for key in ("distiller", "optimizer", "epoch", "step", "accuracies"):
-            assert same_state(a[key], b[key]), key
-        clocks = ("images_per_s", "data_wait_s", "compute_s")
-        for ours, theirs in zip(metrics(whole), metrics(cut), strict=True):
-            assert all(ours[key] == theirs[key] for key in ours if key not in clocks)
+        assert_same_end(whole, cut)
     print(f"{kills} kills in {runs} runs")

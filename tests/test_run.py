@@ -13,45 +13,16 @@ import torch
 
 import train_cifar_student
 import train_teacher
-from dataset import Images, load_data
 from errors import UserError
-from helper import engine, inputs
+from helper import engine
 from helper.run_folder import replacing
 from models import build_model
 from tests.conftest import message_of
+from tests.run_folders import assert_same_end, load, metrics, same_state
 
 ROOT = Path(__file__).resolve().parent.parent
 SHORT = ("--batch_size", "32", "--max_steps", "3")
-
-
-@pytest.fixture(autouse=True)
-def _few_images(monkeypatch):
-    """Train on 128 of the digits, so that an epoch is four steps of 32."""
-
-    def load_few(*arguments):
-        data = load_data(*arguments)
-        return data._replace(train=Images(data.train.pixels[:128], data.train.targets[:128]))
-
-    monkeypatch.setattr(inputs, "load_data", load_few)
-
-
-def metrics(run: Path) -> list[dict]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-
-
-def same_state(a, b) -> bool:
-    """Equality of nested dictionaries and lists of tensors and numbers, bit for bit."""
-    if isinstance(a, torch.Tensor):
-        return torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same_state(a[key], b[key]) for key in a)
-    if isinstance(a, list):
-        return len(a) == len(b) and all(same_state(x, y) for x, y in zip(a, b, strict=True))
-    return a == b
-
-
-def load(path: Path) -> dict:
-    return torch.load(path, weights_only=True)
+pytestmark = pytest.mark.usefixtures("few_images")
 
 
 @pytest.mark.parametrize(
@@ -133,13 +104,8 @@ def test_one_epoch_and_its_resumption_equal_two_epochs(distil, distill, monkeypa
     else:
         distil(*flags, "--trial", "cut", "--seed", "1", "--resume", distill=distill)
     assert "resumed after epoch 1" in capsys.readouterr().out
-    a, b = load(whole / "last.pth"), load(cut / "last.pth")
-    for key in ("distiller", "optimizer", "epoch", "step", "accuracies"):
-        assert same_state(a[key], b[key]), key
-    clocks = ("images_per_s", "data_wait_s", "compute_s")
-    for ours, theirs in zip(metrics(whole), metrics(cut), strict=True):
-        assert all(ours[key] == theirs[key] for key in ours if key not in clocks)
-    assert json.loads((cut / "result.json").read_text())["accuracy_last"] == a["accuracies"][-1]
+    assert_same_end(whole, cut)
+    assert json.loads((cut / "result.json").read_text())["accuracy_last"] == load(cut / "last.pth")["accuracies"][-1]
 
 
 def test_a_finished_run_that_is_resumed_changes_nothing(distil):

@@ -7,12 +7,11 @@ import pytest
 
 import train_cifar_student
 import train_teacher
-from dataset import Images
 from errors import Stopped, UserError
-from helper import engine, inputs
+from helper import engine
 from helper.teacher import FrozenTeacher
-from tests.conftest import message_of
-from tests.test_run import load, metrics, same_state
+from tests.conftest import keep_images, message_of
+from tests.run_folders import load, metrics, same_state
 
 #: Two epochs of four steps.
 FLAGS = ("--batch_size", "32", "--epochs", "2")
@@ -20,14 +19,7 @@ FLAGS = ("--batch_size", "32", "--epochs", "2")
 
 @pytest.fixture(autouse=True)
 def _few_images(monkeypatch):
-    original = inputs.load_data
-
-    def load_few(*arguments):
-        data = original(*arguments)
-        train, test = (Images(split.pixels[:128], split.targets[:128]) for split in (data.train, data.test))
-        return data._replace(train=train, test=test)
-
-    monkeypatch.setattr(inputs, "load_data", load_few)
+    keep_images(monkeypatch, 128, 128)
 
 
 @pytest.fixture
