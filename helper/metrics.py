@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dataset import Batch, Loader
+from errors import UserError
 from helper.distributed import count_processes, is_main, total_of
 from helper.reporting import progress_bar
 
@@ -93,7 +94,8 @@ class EpochMeter:
 def evaluate(predict: Callable[[Tensor], Tensor], loader: Loader, title: str = "testing") -> dict[str, float]:
     """Accuracy (%), top-5 accuracy (%) and mean cross entropy of `predict(images) -> logits` over a whole split.
 
-    Of several processes each goes through its own part of the split, in `loader`.
+    Of several processes each goes through its own part of the split, in `loader`. Raises `UserError` where no image of
+    the split can be read.
     """
     correct = correct_top5 = loss = n = 0
     for batch in progress_bar(loader.batches(), title, len(loader)):
@@ -104,6 +106,8 @@ def evaluate(predict: Callable[[Tensor], Tensor], loader: Loader, title: str = "
         loss += F.cross_entropy(logits, batch.targets, reduction="sum")
         n += len(batch.targets)  # images that cannot be read are left out
     correct, correct_top5, loss, n = total_of([correct, correct_top5, loss, n])
+    if not n:
+        raise UserError(f"--data: {title}: none of the images can be read; mend them")
     return {
         "test_accuracy": 100 * correct / n,
         "test_accuracy_top5": 100 * correct_top5 / n,

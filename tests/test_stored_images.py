@@ -18,6 +18,7 @@ from dataset.decoding import RandomCrops, decode, fit
 from dataset.single import read_square
 from dataset.stored import _fill
 from errors import UserError
+from helper.metrics import evaluate
 from tests.conftest import message_of
 
 CPU = torch.device("cpu")
@@ -163,6 +164,13 @@ def test_broken_images_are_named_and_skipped_up_to_a_limit(folder, capsys):
     with pytest.raises(UserError, match=r"--max_broken") as caught:
         list(loader_of(folder, max_broken=1).batches(0))
     assert ".JPEG" in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_split_without_a_whole_image_is_one_line(folder):
+    for path in (folder / "val").glob("*/*"):
+        path.write_bytes(b"")
+    with pytest.raises(UserError, match="--data: testing: none of the images"):
+        evaluate(lambda images: images.flatten(1), loader_of(folder, split="test"))
 
 
 def test_the_next_whole_image_of_a_batch_takes_a_broken_ones_place():
