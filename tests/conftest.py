@@ -7,7 +7,7 @@ import torch
 
 import train_cifar_student
 import train_teacher
-from dataset import Images
+from dataset import Batch, Images
 from errors import UserError
 from helper import inputs
 from helper.recipes import CIFAR_PAIRS
@@ -86,6 +86,11 @@ def message_of(main, argv: list[str]) -> str:
     message = str(caught.value)
     assert "\n" not in message, "a message is one line"
     return message
+
+
+def make_batch(n: int = 4) -> Batch:
+    """Random images and classes."""
+    return Batch(torch.randn(n, 3, 32, 32), torch.randint(0, 10, (n,)), torch.arange(n))
 
 
 def pair_networks(teacher: str, student: str, num_classes: int = 10):

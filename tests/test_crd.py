@@ -16,16 +16,16 @@ from distiller_zoo import Progress, Task
 from distiller_zoo.crd import CRD, NORM_CRD
 from errors import UserError
 from helper.teacher import FrozenTeacher
+from tests.check_values import g
 from tests.conftest import pair_networks
-from tests.test_norm import wave
 
 
 def test_scores_loss_and_update_have_the_published_values():
     """Check values computed once from RepDistiller's functions (waves as inputs)."""
     memory = ContrastMemory(8, 20).double()
-    memory.memory_v1.copy_(F.normalize(wave((20, 8), 0.9, 0.3)))
-    memory.memory_v2.copy_(F.normalize(wave((20, 8), 1.3, 0.6)))
-    v1, v2 = F.normalize(wave((3, 8), 0.5, 0.2)), F.normalize(wave((3, 8), 0.8, 0.9))
+    memory.memory_v1.copy_(F.normalize(g((20, 8), 0.9, 0.3)))
+    memory.memory_v2.copy_(F.normalize(g((20, 8), 1.3, 0.6)))
+    v1, v2 = F.normalize(g((3, 8), 0.5, 0.2)), F.normalize(g((3, 8), 0.8, 0.9))
     index = torch.tensor([2, 5, 11])
     contrast_index = torch.tensor([[2, 7, 8, 9, 10], [5, 0, 1, 3, 4], [11, 12, 13, 14, 15]])
     scores_s, scores_t = memory(v1, v2, index, contrast_index)

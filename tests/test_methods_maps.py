@@ -29,11 +29,11 @@ from helper.teacher import FrozenTeacher
 from models.checkpoints import read_checkpoint
 from scripts import export_student
 from tests import golden_losses
-from tests.conftest import SHARED, message_of, pair_networks
+from tests.check_values import g
+from tests.conftest import SHARED, make_batch, message_of, pair_networks
 from tests.golden_entry import entry_of
 from tests.golden_format import Mismatch, fill
 from tests.golden_maps import CHECKS
-from tests.test_norm import make_batch, wave
 
 NAMES = ("hint", "attention", "similarity", "correlation", "vid", "rkd", "pkt", "nst")
 PAIRS = (
@@ -96,8 +96,8 @@ def value_and_gradient(loss, student, teacher):
 
 # Published values: waves as inputs, computed once from the official functions.
 
-S6, T6, S5 = wave((4, 6, 8, 8), 0.29, 0.9), wave((4, 6, 8, 8), 0.37, 0.2), wave((4, 5, 4, 4), 0.53, 0.4)
-ES, ET = wave((4, 12), 0.37, 0.2), wave((4, 12), 0.83, 1.1)
+S6, T6, S5 = g((4, 6, 8, 8), 0.29, 0.9), g((4, 6, 8, 8), 0.37, 0.2), g((4, 5, 4, 4), 0.53, 0.4)
+ES, ET = g((4, 12), 0.37, 0.2), g((4, 12), 0.83, 1.1)
 
 
 def vid_of_equal_weights(student, teacher):
@@ -113,7 +113,7 @@ def vid_of_equal_weights(student, teacher):
     [
         (HintLoss(), S6, T6, 0.9917106054),
         (OF_MAPS["attention"], S5, T6, 0.0023210133),
-        (OF_MAPS["attention"], wave((4, 5, 8, 8), 0.53, 0.4), T6, 0.0000943871),
+        (OF_MAPS["attention"], g((4, 5, 8, 8), 0.53, 0.4), T6, 0.0000943871),
         (OF_MAPS["similarity"], S5, T6, 0.2808764199),
         (Correlation(), ES, ET, 9.3866186548),
         (vid_of_equal_weights, S5, T6, 0.8051154022),

@@ -23,9 +23,9 @@ from helper.stage_training import _endless, begin, train_step
 from helper.teacher import FrozenTeacher
 from models import build_model, imagenet_model_dict, model_dict
 from models.backbone import Backbone, Output
-from tests.conftest import pair_networks
+from tests.check_values import g
+from tests.conftest import make_batch, pair_networks
 from tests.run_folders import load, metrics, same_state
-from tests.test_norm import make_batch, wave
 
 pytestmark = pytest.mark.usefixtures("few_images")
 TASK = Task(10, 32, 8, torch.zeros(1, dtype=torch.int64))
@@ -78,7 +78,7 @@ def build_one(student="resnet8", **hyper_parameters):
 
 
 def test_ones_terms_have_the_published_values():
-    zs, zt = wave((4, 10), 0.7, 0.1, 2), wave((4, 10), 0.45, 0.5, 3)
+    zs, zt = g((4, 10), 0.7, 0.1, 2), g((4, 10), 0.45, 0.5, 3)
     assert ensemble_divergence(zs, zt, 3).item() == pytest.approx(2.3591304089, abs=1e-9)
     published = {0: 0.0067379, 40: 0.2865048, 79: 0.9992191, 80: 1, 200: 1}
     for epoch, value in published.items():
@@ -264,8 +264,8 @@ def test_the_step_of_the_scores_is_adam():
 @pytest.mark.parametrize("style", STYLES)
 def test_the_gradient_of_the_scores_is_pulled_back_through_the_style(style):
     weights = PathwayWeights(4, 1, style, 1.5).double()
-    weights.scores.copy_(wave((4,), 0.9, 0.3))
-    gradient, step = wave((4,), 0.4, 1.0), 1e-6
+    weights.scores.copy_(g((4,), 0.9, 0.3))
+    gradient, step = g((4,), 0.4, 1.0), 1e-6
     found = weights.pull_back(gradient)
     for number in range(4):
         shift = torch.zeros(4, dtype=torch.float64).index_fill(0, torch.tensor(number), step)
@@ -352,7 +352,7 @@ def exact_score_gradient(method, optimizer, batch, teacher, held_out):
 @pytest.mark.parametrize("style", sorted(set(STYLES) - {"constant"}))
 def test_the_score_gradient_is_the_exact_one_of_second_order(style, monkeypatch):
     method, _, optimizer, batch, teacher, held_out = tiny_search(style, alpha=0.5, beta=2.0, kd_weight=1.5)
-    method.weights.scores.copy_(wave((3,), 0.9, 0.3))
+    method.weights.scores.copy_(g((3,), 0.9, 0.3))
     exact = exact_score_gradient(method, optimizer, batch, teacher, held_out)
     published = method.score_gradient(optimizer, batch, teacher, held_out)
     assert exact.norm() > 1e-6

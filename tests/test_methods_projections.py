@@ -22,8 +22,8 @@ from models.checkpoints import load_exported, read_checkpoint
 from models.cost import count_parameters
 from models.wrappers import ReusedClassifier, describe_wrapper
 from scripts import export_student
-from tests.conftest import message_of, pair_networks
-from tests.test_norm import make_batch, wave
+from tests.check_values import g
+from tests.conftest import make_batch, message_of, pair_networks
 
 NAMES = ("srrl", "semckd", "reviewkd", "simkd")
 VARIANTS = [(name, {}) for name in NAMES] + [("srrl", {"srrl_form": "map"})]
@@ -67,12 +67,12 @@ def outputs(maps, pooled, logits=None, activated=None) -> Output:
 
 # Published values: waves as inputs, computed once from the official functions.
 
-S6, T6 = wave((4, 6, 8, 8), 0.29, 0.9), wave((4, 6, 8, 8), 0.37, 0.2)
+S6, T6 = g((4, 6, 8, 8), 0.29, 0.9), g((4, 6, 8, 8), 0.37, 0.2)
 
 
 def test_the_hierarchical_context_loss_has_the_published_values():
     assert hierarchical_context_loss(S6, T6).item() == pytest.approx(0.5557525229, rel=1e-9)
-    es, et = (wave((4, 12), *parts)[:, :, None, None] for parts in ((0.37, 0.2), (0.83, 1.1)))
+    es, et = (g((4, 12), *parts)[:, :, None, None] for parts in ((0.37, 0.2), (0.83, 1.1)))
     assert hierarchical_context_loss(es, et).item() == pytest.approx(1.0896527686, rel=1e-9)
 
 

@@ -26,11 +26,10 @@ from models.checkpoints import load_exported, read_checkpoint
 from scripts import export_student
 from tests import golden_losses
 from tests.check_values import NARROW_STUDENT_MAP, STUDENT_MAP, TEACHER_MAP
-from tests.conftest import SHARED, keep_images, pair_networks
+from tests.conftest import SHARED, keep_images, make_batch, pair_networks
 from tests.golden_entry import entry_of
 from tests.golden_format import Mismatch, fill, loss_input
 from tests.run_folders import load, metrics, same_state
-from tests.test_norm import make_batch
 
 NAMES = ("abound", "factor", "fsp", "kdsvd", "ofd")
 PAIRS = (

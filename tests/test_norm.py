@@ -1,12 +1,9 @@
 """NORM's loss, its options, its students on every pair, and the fold."""
 
-import math
-
 import pytest
 import torch
 from torch.nn import functional as F
 
-from dataset import Batch
 from distiller_zoo import Predictor, Progress, Task
 from distiller_zoo.feature_transform import norm_loss
 from distiller_zoo.kd import kl_divergence
@@ -16,18 +13,10 @@ from helper.stage_training import train_step
 from helper.teacher import FrozenTeacher
 from models.backbone import FinalConv
 from models.cost import count_parameters
-from tests.conftest import pair_networks
+from tests.check_values import g
+from tests.conftest import make_batch, pair_networks
 
 TASK = Task(10, 32, 8, torch.zeros(1, dtype=torch.int64))
-
-
-def wave(shape, a, phase, scale=1.0):
-    """scale * sin(a * i + phase) over the row-major index i, in float64."""
-    return scale * torch.sin(a * torch.arange(math.prod(shape), dtype=torch.float64) + phase).view(shape)
-
-
-def make_batch(n=4):
-    return Batch(torch.randn(n, 3, 32, 32), torch.randint(0, 10, (n,)), torch.arange(n))
 
 
 def build(teacher_name="resnet14", student_name="resnet8", **hyper_parameters):
@@ -54,14 +43,14 @@ def train_some_steps(method, teacher, steps=3, lr=0.01):
 
 def test_the_terms_have_the_published_values():
     """Check values computed once from the official functions (waves as inputs)."""
-    zs, zt, targets = wave((4, 10), 0.7, 0.1, 2), wave((4, 10), 0.45, 0.5, 3), torch.tensor([0, 3, 7, 9])
+    zs, zt, targets = g((4, 10), 0.7, 0.1, 2), g((4, 10), 0.45, 0.5, 3), torch.tensor([0, 3, 7, 9])
     student, teacher = standardise_logits(zs, 2.5), standardise_logits(zt, 2.5)
     assert F.cross_entropy(zs, targets).item() == pytest.approx(2.5942054000, abs=1e-9)
     assert kl_divergence(zs, zt, 4).item() == pytest.approx(2.5535618153, abs=1e-9)
     assert F.cross_entropy(student, targets).item() == pytest.approx(3.3448433614, abs=1e-9)
     assert kl_divergence(student, teacher, 4).item() == pytest.approx(4.7814957858, abs=1e-9)
-    target = match_size(wave((4, 6, 8, 8), 0.37, 0.2), 4, 4)
-    assert norm_loss(wave((4, 18, 4, 4), 0.61, 0.3), target).item() == pytest.approx(3.3509210361, abs=1e-9)
+    target = match_size(g((4, 6, 8, 8), 0.37, 0.2), 4, 4)
+    assert norm_loss(g((4, 18, 4, 4), 0.61, 0.3), target).item() == pytest.approx(3.3509210361, abs=1e-9)
 
 
 def test_the_kl_divergence_is_the_hand_formula_and_stays_finite_at_large_gaps():

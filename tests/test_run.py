@@ -17,6 +17,7 @@ from errors import UserError
 from helper import engine
 from helper.run_folder import replacing
 from models import build_model
+from scripts import export_student
 from tests.conftest import message_of
 from tests.run_folders import assert_same_end, load, metrics, same_state
 
@@ -208,9 +209,10 @@ def test_a_head_that_does_not_fit_the_data_is_refused(tmp_path, save_dir):
 
 def test_an_exported_student_and_a_distilled_run_can_teach(distil, save_dir):
     run = distil(*SHORT)
-    train_cifar_student.main(
-        ["--model_s", "resnet8", "--path_t", str(run / "last.pth"), "--save_dir", str(save_dir), *SHORT]
-    )
+    exported = export_student.main([str(run / "last.pth")])
+    argv = ["--distill", "kd", "--model_s", "resnet8", "--save_dir", str(save_dir), *SHORT]
+    results = [train_cifar_student.main([*argv, "--path_t", str(path)]) for path in (run / "last.pth", exported)]
+    assert [result["teacher_accuracy"] for (result,) in results] == [load(run / "last.pth")["accuracy"]] * 2
 
 
 def test_a_diverging_loss_names_its_term(distil):

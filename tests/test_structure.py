@@ -80,7 +80,8 @@ def test_no_copies_of_students_and_no_feature_by_number():
 
 
 def test_loops_know_no_method_by_name():
-    for name in ("engine", "stage_training", "metrics", "run_folder", "teacher", "schedule"):
+    loops = ("engine", "stage_training", "lockstep", "inputs", "guard", "metrics", "distributed")
+    for name in (*loops, "run_folder", "run_state", "teacher", "schedule"):
         text = (ROOT / "helper" / f"{name}.py").read_text()
         assert not re.search(r"""distill\s*(==|in)\s|["'](norm|kd|crd|ft|ce)["']""", text), name
 
