@@ -137,7 +137,10 @@ METHOD_DATASET = {
     ("dist", "imagenet"): {"kd_T": 1.0},
     ("dkd", "imagenet"): {"kd_T": 1.0, "dkd_beta": 0.5, "warmup_epochs": 0},
     ("ofd", "imagenet"): {"beta": 1e-4},
-    ("semckd", "imagenet"): {"beta": 50.0},
+    # SemCKD's and SimKD's own lengths; SSKD's from torchdistill, 30 epochs of its first stage before 100.
+    ("semckd", "imagenet"): {"beta": 50.0, "epochs": 90, "lr_decay": "step", "lr_decay_epochs": (30, 60)},
+    ("simkd", "imagenet"): {"epochs": 120, "lr_decay": "step"},
+    ("sskd", "imagenet"): {"gamma": 1.0, "init_epochs": 72},
     # ReviewKD: without a warm-up.
     ("reviewkd", "imagenet"): {"beta": 1.0, "warmup_epochs": 0},
     ("srrl", "imagenet"): {"alpha": 0.0, "srrl_form": "map"},

@@ -48,12 +48,14 @@ def test_the_rows_lie_over_each_other():
     assert resolve("cifar100", "vgg13", "vgg8", "norm")["gamma"] == (0.125, "method norm")
     assert resolve("cifar100", "vgg13", "MobileNetV2", "norm")["learning_rate"] == (0.01, "student MobileNetV2")
     assert resolve("cifar100", None, "vgg8", "ce")["epochs"] == (240, "data set cifar100")
+    semckd = resolve("imagenet", "resnet34", "resnet18", "semckd")
+    assert [semckd[name][0] for name in ("epochs", "lr_decay", "lr_decay_epochs")] == [90, "step", (30, 60)]
 
 
 def test_the_recipe_table_names_only_what_exists():
     flags = {flag.argument for method in options.DISTILLERS.values() for flag in method.flags}
     assert set(METHOD) <= set(options.DISTILLERS)
-    common = {"learning_rate", "epochs", "batch_size"}
+    common = {"learning_rate", "lr_decay", "lr_decay_epochs", "epochs", "batch_size"}
     tables = (METHOD, PAIR, CHOSEN, CHOSEN_FACTORS, METHOD_STUDENT, METHOD_DATASET)
     rows = [row for table in tables for row in table.values()]
     assert all(set(row) <= flags | common for row in rows)
