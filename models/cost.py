@@ -4,6 +4,7 @@ import time
 
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from models.backbone import Backbone, evaluating
 
@@ -14,21 +15,11 @@ def count_parameters(network: nn.Module) -> int:
 
 
 def count_multiply_adds(network: nn.Module, image_size: int) -> int:
-    """Multiply-adds of all convolutions and linear layers for one image of (3, image_size, image_size)."""
-    total = 0
-
-    def add(module: nn.Module, inputs, output) -> None:
-        nonlocal total
-        per_value = module.weight[0].numel()
-        total += per_value * output.numel()
-
-    layers = [module for module in network.modules() if isinstance(module, (nn.Conv2d, nn.Linear))]
-    hooks = [layer.register_forward_hook(add) for layer in layers]
-    with evaluating(network):
-        network(torch.zeros(1, 3, image_size, image_size).to(next(network.parameters())))
-    for hook in hooks:
-        hook.remove()
-    return total
+    """Multiply-adds of all convolutions and matrix products for one image of (3, image_size, image_size)."""
+    image = torch.zeros(1, 3, image_size, image_size).to(next(network.parameters()))
+    with evaluating(network), FlopCounterMode(display=False) as counter:
+        network(image)
+    return counter.get_total_flops() // 2  # an addition and a multiplication each
 
 
 @torch.inference_mode()
