@@ -115,9 +115,11 @@ def draw_augmentation(augmentation: Augmentation, n: int, generator: torch.Gener
 
 def augment(pixels: Tensor, draws: Draws, pad: int) -> Tensor:
     """Pixels (B, 3, H, W) -> each image's own crop of its padded self, mirrored where drawn; shape and type stay."""
-    height, width = pixels.shape[2:]
-    windows = F.pad(pixels, [pad] * 4).unfold(2, height, 1).unfold(3, width, 1)  # (B, 3, 2p+1, 2p+1, H, W), a view
-    crops = windows[torch.arange(len(pixels), device=pixels.device), :, draws.top, draws.left]
+    crops = pixels
+    if pad:
+        height, width = pixels.shape[2:]
+        windows = F.pad(pixels, [pad] * 4).unfold(2, height, 1).unfold(3, width, 1)  # (B, 3, 2p+1, 2p+1, H, W), a view
+        crops = windows[torch.arange(len(pixels), device=pixels.device), :, draws.top, draws.left]
     return torch.where(draws.flip[:, None, None, None], crops.flip(3), crops)
 
 

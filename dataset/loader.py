@@ -89,8 +89,9 @@ class Loader:
             if draws is None:
                 (pixels,) = views
             else:
-                pixels = torch.cat(self._augmented(views, [draw.of(index) for draw in draws], epoch, number))
-            images = pixels.float() * self._scale + self._shift
+                shown = self._augmented(views, [draw.of(index) for draw in draws], epoch, number)
+                pixels = torch.cat(shown) if len(shown) > 1 else shown[0]
+            images = pixels.float().mul_(self._scale).add_(self._shift)
             batch = Batch(images, self.images.targets[index], index, len(whole))
             yield batch.parts(self.world_size)[self.rank] if self._draws_for_whole_batches() else batch
 
