@@ -11,6 +11,7 @@ import numpy
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
+from torch.utils.data._utils import signal_handling
 from tqdm import tqdm
 
 from dataset.decoding import BrokenImage, RandomCrops, decode, fit
@@ -98,8 +99,9 @@ class StoredImages:
             pin_memory=device.type == "cuda",
             generator=torch.Generator(),  # else a seed for the workers is drawn from the training's own
         )
+        batches = iter(loader)
         try:
-            for index, pixels, broken in loader:
+            for index, pixels, broken in batches:
                 self._count(broken)
                 if fill and not len(index):
                     raise UserError(f"--data: no image of a batch can be read, for example {next(iter(broken))}")
@@ -108,6 +110,7 @@ class StoredImages:
             # The last three come from the way on which a process that has gone would have handed its batch over.
             if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
                 raise
+            _let_go(batches)
             raise UserError(
                 "--num_workers: a process that reads images was ended from outside (out of memory, or of shared "
                 "memory, docker's --shm-size?); choose fewer, or a smaller --batch_size"
@@ -133,6 +136,15 @@ class StoredImages:
         if crops is None:
             return [fit(image, self.image_size, self.cut)]
         return crops.of(image, sample, self.image_size)
+
+
+def _let_go(batches: Iterator) -> None:
+    """End the workers at once: torch's own way waits for a lock, which the worker that was killed may hold."""
+    signal_handling._remove_worker_pids(id(batches))  # from here on their end is no error
+    batches._shutdown = True
+    for worker, queue in zip(batches._workers, batches._index_queues, strict=True):
+        worker.kill()
+        queue.cancel_join_thread()
 
 
 class _Batches(Dataset):
