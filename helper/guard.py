@@ -50,7 +50,7 @@ class Guard:
         names = (*(f"loss_{name}" for name in losses), GRADIENT)
         if names != self._names:
             self.look()
-            self._names = names
+            self._names, self._seen = names, None
         if self.most_skipped and largest_of_all(not _is_good(seen)):  # all processes skip a step, or none
             self._skip(seen)
             return False

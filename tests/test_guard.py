@@ -222,3 +222,17 @@ def test_a_student_that_is_the_teacher_is_refused(teacher_run, save_dir, monkeyp
     monkeypatch.setattr(engine, "build_model", lambda *arguments: networks[-1].network)
     argv = [*FLAGS, "--distill", "kd", "--model_s", "resnet14", "--path_t", str(teacher_run / "last.pth")]
     assert "is the teacher's own" in message_of(main, [*argv, "--save_dir", str(save_dir)])
+
+
+def test_steps_of_one_epoch_may_have_other_terms():
+    """SemCKD leaves its attention out of a shorter last batch."""
+    parameter = torch.nn.Parameter(torch.zeros(2))
+    parameter.grad = torch.ones(2)
+    guard = Guard()
+    guard.begin_epoch("epoch 1/1", has_own_rate=False)
+    assert guard.judge({"ce": torch.tensor(1.0), "semckd": torch.tensor(1.0)}, [parameter], 1)
+    assert guard.judge({"ce": torch.tensor(1.0)}, [parameter], 2)
+    guard.look()
+    assert guard.judge({"ce": torch.tensor(torch.nan)}, [parameter], 3)
+    with pytest.raises(UserError, match="loss_ce is nan in epoch 1/1 step 3"):
+        guard.judge({"ce": torch.tensor(1.0), "semckd": torch.tensor(1.0)}, [parameter], 4)
