@@ -57,6 +57,7 @@ MAY_CHANGE = (
     "max_steps",
     "epochs",
     "accumulate",
+    "compile",
 )
 
 

@@ -1,19 +1,31 @@
-"""How the same mathematics is computed faster: precision, memory layout, folded teacher, fused optimizer."""
+"""How the same mathematics is computed faster: precision, memory layout, folded teacher, fused optimizer, compiler."""
 
 import copy
 from argparse import Namespace
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from models.backbone import Backbone
+from errors import UserError
+from models.backbone import Backbone, Output
 from models.folding import fold_batch_norms
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+#: Modes of torch.compile; the last one replays CUDA graphs.
+COMPILE = ("off", "default", "reduce-overhead")
+#: Compilations of one function, at most: runs side by side share the functions of their networks and methods.
+MOST_COMPILATIONS = 256
 #: What `--fast off` means for each of its parts.
-OFF = {"precision": "float32", "channels_last": False, "fold_teacher": False, "fused_optimizer": False}
+OFF = {
+    "precision": "float32",
+    "channels_last": False,
+    "fold_teacher": False,
+    "fused_optimizer": False,
+    "compile": "off",
+}
 
 
 class Float32Convolution(nn.Conv2d):
@@ -31,6 +43,7 @@ class Fast(NamedTuple):
     channels_last: bool = False  # memory layout of images, maps and convolution weights
     fold_teacher: bool = False  # the teacher's BatchNorms in its convolutions
     fused_optimizer: bool = False  # one kernel for all parameters
+    compile: str = "off"  # a mode of torch.compile, for the forward passes of both networks
 
     @classmethod
     def of(cls, config: Namespace) -> "Fast":
@@ -64,14 +77,58 @@ class Fast(NamedTuple):
                     layer.__class__ = Float32Convolution
         return self.lay_out(distiller)
 
+    def compiled(self, function: Callable, outlives: bool = False) -> Callable:
+        """A network's forward pass as this run computes it on batches of one size; itself where nothing is compiled.
+
+        What the pass gives can be read until the next pass of any network; if it `outlives` that, also later.
+        """
+        if self.compile == "off":
+            return function
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MOST_COMPILATIONS)
+        run = torch.compile(function, dynamic=False, mode=self.compile)
+        if self.compile != "reduce-overhead":
+            return run
+
+        def replay(*arguments):
+            torch.compiler.cudagraph_mark_step_begin()  # a graph writes to the same memory each time
+            output = run(*arguments)
+            return _copy(output) if outlives else output
+
+        return replay
+
+    @contextmanager
+    def naming_compiler(self) -> Iterator[None]:
+        """Turn a failure of the compiler, in a forward or backward pass, into a `UserError`."""
+        if self.compile == "off":
+            yield
+            return
+        try:
+            yield
+        except torch._dynamo.exc.TorchDynamoException as error:
+            cause = getattr(error, "inner_exception", error)
+            reason = next(iter(str(cause).strip().splitlines()), "")[:200]
+            raise UserError(
+                f"--compile {self.compile}: {type(cause).__name__} {reason}; it needs a working compiler (on a "
+                "CPU one of C++); --compile off goes without, also with --resume"
+            ) from None
+
+
+def _copy(output: Output) -> Output:
+    maps, *others = output
+    return Output([feature_map.clone() for feature_map in maps], *(other.clone() for other in others))
+
 
 def choose(device: torch.device) -> dict[str, object]:
-    """What `--fast auto` means on a device: every part, and bfloat16 where the device computes with it."""
+    """What `--fast auto` means on a device: every part, and bfloat16 where the device computes with it.
+
+    Nothing is compiled: that takes minutes on a CPU and gains little there, and has not been measured on a GPU.
+    """
     return {
         "precision": "bfloat16" if computes_bfloat16(device) else "float32",
         "channels_last": True,
         "fold_teacher": True,
         "fused_optimizer": device.type in ("cpu", "cuda"),
+        "compile": "off",
     }
 
 

@@ -1,6 +1,7 @@
 """What runs read and may share: the data set and the frozen teacher, checked."""
 
 from argparse import Namespace
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -27,14 +28,16 @@ class Inputs(NamedTuple):
     choosing_loader: Loader | None  # training images kept apart for choosing; `data` lacks them
     network: Backbone | None  # the teacher as its file holds it, for methods to read shapes and copy parts from
     teacher: FrozenTeacher | None  # the same as this run computes it
+    compiled_teacher: Callable[..., Output] | None  # its pass on whole batches
     teacher_accuracy: float | None
     teacher_note: str = ""
     initial: TeacherFile | None = None  # what new runs start from
 
-    def teach(self, images: torch.Tensor, preact: bool) -> Output:
-        """The teacher's outputs for images (B, 3, H, W)."""
-        with self.fast.autocast(self.device):
-            return self.teacher(images, preact)
+    def teach(self, images: torch.Tensor, preact: bool, is_whole: bool) -> Output:
+        """The teacher's outputs for images (B, 3, H, W) of a batch that may be whole."""
+        teacher = self.compiled_teacher if is_whole else self.teacher
+        with self.fast.autocast(self.device), self.fast.naming_compiler():
+            return teacher(images, preact)
 
 
 def load_inputs(config: Namespace, teacher_file: TeacherFile | None) -> Inputs:
@@ -50,7 +53,7 @@ def load_inputs(config: Namespace, teacher_file: TeacherFile | None) -> Inputs:
     data, choosing_loader = _keep_apart(data, config.holdout, batch_size, device)
     test_loader = _part_loader(data.test, data, batch_size, device)
     if teacher_file is None:
-        return Inputs(device, fast, data, test_loader, choosing_loader, None, None, None)
+        return Inputs(device, fast, data, test_loader, choosing_loader, None, None, None, None)
     if teacher_file.num_classes != data.num_classes:
         raise UserError(
             f"--path_t: the teacher has {teacher_file.num_classes} classes, but --dataset {data.name} has "
@@ -64,7 +67,8 @@ def load_inputs(config: Namespace, teacher_file: TeacherFile | None) -> Inputs:
     accuracy = measured["test_accuracy"]
     note = check_teacher(teacher_file, data.name, accuracy, config.allow_teacher_gap)
     note = "\n".join(filter(None, (network.note, note)))
-    return Inputs(device, fast, data, test_loader, choosing_loader, network, teacher, accuracy, note)
+    compiled = fast.compiled(teacher.forward, outlives=True)
+    return Inputs(device, fast, data, test_loader, choosing_loader, network, teacher, compiled, accuracy, note)
 
 
 def _keep_apart(data: ImageData, k: int, batch_size: int, device: torch.device) -> tuple[ImageData, Loader | None]:

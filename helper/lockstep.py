@@ -35,7 +35,8 @@ class _Strand:
 
 
 def execute_together(runs: Sequence, teach: Callable[..., Output]) -> list[dict]:
-    """Run `run.execute()` of every run to its end, the one furthest behind first; `teach(images, preact)` answers them.
+    """Run `run.execute()` of every run to its end, the one furthest behind first; `teach(images, preact, is_whole)`
+    answers them.
 
     A run's numbers do not depend on the others. One that fails does not stop the others; its error is raised when they
     are over.
@@ -52,7 +53,7 @@ def execute_together(runs: Sequence, teach: Callable[..., Output]) -> list[dict]
                 continue
             key = (request.batch_key, request.preact)
             if key not in outputs:
-                outputs[key] = teach(request.images, request.preact)
+                outputs[key] = teach(request.images, request.preact, request.is_whole)
             strand.advance(outputs[key])
     _raise_first_error(strands)
     return [strand.result for strand in strands]

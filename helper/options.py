@@ -7,7 +7,7 @@ from dataset import DATASETS
 from distiller_zoo import DISTILLERS
 from distiller_zoo.base import ALPHA, BETA, GAMMA, KD_T, Flag, count, number, whole
 from errors import UserError
-from helper.fast import PRECISIONS
+from helper.fast import COMPILE, PRECISIONS
 from models import find_builder
 
 
@@ -131,11 +131,17 @@ def _add_common(parser: Parser) -> None:
     add("--device", help="auto (default), cpu, cuda, cuda:1, ...")
     add = parser.add_argument_group("speed: the same training, computed faster").add_argument
     on_off = argparse.BooleanOptionalAction
-    add("--fast", choices=("auto", "off"), help="auto: all that follows, as this device supports it; off: none (off)")
+    add("--fast", choices=("auto", "off"), help="auto: what follows, as this device supports it; off: none (off)")
     add("--precision", choices=PRECISIONS, help="of the networks; losses, statistics and weights stay float32")
     add("--channels_last", action=on_off, help="memory layout of images and feature maps")
     add("--fold_teacher", action=on_off, help="the teacher's BatchNorms folded into its convolutions")
     add("--fused_optimizer", action=on_off, help="one kernel for the update of all parameters")
+    add(
+        "--compile",
+        choices=COMPILE,
+        help="torch.compile of both networks' forward passes, in this mode; --fast auto leaves it off. The first step "
+        "takes minutes; not tried on a GPU, where reduce-overhead replays CUDA graphs (off)",
+    )
     add = parser.add_argument_group("run").add_argument
     add("--trial", type=_trial, help="name of this repetition (1)")
     add(

@@ -13,7 +13,7 @@ from torch import Tensor
 from dataset import Batch, ImageData, Loader, epoch_seed
 from distiller_zoo import Distiller, Progress, Stage
 from errors import UserError
-from helper.distributed import Replica, count_processes, rank
+from helper.distributed import Replica, count_processes, images_per_pass, rank
 from helper.fast import Fast
 from helper.guard import Guard
 from helper.metrics import EpochMeter
@@ -34,6 +34,7 @@ class TeacherRequest(NamedTuple):
     batch_key: tuple  # equal for two runs of one data set exactly if their batches are
     images: Tensor  # (B, 3, H, W)
     preact: bool
+    is_whole: bool  # not a short last batch: what is compiled is compiled for this size
 
 
 class StageTraining:
@@ -51,6 +52,7 @@ class StageTraining:
         self.stage, self.distiller, self.config, self.device = stage, distiller, config, device
         self.guard = guard or Guard()
         self.fast = Fast.of(config)
+        self.compiled_stage = stage._replace(respond=self.fast.compiled(stage.respond))
         begin(stage, distiller)
         self.optimizer = torch.optim.SGD(
             [parameter for parameter in distiller.parameters() if parameter.requires_grad],
@@ -62,6 +64,9 @@ class StageTraining:
         self.replica = Replica(distiller)
         if stage.before_step is not None and config.accumulate > 1:
             raise UserError(f"--accumulate: stage {stage.name} of --distill {config.distill} needs whole batches")
+        if self.fast.compile == "reduce-overhead" and config.accumulate > 1:
+            # The gradients of one part would lie where the next part's graph writes.
+            raise UserError("--accumulate: --compile reduce-overhead needs whole batches; take --compile default")
         kept, held_out = _split(len(data.train.targets), stage.holdout, config.data_seed)
         self.loader = self._loader(data, kept, config.data_seed)
         self.held_out = self._loader(data, held_out, config.data_seed + 1) if stage.holdout else None
@@ -146,13 +151,13 @@ class StageTraining:
         self.guard.look()
         return {"steps": number, "meter": meter.state(), "random": random_state()}
 
-    def _request(self, position: tuple[int, int, int], epoch: int, images: Tensor) -> TeacherRequest:
+    def _request(self, position: tuple[int, int, int], epoch: int, part: Batch) -> TeacherRequest:
         config, method = self.config, self.distiller
         batch_key = (
             *(config.data_seed, epoch, *position[1:], config.batch_size, config.accumulate),
             *(method.views, self.stage.holdout),
         )
-        return TeacherRequest(position, batch_key, images, method.teacher_preact)
+        return TeacherRequest(position, batch_key, part.images, method.teacher_preact, self._is_whole(part))
 
     def _step(
         self, batch: Batch, held_out: Iterator[Batch] | None, position: tuple[int, int], progress: Progress
@@ -163,7 +168,7 @@ class StageTraining:
         for number, part in enumerate(map(self._lay_out, parts)):
             teacher_output = None
             if self.stage.needs_teacher:
-                teacher_output = yield self._request((*position, number), position[0] + 1, part.images)
+                teacher_output = yield self._request((*position, number), position[0] + 1, part)
             if self.stage.before_step is not None:
                 held_out_batch = None if held_out is None else self._lay_out(next(held_out))
                 self.stage.before_step(self.optimizer, part, teacher_output, held_out_batch, progress)
@@ -172,10 +177,9 @@ class StageTraining:
             # Gradients are added over the parts and averaged over the processes; this makes them the batch's mean.
             share = len(part.targets) * count_processes() / (batch.whole or len(batch.targets) * count_processes())
             autocast = self.fast.autocast(self.device)
-            with self.replica.only_adding(number + 1 < len(parts)):
-                losses, logits = add_gradients(
-                    self.replica, self.stage, part, teacher_output, progress, autocast, share
-                )
+            stage = self.compiled_stage if self._is_whole(part) else self.stage
+            with self.replica.only_adding(number + 1 < len(parts)), self.fast.naming_compiler():
+                losses, logits = add_gradients(self.replica, stage, part, teacher_output, progress, autocast, share)
             outcomes.append((losses, logits, part.targets))
         self.replica.finish_gradients()
         if not self.guard.judge(_sums(outcomes), self.optimizer.param_groups[0]["params"], position[1] + 1):
@@ -187,6 +191,10 @@ class StageTraining:
         """The parts of this process's batch that are computed one after the other; a short batch may have fewer."""
         smallest = (batch.whole or len(batch.targets) * count_processes()) // count_processes()
         return batch.parts(max(min(self.config.accumulate, smallest // self.distiller.min_batch), 1))
+
+    def _is_whole(self, part: Batch) -> bool:
+        """Whether this is a part of a batch as all but the last are."""
+        return len(part.targets) == images_per_pass(self.config)
 
     def _lay_out(self, batch: Batch) -> Batch:
         return batch._replace(images=self.fast.lay_out(batch.images))

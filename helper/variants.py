@@ -11,7 +11,7 @@ from errors import UserError
 COMMON = (
     *("path_t", "model_t", "init", "dataset", "data", "image_size", "holdout", "num_workers", "max_broken"),
     *("allow_teacher_gap", "save_dir"),
-    *("device", "fast", "precision", "channels_last", "fold_teacher", "fused_optimizer"),
+    *("device", "fast", "precision", "channels_last", "fold_teacher", "fused_optimizer", "compile"),
     *("trial", "seed", "resume"),
 )
 #: These stand in the run folder's name anyway.

@@ -1,11 +1,13 @@
 """Training speed: the plain formulation and the fast path side by side, in one run.
 
 python scripts/benchmark.py [--pairs resnet32x4:resnet8x4,...] [--n 8] [--batch_size 64] [--json FILE] [--profile FILE]
+    [--compile default]
 
-Plain: the expanded feature is computed by convolutions, float32, eager, contiguous, images one by one through PIL
-in worker processes. Fast: what `--fast auto` chooses here, images in memory. Steps of both alternate, so that what else
-the machine does falls on both. The ratios are what to quote. The floor is what a step would take at the measured rates
-of matrix products and of copying: floor_s = max(operations / rate, bytes / bandwidth), in the fast path's precision.
+Plain: the expanded feature is computed by convolutions, float32, eager, contiguous, images one by one through PIL in
+worker processes. Fast: what `--fast auto` chooses here, images in memory, and compiled where `--compile` asks for it;
+the compiler's own time is in `compile_s` and in no step. Steps of both alternate, so that what else the machine does
+falls on both. The ratios are what to quote. The floor is what a step would take at the measured rates of matrix
+products and of copying: floor_s = max(operations / rate, bytes / bandwidth), in the fast path's precision.
 """
 
 import itertools
@@ -24,7 +26,7 @@ from dataset import Batch, ImageData, Loader, load_data
 from distiller_zoo import Progress, Task
 from errors import run_script
 from helper.device import find_device
-from helper.fast import OFF, PRECISIONS, Fast, choose
+from helper.fast import COMPILE, OFF, PRECISIONS, Fast, choose
 from helper.options import Parser, pairs
 from helper.recipes import CIFAR_PAIRS
 from helper.stage_training import begin, train_step
@@ -61,7 +63,9 @@ class Contender:
             self.method.transform.__class__ = PlainTransform
         self.fast.prepare_student(self.method, self.device)
         self.teacher = FrozenTeacher(self.fast.prepare_teacher(teacher.to(self.device), data.image_size))
-        self.stage = self.method.main_stage(240)
+        self.teacher_pass = self.fast.compiled(self.teacher.forward, outlives=True)
+        stage = self.method.main_stage(240)
+        self.stage = stage._replace(respond=self.fast.compiled(stage.respond))
         begin(self.stage, self.method)
         self.optimizer = torch.optim.SGD(
             self.method.parameters(), 1e-3, 0.9, weight_decay=5e-4, fused=self.fast.fused_optimizer or None
@@ -70,7 +74,7 @@ class Contender:
     def teach(self, batch: Batch) -> Output:
         """The teacher's part of a step."""
         with self.fast.autocast(self.device):
-            return self.teacher(self.fast.lay_out(batch.images))
+            return self.teacher_pass(self.fast.lay_out(batch.images))
 
     def learn(self, batch: Batch, output: Output) -> None:
         """The student's part of a step."""
@@ -79,7 +83,8 @@ class Contender:
 
     def step(self, batch: Batch) -> None:
         """One training step, teacher included."""
-        self.learn(batch, self.teach(batch))
+        with self.fast.naming_compiler():
+            self.learn(batch, self.teach(batch))
 
     def seconds(self, batches: Iterator[Batch], steps: int) -> float:
         """Time of so many steps, waiting for their batches included."""
@@ -106,8 +111,9 @@ def measure(pair: tuple[str, str], n: int, data: ImageData, args: Namespace, rat
         fast: _endless(loader),
     }
     held = next(_endless(loader))
-    for contender in (plain, fast):  # warm up: threads, caches, worker processes
-        contender.seconds(itertools.repeat(held), 1)
+    first = {}
+    for contender in (plain, fast):  # warm up: threads, caches, worker processes, compiler
+        first[contender] = contender.seconds(itertools.repeat(held), 1)
         contender.seconds(batches[contender], 1)
     steps, epochs = {plain: [], fast: []}, {plain: [], fast: []}
     for _ in range(args.rounds):
@@ -116,7 +122,8 @@ def measure(pair: tuple[str, str], n: int, data: ImageData, args: Namespace, rat
             epochs[contender].append(contender.seconds(batches[contender], args.steps) / args.steps)
     step = {contender: statistics.median(times) for contender, times in steps.items()}
     rate = {contender: args.batch_size / statistics.median(times) for contender, times in epochs.items()}
-    flops = count_flops(lambda: fast.step(held))
+    with torch.compiler.set_stance("force_eager"):  # what is compiled cannot be counted
+        flops = count_flops(lambda: fast.step(held))
     moved = _bytes_of_a_step(fast, held)
     return {
         "pair": f"{pair[0]}:{pair[1]}",
@@ -136,6 +143,7 @@ def measure(pair: tuple[str, str], n: int, data: ImageData, args: Namespace, rat
         "bytes": moved,
         "achieved_flops_per_s": flops / step[fast],
         "fast": args.parts,
+        "compile_s": first[fast] - step[fast] if fast.fast.compile != "off" else 0.0,
         **rates,
         **(measure_trials(pair, n, data, args) if args.trials > 1 else {}),
     }
@@ -245,11 +253,14 @@ def main(argv=None) -> list[dict]:
     parser.add_argument("--dataset", default="digits", help="images to train on (digits)")
     parser.add_argument("--data", metavar="PATH")
     parser.add_argument("--device", type=find_device, default="auto")
+    parser.add_argument(
+        "--compile", choices=COMPILE, default="off", help="mode of torch.compile in the fast path (off)"
+    )
     parser.add_argument("--json", metavar="FILE", help="write the records there")
     parser.add_argument("--profile", metavar="FILE", help="instead: one pair's kernels, and a trace in FILE")
     args = parser.parse_args(argv)
     data = load_data(args.dataset, args.data)
-    args.parts = choose(args.device)
+    args.parts = choose(args.device) | {"compile": args.compile}
     if args.profile:
         profile(args.pairs[0], args.n[0], data, args)
         return []

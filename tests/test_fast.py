@@ -1,15 +1,18 @@
 """The fast path: what it chooses, that it is the same training, that it repeats itself."""
 
 import copy
+import functools
 import json
 
 import pytest
 import torch
 
 import train_cifar_student
+from errors import UserError
 from helper import configuration, engine, fast, options
 from models import build_model
 from scripts import export_student
+from tests.conftest import make_batch
 from tests.run_folders import load, metrics, same_state
 
 FLAGS = ("--batch_size", "32", "--max_steps", "4")
@@ -27,7 +30,10 @@ def test_auto_is_what_the_device_supports_and_a_flag_wins(monkeypatch):
     assert fast.Fast.of(off) == fast.Fast(**fast.OFF) and off.origins["precision"] == "--fast off"
     monkeypatch.setattr(fast, "computes_bfloat16", lambda device: True)
     auto = parse("--fast", "auto")
-    assert fast.Fast.of(auto) == fast.Fast("bfloat16", True, True, True) and auto.origins["precision"] == "--fast auto"
+    assert (
+        fast.Fast.of(auto) == fast.Fast("bfloat16", True, True, True, "off")
+        and auto.origins["precision"] == "--fast auto"
+    )
     some = parse("--fast", "auto", "--precision", "float32", "--no-channels_last")
     assert fast.Fast.of(some) == fast.Fast("float32", False, True, True)
     assert parse("--fold_teacher").fold_teacher and not parse("--fold_teacher").channels_last
@@ -96,3 +102,61 @@ def test_depthwise_convolutions_stay_in_float32_on_a_cpu():
     assert depthwise and all((types[name] == torch.float32) == (name in depthwise) for name in types)
     assert torch.allclose(logits.float(), plain, atol=0.1 * plain.abs().max().item())
     assert list(quick.state_dict()) == keys
+
+
+@pytest.fixture
+def graphs(monkeypatch):
+    """What torch.compile has made a graph of, one entry per compilation; graphs are run as they are."""
+    made = []
+
+    def backend(graph, _):
+        made.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
+    yield made
+    torch._dynamo.reset()
+
+
+def test_a_compiled_run_is_the_same_and_compiles_each_pass_once(distil, graphs):
+    flags = ("--batch_size", "48", "--epochs", "3")  # the last batch is shorter, NORM's weight changes with the epoch
+    plain = distil(*flags)
+    assert not graphs
+    compiled = distil(*flags, "--compile", "default", "--trial", "compiled", "--seed", "1")
+    assert len(graphs) == 2, "the teacher's pass and the student's"
+    for expected, line in zip(metrics(plain), metrics(compiled), strict=True):
+        assert line["loss"] == pytest.approx(expected["loss"], rel=1e-3)
+    states = [load(run / "last.pth")["distiller"] for run in (plain, compiled)]
+    assert list(states[0]) == list(states[1])
+
+
+def test_runs_side_by_side_and_stages_are_compiled(teacher_run, save_dir, graphs):
+    flags = ["--path_t", str(teacher_run / "last.pth"), "--save_dir", str(save_dir), "--compile", "default"]
+    flags += ["--batch_size", "64", "--max_steps", "2", "--epochs", "1", "--model_s", "resnet14"]
+    train_cifar_student.main([*flags, "--sweep", "distill=norm,fsp,simkd"])
+    assert len(graphs) >= 4
+
+
+def test_a_compiler_that_fails_is_one_line(distil, monkeypatch):
+    def fail(graph, inputs):
+        raise OSError("no compiler\nhere")
+
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=fail))
+    with pytest.raises(UserError, match=r"^--compile default: .*no compiler.* --compile off") as caught:
+        distil(*FLAGS, "--compile", "default")
+    assert "\n" not in str(caught.value)
+    torch._dynamo.reset()
+
+
+def test_replayed_graphs_begin_a_step_and_the_teachers_outputs_outlive_it(monkeypatch, distil):
+    begun = []
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", lambda: begun.append(True))
+    output = build_model("resnet8", 10).outputs(make_batch().images)
+    chosen = fast.Fast(compile="reduce-overhead")
+    kept, lent = (chosen.compiled(lambda: output, outlives)() for outlives in (True, False))
+    assert len(begun) == 2 and lent is output
+    for mine, graphs in zip((*kept.maps, *kept[1:]), (*output.maps, *output[1:]), strict=True):
+        assert torch.equal(mine, graphs) and mine.data_ptr() != graphs.data_ptr()
+    with pytest.raises(UserError, match="--accumulate"):
+        distil(*FLAGS, "--accumulate", "2", "--compile", "reduce-overhead")
