@@ -97,4 +97,7 @@ def _table_of_contents(path: Path, split_name) -> list[_Sample]:
     without = next((key for key in images if key not in targets), None)
     if without is not None:
         raise UserError(f"--data: {without} in {path} has no class; a shard holds KEY.jpg and KEY.cls")
+    negative = next((key for key in images if targets[key] < 0), None)
+    if negative is not None:
+        raise UserError(f"--data: {negative} in {path} has class {targets[negative]}; classes count from 0")
     return [_Sample(key, *place, targets[key]) for key, place in images.items()]

@@ -4,6 +4,7 @@ import csv
 import html
 import io
 import json
+import re
 import statistics
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
@@ -89,7 +90,21 @@ def read_rows(folders: Iterable[Path]) -> tuple[list[Row], list[Path]]:
     if not rows:
         raise UserError("RUN: none of the folders holds a finished run")
     made = [Row(runs[0][0], [run[1] for run in runs], [run[2] for run in runs]) for runs in rows.values()]
-    return sorted(made, key=lambda row: row.config["distill"] != "ce"), unfinished
+    return _in_order(made), unfinished
+
+
+def _in_order(rows: Sequence[Row]) -> list[Row]:
+    """Baselines first; then as given, but a method's rows of one pair together, -s 2 before -s 16."""
+    places = {}
+    for row in rows:
+        places.setdefault((row.pair, row.config["distill"]), len(places))
+
+    def place(row: Row) -> tuple:
+        parts = re.split(r"(\d+)", row.label)
+        natural = [int(part) if part.isdecimal() else part for part in parts]
+        return row.config["distill"] != "ce", places[row.pair, row.config["distill"]], natural
+
+    return sorted(rows, key=place)
 
 
 def _identity(config: dict) -> dict:
@@ -181,7 +196,7 @@ def markdown_table(lines: Sequence[Sequence[str]]) -> str:
 def grid_title(grid: Grid) -> str:
     """Data set, epochs and protocol of a grid."""
     dataset, epochs, protocol = grid.setting
-    return f"{dataset}, {epochs} epochs; {protocol}"
+    return f"{dataset}, {epochs} epoch{'s' if epochs != 1 else ''}; {protocol}"
 
 
 def grid_markdown(grid: Grid) -> str:

@@ -24,6 +24,7 @@ import torch
 
 from dataset import Batch, ImageData, Loader, load_data
 from distiller_zoo import Progress, Task
+from distiller_zoo.base import count, whole
 from errors import run_script
 from helper.device import find_device
 from helper.fast import COMPILE, OFF, PRECISIONS, Fast, choose
@@ -240,16 +241,20 @@ def table(records: list[dict]) -> str:
     return "\n".join(lines)
 
 
+def _counts(text: str) -> list[int]:
+    return [count(part) for part in text.split(",")]
+
+
 def main(argv=None) -> list[dict]:
     parser = Parser(__doc__.split("\n")[0])
     every_pair = ",".join(":".join(pair) for pair in CIFAR_PAIRS)
     parser.add_argument("--pairs", type=pairs, default=every_pair, metavar="T:S,...", help="all of the tables")
-    parser.add_argument("--n", type=lambda text: [int(part) for part in text.split(",")], default="8", metavar="N,...")
-    parser.add_argument("--batch_size", type=int, default=64)
-    parser.add_argument("--steps", type=int, default=3, help="steps of a round (3)")
-    parser.add_argument("--rounds", type=int, default=3, help="alternating rounds (3)")
-    parser.add_argument("--trials", type=int, default=1, help="also time so many students on one teacher pass (1: no)")
-    parser.add_argument("--workers", type=int, default=2, help="worker processes of the plain input (2)")
+    parser.add_argument("--n", type=_counts, default="8", metavar="N,...")
+    parser.add_argument("--batch_size", type=count, default=64)
+    parser.add_argument("--steps", type=count, default=3, help="steps of a round (3)")
+    parser.add_argument("--rounds", type=count, default=3, help="alternating rounds (3)")
+    parser.add_argument("--trials", type=count, default=1, help="also time so many students of one teacher (1)")
+    parser.add_argument("--workers", type=whole, default=2, help="worker processes of the plain input (2)")
     parser.add_argument("--dataset", default="digits", help="images to train on (digits)")
     parser.add_argument("--data", metavar="PATH")
     parser.add_argument("--device", type=find_device, default="auto")

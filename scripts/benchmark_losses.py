@@ -19,6 +19,7 @@ from torch import Tensor
 
 from crd import CRDLoss
 from distiller_zoo import PKT, Attention, NSTLoss, RKDLoss, Similarity
+from distiller_zoo.base import count
 from distiller_zoo.feature_transform import FeatureTransform
 from distiller_zoo.kdsvd import KDSVD
 from distiller_zoo.maps import middle_maps
@@ -166,8 +167,8 @@ def table(records: list[dict]) -> str:
 def main(argv=None) -> list[dict]:
     parser = Parser(__doc__.split("\n")[0])
     parser.add_argument("--pair", type=pairs, default="resnet32x4:resnet8x4", metavar="T:S")
-    parser.add_argument("--batch_size", type=int, default=64)
-    parser.add_argument("--rounds", type=int, default=9, help="alternating rounds (9)")
+    parser.add_argument("--batch_size", type=count, default=64)
+    parser.add_argument("--rounds", type=count, default=9, help="alternating rounds (9)")
     parser.add_argument("--losses", metavar="NAME,...", help="all by default")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--json", metavar="FILE", help="write the records there")

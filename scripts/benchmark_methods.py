@@ -18,6 +18,7 @@ import torch
 
 from dataset import VIEWS, Batch
 from distiller_zoo import DISTILLERS, Progress, Task
+from distiller_zoo.base import count
 from errors import UserError, run_script
 from helper.device import find_device
 from helper.options import Parser, pairs
@@ -84,8 +85,8 @@ def main(argv=None) -> list[dict]:
     parser = Parser(__doc__.split("\n")[0])
     parser.add_argument("--pairs", type=pairs, default="resnet32x4:resnet8x4,wrn_40_2:ShuffleV1", metavar="T:S,...")
     parser.add_argument("--methods", default=",".join(DISTILLERS), metavar="NAME,...", help="all by default")
-    parser.add_argument("--batch_size", type=int, default=64)
-    parser.add_argument("--steps", type=int, default=5, help="timed steps of each (5)")
+    parser.add_argument("--batch_size", type=count, default=64)
+    parser.add_argument("--steps", type=count, default=5, help="timed steps of each (5)")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--json", metavar="FILE", help="write the records there")
     args = parser.parse_args(argv)

@@ -21,15 +21,18 @@ QUALITY = 90
 
 
 def enlarge(source: Path, target: Path, most: int, size: int) -> int:
-    """Write at most `most` images of every class folder of `source`; returns how many."""
+    """Write at most `most` images of every class folder of `source`; returns how many, raises `UserError`."""
     written = 0
     for folder in sorted(path for path in source.iterdir() if path.is_dir()):
         place = target / folder.name
         place.mkdir(parents=True, exist_ok=True)
         for path in sorted(folder.iterdir())[:most]:
-            with Image.open(path) as image:
-                # A little wider than high, as photographs are.
-                large = image.convert("RGB").resize((size * 4 // 3, size), Image.BICUBIC)
+            try:
+                with Image.open(path) as image:
+                    # A little wider than high, as photographs are.
+                    large = image.convert("RGB").resize((size * 4 // 3, size), Image.BICUBIC)
+            except OSError as error:
+                raise UserError(f"SOURCE: {path} cannot be read as an image ({error}); take it out") from None
             large.save(place / f"{path.stem}.JPEG", quality=QUALITY)
             written += 1
     return written

@@ -32,6 +32,11 @@ def test_the_speed_benchmark_writes_its_records(tmp_path, capsys):
     assert "| resnet14 -> resnet8 | 2 |" in capsys.readouterr().out
 
 
+def test_what_cannot_be_timed_is_one_line():
+    for flag in ("--batch_size", "--steps", "--n"):
+        assert flag in message_of(benchmark.main, [*SMALL, flag, "0"])
+
+
 def test_the_profile_writes_a_trace(tmp_path, capsys):
     trace = tmp_path / "trace.json"
     benchmark.main([*SMALL, "--profile", str(trace)])

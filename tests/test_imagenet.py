@@ -114,6 +114,8 @@ def test_small_photographs_become_a_folder_like_imagenets(folder, tmp_path):
     assert counts == {"train": 8, "val": 2}
     message = message_of(enlarge_images.main, [str(tmp_path), str(tmp_path / "large")])
     assert "SOURCE" in message
+    next((folder / "train").glob("*/*.JPEG")).write_bytes(b"no image")
+    assert "cannot be read" in message_of(enlarge_images.main, [str(folder), str(tmp_path / "large")])
 
 
 def test_input_is_timed_beside_decoding(folder, tmp_path, capsys):

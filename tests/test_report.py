@@ -38,6 +38,13 @@ def test_a_row_is_what_differs_in_seeds_alone(runs):
     assert "    --distill kd --model_t resnet20 --model_s resnet8 -r 0.1 -a 0.9" in table
 
 
+def test_rows_of_a_method_stand_together_in_the_order_of_their_numbers(runs, tmp_path):
+    more = [make_run(tmp_path / "save", "norm", 1, [50.0], co_sponge=n) for n in (16, 4)]
+    rows, _ = tables.read_rows([*more, *runs])
+    labels = ["ce", "ce", "norm", "norm -s 2", "norm -s 4", "norm -s 16", "kd"]
+    assert [row.label for row in rows] == labels
+
+
 def test_older_run_folders_share_a_row_with_newer_ones(runs):
     path = runs[0] / "config.json"
     config = json.loads(path.read_text())

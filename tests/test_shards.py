@@ -56,6 +56,10 @@ def test_a_shard_that_is_cut_off_or_has_no_classes_is_named(shards):
         writer.write({"__key__": "lonely", "jpg": b"x"})
     with pytest.raises(UserError, match=r"lonely .* has no class"):
         loader_of(shards)
+    with webdataset.TarWriter(str(path)) as writer:
+        writer.write({"__key__": "below", "jpg": b"x", "cls": b"-1"})
+    with pytest.raises(UserError, match=r"below .* class -1"):
+        loader_of(shards)
 
 
 def test_a_broken_image_in_a_shard_is_named(shards, capsys):
