@@ -159,7 +159,8 @@ def _add_common(parser: Parser) -> None:
         "--sweep",
         nargs="+",
         metavar="FLAG=V,V",
-        help="train students of every combination together: --sweep b=0.5,1 s=4,8, or distill=kd,norm",
+        help="train students of every combination together: --sweep b=0.5,1 s=4,8, or distill=kd,norm; "
+        "values that hold commas are parted by ;",
     )
     add("--save_dir", metavar="ROOT", help="where run folders are made (save)")
     add("--save_freq", type=whole, metavar="E", help="also keep epoch_<n>.pth every E epochs (0: none)")

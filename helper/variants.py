@@ -36,18 +36,18 @@ def expand(given: dict, parser: argparse.ArgumentParser) -> list[dict]:
 
 
 def _read(text: str, parser: argparse.ArgumentParser) -> list[tuple[str, dict]]:
-    """b=0.5,1 -> [(label, the flag's value as the parser reads it), ...]."""
+    """b=0.5,1 -> [(label, the flag's value as the parser reads it), ...]; of values with commas, ; parts them."""
     name, _, values = text.partition("=")
     flag = next((dashes + name for dashes in ("-", "--") if dashes + name in parser._option_string_actions), None)
     if flag is None or not values:
         raise UserError(f"--sweep: {text} must be a flag's name and values, like b=0.5,1 or co_sponge=4,8")
     read = []
-    for value in values.split(","):
+    for value in values.split(";" if ";" in values else ","):
         parsed = vars(parser.parse_args([flag, value]))
         argument = parser._option_string_actions[flag].dest
         if argument in COMMON or argument in ("trials", "sweep"):
             raise UserError(f"--sweep: {name} is the same for all runs of one process; start several commands for it")
-        read.append((re.sub(r"[^A-Za-z0-9.]", "", f"{name}{value}"), {argument: parsed[argument]}))
+        read.append((re.sub(r"[^A-Za-z0-9.-]", "", f"{name}{value}".replace(",", "-")), {argument: parsed[argument]}))
     return read
 
 
