@@ -40,11 +40,17 @@ def correlation_losses(student_logits: Tensor, teacher_logits: Tensor, temperatu
     return class_level, (teacher @ teacher.T - student @ student.T).square().sum() / batch
 
 
+def _median(values: Tensor) -> Tensor:
+    """The mean of the two middle ones of (n,); `quantile` is the same, but waits for the device."""
+    ordered = values.sort().values
+    return (ordered[(len(values) - 1) // 2] + ordered[len(values) // 2]) / 2
+
+
 def unsure_shares(teacher_logits: Tensor) -> tuple[Tensor, Tensor]:
     """(m, k): shares of the images, and of the classes, on which the teacher (B, K) is at most median-confident."""
     probabilities = teacher_logits.softmax(1)
     return tuple(
-        (confidence <= confidence.quantile(0.5)).to(confidence.dtype).mean()
+        (confidence <= _median(confidence)).to(confidence.dtype).mean()
         for confidence in (probabilities.amax(1), probabilities.sum(0))
     )
 

@@ -175,12 +175,12 @@ def test_negatives_are_distinct_images_of_other_classes(sizes):
 
 def test_negatives_are_uniform_over_the_other_classes():
     targets = torch.arange(12) % 3
-    sampler = NegativeSampler(targets, 4)
-    counts = torch.zeros(12)
-    for _ in range(3000):
-        counts += torch.bincount(sampler(torch.tensor([0]), targets[:1])[0, 1:], minlength=12)
-    assert (counts[targets == 0] == 0).all()
-    assert torch.allclose(counts[targets != 0] / 1500, torch.ones(8), atol=0.1)
+    drawn = NegativeSampler(targets, 4)(torch.zeros(100_000, dtype=torch.int64), targets[:1].expand(100_000))[:, 1:]
+    for column in drawn.T:
+        counts = torch.bincount(column, minlength=12).double()
+        assert (counts[targets == 0] == 0).all()
+        # Six standard deviations of a binomial count of 100,000 with a probability of 1/8.
+        assert torch.allclose(counts[targets != 0], torch.full((8,), 12_500.0).double(), rtol=0, atol=6 * 105)
 
 
 def test_too_few_images_are_drawn_with_replacement_and_relax_takes_any_positive():

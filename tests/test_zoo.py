@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from dataset import Augmentation, ImageData, Images
+from dataset import Augmentation, ImageData, Images, views
 from distiller_zoo import DISTILLERS, Progress, Task
 from errors import UserError
 from helper.fast import OFF
@@ -122,6 +123,40 @@ def test_every_method_trains_on_every_pair_it_supports(cifar_pair, data):
         assert any(key.startswith("loss_") for key in means), name
         trained.append(name)
     assert len(trained) >= len(DISTILLERS) - len(REFUSED) - 1
+
+
+class Waits(TorchDispatchMode):
+    """Counts the operations that make the host wait for a GPU: those that read a value, or make a shape of values."""
+
+    READ = ("_local_scalar_dense", "equal", "masked_select", "nonzero", "_unique2", "unique_dim", "unique_consecutive")
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__
+        indexed = args[1] if name in ("index", "index_put", "index_put_", "_index_put_impl_") else ()
+        is_masked = any(index is not None and index.dtype == torch.bool for index in indexed)
+        self.count += name in self.READ or is_masked
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", DISTILLERS)
+def test_no_step_waits_for_the_device(name, data, monkeypatch):
+    monkeypatch.setattr(views, "random_operation", lambda pixels, generator: pixels)  # torchvision's autocontrast does
+    teacher_network, student = pair_networks("resnet20", "resnet8", num_classes=CLASSES)
+    teacher = RecordedTeacher(with_statistics(teacher_network))
+    method = build(name, teacher_network, student, data)
+    for stage in method.stages(240):
+        waits = []
+        for steps in (1, 3):
+            training = StageTraining(stage, method, data, CONFIG, torch.device("cpu"))
+            epoch = training.train_epoch(Progress(stage.epochs // 2, stage.epochs), 0, steps, print)
+            with Waits() as counter:
+                answer(epoch, teacher if method.needs_teacher else None)
+            waits.append(counter.count)
+        assert waits[0] == waits[1] > 0, f"stage {stage.name}: only the end of an epoch may wait"
 
 
 class Spied:
