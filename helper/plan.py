@@ -17,7 +17,7 @@ from errors import UserError
 from helper.configuration import foresee, run_name
 from helper.options import student_parser, teacher_parser
 from helper.recipes import CIFAR_PAIRS
-from helper.run_folder import CONFIG, LAST, PREVIOUS, RESULT, run_candidates
+from helper.run_folder import CONFIG, LAST, PREVIOUS, RESULT, is_taken, run_candidates
 from helper.run_state import build_distiller
 from helper.teacher import TeacherFile
 from models import build_model
@@ -64,7 +64,7 @@ class Job(NamedTuple):
     row: str  # networks and method
     config: Namespace
     folder: Path  # where it lies, or will lie
-    state: str  # finished, begun, missing
+    state: str  # finished, running (in another process), begun, missing
     command: tuple[str, ...]  # script and flags that train what is left of it
     teacher: Path | None = None  # the folder of another job that must be finished first
 
@@ -153,9 +153,7 @@ class Plan:
 
     def _job(self, row: str, config: Namespace, script: str, argv: list[str], waits: Path | None = None) -> Job:
         folder, state = find_run(self.save_dir, config)
-        if state == "begun":
-            argv = ["--resume", str(folder)]
-        return Job(row, config, folder, state, (script, *argv), waits)
+        return _with_state(Job(row, config, folder, "missing", (script, *argv), waits), folder, state)
 
     def _applies(self, teacher: str, student: str, variant: Variant, source: "Job | str") -> bool:
         """Whether the method can be built on the pair; notes why not."""
@@ -175,8 +173,19 @@ class Plan:
         return True
 
 
+def _with_state(job: Job, folder: Path, state: str) -> Job:
+    command = (job.command[0], "--resume", str(folder)) if state == "begun" else job.command
+    return job._replace(folder=folder, state=state, command=command)
+
+
+def renew(job: Job) -> Job:
+    """The job as it stands by now: another process may have begun or finished it."""
+    folder, state = find_run(job.config.save_dir, job.config)
+    return job if state == job.state else _with_state(job, folder, state)
+
+
 def find_run(save_dir: str, config: Namespace) -> tuple[Path, str]:
-    """(the folder of a run with this configuration, finished or begun), or (a free folder for it, missing)."""
+    """(the folder of a run with this configuration, its state), or (a free folder for it, missing)."""
     begun = None
     for folder in run_candidates(save_dir, run_name(config)):
         if not folder.exists():
@@ -185,6 +194,8 @@ def find_run(save_dir: str, config: Namespace) -> tuple[Path, str]:
             continue
         if (folder / RESULT).exists():
             return folder, "finished"
+        if is_taken(folder):
+            return folder, "running"
         if (folder / LAST).exists() or (folder / PREVIOUS).exists():
             begun = (folder, "begun")
     raise AssertionError("there is always a next number")
@@ -208,5 +219,7 @@ def _given(parser, argv: Sequence[str]) -> dict:
 
 def by_state(jobs: Sequence[Job]) -> Iterator[tuple[str, int]]:
     """How many jobs are in which state."""
-    for state in ("finished", "begun", "missing"):
-        yield state, sum(job.state == state for job in jobs)
+    for state in ("finished", "running", "begun", "missing"):
+        number = sum(job.state == state for job in jobs)
+        if number or state != "running":
+            yield state, number

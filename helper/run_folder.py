@@ -19,6 +19,7 @@ from models.checkpoints import read_checkpoint
 
 CONFIG, METRICS, RESULT, LOG = "config.json", "metrics.jsonl", "result.json", "log.txt"
 LAST, BEST = "last.pth", "best.pth"
+LOCK = ".lock"
 #: The checkpoint before the last, which is taken where the last is damaged.
 PREVIOUS = "last.previous.pth"
 DAMAGED = "last.damaged.pth"
@@ -63,6 +64,21 @@ def _flush(path: str | os.PathLike) -> None:
         os.close(descriptor)
 
 
+def is_taken(path: Path) -> bool:
+    """Whether a process is training in a run folder now."""
+    try:
+        descriptor = os.open(path / LOCK, os.O_RDONLY)
+    except FileNotFoundError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError:
+        return True
+    finally:
+        os.close(descriptor)
+    return False
+
+
 class RunFolder:
     """`config.json`, `metrics.jsonl`, `last.pth`, `best.pth`, `result.json`, `log.txt` and TensorBoard events."""
 
@@ -80,8 +96,8 @@ class RunFolder:
         for name in os.listdir(self.path):
             if (self.path / name).is_symlink():
                 raise UserError(f"--resume: {self.path / name} is a link; a run's files must be its own")
-        with writing(self.path / ".lock"):
-            self._lock = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT)
+        with writing(self.path / LOCK):
+            self._lock = os.open(self.path / LOCK, os.O_RDWR | os.O_CREAT)
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:

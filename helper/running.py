@@ -11,7 +11,8 @@ from pathlib import Path
 import torch
 
 from errors import Stopped, UserError
-from helper.plan import Job
+from helper.plan import Job, renew
+from helper.run_folder import is_taken
 
 #: A GPU is free where others have taken no more than this share of its memory.
 TAKEN_BY_OTHERS = 0.1
@@ -42,38 +43,72 @@ def command_line(job: Job) -> list[str]:
 
 def run_jobs(jobs: Sequence[Job], places: Sequence[dict[str, str]], log_dir: Path) -> dict[Path, str]:
     """Run them; returns why each that failed did, by its folder. Ctrl-C and SIGTERM stop the runs, which save, and
-    are raised."""
+    are raised.
+
+    What another process trains by then is waited for, so that several may work on one plan.
+    """
     log_dir.mkdir(parents=True, exist_ok=True)
-    pending, free, running, failures = list(jobs), list(places), {}, {}
-    unfinished = {job.folder for job in jobs}
-    total = len(jobs)
+    queue = _Queue(jobs, places, log_dir)
     before = signal.signal(signal.SIGTERM, _raise_stopped)
     try:
-        while pending or running:
-            for job in [job for job in pending if job.teacher in failures]:
-                pending.remove(job)
-                _settle(job, "its teacher failed", unfinished, failures, total)
-            ready = [job for job in pending if job.teacher not in unfinished]
-            while free and ready:
-                job = ready.pop(0)
-                pending.remove(job)
-                place, log = free.pop(0), log_dir / f"{job.folder.name}.log"
-                print(f"start   {job.title} ({log})", flush=True)
-                running[job.folder] = job, place, _start(job, place, log), log
-            for job, place, process, log in list(running.values()):
-                if process.poll() is not None:
-                    del running[job.folder]
-                    free.append(place)
-                    reason = f"exit code {process.returncode}: {last_line(log)}" if process.returncode else ""
-                    _settle(job, reason, unfinished, failures, total)
-            if running:
-                time.sleep(0.1)
+        while queue.pending or queue.running:
+            queue.start_what_is_ready()
+            queue.settle_what_is_over()
+            time.sleep(0.1 if queue.running or queue.pending else 0)
     except BaseException:
-        _stop([process for _, _, process, _ in running.values()])
+        _stop([process for _, _, process, _ in queue.running])
         raise
     finally:
         signal.signal(signal.SIGTERM, before)
-    return failures
+    return queue.failures
+
+
+class _Queue:
+    def __init__(self, jobs: Sequence[Job], places: Sequence[dict[str, str]], log_dir: Path):
+        self.pending, self.free, self.log_dir = list(jobs), list(places), log_dir
+        self.running: list[tuple[Job, dict[str, str], subprocess.Popen, Path]] = []
+        self.failures: dict[Path, str] = {}
+        self._unfinished, self._total = {job.folder for job in jobs}, len(jobs)
+        self._elsewhere: set[Path] = set()
+
+    def start_what_is_ready(self) -> None:
+        for job in list(self.pending):
+            if job.teacher in self.failures:
+                self._settle(job, "its teacher failed")
+            elif self.free and job.teacher not in self._unfinished:
+                self._start(job)
+
+    def _start(self, job: Job) -> None:
+        if job.folder in self._elsewhere and is_taken(job.folder):
+            return
+        now = renew(job)
+        if now.state == "running":
+            self._elsewhere.add(job.folder)
+            print(f"wait    {job.title}: another process is training in {job.folder}", flush=True)
+        elif now.state == "finished":
+            self._settle(job)
+        else:
+            self.pending.remove(job)
+            place, log = self.free.pop(0), self.log_dir / f"{job.folder.name}.log"
+            print(f"start   {job.title} ({log})", flush=True)
+            self.running.append((job, place, _start(now, place, log), log))
+
+    def settle_what_is_over(self) -> None:
+        for one in list(self.running):
+            job, place, process, log = one
+            if process.poll() is not None:
+                self.running.remove(one)
+                self.free.append(place)
+                self._settle(job, f"exit code {process.returncode}: {last_line(log)}" if process.returncode else "")
+
+    def _settle(self, job: Job, failure: str = "") -> None:
+        if job in self.pending:
+            self.pending.remove(job)
+        self._unfinished.discard(job.folder)
+        if failure:
+            self.failures[job.folder] = failure
+        done = f"[{self._total - len(self._unfinished)}/{self._total}] {job.title}"
+        print(f"FAILED  {done}: {failure}" if failure else f"done  {done}", flush=True)
 
 
 def _raise_stopped(number: int, frame) -> None:
@@ -86,14 +121,6 @@ def _start(job: Job, place: dict[str, str], log: Path) -> subprocess.Popen:
         return subprocess.Popen(
             command_line(job), stdout=file, stderr=subprocess.STDOUT, env=os.environ | place, start_new_session=True
         )
-
-
-def _settle(job: Job, reason: str, unfinished: set[Path], failures: dict[Path, str], total: int) -> None:
-    unfinished.discard(job.folder)
-    if reason:
-        failures[job.folder] = reason
-    done = total - len(unfinished)
-    print(f"{'FAILED' if reason else 'done'}  [{done}/{total}] {job.title}{': ' if reason else ''}{reason}", flush=True)
 
 
 def _stop(processes: Sequence[subprocess.Popen]) -> None:

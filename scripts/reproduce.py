@@ -142,14 +142,15 @@ def main(argv=None) -> None:
     plan = Plan(args.save_dir, dataset, argv[end + 1 :], args.teacher_flags, args.student_flags)
     jobs = plan.jobs(chosen, rows, args.trials)
     missing = [job for job in jobs if job.state != "finished"]
+    waiting = [job for job in missing if job.state != "running"]
     places = [{}] if args.dry_run or args.job_list or args.slurm is not None else find_places(args.gpus, args.jobs)
     rates = Rates(sorted(Path(args.save_dir).glob("*/")))
     show(plan, jobs, measure(missing, rates, places) if args.measure else rates, len(places))
     if args.job_list:
-        write_job_list(args.job_list, missing)
+        write_job_list(args.job_list, waiting)
     elif args.slurm is not None and not args.dry_run:
         Path(args.save_dir, LOGS).mkdir(parents=True, exist_ok=True)
-        for job, handle in submit(missing, Path(args.save_dir, LOGS), args.slurm, args.cluster):
+        for job, handle in submit(waiting, Path(args.save_dir, LOGS), args.slurm, args.cluster):
             print(f"submitted {handle.job_id}: {job.title}")
     elif not args.dry_run:
         failures = run_jobs(missing, places, Path(args.save_dir, LOGS))

@@ -4,7 +4,9 @@ import itertools
 import json
 import shlex
 import signal
+import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -220,7 +222,7 @@ def test_processes_run_side_by_side_and_their_exit_codes_count(tmp_path, capsys,
     code = "import sys, os; print(os.environ.get('PLACE')); sys.exit({})"
 
     def job(name: str, status: int) -> Job:
-        config = foresee({"distill": "ce", "model_s": "resnet8"}, None)
+        config = foresee({"distill": "ce", "model_s": "resnet8", "save_dir": str(tmp_path)}, None)
         return Job(name, config, tmp_path / name, "missing", (code.format(status),))
 
     monkeypatch.setattr(running, "command_line", lambda job: [sys.executable, "-c", *job.command])
@@ -230,8 +232,31 @@ def test_processes_run_side_by_side_and_their_exit_codes_count(tmp_path, capsys,
     assert {(tmp_path / "logs" / f"{name}.log").read_text().strip() for name in "xy"} == {"a", "b"}
 
 
+def test_a_run_that_another_process_trains_is_waited_for(command, capsys, monkeypatch):
+    save_dir, flags, extra = command
+    ran = in_process(monkeypatch)
+    argv = ["--model", "resnet14", "--trial", "1", "--save_dir", str(save_dir), *extra[1:]]
+    code = f"import sys, time, train_teacher; train_teacher.main({argv}); time.sleep(1)"
+    # It is in the middle of its run until the test goes on: stopped, it still holds its folder.
+    other = subprocess.Popen([sys.executable, "-c", code], cwd=running.ROOT, stdout=subprocess.DEVNULL)
+    try:
+        while not (save_dir / "digits_ce_resnet14_trial1" / "config.json").exists():
+            assert other.poll() is None
+        other.send_signal(signal.SIGSTOP)
+        reproduce.main([*flags, "--dry_run", *extra])
+        assert "1 running" in capsys.readouterr().out
+        threading.Timer(1.0, lambda: other.send_signal(signal.SIGCONT)).start()
+        reproduce.main([*flags, *extra])
+    finally:
+        other.kill()
+        other.wait()
+    printed = capsys.readouterr().out
+    assert "wait    resnet14 with labels alone" in printed and "done  [4/4]" in printed
+    assert len(ran) == 3 and not (save_dir / "digits_ce_resnet14_trial1-2").exists()
+
+
 def test_sigterm_stops_the_runs_too(tmp_path, monkeypatch):
-    config = foresee({"distill": "ce", "model_s": "resnet8"}, None)
+    config = foresee({"distill": "ce", "model_s": "resnet8", "save_dir": str(tmp_path)}, None)
     code = "import os, signal, time; os.kill(os.getppid(), signal.SIGTERM); time.sleep(60)"
     monkeypatch.setattr(running, "command_line", lambda job: [sys.executable, "-c", code])
     with pytest.raises(Stopped, match="start the same command again"):
