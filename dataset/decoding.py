@@ -7,7 +7,6 @@ import numpy
 import torch
 from PIL import Image
 from torch import Tensor
-from torchvision.io import ImageReadMode, decode_image
 from torchvision.transforms import RandomResizedCrop
 from torchvision.transforms.v2 import functional
 
@@ -44,16 +43,13 @@ def convert_to_rgb(image: Image.Image) -> Image.Image:
     """A Pillow image of any mode with three colours of 8 bits."""
     if image.mode.startswith("I;16"):  # Pillow would not scale these greys, but cut them off at 255
         image = Image.fromarray((numpy.asarray(image) >> 8).astype(numpy.uint8))
-    return image.convert("RGB")
+    if image.mode == "P":  # Pillow warns of some transparent palettes, unless they become RGBA first
+        image = image.convert("RGBA")
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def decode(content: bytes) -> Tensor:
     """An encoded image of any usual format -> RGB bytes (3, H, W); raises `BrokenImage`."""
-    try:
-        image = decode_image(torch.frombuffer(bytearray(content), dtype=torch.uint8), ImageReadMode.RGB)
-        return functional.to_dtype(image, torch.uint8, scale=True)  # a PNG may have 16 bits
-    except (RuntimeError, ValueError):  # broken, or a format that only Pillow knows
-        pass
     try:
         with Image.open(io.BytesIO(content)) as image:
             return torch.from_numpy(numpy.array(convert_to_rgb(image))).permute(2, 0, 1)

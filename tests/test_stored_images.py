@@ -207,11 +207,17 @@ def test_a_reader_that_is_ended_from_outside_is_one_line(folder, monkeypatch):
     assert let_go and all(let_go)
 
 
-def test_formats_that_only_pillow_knows_are_read(tmp_path):
+def test_usual_formats_and_modes_are_read(tmp_path):
     image = Image.fromarray(numpy.full((9, 9, 3), 200, numpy.uint8))
     for name in ("a.bmp", "a.tif", "a.png", "a.webp"):
         image.save(tmp_path / name)
         assert (decode((tmp_path / name).read_bytes()).float() - 200).abs().max() <= 2
+    for mode, kind in (("L", "png"), ("LA", "png"), ("RGBA", "png"), ("P", "png"), ("CMYK", "jpeg"), ("1", "png")):
+        seen = image.convert(mode)
+        seen.save(tmp_path / f"b.{kind}", **({"transparency": bytes(range(200))} if mode == "P" else {}))
+        expected = 255 if mode == "1" else 200
+        shown = decode((tmp_path / f"b.{kind}").read_bytes()).float()
+        assert shown.shape == (3, 9, 9) and (shown.mean() - expected).abs() <= (55 if mode == "1" else 8), mode
 
 
 @pytest.mark.parametrize("name", ["a.png", "a.tif"])
