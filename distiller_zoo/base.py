@@ -1,7 +1,6 @@
 """The contract of a distillation method: one module that holds everything that is trained."""
 
 import copy
-import math
 from argparse import ArgumentTypeError
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -13,17 +12,20 @@ from torch.nn import functional as F
 from errors import UserError
 from models.backbone import Backbone, Output
 
+#: The largest number that a flag may have: float32, in which it is used, ends at 3.4e38.
+LARGEST = 1e30
+
 
 def number(text: str) -> float:
-    """A finite number from 0 on, read from a flag."""
+    """A number from 0 to `LARGEST`, read from a flag."""
     value = float(text)
-    if not math.isfinite(value) or value < 0:
-        raise ArgumentTypeError(f"must be a number from 0 on, not {text}")
+    if not 0 <= value <= LARGEST:
+        raise ArgumentTypeError(f"must be a number from 0 to {LARGEST:g}, not {text}")
     return value
 
 
 def positive(text: str) -> float:
-    """A finite number above 0, read from a flag."""
+    """A number above 0 and up to `LARGEST`, read from a flag."""
     if number(text) == 0:
         raise ArgumentTypeError("must be above 0")
     return float(text)

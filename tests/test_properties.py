@@ -55,6 +55,13 @@ def write_images(folder: Path, classes=("cat", "dog"), images: int = 2) -> Path:
     return folder
 
 
+@pytest.fixture(autouse=True)
+def nothing_is_compiled(monkeypatch):
+    """The compiler would take a minute for an example."""
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", lambda: None)
+
+
 @pytest.fixture(scope="module")
 def place(tmp_path_factory) -> Path:
     """A data set of eight images, a teacher of it, and the run of a student."""
