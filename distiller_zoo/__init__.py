@@ -51,8 +51,25 @@ def find_distiller(name: str) -> type[Distiller]:
 
 #: RepDistiller's loss modules and adapters, for scripts that import them from here.
 REPDISTILLER = (
-    *(ABLoss, Attention, Connector, ConvReg, Correlation, CRDLoss, DistillKL, FactorTransfer, FSP, HintLoss, KDSVD),
-    *(LinearEmbed, NSTLoss, Paraphraser, PKT, RKDLoss, Similarity, Translator, VIDLoss),
+    ABLoss,
+    Attention,
+    Connector,
+    ConvReg,
+    Correlation,
+    CRDLoss,
+    DistillKL,
+    FactorTransfer,
+    FSP,
+    HintLoss,
+    KDSVD,
+    LinearEmbed,
+    NSTLoss,
+    Paraphraser,
+    PKT,
+    RKDLoss,
+    Similarity,
+    Translator,
+    VIDLoss,
 )
 
 __all__ = [

@@ -72,9 +72,11 @@ class DistPro(LogitDistiller):
 
     def __init__(self, student, teacher, task, **hyper_parameters):
         super().__init__(student, teacher, task, **hyper_parameters)
-        self.pathways = Pathways(
-            *([channels for channels, _, _ in probe_shapes(each, task.image_size).maps] for each in (student, teacher))
+        student_channels, teacher_channels = (
+            [channels for channels, _, _ in probe_shapes(network, task.image_size).maps]
+            for network in (student, teacher)
         )
+        self.pathways = Pathways(student_channels, teacher_channels)
         self.weights = PathwayWeights(len(self.pathways.pairs), self.init_epochs, self.distpro_style, self.kd_weight)
         self.search = None if self.distpro_style == "constant" else SearchedStudent(student, self.pathways)
 
@@ -83,7 +85,11 @@ class DistPro(LogitDistiller):
         if self.search is None:
             return [main]
         search = Stage(
-            *("search", self.init_epochs, [self.search], self._search_losses, self._search_respond),
+            name="search",
+            epochs=self.init_epochs,
+            trained=[self.search],
+            losses=self._search_losses,
+            respond=self._search_respond,
             milestones=(),
             holdout=HOLDOUT,
             before_step=self.move_scores,

@@ -97,7 +97,11 @@ class Paraphrasing(FeatureDistiller):
 
     def stages(self, epochs):
         first = Stage(
-            *("paraphraser", self.init_epochs, [self.paraphraser], self.reconstruction_losses, without_student),
+            name="paraphraser",
+            epochs=self.init_epochs,
+            trained=[self.paraphraser],
+            losses=self.reconstruction_losses,
+            respond=without_student,
             learning_rate=self.init_learning_rate,
             milestones=(),
         )

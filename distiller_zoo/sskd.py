@@ -99,8 +99,17 @@ class SSKD(LogitDistiller):
     min_batch = 2  # one upright image leaves nothing to choose from
     frozen = ("teacher_head",)
     flags = (
-        *(GAMMA, ALPHA, TF_WEIGHT, SS_WEIGHT, KD_T, SS_T, RATIO_TF, RATIO_SS, LOGIT_STANDARDIZATION),
-        *(INIT_EPOCHS._replace(default=60), INIT_LEARNING_RATE),
+        GAMMA,
+        ALPHA,
+        TF_WEIGHT,
+        SS_WEIGHT,
+        KD_T,
+        SS_T,
+        RATIO_TF,
+        RATIO_SS,
+        LOGIT_STANDARDIZATION,
+        INIT_EPOCHS._replace(default=60),
+        INIT_LEARNING_RATE,
     )
 
     def __init__(self, student, teacher, task, **hyper_parameters):
@@ -110,7 +119,11 @@ class SSKD(LogitDistiller):
 
     def stages(self, epochs):
         first = Stage(
-            *("teacher's head", self.init_epochs, [self.teacher_head], self.head_losses, without_student),
+            name="teacher's head",
+            epochs=self.init_epochs,
+            trained=[self.teacher_head],
+            losses=self.head_losses,
+            respond=without_student,
             learning_rate=self.init_learning_rate,
             milestones=tuple(math.ceil(part * self.init_epochs) for part in INIT_MILESTONES),
         )

@@ -114,8 +114,12 @@ class Run:
         if config.init is not None and config.resume is None:
             folder.log(start_from(inputs.initial, student, config, self.data.num_classes))
         self.distiller = build_distiller(
-            *(vars(config), student, inputs.network),
-            *(self.data.num_classes, self.data.image_size, self.data.train.targets),
+            vars(config),
+            student,
+            inputs.network,
+            num_classes=self.data.num_classes,
+            image_size=self.data.image_size,
+            train_targets=self.data.train.targets,
         ).to(self.device)
         if inputs.network is not None:
             check_apart(self.distiller, inputs.network, config.distill)
@@ -162,8 +166,12 @@ class Run:
         stage, started = self.stages[self.stage_number], time.perf_counter()
         progress = Progress(self.epoch, stage.epochs)
         means, steps = yield from self.training.train_epoch(
-            *(progress, self.epochs_over, self._steps_left(), self.folder.log_quietly),
-            *(self._after_step, self.epoch_state),
+            progress,
+            self.epochs_over,
+            most_steps=self._steps_left(),
+            log=self.folder.log_quietly,
+            after_step=self._after_step,
+            state=self.epoch_state,
         )
         self.epoch_state = None
         average_statistics(self.distiller)

@@ -36,8 +36,18 @@ IMAGENET_TABLES = ("3", "6")
 COMBINATIONS = (("ft", "--ft plain"), ("ft", "--ft default"), ("crd", "-a 1"), ("norm", "-a 1"))
 #: What does not make a run another one.
 IRRELEVANT = (
-    *("trial", "origins", "save_dir", "num_workers", "device", "print_freq", "save_freq", "save_every_steps"),
-    *("resume", "path_t", "allow_teacher_gap", "data_seed"),
+    "trial",
+    "data_seed",
+    "path_t",
+    "allow_teacher_gap",
+    "origins",
+    "save_dir",
+    "resume",
+    "num_workers",
+    "device",
+    "print_freq",
+    "save_freq",
+    "save_every_steps",
 )
 PUBLISHED_TEACHER = "{teacher}_vanilla/ckpt_epoch_240.pth"
 

@@ -74,7 +74,12 @@ class StageTraining:
     def _loader(self, data: ImageData, subset: torch.Tensor, seed: int) -> Loader:
         config, method = self.config, self.distiller
         loader = Loader(
-            *(data.train, data, config.batch_size, self.device, data.augmentation, seed),
+            data.train,
+            data,
+            config.batch_size,
+            self.device,
+            augmentation=data.augmentation,
+            seed=seed,
             views=method.views,
             min_batch=method.min_batch,
             subset=subset,
@@ -153,10 +158,8 @@ class StageTraining:
 
     def _request(self, position: tuple[int, int, int], epoch: int, part: Batch) -> TeacherRequest:
         config, method = self.config, self.distiller
-        batch_key = (
-            *(config.data_seed, epoch, *position[1:], config.batch_size, config.accumulate),
-            *(method.views, self.stage.holdout),
-        )
+        drawn_by = (config.data_seed, epoch, method.views, self.stage.holdout)
+        batch_key = (*drawn_by, config.batch_size, config.accumulate, *position[1:])
         return TeacherRequest(position, batch_key, part.images, method.teacher_preact, self._is_whole(part))
 
     def _step(

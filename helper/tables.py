@@ -122,8 +122,18 @@ def spread(values: Sequence[float]) -> str:
 
 
 HEADER = (
-    *("data set", "teacher", "student", "method", "epochs", "last", "best", "mean of last five", "seeds"),
-    *("protocol", "paper", "ours is"),
+    "data set",
+    "teacher",
+    "student",
+    "method",
+    "epochs",
+    "last",
+    "best",
+    "mean of last five",
+    "seeds",
+    "protocol",
+    "paper",
+    "ours is",
 )
 
 

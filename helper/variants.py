@@ -9,10 +9,10 @@ from errors import UserError
 
 #: What runs of one process have in common, because they share data, teacher and device.
 COMMON = (
-    *("path_t", "model_t", "init", "dataset", "data", "image_size", "holdout", "num_workers", "max_broken"),
-    *("allow_teacher_gap", "save_dir"),
-    *("device", "fast", "precision", "channels_last", "fold_teacher", "fused_optimizer", "compile"),
-    *("trial", "seed", "resume"),
+    ("path_t", "model_t", "allow_teacher_gap", "init")
+    + ("dataset", "data", "image_size", "holdout", "num_workers", "max_broken")
+    + ("device", "fast", "precision", "channels_last", "fold_teacher", "fused_optimizer", "compile")
+    + ("save_dir", "trial", "seed", "resume")
 )
 #: These stand in the run folder's name anyway.
 NAMED = ("distill", "model_s")

@@ -12,9 +12,9 @@ from models.split import Split, no_map, probe
 
 #: What may stand behind the final map. Anything else works on features, so the map before it is not the last.
 HEAD_LAYERS = (
-    *(nn.Linear, nn.Identity, nn.Flatten, nn.Dropout, nn.LayerNorm, nn.BatchNorm1d, nn.BatchNorm2d),
-    *(nn.AdaptiveAvgPool2d, nn.AvgPool2d, nn.AdaptiveMaxPool2d, nn.ReLU, nn.ReLU6, nn.Hardswish, nn.SiLU, nn.GELU),
-    nn.Tanh,
+    (nn.Linear, nn.Identity, nn.Flatten, nn.Dropout, nn.LayerNorm, nn.BatchNorm1d, nn.BatchNorm2d)
+    + (nn.AdaptiveAvgPool2d, nn.AvgPool2d, nn.AdaptiveMaxPool2d)
+    + (nn.ReLU, nn.ReLU6, nn.Hardswish, nn.SiLU, nn.GELU, nn.Tanh)
 )
 
 

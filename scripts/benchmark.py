@@ -224,16 +224,15 @@ def table(records: list[dict]) -> str:
     head = ("pair", "N", "plain step", "fast step", "ratio", "plain epoch", "fast epoch", "ratio", "memory", "floor")
     rows = [head, ("--",) * len(head)]
     for record in records:
-        memory = f"{record['peak_memory_plain'] / 2**20:.0f} -> {record['peak_memory_fast'] / 2**20:.0f} MiB"
-        rows.append(
-            (
-                *(record["pair"].replace(":", " -> "), str(record["n"])),
-                *(f"{1000 * record['plain_step_s']:.1f} ms", f"{1000 * record['fast_step_s']:.1f} ms"),
-                *(f"{record['step_ratio']:.2f}", f"{record['plain_epoch_images_per_s']:.0f}/s"),
-                *(f"{record['fast_epoch_images_per_s']:.0f}/s", f"{record['epoch_ratio']:.2f}", memory),
-                f"{1000 * record['floor_s']:.1f} ms",
-            )
+        plain_step, fast_step, floor = (
+            f"{1000 * record[f'{name}_s']:.1f} ms" for name in ("plain_step", "fast_step", "floor")
         )
+        plain_epoch, fast_epoch = (f"{record[f'{name}_epoch_images_per_s']:.0f}/s" for name in ("plain", "fast"))
+        step_ratio, epoch_ratio = (f"{record[f'{name}_ratio']:.2f}" for name in ("step", "epoch"))
+        memory = f"{record['peak_memory_plain'] / 2**20:.0f} -> {record['peak_memory_fast'] / 2**20:.0f} MiB"
+        names = (record["pair"].replace(":", " -> "), str(record["n"]))
+        step, epoch = (plain_step, fast_step, step_ratio), (plain_epoch, fast_epoch, epoch_ratio)
+        rows.append((*names, *step, *epoch, memory, floor))
     lines = ["| " + " | ".join(row) + " |" for row in rows]
     for kind in ("step_ratio", "epoch_ratio", *(("trials_ratio",) if "trials_ratio" in records[0] else ())):
         mean = statistics.geometric_mean(record[kind] for record in records)

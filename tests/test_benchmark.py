@@ -12,8 +12,19 @@ from scripts import benchmark, benchmark_losses, benchmark_methods, benchmark_ta
 from tests.conftest import message_of
 
 RECORD = {
-    *("pair", "n", "batch_size", "device", "plain_step_s", "fast_step_s", "step_ratio", "plain_epoch_images_per_s"),
-    *("fast_epoch_images_per_s", "epoch_ratio", "peak_memory_plain", "peak_memory_fast", "floor_s"),
+    "pair",
+    "n",
+    "batch_size",
+    "device",
+    "plain_step_s",
+    "fast_step_s",
+    "step_ratio",
+    "plain_epoch_images_per_s",
+    "fast_epoch_images_per_s",
+    "epoch_ratio",
+    "peak_memory_plain",
+    "peak_memory_fast",
+    "floor_s",
 }
 SMALL = ["--pairs", "resnet14:resnet8", "--batch_size", "8", "--steps", "1"]
 

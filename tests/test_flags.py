@@ -19,7 +19,14 @@ PAIR = ("wrn_16_1", "wrn_16_1")
 SAME_NUMBERS = {"ft_form", "larger_student"}
 #: A weight scales its terms exactly; these are weights that are not called so because 0 is refused or means nothing.
 WEIGHTS = {
-    *("crd_weight", "kd_weight", "dkd_alpha", "dkd_beta", "tf_weight", "ss_weight", "distance_weight", "angle_weight")
+    "crd_weight",
+    "kd_weight",
+    "dkd_alpha",
+    "dkd_beta",
+    "tf_weight",
+    "ss_weight",
+    "distance_weight",
+    "angle_weight",
 }
 EVERY_FLAG = [(name, flag) for name, method in DISTILLERS.items() for flag in method.flags]
 
