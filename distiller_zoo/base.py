@@ -60,6 +60,15 @@ class Flag(NamedTuple):
     def argument(self) -> str:
         return self.names[-1].lstrip("-")
 
+    def written(self, value: Any) -> str:
+        """The flag with a value, as it stands on a command line; nothing for a switch that is off."""
+        if self.type is bool:
+            return self.names[0] if value else ""
+        parts = value if isinstance(value, (tuple, list)) else (value,)
+        # Python writes 2.0 and 30000.0 where a person writes 2 and 30000.
+        texts = (f"{part:.15g}" if isinstance(part, float) else str(part) for part in parts)
+        return f"{self.names[0]} {','.join(texts)}"
+
 
 GAMMA = Flag(("-r", "--gamma"), number, 1.0, "weight of the cross entropy", is_weight=True)
 ALPHA = Flag(

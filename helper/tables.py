@@ -64,9 +64,9 @@ class Row(NamedTuple):
         for flag in DISTILLERS[config["distill"]].flags:
             usual = recipe.get(flag.argument, (flag.default, ""))[0]
             value = config.get(flag.argument, usual)
-            if value != usual and flag.full_run is None:
-                label.append(f"{flag.names[0]} {value:g}" if isinstance(value, float) else f"{flag.names[0]} {value}")
-        return " ".join(label)
+            if flag.full_run is None and flag.written(value) != flag.written(usual):
+                label.append(flag.written(value))
+        return " ".join(filter(None, label))
 
     def published(self) -> Published | None:
         config = self.config

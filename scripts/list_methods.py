@@ -38,8 +38,8 @@ def describe_recipe(method: type[Distiller], dataset: str, teacher: str, student
     for flag in method.flags:
         value = recipe.get(flag.argument, (flag.default, ""))[0]
         if flag.is_weight or flag.argument in recipe:
-            parts.append(f"{flag.names[0]} {value:g}" if isinstance(value, float) else f"{flag.names[0]} {value}")
-    return f"`{' '.join(parts)}`"
+            parts.append(flag.written(value))
+    return f"`{' '.join(filter(None, parts))}`"
 
 
 def table(dataset: str, teacher: str, student: str) -> str:

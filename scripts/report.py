@@ -39,12 +39,13 @@ NOTE = (
 def command_of(config: dict) -> str:
     """The flags that tell the row from the others: networks, method, its hyper-parameters, length."""
     flags = find_distiller(config["distill"]).flags
-    values = " ".join(f"{flag.names[0]} {config[flag.argument]}" for flag in flags if flag.argument in config)
-    networks = f"--model_t {config['model_t']} --model_s {config['model_s']}" if config["model_t"] else ""
+    values = (flag.written(config[flag.argument]) for flag in flags if flag.argument in config)
+    teacher = f"--model_t {config['model_t']}" if config["model_t"] else ""
     training = (
         f"--epochs {config['epochs']} --batch_size {config['batch_size']} --learning_rate {config['learning_rate']}"
     )
-    return f"--distill {config['distill']} {networks or '--model_s ' + config['model_s']} {values} {training}"
+    parts = (f"--distill {config['distill']}", teacher, f"--model_s {config['model_s']}", *values, training)
+    return " ".join(filter(None, parts))
 
 
 def make_table(rows: Sequence[Row]) -> str:

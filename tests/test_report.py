@@ -7,8 +7,10 @@ import shutil
 
 import pytest
 
+from distiller_zoo import DISTILLERS
 from errors import UserError
 from helper import figures, published, tables
+from helper.options import student_parser
 from helper.published import Published, judge
 from scripts import report
 from tests.conftest import message_of
@@ -43,6 +45,25 @@ def test_rows_of_a_method_stand_together_in_the_order_of_their_numbers(runs, tmp
     rows, _ = tables.read_rows([*more, *runs])
     labels = ["ce", "ce", "norm", "norm -s 2", "norm -s 4", "norm -s 16", "kd"]
     assert [row.label for row in rows] == labels
+
+
+def test_a_row_is_named_by_flags_as_they_are_written(tmp_path):
+    usual = make_run(tmp_path, "mlkd", 1, [50.0])  # its temperatures are a list in config.json
+    other = make_run(tmp_path, "mlkd", 2, [50.0], mlkd_temperatures=(2.0, 5.0), logit_standardization=True)
+    rows, _ = tables.read_rows([usual, other])
+    assert [row.label for row in rows] == ["mlkd", "mlkd --mlkd_temperatures 2,5 --logit_standardization"]
+
+
+@pytest.mark.parametrize("name", DISTILLERS)
+def test_the_settings_of_a_row_can_be_given_again(name, tmp_path):
+    teacher = "resnet20" if DISTILLERS[name].needs_teacher else None
+    run = make_run(tmp_path, name, 1, [50.0], teacher)
+    stored = json.loads((run / "config.json").read_text())
+    given = vars(student_parser().parse_args(report.command_of(stored).split()))
+    for flag in DISTILLERS[name].flags:
+        read = given[flag.argument]
+        assert (list(read) if isinstance(read, tuple) else read or False) == (stored[flag.argument] or False)
+    assert (given["distill"], given["model_t"], given["model_s"]) == (name, stored["model_t"], "resnet8")
 
 
 def test_older_run_folders_share_a_row_with_newer_ones(runs):
