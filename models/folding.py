@@ -28,14 +28,16 @@ class _CountUses(TorchFunctionMode):
 
 
 def _find_pairs(network: Backbone, image_size: int) -> list[tuple[str, str]]:
-    """Names of (convolution, BatchNorm) where nothing but the BatchNorm reads the convolution's output."""
+    """Names of (convolution, BatchNorm), each called once, where nothing but the BatchNorm reads the convolution."""
     outputs: dict[int, tuple[str, Tensor]] = {}  # the tensors are kept, so that no two share an id
     candidates: list[tuple[int, str, str]] = []
+    calls: Counter[str] = Counter()
 
     counter = _CountUses()
 
     def note_output(name):
         def hook(module, inputs, output):
+            calls[name] += 1
             outputs[id(output)] = (name, output)
             counter.uses[id(output)] = 0  # what had this id before is gone
 
@@ -43,6 +45,7 @@ def _find_pairs(network: Backbone, image_size: int) -> list[tuple[str, str]]:
 
     def note_input(name):
         def hook(module, inputs):
+            calls[name] += 1
             (tensor,) = inputs
             if id(tensor) in outputs:
                 candidates.append((id(tensor), outputs[id(tensor)][0], name))
@@ -51,16 +54,21 @@ def _find_pairs(network: Backbone, image_size: int) -> list[tuple[str, str]]:
 
     hooks = []
     for name, module in network.named_modules():
-        if isinstance(module, nn.Conv2d):
+        # Kinds of them from elsewhere may do more: timm's BatchNormAct2d has the activation inside.
+        if type(module) is nn.Conv2d:
             hooks.append(module.register_forward_hook(note_output(name)))
-        elif isinstance(module, nn.BatchNorm2d):
+        elif type(module) is nn.BatchNorm2d:
             hooks.append(module.register_forward_pre_hook(note_input(name)))
     with evaluating(network), counter:
         shown = network.outputs(torch.zeros(1, 3, image_size, image_size).to(next(network.parameters())))
     for hook in hooks:
         hook.remove()
     seen = {id(leaf) for leaf in tree_leaves(tuple(shown))}
-    return [(conv, bn) for key, conv, bn in candidates if counter.uses[key] == 1 and key not in seen]
+    return [
+        (conv, bn)
+        for key, conv, bn in candidates
+        if counter.uses[key] == 1 and key not in seen and calls[conv] == calls[bn] == 1
+    ]
 
 
 def fold_batch_norms(network: Backbone, image_size: int) -> Backbone:

@@ -7,6 +7,8 @@ processes that gradients flow through.
 import torch
 from torch import Tensor, distributed, nn
 
+from errors import UserError
+
 
 def count_processes() -> int:
     """How many processes train together; 1 without torchrun."""
@@ -72,6 +74,21 @@ class SyncBatchNormOnCPU(nn.BatchNorm2d):
         return normalise(x, self, (mean, variance)).to(input.dtype)
 
 
+class _Activated:
+    """Does behind its BatchNorm what timm's `BatchNormAct2d` does."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self.act(self.drop(super().forward(input)))
+
+
+class SyncBatchNormAct(_Activated, nn.SyncBatchNorm):
+    """torch's synchronised BatchNorm with an activation inside."""
+
+
+class SyncBatchNormActOnCPU(_Activated, SyncBatchNormOnCPU):
+    """Ours with an activation inside."""
+
+
 @torch.no_grad()
 def update_statistics(bn: nn.Module, mean: Tensor, variance: Tensor, number: Tensor | int) -> None:
     """Move the running statistics (C,) towards a batch's mean and biased variance (C,) over `number` values each."""
@@ -82,7 +99,10 @@ def update_statistics(bn: nn.Module, mean: Tensor, variance: Tensor, number: Ten
 
 
 def synchronise(module: nn.Module) -> None:
-    """Put synchronised BatchNorms, with the same parameters and buffers, into the places of all plain ones."""
+    """Put synchronised BatchNorms, with the same parameters and buffers, into the places of all others.
+
+    Raises `UserError` for a kind of BatchNorm that does what is not known here.
+    """
     for name, child in module.named_children():
         if isinstance(child, nn.modules.batchnorm._BatchNorm):
             setattr(module, name, _synchronised(child))
@@ -91,9 +111,18 @@ def synchronise(module: nn.Module) -> None:
 
 
 def _synchronised(bn: nn.Module) -> nn.Module:
-    kind = SyncBatchNormOnCPU if bn.weight.device.type == "cpu" else nn.SyncBatchNorm
+    on_cpu = bn.weight.device.type == "cpu"
+    activated = isinstance(getattr(bn, "act", None), nn.Module) and isinstance(getattr(bn, "drop", None), nn.Module)
+    if activated:
+        kind = SyncBatchNormActOnCPU if on_cpu else SyncBatchNormAct
+    elif type(bn) in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d):
+        kind = SyncBatchNormOnCPU if on_cpu else nn.SyncBatchNorm
+    else:
+        raise UserError(f"--sync_bn: {type(bn).__name__} cannot be synchronised; leave the flag out")
     new = kind(bn.num_features, bn.eps, bn.momentum, bn.affine, bn.track_running_stats)
     new.weight, new.bias = bn.weight, bn.bias
+    if activated:
+        new.drop, new.act = bn.drop, bn.act
     for name, buffer in bn.named_buffers():
         setattr(new, name, buffer)
     return new.train(bn.training)

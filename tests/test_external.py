@@ -11,6 +11,8 @@ from errors import UserError
 from helper import options, pretrained, teacher
 from models import build_model
 from models.backbone import FinalConv, probe_shapes
+from models.folding import fold_batch_norms
+from models.synchronised import synchronise
 from scripts import export_student
 from tests.conftest import message_of
 
@@ -167,3 +169,21 @@ def test_a_files_name_tells_its_sum_and_its_place():
     file = pretrained.imagenet_teacher("resnet34")
     assert file.sha256 == "b627a593" and file.target.name == "resnet34-b627a593.pth"
     assert file.url == "https://download.pytorch.org/models/resnet34-b627a593.pth"
+
+
+@pytest.mark.parametrize("name", ["timm:mobilenetv3_small_050", "timm:densenet121", "timm:resnet10t"])
+@torch.no_grad()
+def test_activations_inside_of_batch_norms_survive_folding_and_synchronising(name):
+    network, images = build_model(name, 7).eval(), torch.randn(2, 3, SIZE, SIZE)
+    expected, keys = network.outputs(images).logits, network.state_dict().keys()
+    assert torch.allclose(fold_batch_norms(network, SIZE).outputs(images).logits, expected, rtol=1e-3, atol=1e-4)
+    synchronise(network)
+    assert torch.allclose(network.outputs(images).logits, expected) and network.state_dict().keys() == keys
+
+
+def test_an_unknown_kind_of_batch_norm_is_not_synchronised():
+    class Own(torch.nn.BatchNorm2d):
+        pass
+
+    with pytest.raises(UserError, match="--sync_bn: Own cannot"):
+        synchronise(torch.nn.Sequential(Own(3)))

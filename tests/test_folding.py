@@ -66,3 +66,38 @@ class Shared(Backbone):
 @pytest.mark.parametrize(("reader", "remaining"), [("nothing", 0), ("a sum", 1), ("a method", 1)])
 def test_a_convolution_that_is_read_elsewhere_is_left_alone(reader, remaining):
     assert count_batch_norms(fold_batch_norms(with_statistics(Shared(reader)), 8)) == remaining
+
+
+class ActiveBatchNorm(nn.BatchNorm2d):
+    """As timm's `BatchNormAct2d`: with the activation inside."""
+
+    def forward(self, input):
+        return super().forward(input).relu()
+
+
+class Twice(Backbone):
+    """One convolution that is called twice, each time with a BatchNorm of its own behind it."""
+
+    def __init__(self, kind=nn.BatchNorm2d, calls=2):
+        super().__init__()
+        self.first, self.conv = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 3, padding=1)
+        self.norms = nn.ModuleList(kind(4) for _ in range(calls))
+        self.fc = nn.Linear(4, 10)
+
+    def forward_maps(self, x, preact=False):
+        x = self.first(x)
+        for norm in self.norms:
+            x = norm(self.conv(x))
+        return [x], x
+
+    def get_classifier(self):
+        return self.fc
+
+
+@pytest.mark.parametrize("network", [Twice(), Twice(ActiveBatchNorm, 1)])
+@torch.no_grad()
+def test_what_is_more_than_one_convolution_and_its_batch_norm_is_left_alone(network):
+    network, images = with_statistics(network), torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    folded = fold_batch_norms(network, 8)
+    assert torch.allclose(folded.outputs(images).logits, network.outputs(images).logits)
+    assert count_batch_norms(folded) == len(network.norms)
