@@ -2,6 +2,7 @@
 
 import os
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from urllib.error import URLError
 
 import torch
@@ -134,14 +135,20 @@ def imagenet(folder: str | None, image_size: int, reading: Reading) -> ImageData
     if folder is None:
         raise UserError("--data: name the folder that holds train/ and val/ with one sub-folder per class, or shards")
     cut = round(image_size / TEST_CUT)
-    shards = [find_shards(folder, split) for split in ("train", "val")]
-    if all(shards):
+    shards = [] if _has_classes(folder) else [find_shards(folder, split) for split in ("train", "val")]
+    if shards and all(shards):
         splits, classes = _sharded(shards, image_size, cut, reading)
     else:
         train, test, classes = _both_lists(folder)
         splits = (_stored(images, image_size, cut, reading) for images in (train, test))
     augmentation = Augmentation(0, True, CROP_SCALE)
     return ImageData("imagenet", *splits, classes, IMAGENET_MEAN, IMAGENET_STD, augmentation, margin=-cut)
+
+
+def _has_classes(folder: str) -> bool:
+    """Whether train/ has sub-folders; ImageNet's own archives, which are no shards, often lie beside it."""
+    train = Path(folder, "train")
+    return train.is_dir() and any(path.is_dir() for path in train.iterdir())
 
 
 def _sharded(shards: list, image_size: int, cut: int, reading: Reading) -> tuple[list[StoredImages], list[str]]:

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import train_imagenet_student
+from dataset import load_data
 from distiller_zoo import DISTILLERS, Task
 from distiller_zoo.norm import norm_weight
 from helper import options
@@ -125,3 +126,18 @@ def test_input_is_timed_beside_decoding(folder, tmp_path, capsys):
     assert all(record["images_per_s"] > 0 and record["decode_images_per_s"] > 0 for record in records)
     assert json.loads((tmp_path / "input.json").read_text()) == records
     assert "| 1 |" in capsys.readouterr().out
+
+
+def test_imagenets_own_archives_beside_the_folders_are_no_shards(folder):
+    alone = load_data("imagenet", str(folder), 64)
+    for split in ("train", "val"):
+        (folder / f"ILSVRC2012_img_{split}.tar").write_bytes(b"archives of archives")
+    beside = load_data("imagenet", str(folder), 64)
+    assert beside.classes == alone.classes and torch.equal(beside.train.targets, alone.train.targets)
+
+
+@pytest.mark.parametrize("method", ["kd", "crd", "dist", "reviewkd", "ce"])
+def test_only_norms_rate_falls_as_a_cosine(method):
+    pair = ("resnet34", "resnet18")
+    assert resolve("imagenet", *pair, method)["lr_decay"][0] == "step"
+    assert resolve("imagenet", *pair, "norm_crd")["lr_decay"][0] == "cos"

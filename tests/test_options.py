@@ -7,6 +7,7 @@ from helper import configuration, options
 from helper.recipes import (
     CHOSEN,
     CHOSEN_FACTORS,
+    CHOSEN_PAIR,
     CIFAR_PAIRS,
     DATASET,
     METHOD,
@@ -55,8 +56,8 @@ def test_the_rows_lie_over_each_other():
 def test_the_recipe_table_names_only_what_exists():
     flags = {flag.argument for method in options.DISTILLERS.values() for flag in method.flags}
     assert set(METHOD) <= set(options.DISTILLERS)
-    common = {"learning_rate", "lr_decay", "lr_decay_epochs", "epochs", "batch_size"}
-    tables = (METHOD, PAIR, CHOSEN, CHOSEN_FACTORS, METHOD_STUDENT, METHOD_DATASET)
+    common = {"learning_rate", "lr_decay", "lr_decay_epochs", "epochs", "batch_size", "weight_decay"}
+    tables = (METHOD, PAIR, CHOSEN, CHOSEN_PAIR, CHOSEN_FACTORS, METHOD_STUDENT, METHOD_DATASET)
     rows = [row for table in tables for row in table.values()]
     assert all(set(row) <= flags | common for row in rows)
     assert {name for name, _ in METHOD_STUDENT} | {name for name, *_ in CHOSEN} <= set(options.DISTILLERS)
@@ -195,3 +196,23 @@ def test_help_has_one_line_for_every_method(capsys):
     for name, method in options.DISTILLERS.items():
         (line,) = [line for line in text.splitlines() if line.startswith(f"  {name} ")]
         assert method.summary in line and method.source in line
+
+
+def test_the_cosine_never_rises_again():
+    for steps in (1, 2, 5):
+        rates = [cosine_learning_rate(0.1, epoch, 100, steps) for epoch in range(100)]
+        assert rates == sorted(rates, reverse=True)
+
+
+def test_rows_of_a_method_that_are_of_one_pair_or_data_set():
+    def value(name, *place, **chosen):
+        return resolve(*place, chosen)[name][0]
+
+    assert value("beta", "cifar100", "ResNet50", "MobileNetV2", "reviewkd") == 30
+    assert value("learning_rate", "imagenet", "resnet34", "resnet18", "mlkd") == 0.1
+    assert value("learning_rate", "cifar100", "vgg13", "MobileNetV2_norm", "mlkd") == 0.01
+    assert value("alpha", "cifar100", "resnet56", "resnet20", "kd", logit_standardization=True) == 18
+    assert value("alpha", "cifar100", "resnet110", "resnet20", "kd", logit_standardization=True) == 9
+    assert value("alpha", "imagenet", "resnet34", "resnet18", "srrl", srrl_form="pooled") == 1
+    sskd = resolve("imagenet", "resnet34", "resnet18", "sskd")
+    assert (sskd["init_learning_rate"][0], sskd["weight_decay"][0]) == (0.1, 5e-4)
