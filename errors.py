@@ -1,5 +1,6 @@
 """The one exception that is meant for the person at the terminal."""
 
+import os
 import sys
 
 
@@ -14,12 +15,22 @@ class UserError(Exception):
         super().__init__(" ".join(message.split()))
 
 
+class UnfitPair(UserError, ValueError):
+    """Two networks whose maps a method cannot compare; a `ValueError` too, for scripts that use a loss by itself."""
+
+
 class Stopped(Exception):
     """A run that was asked to stop by a signal, and has saved what is needed to go on."""
 
     def __init__(self, signal_number: int, message: str):
         super().__init__(message)
         self.signal_number = signal_number
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Python's, or what torch says of a GPU's and of the machine's memory."""
+    texts = ("out of memory", "can't allocate memory", "not enough memory")
+    return isinstance(error, MemoryError) or any(text in str(error) for text in texts)
 
 
 def run_script(main):
@@ -36,6 +47,15 @@ def run_script(main):
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except (MemoryError, RuntimeError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        reason = str(error).strip().split("\n")[0][:200]
+        print(f"error: out of memory: a smaller --batch_size or --image_size needs less ({reason})", file=sys.stderr)
+        sys.exit(2)
+    except BrokenPipeError:  # what reads the output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)

@@ -29,7 +29,7 @@ def flow(lower: Tensor, upper: Tensor) -> Tensor:
 class FSP(nn.Module):
     """Lists of maps (B, C_i, H_i, W_i) of student and teacher -> list of scalars, one per pair of consecutive maps.
 
-    Shapes end with (C, H, W). Raises `UserError` where the channels of the two networks are not equal.
+    Shapes end with (C, H, W). Raises `UnfitPair` where the channels of the two networks are not equal.
     """
 
     def __init__(self, s_shapes: Sequence[Sequence[int]], t_shapes: Sequence[Sequence[int]]):

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from distiller_zoo.base import Flag, whole
 from distiller_zoo.kd import FeatureDistiller
-from errors import UserError
+from errors import UnfitPair, UserError
 from models.backbone import Output, Shapes, probe_shapes
 
 HINT_LAYER = Flag(
@@ -35,7 +35,7 @@ class ConvReg(nn.Module):
 
     `s_shape` and `t_shape` end with (C, H, W). Twice the teacher's size: 3x3, stride 2; half of it: transposed 4x4,
     stride 2; another larger size, or the same: the kernel that leaves the teacher's. (B, C_s, H_s, W_s) ->
-    (B, C_t, H_t, W_t). Raises `UserError` where the student's map is smaller and not half the teacher's.
+    (B, C_t, H_t, W_t). Raises `UnfitPair` where the student's map is smaller and not half the teacher's.
     """
 
     def __init__(self, s_shape: Sequence[int], t_shape: Sequence[int], use_relu: bool = True):
@@ -58,7 +58,7 @@ def _resizing_convolution(s_shape: Sequence[int], t_shape: Sequence[int]) -> nn.
     kernel = [1 + s - t for s, t in zip(s_size, t_size, strict=True)]
     if min(kernel) < 1:
         height, teacher_height = s_size[0], t_size[0]
-        raise UserError(
+        raise UnfitPair(
             f"--model_s: the student's compared map is {height} pixels high, the teacher's {teacher_height}; a smaller "
             "one can only be doubled, so choose another --model_s or --model_t (or layer, where the method has a flag)"
         )

@@ -27,6 +27,13 @@ from models.backbone import probe_shapes
 SPARE_VECTORS = 3
 
 
+def scaled_rows(feature_map: Tensor) -> Tensor:
+    """(B, C, H, W) -> pixels x channels (B, P, C) over the largest entry: the same vectors, without underflow."""
+    rows = feature_map.flatten(2).mT
+    largest = rows.detach().abs().amax((1, 2), keepdim=True)
+    return rows / torch.where(largest > 0, largest, 1)
+
+
 @torch.no_grad()
 def decompose(matrices: Tensor) -> tuple[Tensor, Tensor]:
     """Matrices X (B, P, C) -> squared singular values (B, R), falling, and right singular vectors (B, C, R).
@@ -102,9 +109,9 @@ class KDSVD(nn.Module):
     def directions(self, f_s: Tensor, f_t: Tensor) -> tuple[Tensor, Tensor]:
         """Maps of one layer -> k aligned vectors (B, C, k) of the student and of the teacher, scaled by its values."""
         with torch.no_grad():
-            squares, teacher = first_vectors(f_t.flatten(2).mT, self.k)
+            squares, teacher = first_vectors(scaled_rows(f_t), self.k)
             teacher, scales = with_positive_peaks(teacher), unit_vectors(squares.sqrt(), dim=1)[:, None]
-        _, student = first_vectors(f_s.flatten(2).mT, self.k + SPARE_VECTORS)
+        _, student = first_vectors(scaled_rows(f_s), self.k + SPARE_VECTORS)
         return align(student, teacher) * scales, teacher * scales
 
     def differences(self, lower: tuple[Tensor, Tensor], upper: tuple[Tensor, Tensor]) -> Tensor:

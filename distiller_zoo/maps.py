@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from errors import UserError
+from errors import UnfitPair
 from models.backbone import Output, Shapes
 
 
@@ -32,11 +32,11 @@ def pool_to_smaller(student_map: Tensor, teacher_map: Tensor) -> tuple[Tensor, T
 
 
 def require_equal_channels(method: str, student: Sequence[Sequence[int]], teacher: Sequence[Sequence[int]]) -> None:
-    """Raise `UserError` unless the maps that `method` compares, of shapes (..., C, H, W), have the same channels."""
+    """Raise `UnfitPair` unless the maps that `method` compares, of shapes (..., C, H, W), have the same channels."""
     channels = [[shape[-3] for shape in shapes] for shapes in (student, teacher)]
     if channels[0] != channels[1]:
         listed = (", ".join(map(str, each)) for each in channels)
-        raise UserError(
+        raise UnfitPair(
             "--model_s: --distill {} needs equal channels in all maps; the student has {}, the teacher {}: choose "
             "networks of one family and width".format(method, *listed)
         )

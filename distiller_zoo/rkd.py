@@ -41,7 +41,8 @@ def triangle_cosines(distances: Tensor) -> Tensor:
     squares = distances.square()
     inverse = torch.where(distances > ZERO_LENGTH, 1 / distances.clamp_min(ZERO_LENGTH), 0)
     products = squares[:, :, None] + squares[:, None, :] - squares
-    return products * (0.5 * inverse[:, :, None] * inverse[:, None, :])
+    # Where images are almost the same the three squares cancel, and rounding would be taken for a direction.
+    return (products * (0.5 * inverse[:, :, None] * inverse[:, None, :])).clamp(-1, 1)
 
 
 class RKDLoss(nn.Module):

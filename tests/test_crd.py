@@ -1,6 +1,7 @@
 """CRD's criterion, memory and negatives."""
 
 import math
+from argparse import Namespace
 from collections.abc import Sequence
 
 import pytest
@@ -232,3 +233,10 @@ def test_methods_train_both_embeddings_and_keep_their_banks(method_class):
     assert {"crd_loss.contrast.memory_v1", "crd_loss.contrast.z_v1"} <= set(method.state_dict())
     doubled = method_class(student, teacher, Task(10, 32, len(targets), targets), nce_k=8, feat_dim=16)
     assert doubled.export().state_dict().keys() == student.state_dict().keys()
+
+
+def test_the_loss_takes_repdistillers_arguments():
+    names = {"s_dim": 4, "t_dim": 5, "n_data": 40, "feat_dim": 6, "nce_k": 7, "nce_t": 0.07, "nce_m": 0.5}
+    loss = CRDLoss(Namespace(**names))
+    assert loss.contrast.memory_v1.shape == (40, 6)
+    assert loss(torch.randn(3, 4), torch.randn(3, 5), torch.arange(3)).isfinite()

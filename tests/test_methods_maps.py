@@ -16,11 +16,13 @@ import train_cifar_student
 from distiller_zoo import DISTILLERS, Progress, Task
 from distiller_zoo.attention import Attention
 from distiller_zoo.correlation import Correlation, LinearEmbed
+from distiller_zoo.fsp import FSP
 from distiller_zoo.hint import ConvReg, HintLoss
+from distiller_zoo.kdsvd import KDSVD
 from distiller_zoo.maps import unit_vectors
 from distiller_zoo.nst import NSTLoss
 from distiller_zoo.pkt import PKT, neighbour_probabilities
-from distiller_zoo.rkd import RKDLoss
+from distiller_zoo.rkd import RKDLoss, pairwise_distances, triangle_cosines
 from distiller_zoo.similarity import Similarity
 from distiller_zoo.vid import VIDLoss
 from errors import UserError
@@ -691,3 +693,29 @@ def test_entries_that_the_golden_file_may_hold_are_checked(losses, case, entry, 
                 golden_losses.check_entry(loss, case, "3", changed(content, part), {})
         with pytest.raises(Mismatch, match="nothing checks"):
             golden_losses.check_entry(loss, case, "3", content | {"unheard_of": 1}, {})
+
+
+def test_angles_of_images_that_are_almost_the_same_stay_angles():
+    vectors = torch.ones(3, 8)
+    vectors[1, 0] += 1e-6
+    vectors[2] = torch.arange(8.0)
+    cosines = triangle_cosines(pairwise_distances(vectors))
+    assert cosines.abs().max() <= 1
+
+
+def test_kdsvd_of_tiny_maps_is_that_of_maps():
+    student, teacher = ([torch.randn(2, 3, 4, 4) for _ in range(2)] for _ in range(2))
+    expected = torch.stack(KDSVD()(student, teacher))
+    tiny = [(1e-20 * feature_map).requires_grad_() for feature_map in student]
+    found = torch.stack(KDSVD()(tiny, teacher))
+    found.sum().backward()
+    assert torch.allclose(found, expected, rtol=1e-4)
+    assert all(feature_map.grad.isfinite().all() for feature_map in tiny)
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: FSP([(4, 8, 8)] * 2, [(5, 8, 8)] * 2), lambda: ConvReg((2, 4, 4, 4), (2, 4, 9, 9))]
+)
+def test_networks_that_do_not_fit_are_a_value_error_too(make):
+    with pytest.raises(ValueError):
+        make()
