@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from errors import UserError
-from models.backbone import Backbone, Output
+from models.backbone import Backbone, Output, normalises_single_values
 
 #: The largest number that a flag may have: float32, in which it is used, ends at 3.4e38.
 LARGEST = 1e30
@@ -179,6 +179,13 @@ class Distiller(nn.Module):
             raise UserError(
                 f"--batch_size: --distill {self.name} compares images of a batch, it needs at least {self.min_batch}"
             )
+        if self.min_batch < 2 and normalises_single_values(student, task.image_size):
+            self.min_batch = 2
+            if task.batch_size < 2:
+                raise UserError(
+                    "--batch_size: the student's last maps are one pixel wide, and its BatchNorms need two images; "
+                    "raise it, or lower --accumulate"
+                )
 
     def respond(self, images: Tensor, teacher: Output | None) -> Output:
         """The student's outputs for images (B, 3, H, W) in training; the networks may run in a lower precision here."""

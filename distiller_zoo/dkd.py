@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from distiller_zoo.base import GAMMA, KD_T, WARMUP_EPOCHS, Flag, number, weighted_cross_entropy
 from distiller_zoo.kd import LOGIT_STANDARDIZATION, LogitDistiller
+from errors import UserError
 
 DKD_ALPHA = Flag(("--dkd_alpha",), number, 1.0, "weight of the target-class part of DKD")
 DKD_BETA = Flag(("--dkd_beta",), number, 8.0, "weight of the non-target-class part of DKD")
@@ -47,6 +48,11 @@ class DKD(LogitDistiller):
     summary, source = "target and non-target classes apart", "Zhao et al., CVPR 2022"
     group = "logits"
     flags = (GAMMA, DKD_ALPHA, DKD_BETA, KD_T, WARMUP_EPOCHS, LOGIT_STANDARDIZATION)
+
+    def __init__(self, student, teacher, task, **hyper_parameters):
+        super().__init__(student, teacher, task, **hyper_parameters)
+        if task.num_classes < 2:
+            raise UserError("--distill dkd compares a target with other classes; it needs more than one")
 
     def losses(self, student, teacher, targets, index, progress):
         logits = self.compared_logits(student, teacher)

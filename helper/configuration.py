@@ -5,6 +5,7 @@ set), else from the recipe table, else from the defaults here.
 """
 
 import argparse
+import itertools
 import os
 from argparse import Namespace
 from collections.abc import Sequence
@@ -20,7 +21,7 @@ from helper.run_folder import CONFIG, RunFolder
 from helper.schedule import stretch
 from helper.stored import read_configuration
 from helper.teacher import TeacherFile, read_teacher
-from helper.variants import expand, share_order
+from helper.variants import SHARED, expand, share_order
 from models.wrappers import describe_wrapper
 
 #: Defaults of the flags that no recipe fills.
@@ -46,6 +47,7 @@ DEFAULTS = {
 #: What may differ between a run and its continuation.
 MAY_CHANGE = (
     "data",
+    "path_t",
     "num_workers",
     "max_broken",
     "device",
@@ -90,7 +92,20 @@ def _parse_all(
     resolved = [_parse_run(values) for values in runs]
     configs = [config for config, _ in resolved]
     share_order(configs, given)
+    _check_shared(configs)
     return configs, resolved[0][1]
+
+
+def _check_shared(configs: Sequence[Namespace]) -> None:
+    """Raise `UserError` where runs that go on together were begun with other data, teacher or fast path."""
+    first, *others = configs
+    for other, name in itertools.product(others, SHARED):
+        ours, theirs = getattr(first, name), getattr(other, name)
+        if ours != theirs:
+            raise UserError(
+                f"--resume: {first.resume or 'a new run'} has {name} {ours}, {other.resume or 'a new run'} {theirs}; "
+                "they cannot share one process, go on with each alone"
+            )
 
 
 def _parse_run(given: dict) -> tuple[Namespace, TeacherFile | None]:

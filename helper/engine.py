@@ -4,17 +4,18 @@ What runs may share, data and teacher, is in inputs.py. Nothing here knows the n
 says itself (distiller_zoo/base.py).
 """
 
+import json
 import signal
 import time
 from argparse import Namespace
 from collections.abc import Callable, Generator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 
 import torch
 from torch import nn
 
 from distiller_zoo import Progress
-from errors import Stopped
+from errors import Stopped, UserError
 from helper.configuration import run_name
 from helper.distributed import average_statistics, by_main, count_processes, describe_batch, is_main
 from helper.guard import Guard
@@ -52,10 +53,10 @@ def run(configs: Sequence[Namespace], teacher_file: TeacherFile | None) -> list[
             initial = read_initial(configs)
             inputs = load_inputs(configs[0], teacher_file)._replace(initial=initial)
             runs = []
-            for config in configs:
+            for config, label in zip(configs, _labels(configs), strict=True):
                 folder = _open_folder(config, preparations)
                 folders.callback(folder.close)
-                folder.label = f"[trial {config.trial}] " if len(configs) > 1 else ""
+                folder.label = f"[{label}] " if len(configs) > 1 else ""
                 if is_main():
                     print(f"{folder.label}run folder: {folder.path}", flush=True)
                 if config.resume is None:
@@ -63,6 +64,12 @@ def run(configs: Sequence[Namespace], teacher_file: TeacherFile | None) -> list[
                 runs.append(_prepare(config, inputs, folder, stop_request))
         with stop_request:
             return execute_together(runs, inputs.teach)
+
+
+def _labels(configs: Sequence[Namespace]) -> list[str]:
+    """What runs are called side by side: by their trials, or by their folders where trials do not tell them apart."""
+    trials = [f"trial {config.trial}" for config in configs]
+    return trials if len(set(trials)) == len(trials) else [run_name(config) for config in configs]
 
 
 def _open_folder(config: Namespace, preparations: ExitStack) -> RunFolder:
@@ -91,12 +98,27 @@ def _record_settings(config: Namespace, folder: RunFolder, beside: Namespace | N
     folder.write_json(CONFIG, vars(config))
 
 
+def _record_changes(config: Namespace, folder: RunFolder) -> None:
+    """Write down which settings a resumed run has changed, so that it is continued and tabulated as what it is now."""
+    stored = folder.read_json(CONFIG)
+    now = json.loads(json.dumps(vars(config)))
+    changed = {name: value for name, value in now.items() if name not in ("origins", "resume")}
+    changed = {name: value for name, value in changed.items() if name not in stored or stored[name] != value}
+    for name, value in sorted(changed.items()):
+        folder.log(f"  {name:<18} {value!s:<24} (was {stored.get(name, 'unknown')})")
+    if changed:
+        origins = {name: now["origins"][name] for name in changed if name in now["origins"]}
+        folder.write_json(CONFIG, stored | changed | {"origins": stored.get("origins", {}) | origins})
+
+
 def _prepare(config: Namespace, inputs: Inputs, folder: RunFolder, stop_request: StopRequest) -> "Run":
     if inputs.teacher_note:
         folder.log(inputs.teacher_note)
     run = Run(config, inputs, folder, stop_request)
     if config.resume is not None:
         run.restore()
+        if is_main():
+            _record_changes(config, folder)
     return run
 
 
@@ -146,7 +168,16 @@ class Run:
         return self.stage_number == len(self.stages) - 1
 
     def execute(self) -> Execution:
-        """Train what is left of the run."""
+        """Train what is left of the run; why it failed stands in its log."""
+        try:
+            return (yield from self._train())
+        except UserError as error:
+            # Alone it ends the script, which prints it; among others it is told now, and not when all are over.
+            with suppress(UserError):  # a full disk
+                (self.folder.log if self.folder.label else self.folder.log_quietly)(f"failed: {error}")
+            raise
+
+    def _train(self) -> Execution:
         self.folder.log(describe_data(self.data, self.device))
         self.folder.log(describe_method(self.distiller, self.stages, self.config.model_s, self.data.image_size))
         if division := describe_batch(self.config):

@@ -66,7 +66,11 @@ class Fast(NamedTuple):
 
     def lay_out(self, value: nn.Module | Tensor) -> nn.Module | Tensor:
         """The same network or images (B, C, H, W) in the chosen memory layout."""
-        return value.to(memory_format=torch.channels_last) if self.channels_last else value
+        if not self.channels_last:
+            return value
+        if isinstance(value, nn.Module) and any(parameter.dim() == 5 for parameter in value.parameters()):
+            return value  # a network with three-dimensional convolutions, for which torch has another layout
+        return value.to(memory_format=torch.channels_last)
 
     def prepare_student(self, distiller: nn.Module, device: torch.device) -> nn.Module:
         """The same module as this run trains it."""

@@ -12,7 +12,7 @@ class _Strand:
     """A run between two of its requests to the teacher."""
 
     def __init__(self, run, alone: bool):
-        self.name, self._steps, self._alone = run.config.trial, run.execute(), alone
+        self.name, self._steps, self._alone = run.folder.label.strip(" []"), run.execute(), alone
         self._random = None if alone else random_state()
         self.request: TeacherRequest | None = None  # None: the run is over, with a `result` or an `error`
         self.result: dict | None = None
@@ -66,4 +66,4 @@ def _raise_first_error(strands: Sequence[_Strand]) -> None:
         return
     if len(strands) == 1 or isinstance(failed[0].error, Stopped):
         raise failed[0].error
-    raise UserError("; ".join(f"trial {strand.name}: {strand.error}" for strand in failed))
+    raise UserError("; ".join(f"{strand.name}: {strand.error}" for strand in failed))

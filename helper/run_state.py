@@ -89,7 +89,7 @@ def rebuild_official(checkpoint: Mapping, source: str, model_s: str | None, ft: 
     num_classes = count_classes(build_model(name, 1), rename_for(name, network_weights)) or 1
     network = build_model(name, num_classes)
     load_weights(network, name, network_weights, source)
-    task = Task(num_classes, 32, 1, torch.zeros(1, dtype=torch.int64))
+    task = Task(num_classes, 32, 2, torch.zeros(1, dtype=torch.int64))
     if not transform_weights:
         return CrossEntropy(network, None, task).eval(), name
     method = FTBaseline(network, None, task, ft=ft)

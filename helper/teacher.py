@@ -93,7 +93,7 @@ def read_network(path: str, name: str | None, flag: str, name_flag: str) -> Teac
             found = record["model_name"]
         else:
             found = name or _name_from_folder(path, name_flag)
-            network, record = _read_foreign(f"{flag}: {path}", found, checkpoint)
+            network, record = _read_foreign(path, f"{flag}: {path}", found, checkpoint)
         _check_record(record)
     if name not in (None, found):
         raise UserError(f"{flag}: {path} holds another architecture, {found}, than {name_flag} {name}")
@@ -125,7 +125,7 @@ def _check_record(record: dict) -> None:
         raise ValueError(f"its image_size is {record['image_size']}")
 
 
-def _read_foreign(source: str, name: str, checkpoint: dict) -> tuple[Backbone, dict]:
+def _read_foreign(path: str, source: str, name: str, checkpoint: dict) -> tuple[Backbone, dict]:
     weights = name_for(name, find_weights(checkpoint, source))
     probe = build_model(name, 1)
     num_classes = count_classes(probe, rename_for(name, weights)) or 1
@@ -135,7 +135,9 @@ def _read_foreign(source: str, name: str, checkpoint: dict) -> tuple[Backbone, d
     record = {"dataset": "cifar100" if num_classes == 100 else None}
     published = PUBLISHED_TEACHERS.get((record["dataset"], name))
     recorded = checkpoint.get("accuracy", checkpoint.get("best_acc"))
-    record["accuracy"] = published if published is not None else recorded if recorded is None else float(recorded)
+    # Only in RepDistiller's folder is it the published file; elsewhere it may be somebody's own.
+    is_published = published is not None and (recorded is None or _folder_model(path) == name)
+    record["accuracy"] = published if is_published else None if recorded is None else float(recorded)
     return network, record
 
 
@@ -166,11 +168,16 @@ def _read_pretrained(source: str, model: str | None, name_flag: str) -> TeacherF
 
 
 def _name_from_folder(path: str, name_flag: str) -> str:
-    """RepDistiller's folders are called <model>_vanilla."""
-    match = re.fullmatch(r"(.+)_vanilla", os.path.basename(os.path.dirname(os.path.abspath(path))))
-    if match is None:
+    name = _folder_model(path)
+    if name is None:
         raise UserError(f"{name_flag}: {path} does not say which model it holds; name it")
-    return match[1]
+    return name
+
+
+def _folder_model(path: str) -> str | None:
+    """What RepDistiller's folders of published teachers say: they are called <model>_vanilla."""
+    match = re.fullmatch(r"(.+)_vanilla", os.path.basename(os.path.dirname(os.path.abspath(path))))
+    return None if match is None else match[1]
 
 
 def check_teacher(teacher: TeacherFile, dataset: str, accuracy: float, allow_gap: bool) -> str:

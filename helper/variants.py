@@ -8,11 +8,23 @@ from collections.abc import Sequence
 from errors import UserError
 
 #: What runs of one process have in common, because they share data, teacher and device.
+SHARED = (
+    ("path_t", "model_t")
+    + ("dataset", "data", "image_size", "holdout")
+    + ("device", "precision", "channels_last", "fold_teacher", "fused_optimizer", "compile")
+)
+#: What cannot be swept: that, how it is read, and what tells runs apart already.
 COMMON = (
-    ("path_t", "model_t", "allow_teacher_gap", "init")
-    + ("dataset", "data", "image_size", "holdout", "num_workers", "max_broken")
-    + ("device", "fast", "precision", "channels_last", "fold_teacher", "fused_optimizer", "compile")
-    + ("save_dir", "trial", "seed", "resume")
+    *SHARED,
+    "fast",
+    "allow_teacher_gap",
+    "num_workers",
+    "max_broken",
+    "init",
+    "save_dir",
+    "trial",
+    "seed",
+    "resume",
 )
 #: These stand in the run folder's name anyway.
 NAMED = ("distill", "model_s")

@@ -142,6 +142,23 @@ def probe_shapes(network: Backbone, image_size: int) -> Shapes:
     )
 
 
+def normalises_single_values(network: Backbone, image_size: int) -> bool:
+    """Whether a BatchNorm sees one value per channel of an image, so that training needs two images at a time."""
+    single = []
+
+    def note(module, inputs):
+        single.append(inputs[0][0, 0].numel() == 1)
+
+    norms = [layer for layer in network.modules() if isinstance(layer, nn.modules.batchnorm._BatchNorm)]
+    hooks = [layer.register_forward_pre_hook(note) for layer in norms]
+    try:
+        probe_shapes(network, image_size)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return any(single)
+
+
 class Wrapper(Backbone):
     """Base of networks that hold another one, whose stage outputs are theirs (models/wrappers.py lists them)."""
 

@@ -79,13 +79,18 @@ def _check_archive(path: str | os.PathLike) -> None:
             raise ValueError(f"the sum of {damaged} is wrong")
 
 
+def _unwrapped(key: str) -> str:
+    """A key without what DataParallel, DDP and torch.compile put before it."""
+    return key.removeprefix("module.").removeprefix("_orig_mod.").removeprefix("module.")
+
+
 def find_weights(checkpoint: Mapping, source: str) -> Weights:
     """The state_dict in a checkpoint: under `model` (RepDistiller, NORM) or `state_dict`, or the dictionary itself."""
     for key in ("model", "state_dict"):
         if isinstance(checkpoint.get(key), Mapping):
             checkpoint = checkpoint[key]
             break
-    weights = {key.removeprefix("module."): value for key, value in checkpoint.items() if isinstance(value, Tensor)}
+    weights = {_unwrapped(key): value for key, value in checkpoint.items() if isinstance(value, Tensor)}
     if not weights:
         raise UserError(f"{source} holds no weights")
     return weights

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,12 +14,13 @@ import torch
 
 import train_cifar_student
 import train_teacher
-from errors import UserError
+from errors import UserError, run_script
 from helper import engine
 from helper.run_folder import replacing
+from helper.teacher import read_teacher
 from models import build_model
 from scripts import export_student
-from tests.conftest import message_of
+from tests.conftest import keep_images, message_of
 from tests.run_folders import assert_same_end, load, metrics, same_state
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -257,3 +259,58 @@ def test_an_interrupted_script_can_be_resumed(tmp_path):
     step = load(run / "last.pth")["step"]
     train_teacher.main(["--resume", str(run), "--max_steps", str(step + 2)])
     assert load(run / "last.pth")["epoch"] == done + 1
+
+
+def test_a_teacher_of_ones_own_is_held_to_its_own_record(tmp_path):
+    path = tmp_path / "resnet56_trial_3" / "last.pth"
+    path.parent.mkdir()
+    weights = {f"_orig_mod.{key}": value for key, value in build_model("resnet56", 100).state_dict().items()}
+    torch.save({"model": weights, "accuracy": 70.0}, path)
+    assert read_teacher(str(path), "resnet56").accuracy == 70.0
+
+
+def test_a_last_batch_of_one_image_is_left_out_where_batch_norms_cannot_read_it(save_dir, monkeypatch):
+    keep_images(monkeypatch, 9, 8)
+    flags = ["--model", "resnet18", "--epochs", "1", "--save_dir", str(save_dir), "--batch_size"]
+    [result] = train_teacher.main([*flags, "4"])
+    assert result["steps"] == 2
+    assert message_of(train_teacher.main, [*flags, "1"]).startswith("--batch_size: the student's last maps are one")
+    [small] = train_teacher.main([*flags, "4", "--model", "resnet8"])
+    assert small["steps"] == 3
+
+
+def test_what_a_resumed_run_has_changed_is_what_it_goes_on_with(distil, capsys):
+    run = distil("--batch_size", "64", "--epochs", "1", "--max_steps", "1")
+    train_cifar_student.main(["--resume", str(run), "--epochs", "3", "--max_steps", "2"])
+    assert "  epochs             3                        (was 1)" in capsys.readouterr().out
+    config = json.loads((run / "config.json").read_text())
+    assert (config["epochs"], config["max_steps"], config["resume"]) == (3, 2, None)
+    assert config["origins"]["epochs"] == "command line" and config["origins"]["batch_size"] == "command line"
+    before = (run / "config.json").read_text()
+    train_cifar_student.main(["--resume", str(run)])
+    assert (run / "config.json").read_text() == before
+
+
+def test_a_teacher_that_has_moved_can_be_named_anew(distil, teacher_run, tmp_path):
+    run = distil(*SHORT)
+    moved = shutil.copy(teacher_run / "last.pth", tmp_path / "moved.pth")
+    train_cifar_student.main(["--resume", str(run), "--path_t", str(moved)])
+    assert json.loads((run / "config.json").read_text())["path_t"] == str(moved)
+
+
+def test_why_a_run_failed_stands_in_its_log(distil, save_dir):
+    with pytest.raises(UserError):
+        distil("--learning_rate", "1e25", *SHORT)
+    [run] = save_dir.iterdir()
+    assert (run / "log.txt").read_text().splitlines()[-1].startswith("failed: ")
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("CUDA out of memory. Tried to allocate 2 GiB")])
+def test_out_of_memory_is_one_line(error, capsys):
+    def main():
+        raise error
+
+    with pytest.raises(SystemExit) as stop:
+        run_script(main)
+    message = capsys.readouterr().err
+    assert stop.value.code == 2 and "--batch_size" in message and message.count("\n") == 1

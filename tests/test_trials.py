@@ -175,3 +175,16 @@ def test_what_cannot_be_trained_together_is_refused(flags, words, teacher_run, s
     ]
     assert words in message_of(train_cifar_student.main, argv)
     assert not save_dir.exists()
+
+
+def test_runs_that_go_on_together_have_the_same_data(train):
+    train("--trial", "1", "--holdout", "16", "--max_steps", "1", *FLAGS)
+    train("--trial", "2", "--max_steps", "1", *FLAGS)
+    with pytest.raises(UserError, match=r"has holdout 16, .*trial2 0; they cannot share"):
+        train("--trials", "2", "--resume", "--max_steps", "2")
+
+
+def test_runs_are_told_apart_on_the_terminal(train, capsys):
+    train("--sweep", "distill=kd,hint", "--max_steps", "1", *FLAGS)
+    lines = [line for line in capsys.readouterr().out.splitlines() if "test accuracy" in line]
+    assert ["_kd_" in line for line in lines] == [True, False] and "_hint_" in lines[1]
