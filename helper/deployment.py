@@ -5,6 +5,7 @@ networks take normalised images (B, 3, H, W), of any B, and give logits (B, K).
 """
 
 import importlib
+import io
 import json
 import warnings
 from collections.abc import Callable, Mapping
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from errors import UserError
+from helper.run_folder import save
 from models.backbone import FinalConv
 from models.checkpoints import load_exported, read_checkpoint
 from models.wrappers import describe_wrapper
@@ -40,14 +42,16 @@ def write_pth(network: nn.Module, record: Mapping, path: str) -> None:
         "final_conv": isinstance(network, FinalConv),  # for readers from before there were several kinds of wrappers
         **record,
     }
-    torch.save(content, path)
+    save(content, path)
 
 
 def write_pt2(network: nn.Module, record: Mapping, path: str) -> None:
     """A program by `torch.export`, for `torch.export.load` or AOTInductor; needs none of this project's code."""
     program = _trace(network, record)
-    with open(path, "wb") as file, _without_warnings():
-        torch.export.save(program, file, extra_files={RECORD: json.dumps(record)})
+    content = io.BytesIO()
+    with _without_warnings():
+        torch.export.save(program, content, extra_files={RECORD: json.dumps(record)})
+    Path(path).write_bytes(content.getvalue())
 
 
 def write_onnx(network: nn.Module, record: Mapping, path: str) -> None:

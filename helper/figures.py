@@ -119,7 +119,7 @@ def read_outputs(folder: Path) -> dict[str, Tensor]:
     """
     method, config = rebuild(read_checkpoint(folder / LAST, "RUN"), f"RUN: {folder}")
     teacher = read_teacher(config["path_t"], config["model_t"]).network.eval() if config["path_t"] else None
-    data = load_data(config["dataset"], config["data"], config["image_size"])
+    data = load_data(config["dataset"], config["data"], config["image_size"], may_download=False)
     parts = defaultdict(list)
     for batch in Loader(data.test, data, 256, torch.device("cpu")).batches():
         response = method.respond(batch.images, None)

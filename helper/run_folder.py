@@ -165,7 +165,7 @@ class RunFolder:
         """Write a checkpoint; the old `last.pth` is kept as `last.previous.pth`."""
         path = self.path / name
         with replacing(path) as temporary:
-            _save(checkpoint, temporary)
+            save(checkpoint, temporary)
             if name == LAST and path.exists():
                 _flush(temporary)
                 os.replace(path, self.path / PREVIOUS)
@@ -246,7 +246,8 @@ def _append(path: Path, line: str) -> None:
             raise
 
 
-def _save(checkpoint: dict, path: str) -> None:
+def save(checkpoint: dict, path: str) -> None:
+    """`torch.save`; raises `OSError` where the file cannot be written."""
     try:
         torch.save(checkpoint, path)
     except RuntimeError as error:  # torch's word for a file that cannot be written

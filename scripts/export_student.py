@@ -26,6 +26,7 @@ from helper.deployment import FORMATS
 from helper.options import Parser
 from helper.run_folder import replacing
 from helper.run_state import rebuild, rebuild_official
+from models import imagenet_model_dict
 from models.backbone import Backbone
 from models.checkpoints import read_checkpoint
 from models.cost import count_parameters, measure_latency
@@ -48,7 +49,7 @@ def read_trained(path: str, model_s: str | None, ft: str) -> Trained:
     checkpoint = read_checkpoint(path, "CKPT")
     if "distiller" not in checkpoint:
         method, model_name = rebuild_official(checkpoint, f"CKPT: {path}", model_s, ft)
-        return Trained(method, model_name, {"image_size": 32})
+        return Trained(method, model_name, {"image_size": 224 if model_name in imagenet_model_dict else 32})
     method, config = rebuild(checkpoint, f"CKPT: {path}")
     if model_s not in (None, config["model_s"]):
         raise UserError(f"--model_s: {path} holds {config['model_s']}, not {model_s}")
@@ -62,7 +63,9 @@ def real_images(record: dict, dataset: str | None, folder: str | None) -> tuple[
     """Normalised test images (n, 3, H, W) and their data set: the run's own, else digits; of the run's size."""
     name = dataset or record.get("dataset") or "digits"
     try:
-        data = load_data(name, folder or record.get("data"), record["image_size"])
+        # Only a folder that was named on the command line is written to.
+        place = folder or record.get("data")
+        data = load_data(name, place, record["image_size"], may_download=place is None or folder is not None)
     except UserError as error:
         if dataset is not None:
             raise

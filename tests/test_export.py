@@ -11,6 +11,7 @@ import numpy
 import pytest
 import torch
 
+from dataset import load_data
 from distiller_zoo import Predictor, Task
 from distiller_zoo.feature_transform import FeatureTransform
 from distiller_zoo.norm import FTBaseline
@@ -217,3 +218,20 @@ def test_a_student_of_a_wrapped_network_is_exported_without_its_teacher(tmp_path
         network, _ = load_exported(read_checkpoint(export_student.main([str(narrow)])), "file")
         assert network.state_dict().keys() == build_model("wrn_16_1", 10).state_dict().keys()
         shutil.rmtree(narrow.parent)
+
+
+def test_an_imagenet_student_takes_images_of_its_size(tmp_path):
+    path = tmp_path / "official.pth"
+    torch.save({"state_dict": build_model("MobileNet", 10).state_dict()}, path)
+    trained = export_student.read_trained(str(path), "MobileNet", "default")
+    assert trained.record["image_size"] == 224
+
+
+def test_a_file_does_not_say_where_to_download_to(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(export_student, "load_data", lambda *a, **named: asked.append(named) or load_data("digits"))
+    record = {"dataset": "cifar100", "data": str(tmp_path / "there"), "image_size": 32}
+    export_student.real_images(record, None, None)
+    export_student.real_images(record, None, "here")
+    export_student.real_images(record | {"data": None}, None, None)
+    assert [named["may_download"] for named in asked] == [False, True, True]
