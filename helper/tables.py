@@ -20,10 +20,11 @@ from helper.published import PUBLISHED, Published, judge
 from helper.recipes import resolve
 from helper.reporting import describe_protocol
 from helper.run_folder import CONFIG, RESULT
+from helper.stored import DERIVED
 
 #: The accuracies of `result.json` and their titles. "Best" is chosen as the protocol says.
 ACCURACIES = {"accuracy_last": "last", "accuracy_best": "best", "accuracy_mean_last_five": "mean of last five"}
-NOT_RUN = "not run"
+NOT_RUN, ALONE = "not run", "student alone"
 #: What does not tell one row from another, beside what no run is told by.
 SAME_ROW = (*IRRELEVANT, "seed")
 
@@ -34,6 +35,7 @@ class Row(NamedTuple):
     config: dict
     results: list[dict]
     folders: list[Path]
+    apart: str = ""  # the settings that tell it from rows of the same pair, setting and method
 
     def values(self, accuracy: str) -> list[float]:
         """One accuracy (%) of every run."""
@@ -55,6 +57,11 @@ class Row(NamedTuple):
 
     @property
     def label(self) -> str:
+        """The method, and what tells the row from others of it."""
+        return f"{self.method} {self.apart}".strip()
+
+    @property
+    def method(self) -> str:
         """The method, and the flags in which it differs from its recipe."""
         config = self.config
         chosen = {flag.argument: config.get(flag.argument) for flag in find_distiller(config["distill"]).flags}
@@ -71,13 +78,18 @@ class Row(NamedTuple):
     def published(self) -> Published | None:
         config = self.config
         teacher = config["model_t"] if find_distiller(config["distill"]).needs_teacher else None
-        return PUBLISHED.get((config["dataset"], teacher, config["model_s"], self.label))
+        return PUBLISHED.get((config["dataset"], teacher, config["model_s"], self.method))
 
 
 def read_rows(folders: Iterable[Path]) -> tuple[list[Row], list[Path]]:
-    """Run folders -> (rows of finished runs, folders that are not finished); raises `UserError` where none is."""
-    rows, unfinished = defaultdict(list), []
+    """Run folders -> (rows of finished runs, folders that are not finished); raises `UserError` where none is.
+
+    A folder that is given twice, also through a link, is one run.
+    """
+    rows, unfinished, different = defaultdict(list), [], {}
     for folder in folders:
+        different.setdefault(folder.resolve(), folder)
+    for folder in different.values():
         if not (folder / RESULT).exists():
             unfinished.append(folder)
             continue
@@ -90,7 +102,33 @@ def read_rows(folders: Iterable[Path]) -> tuple[list[Row], list[Path]]:
     if not rows:
         raise UserError("RUN: none of the folders holds a finished run")
     made = [Row(runs[0][0], [run[1] for run in runs], [run[2] for run in runs]) for runs in rows.values()]
-    return _in_order(made), unfinished
+    return _in_order(_tell_apart(made)), unfinished
+
+
+def _tell_apart(rows: Sequence[Row]) -> list[Row]:
+    """The same rows; where several of one pair and setting have the same label, with what differs between them."""
+    groups = defaultdict(list)
+    for row in rows:
+        groups[row.pair, row.setting, row.method].append(row)
+    texts = {id(row): text for group in groups.values() for row, text in zip(group, differences(group), strict=True)}
+    return [row._replace(apart=texts[id(row)]) for row in rows]
+
+
+def differences(rows: Sequence[Row]) -> list[str]:
+    """The settings that are not the same in all of the rows, as flags; of every row its own."""
+    identities = [_identity(row.config) for row in rows]
+    names = dict.fromkeys(name for identity in identities for name in identity)
+    differ = [name for name in names if any(one.get(name) != identities[0].get(name) for one in identities)]
+    return [" ".join(_written(name, one[name]) for name in differ if one.get(name) is not None) for one in identities]
+
+
+def _written(name: str, value: object) -> str:
+    """A setting as it stands on a command line; what is no flag has no dashes."""
+    dashes = "" if name in DERIVED else "--"
+    if isinstance(value, bool):
+        return f"{dashes}{'' if value else 'no-'}{name}"
+    values = value.values() if isinstance(value, dict) else value if isinstance(value, list) else [value]
+    return f"{dashes}{name} {','.join(f'{one:.15g}' if isinstance(one, float) else str(one) for one in values)}"
 
 
 def _in_order(rows: Sequence[Row]) -> list[Row]:
@@ -109,9 +147,10 @@ def _in_order(rows: Sequence[Row]) -> list[Row]:
 
 def _identity(config: dict) -> dict:
     """What makes the run's row; runs from before a flag existed were what its default is now."""
+    whole = {"images_per_pass": config["batch_size"]}
     method = {flag.argument: flag.default for flag in find_distiller(config["distill"]).flags}
     known = {name: value for name, value in config.items() if value is not None}
-    return {name: value for name, value in (DEFAULTS | OFF | method | known).items() if name not in SAME_ROW}
+    return {name: value for name, value in (DEFAULTS | OFF | whole | method | known).items() if name not in SAME_ROW}
 
 
 def spread(values: Sequence[float]) -> str:
@@ -173,15 +212,32 @@ def make_grids(rows: Sequence[Row]) -> list[Grid]:
                 cells.setdefault((row.label, pair), row)
         for row in [row for row in rows if not row.config["model_t"] and row.setting[0] == setting[0]]:
             for pair in pairs:
-                teacher, student = pair.split(" -> ")
-                if row.config["model_s"] == teacher:  # a teacher may have been trained for longer
-                    cells.setdefault(("teacher", pair), row)
+                student = pair.split(" -> ")[1]
                 if row.config["model_s"] == student and row.setting == setting:
-                    cells.setdefault(("student alone" if row.label == "ce" else row.label, pair), row)
-        methods = list(dict.fromkeys(["teacher", "student alone", *(label for label, _ in cells)]))
+                    label = f"{ALONE} {row.apart}".strip() if row.method == "ce" else row.label
+                    cells.setdefault((label, pair), row)
+        teachers = {(label, pair): row for pair in pairs for label, row in _teachers(rows, pair, setting)}
+        alone = [label for label, _ in cells if label.startswith(ALONE)]
+        cells = teachers | cells
+        methods = list(dict.fromkeys([*(label for label, _ in teachers), *alone, *(label for label, _ in cells)]))
         methods = [label for label in methods if any((label, pair) in cells for pair in pairs)]
         grids.append(Grid(setting, pairs, methods, cells))
     return [grid for grid in grids if any(not pair.startswith("- ") for pair in grid.pairs)]
+
+
+def _teachers(rows: Sequence[Row], pair: str, setting: tuple) -> list[tuple[str, Row]]:
+    """(label, row) of what taught a pair; where no run says which that was, of every row that may have.
+
+    A teacher may have been trained for longer, so its setting may be another.
+    """
+    name = pair.split(" -> ")[0]
+    alone = [row for row in rows if not row.config["model_t"] and row.setting[0] == setting[0]]
+    alone = [row for row in alone if row.config["model_s"] == name and row.config["distill"] == "ce"]
+    paths = [row.config.get("path_t") for row in rows if row.pair == pair and row.setting == setting]
+    # By the folder's name: runs may have been moved here from another machine.
+    taught_by = {Path(path).parent.name for path in paths if path}
+    chosen = [row for row in alone if taught_by & {folder.name for folder in row.folders}] or alone
+    return [(f"teacher {text}".strip(), row) for row, text in zip(chosen, differences(chosen), strict=True)]
 
 
 def cell_lines(row: Row | None) -> list[str]:

@@ -101,6 +101,22 @@ def measure(jobs: Sequence[Job], rates: Rates, places: list[dict[str, str]]) -> 
         return Rates([*rates.folders, *Path(folder).iterdir()])
 
 
+def ready(jobs: Sequence[Job]) -> list[Job]:
+    """The jobs to hand on; names the students left out because another process is training their teacher.
+
+    A line of a list and a cluster's job know nothing of that process, so they would start without the teacher.
+    """
+    running = {job.folder for job in jobs if job.state == "running"}
+    chosen = [job for job in jobs if job.state in ("begun", "missing")]
+    for job in chosen:
+        if job.teacher in running:
+            print(
+                f"left out: {job.title}: another process is training its teacher in {job.teacher}; start the same "
+                "command again when that is finished"
+            )
+    return [job for job in chosen if job.teacher not in running]
+
+
 def write_job_list(path: Path, jobs: Sequence[Job]) -> None:
     """One command per line, teachers first."""
     with replacing(path) as temporary:
@@ -142,15 +158,14 @@ def main(argv=None) -> None:
     plan = Plan(args.save_dir, dataset, argv[end + 1 :], args.teacher_flags, args.student_flags)
     jobs = plan.jobs(chosen, rows, args.trials)
     missing = [job for job in jobs if job.state != "finished"]
-    waiting = [job for job in missing if job.state != "running"]
     places = [{}] if args.dry_run or args.job_list or args.slurm is not None else find_places(args.gpus, args.jobs)
     rates = Rates(sorted(Path(args.save_dir).glob("*/")))
     show(plan, jobs, measure(missing, rates, places) if args.measure else rates, len(places))
     if args.job_list:
-        write_job_list(args.job_list, waiting)
+        write_job_list(args.job_list, ready(jobs))
     elif args.slurm is not None and not args.dry_run:
         Path(args.save_dir, LOGS).mkdir(parents=True, exist_ok=True)
-        for job, handle in submit(waiting, Path(args.save_dir, LOGS), args.slurm, args.cluster):
+        for job, handle in submit(ready(jobs), Path(args.save_dir, LOGS), args.slurm, args.cluster):
             print(f"submitted {handle.job_id}: {job.title}")
     elif not args.dry_run:
         failures = run_jobs(missing, places, Path(args.save_dir, LOGS))

@@ -75,6 +75,65 @@ def test_older_run_folders_share_a_row_with_newer_ones(runs):
     assert "| 62.00 ± 1.00 |" in report.make_report(runs[:3])
 
 
+def test_runs_from_before_the_parts_of_a_batch_were_recorded_are_the_same_row(runs):
+    path = runs[0] / "config.json"
+    config = json.loads(path.read_text())
+    del config["images_per_pass"]
+    path.write_text(json.dumps(config))
+    [row] = tables.read_rows(runs[:3])[0]
+    assert len(row.results) == 3
+    path.write_text(json.dumps(config | {"images_per_pass": 16}))
+    assert len(tables.read_rows(runs[:3])[0]) == 2, "another part is another BatchNorm"
+
+
+def test_a_folder_that_is_given_twice_counts_once(runs, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "link").symlink_to(runs[0])
+    same = [runs[0], runs[0].relative_to(tmp_path), tmp_path / "save" / ".." / "save" / runs[0].name, tmp_path / "link"]
+    [row], unfinished = tables.read_rows(same)
+    assert (row.folders, unfinished) == ([runs[0]], [])
+    assert "| 61.00 | 61.00 | 57.33 | 1 |" in report.make_table([row])
+
+
+def test_rows_that_their_method_does_not_tell_apart_are_told_apart_by_their_settings(runs, tmp_path):
+    root = tmp_path / "more"
+    fast = [make_run(root, "kd", 1, [50.0, 51.0, 33.0], learning_rate=0.2, lr_decay_epochs=(1, 2), sync_bn=True)]
+    fast += [make_run(root, "ce", 1, [50.0, 51.0, 34.0], None, learning_rate=0.2)]
+    rows, _ = tables.read_rows([*runs, *fast])
+    [grid] = tables.make_grids(rows)
+    usual = json.loads((runs[0] / "config.json").read_text())
+    decay = ",".join(map(str, usual["lr_decay_epochs"]))
+    labels = {
+        f"kd --no-sync_bn --learning_rate 0.05 --lr_decay_epochs {decay}": "last 62.00 ± 1.00",
+        "kd --sync_bn --learning_rate 0.2 --lr_decay_epochs 1,2": "last 33.00",
+        "student alone --learning_rate 0.05": "last 44.00",
+        "student alone --learning_rate 0.2": "last 34.00",
+        "norm": "last 67.00 ± 1.00",
+    }
+    text, page = tables.grid_markdown(grid), tables.as_html(rows, [])
+    for label, accuracy in labels.items():
+        assert f"| {label} | {accuracy}<br>" in text, text
+        assert f"<td>{label}</td><td>{accuracy}<small>" in page
+    assert "kd --sync_bn --learning_rate 0.2 --lr_decay_epochs 1,2 |" in report.make_report([*runs, *fast])
+
+
+def test_rows_of_one_method_keep_the_papers_value(tmp_path):
+    runs = [make_run(tmp_path, "norm", 1, [70.0, 76.4], learning_rate=rate, **PAIR) for rate in (0.05, 0.2)]
+    assert report.make_grid_report(runs).count("paper 76.49") == 2
+
+
+def test_the_teacher_of_a_grid_is_the_one_that_taught(tmp_path):
+    teacher = make_run(tmp_path, "ce", 1, [80.0, 81.0, 82.0], None, model_s="resnet20").rename(tmp_path / "longer")
+    baseline = make_run(tmp_path, "ce", 1, [40.0, 41.0], None, model_s="resnet20")
+    student = make_run(tmp_path, "kd", 1, [60.0, 61.0])
+    text = report.make_grid_report([baseline, teacher, student])
+    assert "| teacher --epochs 2 " in text and "| teacher --epochs 3 " in text, "its --path_t names neither"
+    config = json.loads((student / "config.json").read_text())
+    (student / "config.json").write_text(json.dumps(config | {"path_t": "/elsewhere/longer/last.pth"}))
+    text = report.make_grid_report([baseline, teacher, student])
+    assert "| teacher | last 82.00" in text and "last 41.00" not in text
+
+
 def test_the_protocol_makes_a_row_of_its_own(tmp_path):
     runs = [make_run(tmp_path, "kd", 1, [50.0]), make_run(tmp_path, "kd", 2, [52.0], holdout=100)]
     table = report.make_report(runs)

@@ -11,12 +11,13 @@ from pathlib import Path
 
 import pytest
 
-from errors import Stopped
+from errors import Stopped, UserError
 from helper import running
 from helper.configuration import foresee
 from helper.costs import Rates, count_train_images, estimate, format_seconds
-from helper.plan import TABLES, Job, Plan, Variant, all_variants, find_run, read_variants
+from helper.plan import TABLES, Job, Plan, Variant, all_variants, find_run, read_variants, trial_names
 from helper.recipes import CIFAR_PAIRS
+from helper.run_folder import RunFolder
 from helper.teacher import TeacherFile
 from scripts import reproduce
 from tests.conftest import message_of
@@ -59,6 +60,78 @@ def test_flags_of_teachers_and_of_students_reach_them_alone(tmp_path):
     assert (teacher.epochs, baseline.epochs, student.epochs) == (7, 16, 16)
     assert (teacher.allow_teacher_gap, baseline.allow_teacher_gap, student.allow_teacher_gap) == (False, False, True)
     assert all(config.max_steps == 2 for config in (teacher, baseline, student))
+
+
+def pretend(job: Job, *files: str) -> Path:
+    """A run folder of a job that holds its configuration and these files."""
+    job.folder.mkdir(parents=True)
+    (job.folder / "config.json").write_text(json.dumps(vars(job.config)))
+    for name in files:
+        (job.folder / name).touch()
+    return job.folder
+
+
+CHAIN = (("resnet20", "resnet14"), ("resnet14", "resnet8"))
+
+
+def test_a_teacher_with_flags_of_its_own_is_not_the_baseline_of_the_same_network(tmp_path):
+    flags = ["--pairs", "resnet20:resnet14,resnet14:resnet8", "--methods", "kd", "--trials", "1"]
+    own = ["--teacher_flags", "--epochs 9", "--save_dir", str(tmp_path)]
+    reproduce.main([*flags, *own, "--job_list", str(tmp_path / "jobs.txt")])
+    lines = [line.split() for line in (tmp_path / "jobs.txt").read_text().splitlines()]
+    [teacher] = [line for line in lines if "--epochs" in line and "resnet14" in line]
+    [baseline] = [line for line in lines if "--epochs" not in line and line[2:4] == ["--model", "resnet14"]]
+    given = [dict(itertools.pairwise(line)) for line in (teacher, baseline, lines[-1])]
+    assert given[0]["--trial"] == "1_epochs_9" and given[1]["--trial"] == "1"
+    assert given[0]["--seed"] == given[1]["--seed"] == "1"
+    assert given[2]["--path_t"] == str(tmp_path / "digits_ce_resnet14_trial1_epochs_9" / "last.pth")
+    assert len(lines) == 6
+
+
+def test_teachers_are_found_again_under_either_name(tmp_path):
+    plan = Plan(str(tmp_path), None, SHORT, ("--epochs", "9"))
+    teacher, *_ = plan.jobs(CHAIN[1:], [Variant("kd")], 1)
+    assert teacher.folder.name == "digits_ce_resnet14_trial1", "nothing else has the usual name"
+    pretend(teacher, "result.json")
+    jobs = plan.jobs(CHAIN, [Variant("kd")], 1)
+    assert [(job.state, job.folder.name) for job in jobs if job.config.model_s == "resnet14"] == [
+        ("finished", "digits_ce_resnet14_trial1"),
+        ("missing", "digits_ce_resnet14_trial1-2"),
+        ("missing", "digits_kd_resnet20_resnet14_trial1"),
+    ]
+    other = Plan(str(tmp_path / "other"), None, SHORT, ("--epochs", "9"))
+    for job in other.jobs(CHAIN, [Variant("kd")], 1):
+        pretend(job, "result.json")
+    assert {job.state for job in other.jobs(CHAIN, [Variant("kd")], 1)} == {"finished"}
+    assert {job.state for job in other.jobs(CHAIN[1:], [Variant("kd")], 1)} == {"finished"}
+
+
+def test_flags_of_teachers_that_change_no_result_make_no_second_run(tmp_path):
+    jobs = Plan(str(tmp_path), None, SHORT, ("--save_freq", "5")).jobs(CHAIN, [Variant("kd")], 1)
+    [both] = [job for job in jobs if job.config.distill == "ce" and job.config.model_s == "resnet14"]
+    assert both.config.save_freq == 5 and len({job.folder for job in jobs}) == len(jobs) == 5
+
+
+def test_rows_whose_flags_read_alike_are_two_rows(tmp_path):
+    def listed(text: str) -> list[Job]:
+        return [job for job in Plan(str(tmp_path)).jobs(PAIR, read_variants(text), 1) if job.config.distill != "ce"]
+
+    both = listed("norm -b 11; norm -b1 1")
+    names = ["digits_norm_resnet20_resnet8_trial1_b11", "digits_norm_resnet20_resnet8_trial1_b1_1"]
+    assert [job.folder.name for job in both] == names
+    assert [job.config.trial for job in both] == [job.command[-1] for job in both] == ["1_b11", "1_b1_1"]
+    for job in both:
+        pretend(job, "result.json")
+    assert [job.state for job in listed("norm -b1 1; norm -b 11")] == ["finished", "finished"]
+    assert listed("norm -b1 1")[0].folder == both[1].folder, "listed alone it is found too"
+    with pytest.raises(UserError, match=r"kd --init a\+b\.pth and .*kd --init a/b\.pth would have one run folder"):
+        listed("kd --init a/b.pth; kd --init a-b.pth; kd --init a+b.pth")
+
+
+def test_names_of_trials_stay_short():
+    path = "/".join(["somewhere"] * 30)
+    assert trial_names(1, ("--init", path))[-1] != trial_names(1, ("--init", f"{path}2"))[-1]
+    assert len(trial_names(1, ("--init", path))[-1]) < 100
 
 
 def test_every_method_and_the_combinations_are_rows():
@@ -274,6 +347,25 @@ def test_a_job_list_holds_the_commands(command, tmp_path):
     assert f"{absent} cannot be written" in message_of(reproduce.main, [*flags, "--job_list", absent, *extra])
 
 
+def test_students_of_a_teacher_that_is_being_trained_are_not_handed_on(command, tmp_path, capsys, monkeypatch):
+    save_dir, flags, extra = command
+    teacher, *_ = Plan(str(save_dir), None, SHORT).jobs((("resnet14", "resnet8"),), [Variant("kd")], 1)
+    folder = RunFolder(pretend(teacher)).lock()
+    submitted = []
+    monkeypatch.setattr(reproduce, "submit", lambda jobs, *_: submitted.extend(jobs) or [])
+    try:
+        for handed_on in (["--job_list", str(tmp_path / "jobs.txt")], ["--slurm"]):
+            reproduce.main([*flags, *handed_on, *extra])
+            printed = capsys.readouterr().out
+            assert printed.count("left out: resnet14 -> resnet8: ") == 2
+            assert f"training its teacher in {teacher.folder}; start the same command again" in printed
+    finally:
+        folder.close()
+    [line] = (tmp_path / "jobs.txt").read_text().splitlines()
+    assert "train_teacher.py" in line and "--model resnet8" in line
+    assert titles(submitted) == ["resnet8 with labels alone, seed 1"]
+
+
 @pytest.mark.filterwarnings("ignore")  # submitit leaves its log files to the garbage collector
 def test_jobs_are_submitted_with_submitit_and_students_wait(command, capsys, monkeypatch):
     pytest.importorskip("submitit")
@@ -327,6 +419,43 @@ def test_what_makes_no_table_is_one_line(tmp_path):
     assert "kdd" in message_of(reproduce.main, [*flags, "--methods", "kdd"])
     assert "not used by --distill kd" in message_of(reproduce.main, [*flags, "--variants", "kd -s 8"])
     assert "unrecognized" in message_of(reproduce.main, [*flags, "--", "--epoch", "3"])
+
+
+@pytest.mark.parametrize("flags", [["--dataset", "digits"], ["--dataset=digits"]])
+def test_a_data_set_behind_the_dashes_takes_the_place_of_the_tables(tmp_path, flags):
+    jobs = Plan(str(tmp_path), "cifar100", flags).jobs(PAIR, [Variant("kd")], 1)
+    assert {job.config.dataset for job in jobs} == {"digits"}
+    assert not any("cifar100" in job.command for job in jobs)
+
+
+@pytest.mark.parametrize(
+    ("flag", "instead"),
+    [
+        ("--trial 5", "--trials K"),
+        ("--trials=2", "--trials K"),
+        ("--seed 7", "--trials K"),
+        ("--sweep b=1,2", "--variants"),
+        ("--resume", "leave it out"),
+        ("--save_dir=elsewhere", "--save_dir"),
+        ("--model resnet8", "--pairs"),
+        ("--model_s resnet8", "--pairs"),
+        ("--model_t=resnet8", "--pairs"),
+        ("--path_t t.pth", "--pairs"),
+        ("--distill kd", "--methods"),
+    ],
+)
+def test_flags_that_the_plan_sets_are_refused(tmp_path, flag, instead):
+    flags = ["--pairs", "resnet20:resnet8", "--dry_run", "--save_dir", str(tmp_path)]
+    places = {
+        "behind --": ["--methods", "kd", "--", *flag.split()],
+        "in --teacher_flags": ["--methods", "kd", f"--teacher_flags={flag}"],
+        "in --student_flags": ["--methods", "kd", f"--student_flags={flag}"],
+        "in --variants": ["--variants", f"kd {flag}"],
+    }
+    for place, given in places.items():
+        message = message_of(reproduce.main, [*flags, *given])
+        assert message.startswith(f"{flag.replace('=', ' ').split()[0]}: does not belong {place}, the plan sets it; ")
+        assert instead in message.partition("sets it")[2]
 
 
 @pytest.mark.parametrize("flags", ["-c 0", "-b1 1", "-s 1", "-s 2", "-s 4", "-s 16", "--ft plain"])
