@@ -17,8 +17,9 @@ def cosine_learning_rate(base: float, epochs_over: int, epochs: int, steps_per_e
 
     The phase is that of the official NORM code, one step in an epoch ahead.
     """
-    # Where an epoch has few steps that would go beyond the end, and the rate would rise again.
-    phase = min(epochs_over * (steps_per_epoch + 1) / (epochs * steps_per_epoch), 1)
+    phase = epochs_over * (steps_per_epoch + 1) / (epochs * steps_per_epoch)
+    if epochs_over < epochs:  # where an epoch has few steps the phase would pass the end, and the rate rise again
+        phase = min(phase, 1)
     return base * (1 + math.cos(math.pi * phase)) / 2
 
 
