@@ -4,6 +4,7 @@ A checkpoint is a dictionary. Where the weights lie in it, and what they are cal
 """
 
 import argparse
+import hashlib
 import os
 import re
 import zipfile
@@ -181,6 +182,18 @@ def load_initial(model: Backbone, model_name: str, network: Backbone, source: st
         weights |= {key: value for key, value in own.items() if key in weights and key.startswith(prefix)}
     load_weights(model, model_name, weights, source)
     return takes_classifier
+
+
+def weights_digest(weights: Mapping[str, Tensor]) -> str:
+    """The first 16 hex digits of the SHA-256 over keys, kinds of number, shapes and bytes, in the order of the keys.
+
+    Of a `network.state_dict()` it is the same however the file that the network was read from wraps and names it.
+    """
+    digest = hashlib.sha256()
+    for key, value in sorted(weights.items()):
+        digest.update(f"{key} {value.dtype} {tuple(value.shape)}\n".encode())
+        digest.update(value.detach().cpu().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()[:16]
 
 
 def identify(weights: Weights) -> list[str]:
