@@ -198,6 +198,20 @@ def check_progress(training: Mapping, in_main_stage: bool) -> None:
         if not values or not all(type(value) is float and math.isfinite(value) for value in values):
             raise ValueError("an accuracy is no number")
 
+    if training["epoch_state"] is not None:
+        _check_epoch_state(training["epoch_state"])
+
+
+def _check_epoch_state(state: Mapping) -> None:
+    counts = state["meter"]["counts"]
+    sums, numbers = state["meter"]["losses"].values(), (state["steps"], state["meter"]["correct"], *counts)
+    kinds = [type(value) for value in numbers]
+    if kinds != [int, int, int, bool, float, float] or not all(0 <= value < math.inf for value in numbers):
+        raise ValueError("the state within the epoch is of another kind")
+    if not all(type(value) is float and math.isfinite(value) for value in sums):
+        raise ValueError("the sums within the epoch are not finite")
+    torch.Generator().set_state(state["random"]["cpu"])
+
 
 def check_optimizer(state: Mapping, parameters: Sequence[Tensor]) -> dict:
     """An optimizer's state by the number of its parameter; raises `ValueError` where it does not fit."""

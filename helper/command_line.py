@@ -11,11 +11,11 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from distiller_zoo import DISTILLERS, Distiller, find_distiller
+from distiller_zoo import DISTILLERS, find_distiller
 from distiller_zoo.base import ALPHA, BETA, GAMMA, KD_T
 from errors import UserError
 from helper import settings
-from helper.distributed import find_device, images_per_pass
+from helper.distributed import by_main, find_device, images_per_pass
 from helper.optim import stretch
 from helper.recipes import resolve as resolve_recipe
 from helper.settings import Configuration
@@ -177,6 +177,10 @@ def teacher_parser() -> Parser:
 
 def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> Given:
     """The command line -> what it says of every run; raises `UserError` for anything illegal."""
+    return by_main(lambda: _parse(parser, argv))  # of several processes one prints --help
+
+
+def _parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> Given:
     given = {argument: value for argument, value in vars(parser.parse_args(argv)).items() if value is not None}
     resume = given.pop("resume", None)
     runs = _expand(given)
@@ -218,7 +222,9 @@ def _expand(given: dict[str, Any]) -> list[dict[str, Any]]:
         used = settings.settings_of((given | varied).get("distill", _default("distill")))
         varied = {argument: value for argument, value in varied.items() if argument in used}
         in_name = ("distill", "model_s")  # of the run folder anyway
-        label = "_".join(text for text, values in combination if not set(values) & set(in_name) and set(values) <= set(varied))
+        label = "_".join(
+            text for text, values in combination if not set(values) & set(in_name) and set(values) <= set(varied)
+        )
         for number in range(trials):
             run = given | varied | _trial(given, number, trials, label)
             if run not in runs:  # a value that this method does not read
@@ -274,7 +280,9 @@ def share_order(configs: Sequence[Configuration], given: Given) -> list[Configur
         return list(configs)
     shared = configs[0].data_seed
     return [
-        config if config.path_t is None or config.folder else config.replace("shared with the other runs", data_seed=shared)
+        config
+        if config.path_t is None or config.folder
+        else config.replace("shared with the other runs", data_seed=shared)
         for config in configs
     ]
 
@@ -292,7 +300,9 @@ def teacher_of(values: Mapping[str, Any]) -> str | None:
     if not method.needs_teacher:
         return None
     if values.get("path_t") is None:
-        raise UserError(f"--path_t: --distill {method.name} needs a teacher's checkpoint; train one with train_teacher.py")
+        raise UserError(
+            f"--path_t: --distill {method.name} needs a teacher's checkpoint; train one with train_teacher.py"
+        )
     return values["path_t"]
 
 
@@ -368,19 +378,3 @@ def _derive(merged: dict, known: Mapping[str, Setting], stored: Mapping[str, Any
     merged.setdefault("data_seed", (merged["seed"][0], "from --seed"))
     images = images_per_pass(merged["batch_size"][0], merged["accumulate"][0])
     merged["images_per_pass"] = (images, "batch_size over processes and --accumulate")
-
-
-__all__ = [
-    "LATEST",
-    "Distiller",
-    "Given",
-    "Parser",
-    "imagenet_parser",
-    "parse",
-    "resolve",
-    "share_order",
-    "student_parser",
-    "suggest",
-    "teacher_of",
-    "teacher_parser",
-]

@@ -18,6 +18,7 @@ COMPILE = ("off", "default", "reduce-overhead")
 #: Compilations of one function, at most: runs side by side share the functions of their networks and methods.
 MOST_COMPILATIONS = 256
 
+
 class Float32Convolution(nn.Conv2d):
     """A convolution that autocast leaves in float32."""
 

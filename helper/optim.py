@@ -2,14 +2,18 @@
 state to save."""
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from errors import UserError
+
 
 def _sgd(groups: list[dict], config: Any) -> torch.optim.Optimizer:
+    if config.nesterov and not config.momentum:
+        raise UserError("--nesterov: needs --momentum above 0")
     return torch.optim.SGD(
         groups,
         lr=0.0,
@@ -28,10 +32,9 @@ def _adamw(groups: list[dict], config: Any) -> torch.optim.Optimizer:
 OPTIMIZERS: dict[str, Callable[[list[dict], Any], torch.optim.Optimizer]] = {"sgd": _sgd, "adamw": _adamw}
 
 
-def make_optimizer(modules: Iterable[nn.Module], config: Any) -> torch.optim.Optimizer:
-    """The run's optimizer of everything in `modules` that has a gradient."""
-    trained = [parameter for module in modules for parameter in module.parameters() if parameter.requires_grad]
-    trained = list(dict.fromkeys(trained))
+def make_optimizer(module: nn.Module, config: Any) -> torch.optim.Optimizer:
+    """The run's optimizer of everything in `module` that is to have a gradient."""
+    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
     groups: list[dict] = [{"params": trained}]
     if not config.decay_norms:  # one-dimensional: BatchNorm's weights, and biases
         groups = [{"params": [one for one in trained if one.dim() > 1]}]

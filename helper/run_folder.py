@@ -1,16 +1,16 @@
 """The folder of one run: everything a run writes, written so that no file is ever half there."""
 
-import fcntl
-import itertools
 import json
 import math
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
+from filelock import FileLock, Timeout
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
@@ -55,6 +55,17 @@ def writing(path: str | os.PathLike) -> Iterator[None]:
         raise UserError(f"{path} cannot be written: {error.strerror or error}; {way_out}") from None
 
 
+@contextmanager
+def reading(path: str | os.PathLike) -> Iterator[None]:
+    """Name the file that the system refuses to read, in a `UserError`: it is not damaged."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"--resume: {path} cannot be read: {error.strerror or error}; repair that and try again"
+        ) from None
+
+
 def _flush(path: str | os.PathLike) -> None:
     """Have the system write a file, or a folder's names, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
@@ -66,16 +77,14 @@ def _flush(path: str | os.PathLike) -> None:
 
 def is_taken(path: Path) -> bool:
     """Whether a process is training in a run folder now."""
-    try:
-        descriptor = os.open(path / LOCK, os.O_RDONLY)
-    except FileNotFoundError:
+    if not (path / LOCK).exists():
         return False
+    lock = FileLock(path / LOCK)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except OSError:
+        lock.acquire(timeout=0)
+    except (Timeout, OSError):
         return True
-    finally:
-        os.close(descriptor)
+    lock.release()
     return False
 
 
@@ -86,7 +95,7 @@ class RunFolder:
         self.path = Path(path)
         self.label = ""  # before every line on the terminal, where several runs print there
         self._events: SummaryWriter | None = None
-        self._lock: int | None = None
+        self._lock = FileLock(self.path / LOCK)
 
     def lock(self) -> "RunFolder":
         """Claim the folder until `close`; raises `UserError` where another process writes to it.
@@ -96,12 +105,10 @@ class RunFolder:
         for name in os.listdir(self.path):
             if (self.path / name).is_symlink():
                 raise UserError(f"--resume: {self.path / name} is a link; a run's files must be its own")
-        with writing(self.path / LOCK):
-            self._lock = os.open(self.path / LOCK, os.O_RDWR | os.O_CREAT)
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            self.close()
+            with writing(self.path / LOCK):
+                self._lock.acquire(timeout=0)
+        except Timeout:
             raise UserError(
                 f"--resume: another process is training in {self.path}; wait for it, or start a run of its own"
             ) from None
@@ -109,24 +116,23 @@ class RunFolder:
 
     @classmethod
     def create(cls, root: str, name: str) -> "RunFolder":
-        """A new folder `root/name`, or `root/name-2` and so on where that exists."""
-        for candidate in run_candidates(root, name):
+        """A new folder `root/name`, or `root/name-2` and so on, behind the latest that exists."""
+        while True:
+            candidate = next_folder(root, name)
             try:
                 candidate.mkdir(parents=True)
                 return cls(candidate).lock()
-            except FileExistsError:
-                continue
+            except FileExistsError:  # another process was faster
+                if not candidate.is_dir():
+                    raise UserError(f"--save_dir: {candidate} cannot be made: a file is in its place") from None
             except OSError as error:
                 raise UserError(f"--save_dir: {candidate} cannot be made: {error.strerror}") from None
-        raise AssertionError("there is always a next number")
 
     @classmethod
     def find(cls, root: str, name: str) -> "RunFolder | None":
         """The latest folder that `create` made for this name and that has a checkpoint."""
-        made = list(itertools.takewhile(Path.exists, run_candidates(root, name)))
-        return next(
-            (cls(path) for path in reversed(made) if (path / LAST).exists() or (path / PREVIOUS).exists()), None
-        )
+        made = reversed(folders_of(root, name))
+        return next((cls(path) for path in made if (path / LAST).exists() or (path / PREVIOUS).exists()), None)
 
     @contextmanager
     def discarded_on_error(self) -> Iterator[None]:
@@ -176,6 +182,8 @@ class RunFolder:
         for name in (LAST, PREVIOUS):
             if not (self.path / name).exists():
                 continue
+            with reading(self.path / name), open(self.path / name, "rb") as file:
+                file.read(1)
             try:
                 checkpoint = read_checkpoint(self.path / name, "--resume")
             except UserError as error:
@@ -189,6 +197,11 @@ class RunFolder:
         if refusals:
             raise UserError(refusals[0])
         raise UserError(f"--resume: {self.path} has no checkpoint yet; start the run again without --resume")
+
+    def remove(self, name: str) -> None:
+        """Remove a file, if it is there."""
+        with writing(self.path / name):
+            (self.path / name).unlink(missing_ok=True)
 
     def append_metrics(self, record: dict, epochs_over: int) -> None:
         """One epoch's numbers: a line of `metrics.jsonl`, and TensorBoard's scalars by epochs of the whole run."""
@@ -220,9 +233,7 @@ class RunFolder:
         if self._events is not None:
             with suppress(OSError):  # a full disk: what could not be written is lost, and was named before
                 self._events.close()
-        if self._lock is not None:
-            os.close(self._lock)
-            self._lock = None
+        self._lock.release()
 
 
 class FolderElsewhere(RunFolder):
@@ -231,7 +242,7 @@ class FolderElsewhere(RunFolder):
     def _ignore(self, *arguments, **named) -> None:
         pass
 
-    log = log_quietly = write_json = save = append_metrics = keep_metrics_until = _ignore
+    log = log_quietly = write_json = save = append_metrics = keep_metrics_until = remove = close = _ignore
 
 
 def _append(path: Path, line: str) -> None:
@@ -266,10 +277,20 @@ def _or_null(value):
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def run_candidates(root: str, name: str) -> Iterator[Path]:
-    """root/name, root/name-2, ...: the folders of runs of one name, in the order in which they are made."""
-    yield Path(root, name)
-    number = 2
-    while True:
-        yield Path(root, f"{name}-{number}")
-        number += 1
+def folders_of(root: str | os.PathLike, name: str) -> list[Path]:
+    """The folders of runs of one name, root/name, root/name-2, ..., in the order in which they were made."""
+    try:
+        found = [path for path in Path(root).iterdir() if re.fullmatch(rf"{re.escape(name)}(-\d+)?", path.name)]
+    except OSError:
+        return []
+    return sorted(found, key=lambda path: _number(path, name))
+
+
+def next_folder(root: str | os.PathLike, name: str) -> Path:
+    """The folder that a new run of this name gets."""
+    made = folders_of(root, name)
+    return Path(root, name if not made else f"{name}-{_number(made[-1], name) + 1}")
+
+
+def _number(path: Path, name: str) -> int:
+    return int(path.name[len(name) + 1 :] or 1)

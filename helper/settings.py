@@ -182,9 +182,7 @@ SETTINGS: tuple[Setting, ...] = (
         identity="none",
         shared=True,
     ),
-    Setting(
-        ("--batch_size",), count, RECIPE, "global batch size; the learning rate is not rescaled", group=TRAINING
-    ),
+    Setting(("--batch_size",), count, RECIPE, "global batch size; the learning rate is not rescaled", group=TRAINING),
     Setting(
         ("--accumulate",),
         count,
@@ -223,9 +221,7 @@ SETTINGS: tuple[Setting, ...] = (
     ),
     Setting(("--lr_decay_rate",), number, RECIPE, "factor of the step schedule", group=TRAINING),
     Setting(("--weight_decay",), number, RECIPE, "weight decay", group=TRAINING),
-    Setting(
-        ("--decay_norms",), bool, True, "weight decay on normalisation layers and biases too", group=TRAINING
-    ),
+    Setting(("--decay_norms",), bool, True, "weight decay on normalisation layers and biases too", group=TRAINING),
     Setting(("--momentum",), number, RECIPE, "momentum of SGD", group=TRAINING),
     Setting(("--nesterov",), bool, False, "Nesterov's momentum", group=TRAINING),
     Setting(("--drop_momentum",), bool, False, "start with no momentum after each milestone", group=TRAINING),
@@ -478,9 +474,10 @@ def check_shared(configs: Iterable[Configuration]) -> None:
         for setting in SETTINGS:
             ours, theirs = first.get(setting.argument), other.get(setting.argument)
             if setting.shared and None not in (ours, theirs) and ours != theirs:
+                names = [config.folder or "a new run" for config in (first, other)]
                 raise UserError(
-                    f"--resume: {first.folder or 'a new run'} has {setting.argument} {ours}, {other.folder or 'a new run'} "
-                    f"{theirs}; they cannot train in one process; resume them separately"
+                    f"--resume: {names[0]} has {setting.argument} {ours}, {names[1]} {theirs}; they cannot train in "
+                    "one process; resume them separately"
                 )
 
 

@@ -228,13 +228,14 @@ def split_official_norm(weights: Weights) -> tuple[Weights, Weights]:
 
 
 def load_exported(checkpoint: Mapping, source: str) -> tuple[Backbone, dict]:
-    """The content of a file by `scripts/export_student.py` -> (the network in eval mode, the file's other entries)."""
-    if "model_name" not in checkpoint or "num_classes" not in checkpoint:
-        raise UserError(f"{source} was not written by scripts/export_student.py")
-    name, weights = checkpoint["model_name"], find_weights(checkpoint, source)
-    wrapper = checkpoint.get("wrapper")
-    if wrapper is None and checkpoint.get("final_conv"):  # files from before there were several kinds of wrappers
+    """A run's checkpoint or an exported network -> (the network in eval mode, its record: what is known of it)."""
+    record = checkpoint.get("record", checkpoint)  # files from before there was `record`
+    if not isinstance(record, Mapping) or "model_name" not in record or "num_classes" not in record:
+        raise UserError(f"{source} does not say which network it holds; was it written by this toolbox?")
+    name, weights = record["model_name"], find_weights(checkpoint, source)
+    wrapper = record.get("wrapper")
+    if wrapper is None and record.get("final_conv"):  # files from before there were several kinds of wrappers
         wrapper = {"kind": "final_conv", "channels": len(weights.get("final_conv.bias", ()))}
-    network = wrap(build_model(name, checkpoint["num_classes"]), wrapper, source)
+    network = wrap(build_model(name, record["num_classes"]), wrapper, source)
     load_weights(network, name, weights, source)
-    return network.eval(), {key: value for key, value in checkpoint.items() if key != "model"}
+    return network.eval(), {key: value for key, value in record.items() if key != "model"}

@@ -21,17 +21,17 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
+from helper.device import find_device
+from helper.options import Parser, pairs
+from helper.stage_training import begin, train_step
+from helper.teacher import FrozenTeacher
 
 from dataset import Batch, ImageData, Loader, load_data
 from distiller_zoo import Progress, Task
 from distiller_zoo.base import count, whole
 from errors import run_script
-from helper.device import find_device
 from helper.fast import COMPILE, OFF, PRECISIONS, Fast, choose
-from helper.options import Parser, pairs
 from helper.recipes import CIFAR_PAIRS
-from helper.stage_training import begin, train_step
-from helper.teacher import FrozenTeacher
 from models import build_model
 from models.backbone import Output
 from scripts.benchmark_parts import (

@@ -14,13 +14,13 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
+from helper.device import count_cores, find_device
+from helper.options import Parser
 
 from dataset import ImageData, Loader, load_data
 from dataset.decoding import decode
 from distiller_zoo.base import count
 from errors import run_script
-from helper.device import count_cores, find_device
-from helper.options import Parser
 from scripts.benchmark_parts import report
 
 

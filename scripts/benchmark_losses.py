@@ -15,6 +15,8 @@ from typing import NamedTuple
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
+from helper.device import find_device
+from helper.options import Parser, pairs
 from torch import Tensor
 
 from crd import CRDLoss
@@ -24,8 +26,6 @@ from distiller_zoo.feature_transform import FeatureTransform
 from distiller_zoo.kdsvd import KDSVD
 from distiller_zoo.maps import middle_maps
 from errors import UserError, run_script
-from helper.device import find_device
-from helper.options import Parser, pairs
 from models import build_model
 from models.backbone import Output
 from scripts import plain_losses

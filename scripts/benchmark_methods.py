@@ -15,15 +15,15 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
+from helper.device import find_device
+from helper.options import Parser, pairs
+from helper.stage_training import begin, train_step
+from helper.teacher import FrozenTeacher
 
 from dataset import VIEWS, Batch
 from distiller_zoo import DISTILLERS, Progress, Task
 from distiller_zoo.base import count
 from errors import UserError, run_script
-from helper.device import find_device
-from helper.options import Parser, pairs
-from helper.stage_training import begin, train_step
-from helper.teacher import FrozenTeacher
 from models import build_model
 from scripts.benchmark_parts import recipe_method, report
 

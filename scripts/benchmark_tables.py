@@ -10,8 +10,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from errors import UserError, run_script
 from helper.options import Parser
+
+from errors import UserError, run_script
 from helper.run_folder import replacing
 from scripts import benchmark, benchmark_input, benchmark_losses, benchmark_methods, estimate_imagenet
 

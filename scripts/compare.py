@@ -13,8 +13,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from errors import UserError, run_script
 from helper.options import Parser
+
+from errors import UserError, run_script
 from helper.tables import ACCURACIES, SAME_ROW, Row, read_rows, spread
 
 #: Below this probability of so large a difference by seeds alone, accuracies are said to differ.

@@ -11,14 +11,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import matplotlib
 import torch
+from helper.options import Parser
+from helper.run_state import rebuild
 
 from dataset import Loader, load_data
 from distiller_zoo import Predictor
 from errors import run_script
 from helper.metrics import evaluate
-from helper.options import Parser
 from helper.run_folder import LAST, METRICS
-from helper.run_state import rebuild
 from models.checkpoints import load_exported, read_checkpoint
 from models.cost import count_parameters, measure_latency
 

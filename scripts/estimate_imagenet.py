@@ -16,11 +16,11 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
+from helper.options import Parser, number
 from torch import Tensor, nn
 
 from distiller_zoo.feature_transform import multiply_adds
 from errors import run_script
-from helper.options import Parser, number
 from helper.recipes import IMAGENET_PAIRS
 from models import build_model
 from models.backbone import Backbone, evaluating, probe_shapes

@@ -16,6 +16,8 @@ from typing import NamedTuple
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
+from helper.options import Parser
+from helper.run_state import rebuild, rebuild_official
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -23,9 +25,7 @@ from dataset import Loader, load_data
 from distiller_zoo import Distiller, Predictor
 from errors import UserError, run_script
 from helper.deployment import FORMATS
-from helper.options import Parser
 from helper.run_folder import replacing
-from helper.run_state import rebuild, rebuild_official
 from models import imagenet_model_dict
 from models.backbone import Backbone
 from models.checkpoints import read_checkpoint

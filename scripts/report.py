@@ -12,10 +12,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from helper.options import Parser
+
 from distiller_zoo import find_distiller
 from errors import UserError, run_script
 from helper import figures
-from helper.options import Parser
 from helper.run_folder import replacing, writing
 from helper.tables import (
     HEADER,

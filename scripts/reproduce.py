@@ -16,11 +16,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from helper.options import Parser, pairs
+
 from distiller_zoo.base import count
 from errors import UserError, run_script
 from helper.cluster import submit
 from helper.costs import Estimate, Rates, estimate, format_seconds
-from helper.options import Parser, pairs
 from helper.plan import (
     IMAGENET_TABLES,
     TABLES,

@@ -5,6 +5,8 @@ from argparse import Namespace
 from pathlib import Path
 
 import torch
+from helper.stage_training import StageTraining
+from helper.teacher import FrozenTeacher
 from torch import nn
 
 import train_cifar_student
@@ -15,8 +17,6 @@ from helper import inputs
 from helper.distributed import average_statistics, count_processes, joined, rank
 from helper.fast import OFF
 from helper.metrics import evaluate
-from helper.stage_training import StageTraining
-from helper.teacher import FrozenTeacher
 from models import build_model
 from models.synchronised import synchronise
 from tests.conftest import answer

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import numpy
 import torch
+from helper.schedule import cosine_learning_rate, step_learning_rate
 from torch import Tensor, nn
 
 from dataset import Batch
@@ -14,7 +15,6 @@ from distiller_zoo import Predictor, Progress, Task
 from distiller_zoo.feature_transform import norm_loss
 from distiller_zoo.kd import kl_divergence
 from distiller_zoo.norm import NORM, match_size, norm_weight, standardise_logits
-from helper.schedule import cosine_learning_rate, step_learning_rate
 from models import build_model
 from models.backbone import Backbone, probe_shapes
 from models.checkpoints import OFFICIAL_UNUSED, load_weights, split_official_norm

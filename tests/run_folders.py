@@ -4,7 +4,6 @@ import json
 from pathlib import Path
 
 import torch
-
 from helper.configuration import foresee, run_name
 from helper.teacher import TeacherFile
 

@@ -4,12 +4,12 @@ import functools
 
 import pytest
 import torch
+from helper.stage_training import begin, train_step
+from helper.teacher import FrozenTeacher
 
 from dataset import Batch
 from distiller_zoo import DISTILLERS, Progress, Task
 from distiller_zoo.base import Flag
-from helper.stage_training import begin, train_step
-from helper.teacher import FrozenTeacher
 from tests.conftest import pair_networks
 
 CLASSES, BATCH, SIZE = 10, 4, 16

@@ -2,14 +2,14 @@
 
 import pytest
 import torch
+from helper.stage_training import StageTraining
+from helper.teacher import FrozenTeacher
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from crd.negatives import NegativeSampler
 from dataset import Images, views
 from distiller_zoo import DISTILLERS, Progress
 from helper.metrics import EpochMeter
-from helper.stage_training import StageTraining
-from helper.teacher import FrozenTeacher
 from tests.conftest import answer, pair_networks
 from tests.test_zoo import CLASSES, CONFIG, build, data, with_statistics
 

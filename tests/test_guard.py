@@ -5,13 +5,13 @@ import re
 
 import pytest
 import torch
+from helper.teacher import FrozenTeacher
 from torch import nn
 
 from distiller_zoo import find_distiller
 from distiller_zoo.kd import KD
 from errors import UserError
 from helper.guard import Guard
-from helper.teacher import FrozenTeacher
 from models import build_model
 from tests.conftest import keep_images, message_of
 from tests.run_folders import load, metrics, same_state

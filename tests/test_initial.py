@@ -5,12 +5,12 @@ import shutil
 
 import pytest
 import torch
+from helper.configuration import foresee
 
 import train_cifar_student
 import train_teacher
 from errors import UserError
 from helper import distributed, engine, initial, inputs, pretrained
-from helper.configuration import foresee
 from helper.plan import find_run
 from helper.tables import read_rows
 from models import build_model

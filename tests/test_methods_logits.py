@@ -4,6 +4,8 @@ from argparse import ArgumentTypeError, Namespace
 
 import pytest
 import torch
+from helper.stage_training import StageTraining
+from helper.teacher import FrozenTeacher
 from torch.nn import functional as F
 
 from dataset import Augmentation, ImageData, Images
@@ -14,8 +16,6 @@ from distiller_zoo.kd import kl_divergence, standardise
 from distiller_zoo.mlkd import correlation_losses, unsure_shares
 from distiller_zoo.sskd import select, selected_divergence, share, similarities, sources
 from helper.fast import OFF
-from helper.stage_training import StageTraining
-from helper.teacher import FrozenTeacher
 from models.backbone import Output
 from tests.check_values import STUDENT_LOGITS, TARGETS, TEACHER_LOGITS, g
 from tests.conftest import answer, pair_networks

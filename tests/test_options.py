@@ -1,6 +1,8 @@
 """The command line, the recipes, and which of them wins."""
 
 import pytest
+from helper.schedule import cosine_learning_rate, step_learning_rate, stretch
+from helper.teacher import TeacherFile
 
 from errors import UserError
 from helper import configuration, options
@@ -17,8 +19,6 @@ from helper.recipes import (
     STUDENT,
     resolve,
 )
-from helper.schedule import cosine_learning_rate, step_learning_rate, stretch
-from helper.teacher import TeacherFile
 from models import model_dict
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy
 import pytest
 import torch
+from helper.options import student_parser
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -21,7 +22,6 @@ import train_cifar_student
 import train_teacher
 from distiller_zoo import DISTILLERS
 from errors import UserError
-from helper.options import student_parser
 from models.checkpoints import read_checkpoint
 
 EXAMPLES = int(os.environ.get("EXAMPLES", "12"))

@@ -6,11 +6,11 @@ import json
 import shutil
 
 import pytest
+from helper.options import student_parser
 
 from distiller_zoo import DISTILLERS
 from errors import UserError
 from helper import figures, published, tables
-from helper.options import student_parser
 from helper.published import Published, judge
 from scripts import report
 from tests.conftest import message_of

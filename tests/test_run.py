@@ -11,13 +11,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from helper.teacher import read_teacher
 
 import train_cifar_student
 import train_teacher
 from errors import UserError, run_script
 from helper import engine
 from helper.run_folder import replacing
-from helper.teacher import read_teacher
 from models import build_model
 from scripts import export_student
 from tests.conftest import keep_images, message_of

@@ -4,12 +4,12 @@ import json
 from pathlib import Path
 
 import pytest
+from helper.teacher import FrozenTeacher
 
 import train_cifar_student
 import train_teacher
 from errors import Stopped, UserError
 from helper import engine
-from helper.teacher import FrozenTeacher
 from tests.conftest import keep_images, message_of
 from tests.run_folders import load, metrics, same_state
 

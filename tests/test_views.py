@@ -4,6 +4,8 @@ from argparse import Namespace
 
 import pytest
 import torch
+from helper.stage_training import StageTraining
+from helper.teacher import FrozenTeacher
 from torchvision.transforms import v2
 
 from dataset import VIEWS, Augmentation, ImageData, Images, Loader
@@ -11,8 +13,6 @@ from dataset.images import Draws, augment, draw_augmentation
 from dataset.views import cut_out, random_operation, rotations, weak_strong
 from distiller_zoo import DISTILLERS, Progress, Task
 from helper.fast import OFF
-from helper.stage_training import StageTraining
-from helper.teacher import FrozenTeacher
 from tests.conftest import answer, pair_networks
 
 CPU = torch.device("cpu")

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from helper.stage_training import StageTraining
+from helper.teacher import FrozenTeacher
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dataset import Augmentation, ImageData, Images, views
@@ -17,8 +19,6 @@ from distiller_zoo import DISTILLERS, Progress, Task
 from errors import UserError
 from helper.fast import OFF
 from helper.recipes import CIFAR_PAIRS, resolve
-from helper.stage_training import StageTraining
-from helper.teacher import FrozenTeacher
 from models.backbone import Output
 from models.cost import count_parameters
 from scripts import list_methods

@@ -1,0 +1,255 @@
+"""Networks from files: teachers and initial weights, read by one function, checked, frozen."""
+
+import copy
+import os
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from errors import UserError
+from helper.checkpoint import contained, upgrade
+from helper.fast import Fast
+from helper.pretrained import published_name, read_timm, read_torchvision
+from helper.recipes import PUBLISHED_TEACHERS
+from models import build_model
+from models.backbone import Backbone, Output
+from models.checkpoints import (
+    count_classes,
+    find_weights,
+    load_exported,
+    load_initial,
+    load_weights,
+    name_for,
+    read_checkpoint,
+    rename_for,
+    weights_digest,
+)
+from models.external import is_external
+from models.wrappers import describe_wrapper
+
+#: How far, in points of accuracy, a teacher may be from its recorded or published accuracy.
+TEACHER_TOLERANCE = 0.5
+INIT, INIT_NAME = "--init", "--model_s (in train_teacher.py: --model)"
+
+
+class Network(NamedTuple):
+    """A network as its file describes it; fields are None where the file does not say."""
+
+    path: str
+    name: str
+    network: Backbone
+    num_classes: int
+    dataset: str | None = None
+    data: str | None = None
+    image_size: int | None = None
+    accuracy: float | None = None
+    digest: str = ""
+
+    def settings_as_teacher(self) -> dict[str, Any]:
+        """The settings that this network decides where it teaches: what it is, and its data set."""
+        return {
+            "path_t": self.path,
+            "model_t": self.name,
+            "wrapper_t": describe_wrapper(self.network),
+            "teacher_digest": self.digest,
+            "dataset": self.dataset,
+            "data": self.data,
+            "image_size": self.image_size,
+        }
+
+
+def read_teacher(path: str, model_t: str | None) -> Network:
+    """What `--path_t` and `--model_t` name."""
+    return read_network(path, model_t, "--path_t", "--model_t")
+
+
+def read_initial(source: str, model_s: str | None) -> Network:
+    """What `--init` names."""
+    return read_network(source, model_s, INIT, INIT_NAME)
+
+
+def read_network(path: str, name: str | None, flag: str, name_flag: str) -> Network:
+    """Read a run's checkpoint, an exported network, plain weights such as RepDistiller's, or published weights by name,
+    `torchvision:NAME` or `timm:NAME`.
+
+    `name` is the model's, where it is known. Raises `UserError`, naming `flag`, or `name_flag` where that would help.
+    """
+    if is_external(path):
+        with naming(flag):
+            return _with_digest(_read_published(path, name, name_flag))
+    source = f"{flag}: {path}"
+    checkpoint = upgrade(read_checkpoint(path, flag), source)
+    with contained(f"{source} cannot be used"):
+        if "record" in checkpoint or "model_name" in checkpoint:
+            network, record = load_exported(checkpoint, source)
+            found = record["model_name"]
+        else:
+            found = name or _name_from_folder(path, name_flag)
+            network, record = _read_foreign(path, source, found, checkpoint)
+        _check_record(record)
+    if name not in (None, found):
+        raise UserError(f"{source} holds another architecture, {found}, than {name_flag} {name}")
+    known = (record.get(key) for key in ("dataset", "data", "image_size", "accuracy"))
+    return _with_digest(Network(path, found, network, network.get_classifier().out_features, *known))
+
+
+def _with_digest(network: Network) -> Network:
+    return network._replace(digest=weights_digest(network.network.state_dict()))
+
+
+@contextmanager
+def naming(flag: str) -> Iterator[None]:
+    """Let a `UserError` of what knows no flags begin with the flag."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{flag}: {error}") from None
+
+
+def _check_record(record: Mapping[str, Any]) -> None:
+    """Raise `ValueError` where what a file says of its network is of the wrong kind."""
+    kinds = {"dataset": str, "data": str, "image_size": int, "accuracy": float}
+    for name, kind in kinds.items():
+        value = record.get(name)
+        if value is not None and (
+            type(value) is not kind or "\0" in str(value) or (kind is not str and not value >= 0)
+        ):
+            raise ValueError(f"its {name} is {str(value)[:40]}")
+    if not 8 <= (record.get("image_size") or 32) <= 10_000:
+        raise ValueError(f"its image_size is {record['image_size']}")
+
+
+def _read_foreign(path: str, source: str, name: str, checkpoint: Mapping[str, Any]) -> tuple[Backbone, dict[str, Any]]:
+    weights = name_for(name, find_weights(checkpoint, source))
+    probe = build_model(name, 1)
+    num_classes = count_classes(probe, rename_for(name, weights)) or 1
+    network = build_model(name, num_classes)
+    load_weights(network, name, weights, source)
+    # RepDistiller's files do not name their data set; the ones with 100 classes are CIFAR-100's.
+    record: dict[str, Any] = {"dataset": "cifar100" if num_classes == 100 else None}
+    published = PUBLISHED_TEACHERS.get((record["dataset"], name))
+    recorded = checkpoint.get("accuracy", checkpoint.get("best_acc"))
+    # Only in RepDistiller's folder is it the published file; elsewhere it may be somebody's own.
+    is_published = published is not None and (recorded is None or _folder_model(path) == name)
+    record["accuracy"] = published if is_published else None if recorded is None else float(recorded)
+    return network, record
+
+
+def _read_published(source: str, model: str | None, name_flag: str) -> Network:
+    library, _, weights_name = source.partition(":")
+    name = published_name(source)
+    if library == "timm":
+        if model not in (None, name):
+            raise UserError(f"{source} is another architecture, {name}, than {name_flag} {model}")
+        network, record = read_timm(weights_name)
+    else:
+        checkpoint, record = read_torchvision(weights_name)
+        name = model or name
+        weights = name_for(name, find_weights(checkpoint, source))
+        network = build_model(name, count_classes(build_model(name, 1), weights) or 1)
+        load_weights(network, name, weights, source)
+    num_classes = network.get_classifier().out_features
+    known = (record.get("image_size"), record.get("accuracy"))
+    return Network(source, name, network, num_classes, record["dataset"], None, *known)
+
+
+def _name_from_folder(path: str, name_flag: str) -> str:
+    name = _folder_model(path)
+    if name is None:
+        raise UserError(f"{name_flag}: {path} does not say which model it holds; name it")
+    return name
+
+
+def _folder_model(path: str) -> str | None:
+    """What RepDistiller's folders of published teachers say: they are called <model>_vanilla."""
+    match = re.fullmatch(r"(.+)_vanilla", os.path.basename(os.path.dirname(os.path.abspath(path))))
+    return None if match is None else match[1]
+
+
+# Initial weights.
+
+
+def name_of_published(source: str) -> str:
+    """The model whose published weights `--init` names, found without a download."""
+    with naming(INIT):
+        return published_name(source)
+
+
+def start_from(initial: Network, student: Backbone, model_s: str, num_classes: int, dataset: str) -> str:
+    """Give a new network its initial weights; returns a line on what was taken."""
+    takes_classifier = load_initial(student, model_s, initial.network, f"{INIT}: {initial.path}")
+    new = f" but the classifier's, which is new: {initial.num_classes} classes there, {num_classes} here"
+    return (
+        f"{INIT} {initial.path}: all weights{'' if takes_classifier else new}; images are normalised with the mean and "
+        f"deviation of {dataset}, whatever these weights were trained with"
+    )
+
+
+# The teacher of a run.
+
+
+class FrozenTeacher(nn.Module):
+    """A copy of a network that cannot be trained: in memory of its own, without parameters, always in eval mode."""
+
+    def __init__(self, network: Backbone):
+        super().__init__()
+        self.network = copy.deepcopy(network)
+        for module in self.network.modules():
+            for name, parameter in list(module.named_parameters(recurse=False)):
+                delattr(module, name)
+                module.register_buffer(name, parameter.detach())
+        self.eval()
+
+    def train(self, mode: bool = True):
+        return super().train(False)
+
+    @torch.no_grad()
+    def forward(self, images: Tensor, preact: bool = False) -> Output:
+        return self.network.outputs(images, preact)
+
+
+class Teacher:
+    """A teacher as runs compute it: frozen, in the chosen precision and layout, its pass on whole batches compiled."""
+
+    def __init__(self, source: Network, image_size: int, fast: Fast, device: torch.device):
+        self.source, self.fast, self.device = source, fast, device
+        self.network = source.network.eval().to(device)  # as its file holds it, for methods to read and copy parts from
+        self.frozen = FrozenTeacher(fast.prepare_teacher(self.network, image_size))
+        self._compiled = fast.compiled(self.frozen.forward, outlives=True)
+        self.accuracy: float | None = None  # (%), as measured on the test images
+        self.note = ""  # a line on what it is and how accurate
+
+    def __call__(self, images: Tensor, preact: bool, is_whole: bool) -> Output:
+        """The outputs for images (B, 3, H, W) of a batch that may be whole."""
+        compute = self._compiled if is_whole else self.frozen
+        with self.fast.autocast(self.device), self.fast.naming_compiler():
+            return compute(images, preact)
+
+    def predict(self, images: Tensor) -> Tensor:
+        """Logits (B, K) for images (B, 3, H, W)."""
+        return self(images, False, False).logits
+
+
+def check_accuracy(teacher: Network, dataset: str, accuracy: float, allow_gap: bool) -> str:
+    """One line on the measured accuracy (%) and the recorded one; raises `UserError` where they are far apart."""
+    if teacher.accuracy is None or teacher.dataset != dataset:
+        return f"teacher {teacher.name}: {accuracy:.2f} % (no accuracy recorded for {dataset})"
+    gap = abs(accuracy - teacher.accuracy)
+    if gap > TEACHER_TOLERANCE and not allow_gap:
+        raise UserError(
+            f"--path_t: {teacher.path} tests at {accuracy:.2f} % on {dataset}, {gap:.2f} points off the "
+            f"{teacher.accuracy:.2f} % on record; get the right file, or accept it with --allow_teacher_gap"
+        )
+    return f"teacher {teacher.name}: {accuracy:.2f} % (on record: {teacher.accuracy:.2f} %)"
+
+
+def check_apart(student: nn.Module, teacher: nn.Module, distill: str) -> None:
+    """Raise `UserError` where a method or its student would train or change what is the teacher's."""
+    theirs = {tensor.untyped_storage().data_ptr() for tensor in teacher.state_dict().values() if tensor.numel()}
+    for name, tensor in student.state_dict().items():
+        if tensor.numel() and tensor.untyped_storage().data_ptr() in theirs:
+            raise UserError(f"--distill {distill}: its {name} is the teacher's own; the method must copy it")
