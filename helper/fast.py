@@ -25,8 +25,9 @@ class Float32Convolution(nn.Conv2d):
     @classmethod
     def like(cls, layer: nn.Conv2d) -> "Float32Convolution":
         """The same convolution, with the same parameters."""
-        sizes = (layer.in_channels, layer.out_channels, layer.kernel_size, layer.stride, layer.padding, layer.dilation)
-        same = cls(*sizes, layer.groups, layer.bias is not None, layer.padding_mode, device="meta")
+        sizes: Any = (layer.kernel_size, layer.stride, layer.padding, layer.dilation, layer.groups)
+        has_bias = layer.bias is not None
+        same = cls(layer.in_channels, layer.out_channels, *sizes, has_bias, layer.padding_mode, device="meta")
         same.weight, same.bias = layer.weight, layer.bias
         return same.train(layer.training)
 
@@ -63,7 +64,7 @@ class Fast(NamedTuple):
                     layer.to(PRECISIONS[self.precision])
         return self.lay_out(network)
 
-    def lay_out(self, value: nn.Module | Tensor) -> nn.Module | Tensor:
+    def lay_out(self, value: Any) -> Any:
         """The same network or images (B, C, H, W) in the chosen memory layout."""
         if not self.channels_last:
             return value

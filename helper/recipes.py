@@ -5,6 +5,7 @@
 
 from collections.abc import Mapping
 from types import MappingProxyType
+from typing import Any
 
 #: How long and how fast a data set is trained.
 DATASET = {
@@ -218,7 +219,7 @@ PUBLISHED_TEACHERS = {
 
 def resolve(
     dataset: str, teacher: str | None, student: str, method: str, chosen: Mapping = MappingProxyType({})
-) -> dict[str, tuple[object, str]]:
+) -> dict[str, tuple[Any, str]]:
     """Argument -> (value, which row it comes from); `chosen` holds flags that are given, on which some rows depend."""
     rows = (
         (f"data set {dataset}", DATASET.get(dataset, DATASET["cifar100"])),
