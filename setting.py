@@ -88,7 +88,7 @@ class Setting(NamedTuple):
         except (ArgumentTypeError, TypeError, OverflowError, ValueError) as error:
             raise ValueError(f"{self.names[-1]} cannot be {str(value)[:100]!r} ({error})") from None
         if self.choices is not None and read not in self.choices:
-            raise ValueError(f"{self.names[-1]} must be one of {', '.join(self.choices)}, not {str(value)[:100]!r}")
+            raise ValueError(f"{self.names[-1]} must be one of {', '.join(map(str, self.choices))}, not {value!r}")
         return read
 
 

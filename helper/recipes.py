@@ -115,7 +115,7 @@ CHOSEN = {
     ("srrl", "srrl_form", "pooled"): {"alpha": 1.0},
 }
 #: The same for one (teacher, student): the weights that logit standardisation's author gives (issues 12, 19, 31).
-CHOSEN_PAIR = {
+CHOSEN_PAIR: dict[tuple, dict[str, Any]] = {
     ("wrn_40_2", "wrn_40_1", "kd", "logit_standardization", True): {"alpha": 12.0},
     ("wrn_40_2", "wrn_16_2", "kd", "logit_standardization", True): {"alpha": 12.0},
     ("resnet56", "resnet20", "kd", "logit_standardization", True): {"alpha": 18.0},
@@ -163,7 +163,7 @@ METHOD_DATASET = {
 _NORM_RESNET_X4 = {"gamma": 0.1, "alpha": 0.0, "beta": 1.0, "co_sponge": 8}
 
 #: What is known of one (teacher, student, method).
-PAIR = {
+PAIR: dict[tuple, dict[str, Any]] = {
     ("resnet32x4", "resnet8x4", "norm"): _NORM_RESNET_X4,
     ("resnet32x4", "resnet8x4", "norm_crd"): _NORM_RESNET_X4,
     **{("vgg13", student, "dkd"): {"dkd_beta": 6.0} for student in ("MobileNetV2", "MobileNetV2_norm")},
