@@ -38,9 +38,9 @@ def entry(program: bytes) -> bytes:
     return b"}" + text("model") + program + b"s"
 
 
-#: tuples in tuples: 200,000 levels, and 2**64 leaves that are one.
+#: Tuples in tuples: 200,000 levels, and 2**40 leaves that are one.
 DEEP = b")" + b"\x85" * 200_000
-WIDE = b")" + b"q\x00h\x00\x86" * 64
+WIDE = b")" + b"q\x00h\x00\x86" * 40
 HUGE = (2**30, 1)
 
 HOSTILE = {
@@ -53,6 +53,7 @@ HOSTILE = {
     "wide": WIDE,
     "a list in itself": b"]q\x00h\x00a",
     "a storage larger than its part": tensor(storage(count=2**30), HUGE, (1, 1)),
+    "a storage smaller than its part": tensor(storage(count=8), (2, 4), (4, 1)),
     "a tensor larger than its storage": tensor(storage(), HUGE, (1, 1)),
     "a number repeated a billion times": tensor(storage(), HUGE, (0, 0)),
     "numbers before the storage": tensor(storage(), (4, 4), (4, 1), -1),
