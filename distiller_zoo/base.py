@@ -120,6 +120,21 @@ class Distiller(nn.Module):
             if flag.choices and value not in flag.choices:
                 raise UserError(f"{flag.names[-1]}: must be one of {', '.join(flag.choices)}, not {value}")
             setattr(self, flag.argument, value)
+        for whose, network, reads in (
+            ("student", student, self.student_preact),
+            ("teacher", teacher, self.teacher_preact),
+        ):
+            if reads and network is not None and not network.shows_preactivations:
+                raise UserError(
+                    f"--distill {self.name}: it reads the {whose}'s maps before their last ReLU, which only our own "
+                    f"networks show, not {network.name}; choose another --distill or --model_{whose[0]}"
+                )
+        if teacher is not None and self.needs_teacher_logits() and teacher.num_classes != task.num_classes:
+            has = f"{teacher.num_classes} classes" if teacher.num_classes else "no classifier"
+            raise UserError(
+                f"--model_t: the teacher has {has}, the data {task.num_classes} classes, and --distill {self.name} "
+                "reads the teacher's logits; choose another teacher, -a 0, or a method that reads feature maps"
+            )
         if task.batch_size < self.min_batch:
             raise UserError(
                 f"--batch_size: --distill {self.name} compares images of a batch, it needs at least {self.min_batch}"
@@ -155,6 +170,10 @@ class Distiller(nn.Module):
         """Whether the main stage reads the teacher's outputs."""
         return self.needs_teacher
 
+    def needs_teacher_logits(self) -> bool:
+        """Whether any stage reads the teacher's logits, so that its classes must be those of the data."""
+        return self.needs_teacher
+
     def forward(
         self, batch, teacher: Output | None, progress: Progress, stage: Stage | None = None
     ) -> tuple[Tensor | None, dict[str, Tensor]]:
@@ -166,6 +185,10 @@ class Distiller(nn.Module):
             outputs = (widen_output(output, self.reads) for output in (student, teacher))
             losses = stage.losses(*outputs, batch.targets, batch.index, progress)
         return None if student is None else student.logits[: len(batch.targets)], losses
+
+    def note(self) -> str:
+        """One sentence that a run says of the method on these networks; empty where there is nothing to say."""
+        return ""
 
     def predict(self, images: Tensor) -> Tensor:
         """Logits (B, K) of what is being trained, with its adapters where they belong to the network."""

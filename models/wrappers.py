@@ -40,7 +40,7 @@ class ReusedClassifier(Wrapper):
 
     def forward_maps(self, x, preact=False):
         maps, final = self.network.forward_maps(x, preact)
-        activated = self.network.activate(final)
+        activated = self.network.to_map(self.network.activate(final))
         if activated.shape[2] > self.sizes["size"]:
             activated = F.adaptive_avg_pool2d(activated, self.sizes["size"])
         return maps, self.projector(activated)
