@@ -4,7 +4,8 @@
 
 L_norm matches each of the N segments of the student's expanded map to the teacher's last map (feature_transform.py);
 s' and t' are logits standardised per sample. gamma, alpha, beta are the flags -r, -a, -b; the paper's alpha is -b here
-and its beta is -a. Deviations from the official code are listed in docs/norm.md.
+and its beta is -a. Standardised logits of two classes are constants, so that raw ones are taken there. Deviations from
+the official code are listed in docs/norm.md.
 """
 
 import copy
@@ -14,9 +15,20 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from distiller_zoo.base import ALPHA, BETA, GAMMA, KD_T, Distiller, Flag, count, number, weighted_cross_entropy
+from distiller_zoo.base import (
+    ALPHA,
+    BETA,
+    GAMMA,
+    KD_T,
+    Distiller,
+    Flag,
+    above_zero,
+    count,
+    number,
+    weighted_cross_entropy,
+)
 from distiller_zoo.feature_transform import FORMS, FeatureTransform, match_size, norm_loss
-from distiller_zoo.kd import weighted_kd
+from distiller_zoo.kd import CONSTANT_CLASSES, weighted_kd
 from errors import UserError
 from models.backbone import Backbone, FinalConv, Output, probe_shapes
 
@@ -116,10 +128,13 @@ class NORM(Distiller):
     reads = ("final",)
     ships = "student (transform folded in)"
     flags = (GAMMA, ALPHA, BETA, BETA1, CETA, CO_SPONGE, KD_T, FT, FT_POSITION, FT_FORM, LARGER_STUDENT)
+    needs = {"kd_T": (above_zero(ALPHA),), **dict.fromkeys(("beta1", "larger_student"), (above_zero(BETA),))}
     larger_student = "refuse"
 
     def __init__(self, student: Backbone, teacher: Backbone | None, task, **hyper_parameters):
         super().__init__(student, teacher, task, **hyper_parameters)
+        #: The scale of the standardised logits that the losses read; 0: raw logits.
+        self.scale = self.ceta if task.num_classes > CONSTANT_CLASSES else 0.0
         if self.co_sponge < 1:
             raise UserError(f"-s/--co_sponge: N must be at least 1, not {self.co_sponge}")
         student_map = probe_shapes(student, task.image_size).final
@@ -136,6 +151,11 @@ class NORM(Distiller):
         else:
             residual = self.ft == "default"
             self.transform = FeatureTransform(channels, teacher_channels, self.co_sponge, residual, self.ft_form)
+
+    def notes(self):
+        if self.scale == self.ceta:
+            return []
+        return [f"-c/--ceta {self.ceta} is off: standardised logits of two classes are constants, without gradient"]
 
     def respond(self, images: Tensor, teacher: Output | None) -> NormOutput:
         maps, final = self.student.forward_maps(images)
@@ -159,8 +179,8 @@ class NORM(Distiller):
             return student_map, norm_loss(match_size(student_map, *target.shape[2:]).to(target.dtype), target)
 
     def losses(self, student, teacher, targets, index, progress):
-        student_logits = standardise_logits(student.logits, self.ceta)
-        teacher_logits = standardise_logits(teacher.logits, self.ceta)
+        student_logits = standardise_logits(student.logits, self.scale)
+        teacher_logits = standardise_logits(teacher.logits, self.scale)
         weight = self.beta * norm_weight(self.beta1, progress.epoch, progress.epochs)
         return {
             **weighted_cross_entropy(self.gamma, student_logits, targets),
@@ -225,6 +245,7 @@ class FTBaseline(NORM):
         FT_POSITION,
         FT_FORM,
     )
+    needs = {}
 
     def losses(self, student, teacher, targets, index, progress):
-        return weighted_cross_entropy(self.gamma, standardise_logits(student.logits, self.ceta), targets)
+        return weighted_cross_entropy(self.gamma, standardise_logits(student.logits, self.scale), targets)
