@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from helper.deployment import FORMATS, read_deployed
 from PIL import Image
 
 import train_teacher
@@ -11,7 +12,6 @@ from dataset import read_normalised
 from dataset.sources import digits, load_data
 from errors import UserError
 from helper import deployment
-from helper.deployment import FORMATS, read_deployed
 from scripts import export_student, predict
 from tests.conftest import message_of
 
