@@ -2,17 +2,16 @@
 
 import re
 import shlex
-from pathlib import Path
 
 import pytest
 
 import train_cifar_student
 import train_teacher
-from helper import options
+from helper.command_line import imagenet_parser, student_parser, teacher_parser
 from models import model_dict
 from scripts import export_student, list_methods, report, reproduce
+from tests.conftest import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
 MAINS = {
     "train_teacher.py": train_teacher.main,
@@ -53,9 +52,9 @@ def test_the_example_commands_run_in_their_order(tmp_path, monkeypatch, capsys):
 def test_commands_that_need_a_network_or_own_images_parse(command):
     _, script, *argv = shlex.split(command)
     parsers = {
-        "train_teacher.py": options.teacher_parser,
-        "train_cifar_student.py": options.student_parser,
-        "train_imagenet_student.py": options.imagenet_parser,
+        "train_teacher.py": teacher_parser,
+        "train_cifar_student.py": student_parser,
+        "train_imagenet_student.py": imagenet_parser,
     }
     parsers[script]().parse_args(argv)
 

@@ -4,18 +4,18 @@ import functools
 
 import pytest
 import torch
-from helper.stage_training import begin, train_step
-from helper.teacher import FrozenTeacher
 
 from dataset import Batch
 from distiller_zoo import DISTILLERS, Progress, Task
-from distiller_zoo.base import Flag
+from helper.loops import begin, train_step
+from helper.networks import FrozenTeacher
+from setting import Setting
 from tests.conftest import pair_networks
 
 CLASSES, BATCH, SIZE = 10, 4, 16
 #: A student with a BatchNorm and a ReLU in its head, and a teacher of equal widths: every flag has something to act on.
 PAIR = ("wrn_16_1", "wrn_16_1")
-#: Flags that choose how the same numbers are computed, or that only act on other pairs.
+#: Settings that choose how the same numbers are computed, or that only act on other pairs.
 SAME_NUMBERS = {"ft_form", "larger_student"}
 #: A weight scales its terms exactly; these are weights that are not called so because 0 is refused or means nothing.
 WEIGHTS = {
@@ -31,7 +31,7 @@ WEIGHTS = {
 EVERY_FLAG = [(name, flag) for name, method in DISTILLERS.items() for flag in method.flags]
 
 
-def other_value(flag: Flag):
+def other_value(flag: Setting):
     """A legal value that is not the default."""
     special = {"beta1": 0.25, "mlkd_temperatures": (2.0, 5.0), "hint_layer": 1, "branches": 2, "ratio_tf": 0.25}
     special |= {"ratio_ss": 0.25, "nce_m": 0.9, "kd_T": 2.0}
@@ -95,7 +95,7 @@ def stages_of(name: str, flags: dict) -> list[tuple]:
     return [(stage.name, stage.epochs, stage.learning_rate) for stage in method.stages(240)]
 
 
-def is_weight(flag: Flag) -> bool:
+def is_weight(flag: Setting) -> bool:
     return flag.argument in WEIGHTS or (flag.is_weight and flag.argument != "beta1")
 
 

@@ -1,6 +1,6 @@
 """How fast images come from a disk, with several numbers of workers, beside what decoding alone would allow.
 
-python scripts/benchmark_input.py PATH --workers 0,1,2,4 --json FILE
+python scripts/benchmarks/input.py PATH --workers 0,1,2,4 --json FILE
 
 PATH is a folder like ImageNet's, or shards. The limit is one process that only decodes, times the cores there are; what
 random crops, stacking and the way between processes cost is the rest.
@@ -11,17 +11,18 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
 import torch
-from helper.device import count_cores, find_device
-from helper.options import Parser
 
 from dataset import ImageData, Loader, load_data
 from dataset.decoding import decode
-from distiller_zoo.base import count
 from errors import run_script
-from scripts.benchmark_parts import report
+from helper.command_line import Parser
+from helper.distributed import find_device
+from helper.settings import count_cores
+from scripts.benchmarks.parts import report
+from setting import count
 
 
 def _numbers(text: str) -> list[int]:

@@ -4,7 +4,6 @@ import json
 import os
 import shlex
 import subprocess
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,14 +12,13 @@ import train_imagenet_student
 from dataset import load_data
 from distiller_zoo import DISTILLERS, Task
 from distiller_zoo.norm import norm_weight
-from helper import options
+from helper.command_line import imagenet_parser, student_parser
 from helper.recipes import IMAGENET_PAIRS, resolve
 from models import build_model
-from scripts import benchmark_input, enlarge_images
-from tests.conftest import message_of
+from scripts import enlarge_images
+from scripts.benchmarks import input as benchmark_input
+from tests.conftest import ROOT, message_of
 from tests.test_stored_images import write_images
-
-ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture
@@ -76,7 +74,7 @@ def script_command(name: str, *flags: str, **variables: str) -> list[str]:
 )
 def test_the_imagenet_scripts_start_what_they_are_named_for(name, pair):
     script, *flags = script_command(name, "--max_steps", "2", DATA="somewhere")
-    args = options.imagenet_parser().parse_args(flags)
+    args = imagenet_parser().parse_args(flags)
     assert script == "train_imagenet_student.py" and (args.path_t, args.model_s, args.gamma) == pair
     assert (args.alpha, args.beta, args.co_sponge, args.lr_decay) == (0.0, 1.0, 8, "cos")
     assert (args.data, args.max_steps, args.dataset) == ("somewhere", 2, "imagenet")
@@ -88,7 +86,7 @@ def test_the_imagenet_scripts_start_what_they_are_named_for(name, pair):
 
 def test_the_cifar_script_fetches_the_teacher_and_starts_the_published_command():
     script, *flags = script_command("train_cifar_student_norm.sh", "--trial", "2")
-    args = options.student_parser().parse_args(flags)
+    args = student_parser().parse_args(flags)
     assert script == "train_cifar_student.py" and args.trial == "2"
     assert args.path_t == "save/models/resnet32x4_vanilla/ckpt_epoch_240.pth"
     assert (args.gamma, args.alpha, args.beta, args.co_sponge) == (0.1, 0.0, 1.0, 8)

@@ -1,6 +1,6 @@
 """Time of a training step of every method, relative to KD on the same pair.
 
-python scripts/benchmark_methods.py [--pairs resnet32x4:resnet8x4,wrn_40_2:ShuffleV1] [--json FILE]
+python scripts/benchmarks/methods.py [--pairs resnet32x4:resnet8x4,wrn_40_2:ShuffleV1] [--json FILE]
 
 Steps of a method and of KD alternate, on the same images, so that what else the machine does falls on both; the ratio
 is that of the medians. Only the main stage is timed.
@@ -12,20 +12,20 @@ import sys
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
 import torch
-from helper.device import find_device
-from helper.options import Parser, pairs
-from helper.stage_training import begin, train_step
-from helper.teacher import FrozenTeacher
 
 from dataset import VIEWS, Batch
 from distiller_zoo import DISTILLERS, Progress, Task
-from distiller_zoo.base import count
 from errors import UserError, run_script
+from helper.command_line import Parser, pairs
+from helper.distributed import find_device
+from helper.loops import begin, train_step
+from helper.networks import FrozenTeacher
 from models import build_model
-from scripts.benchmark_parts import recipe_method, report
+from scripts.benchmarks.parts import recipe_method, report
+from setting import count
 
 IMAGES, CLASSES, SIZE = 50_000, 100, 32
 

@@ -10,8 +10,8 @@ import train_teacher
 from dataset import read_normalised
 from dataset.sources import digits, load_data
 from errors import UserError
-from helper import deployment
-from helper.deployment import FORMATS, read_deployed
+from helper import export
+from helper.export import FORMATS, read_deployed
 from scripts import export_student, predict
 from tests.conftest import message_of
 
@@ -147,7 +147,7 @@ def test_what_cannot_be_predicted_is_one_line(exported, folder, tmp_path, monkey
     assert "config.json is another file" in message_of(export_student.main, argv)
     assert (run / "config.json").read_text() == config
     assert "must be of pth, pt2, onnx, not tar" in message_of(export_student.main, [image, "--format", "tar"])
-    monkeypatch.setattr(deployment, "RECORD", "another")
+    monkeypatch.setattr(export, "RECORD", "another")
     for kind in ("pt2", "onnx"):
         with pytest.raises(UserError, match="does not say what it was trained on"):
             read_deployed(str(exported.with_suffix(f".{kind}")))
@@ -155,6 +155,7 @@ def test_what_cannot_be_predicted_is_one_line(exported, folder, tmp_path, monkey
 
 def test_a_network_without_classes_is_refused(exported, folder, tmp_path):
     content = torch.load(exported, weights_only=True)
-    torch.save({key: value for key, value in content.items() if key not in ("classes", "mean")}, tmp_path / "bare.pth")
+    record = {key: value for key, value in content["record"].items() if key not in ("classes", "mean")}
+    torch.save(content | {"record": record}, tmp_path / "bare.pth")
     image = str(next((folder / "val" / "warm").iterdir()))
     assert "does not say classes, mean" in message_of(predict.main, [str(tmp_path / "bare.pth"), image])

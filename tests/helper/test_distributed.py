@@ -14,11 +14,13 @@ import train_teacher
 from dataset import Augmentation, Batch, ImageData, Images, Loader
 from distiller_zoo import DISTILLERS
 from errors import UserError
-from helper import configuration, distributed, inputs, options
-from tests.distributed_cases import CASES, few_images, run_cases, train
-from tests.run_folders import load, metrics, same_state
+from helper import distributed
+from helper import run as run_module
+from helper.command_line import parse, resolve, teacher_parser
+from tests.conftest import ROOT
+from tests.helper.distributed_cases import CASES, few_images, run_cases, train
+from tests.run_folders import metrics, same_state, state, weights
 
-ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")
 EQUAL = [name for name, case in CASES.items() if case[3]]
 RUN = ("--batch_size", "8", "--epochs", "2", "--model", "resnet8", "--save_every_steps", "1")
@@ -103,10 +105,10 @@ def test_whole_runs_write_once(together):
 
 
 def test_all_processes_start_from_the_given_weights(together, tmp_path, monkeypatch):
-    monkeypatch.setattr(inputs, "load_data", few_images)
+    monkeypatch.setattr(run_module, "load_data", few_images)
     source, run = together / "digits_ce_resnet8_trial1" / "last.pth", "digits_ce_resnet8_trial3"
     train_teacher.main(["--save_dir", str(tmp_path), *FINE_TUNING, "--init", str(source)])
-    alone, shared = (load(folder / run / "last.pth")["distiller"] for folder in (tmp_path, together))
+    alone, shared = (weights(folder / run) for folder in (tmp_path, together))
     for key, value in alone.items():
         assert torch.allclose(value.double(), shared[key].double(), rtol=1e-4, atol=1e-4), key
     assert (together / run / "log.txt").read_text().count("all weights; images") == 1
@@ -114,12 +116,12 @@ def test_all_processes_start_from_the_given_weights(together, tmp_path, monkeypa
 
 def test_a_run_goes_on_in_another_number_of_processes(together, tmp_path, monkeypatch):
     """Four steps in two processes and five in one: the same weights as nine in one, but for rounding."""
-    monkeypatch.setattr(inputs, "load_data", few_images)
+    monkeypatch.setattr(run_module, "load_data", few_images)
     (together / "digits_ce_resnet8_trial2" / "last.pth").write_bytes(b"")  # so it goes on from the one before
     train_teacher.main(["--save_dir", str(tmp_path), *RUN, *SLOW, "--max_steps", "9"])
     run = "digits_ce_resnet8_trial2"
     train_teacher.main(["--resume", str(together / run), "--max_steps", "9"])
-    alone, resumed = (load(folder / run / "last.pth") for folder in (tmp_path, together))
+    alone, resumed = (state(folder / run) for folder in (tmp_path, together))
     assert alone["step"] == resumed["step"] == 9
     for key, value in alone["distiller"].items():
         assert torch.allclose(value.double(), resumed["distiller"][key].double(), rtol=1e-4, atol=1e-4), key
@@ -132,7 +134,7 @@ def environment(number: int, port: int, trouble: str) -> dict:
 
 def run_with_trouble(trouble: str, folder: Path) -> list[tuple[int, str]]:
     """Exit codes and stderr of two processes."""
-    argv = [sys.executable, "-m", "tests.distributed_cases", "--save_dir", str(folder), *RUN[:-2]]
+    argv = [sys.executable, "-m", "tests.helper.distributed_cases", "--save_dir", str(folder), *RUN[:-2]]
     port = free_port()
     processes = [
         subprocess.Popen(argv, cwd=ROOT, env=environment(number, port, trouble), stderr=subprocess.PIPE, text=True)
@@ -154,13 +156,13 @@ def test_a_signal_to_one_process_stops_all_at_the_same_step(tmp_path):
     ends = run_with_trouble("SIGTERM", tmp_path)
     assert [code for code, _ in ends] == [143, 143]
     assert [text.count("stopped by SIGTERM and saved") for _, text in ends] == [1, 0]
-    checkpoint = load(tmp_path / "digits_ce_resnet8_trial1" / "last.pth")
-    assert checkpoint["epoch"] == 1 and checkpoint["epoch_state"]["steps"] in (4, 5)
+    saved = state(tmp_path / "digits_ce_resnet8_trial1")
+    assert saved["epoch"] == 1 and saved["epoch_state"]["steps"] in (4, 5)
 
 
 def test_a_killed_worker_is_started_again_and_the_run_ends_the_same(together, tmp_path):
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max_restarts=1"]
-    argv = [*launch, "-m", "tests.distributed_cases", "--save_dir", str(tmp_path), *RUN, "--resume"]
+    argv = [*launch, "-m", "tests.helper.distributed_cases", "--save_dir", str(tmp_path), *RUN, "--resume"]
     outer = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE")}
     done = subprocess.run(
         argv, cwd=ROOT, env=outer | {"TROUBLE": "SIGKILL", "OMP_NUM_THREADS": "1"}, capture_output=True, text=True
@@ -168,9 +170,11 @@ def test_a_killed_worker_is_started_again_and_the_run_ends_the_same(together, tm
     assert done.returncode == 0, done.stderr[-2000:]
     run = tmp_path / "digits_ce_resnet8_trial1"
     assert "resumed after epoch 1" in done.stdout and "and 3 steps" in done.stdout
-    undisturbed = load(together / run.name / "last.pth")
-    for key in ("distiller", "optimizer", "accuracies", "step"):
-        assert same_state(undisturbed[key], load(run / "last.pth")[key]), key
+    undisturbed, ended = state(together / run.name), state(run)
+    for key in ("distiller", "optimizer", "step"):
+        assert same_state(undisturbed[key], ended[key]), key
+    accuracies = [[record["test_accuracy"] for record in one["records"]] for one in (undisturbed, ended)]
+    assert accuracies[0] == accuracies[1]
 
 
 @pytest.mark.parametrize("views", ["plain", "rotations", "weak_strong"])
@@ -200,9 +204,9 @@ def test_a_batch_is_cut_with_all_its_views():
 
 
 def test_a_batch_that_cannot_be_divided_is_refused(monkeypatch, distil):
-    parse = configuration.parse
+    [given] = parse(teacher_parser(), ["--model", "resnet8", "--batch_size", "64", "--accumulate", "3"]).runs
     with pytest.raises(UserError, match=r"--batch_size: 64 .* try 63"):
-        parse(options.teacher_parser(), ["--model", "resnet8", "--batch_size", "64", "--accumulate", "3"])
+        resolve(given)
     with pytest.raises(UserError, match="needs at least 2"):
         distil("--batch_size", "64", "--accumulate", "64", distill="rkd")
     with pytest.raises(UserError, match="--accumulate: stage search"):
@@ -214,7 +218,7 @@ def test_a_batch_that_cannot_be_divided_is_refused(monkeypatch, distil):
 
 def test_every_part_is_large_enough_for_the_method(distil, monkeypatch):
     """A short last batch is cut into fewer parts."""
-    monkeypatch.setattr(inputs, "load_data", few_images)
+    monkeypatch.setattr(run_module, "load_data", few_images)
     sizes, losses = [], DISTILLERS["rkd"].losses
 
     def spied(self, student, teacher, targets, index, progress):

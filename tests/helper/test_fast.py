@@ -9,11 +9,12 @@ import torch
 
 import train_cifar_student
 from errors import UserError
-from helper import configuration, engine, fast, options
+from helper import fast, settings
+from helper.command_line import parse, resolve, teacher_parser
 from models import build_model
 from scripts import export_student
-from tests.conftest import make_batch
-from tests.run_folders import load, metrics, same_state
+from tests.conftest import killed, make_batch
+from tests.run_folders import load, metrics, same_state, weights
 
 FLAGS = ("--batch_size", "32", "--max_steps", "4")
 
@@ -21,24 +22,22 @@ FLAGS = ("--batch_size", "32", "--max_steps", "4")
 pytestmark = pytest.mark.usefixtures("few_images")
 
 
-def parse(*argv):
-    return configuration.parse(options.teacher_parser(), ["--model", "resnet8", *argv])[0][0]
+def configure(*argv):
+    return resolve(*parse(teacher_parser(), ["--model", "resnet8", *argv]).runs)
 
 
 def test_auto_is_what_the_device_supports_and_a_flag_wins(monkeypatch):
-    off = parse()
-    assert fast.Fast.of(off) == fast.Fast(**fast.OFF) and off.origins["precision"] == "--fast off"
-    monkeypatch.setattr(fast, "computes_bfloat16", lambda device: True)
-    auto = parse("--fast", "auto")
-    assert (
-        fast.Fast.of(auto) == fast.Fast("bfloat16", True, True, True, "off")
-        and auto.origins["precision"] == "--fast auto"
-    )
-    some = parse("--fast", "auto", "--precision", "float32", "--no-channels_last")
+    off = configure()
+    assert fast.Fast.of(off) == fast.Fast() and off.origins["precision"] == "default"
+    monkeypatch.setattr(settings, "computes_bfloat16", lambda device: True)
+    auto = configure("--fast", "auto")
+    assert fast.Fast.of(auto) == fast.Fast("bfloat16", True, True, True, "off")
+    assert auto.origins["precision"] == "--fast auto"
+    some = configure("--fast", "auto", "--precision", "float32", "--no-channels_last")
     assert fast.Fast.of(some) == fast.Fast("float32", False, True, True)
-    assert parse("--fold_teacher").fold_teacher and not parse("--fold_teacher").channels_last
-    monkeypatch.setattr(fast, "computes_bfloat16", lambda device: False)
-    assert parse("--fast", "auto").precision == "float32"
+    assert configure("--fold_teacher").fold_teacher and not configure("--fold_teacher").channels_last
+    monkeypatch.setattr(settings, "computes_bfloat16", lambda device: False)
+    assert configure("--fast", "auto").precision == "float32"
 
 
 @pytest.mark.parametrize("parts", [("--channels_last", "--fold_teacher", "--fused_optimizer"), ("--fast", "auto")])
@@ -53,29 +52,22 @@ def test_fast_and_plain_learn_the_same(distil, distill, parts):
 
 def test_a_fast_run_repeats_itself_and_its_student_is_float32(distil):
     runs = [distil(*FLAGS, "--fast", "auto") for _ in range(2)]
-    states = [load(run / "last.pth") for run in runs]
-    assert same_state(states[0]["distiller"], states[1]["distiller"])
-    assert all(value.dtype != torch.bfloat16 for value in states[0]["distiller"].values())
+    states = [weights(run) for run in runs]
+    assert same_state(*states)
+    for saved in (states[0], load(runs[0] / "last.pth")["model"]):
+        assert all(value.dtype != torch.bfloat16 for value in saved.values())
     exported = load(export_student.main([str(runs[0] / "last.pth")]))
     assert all(value.dtype in (torch.float32, torch.int64) for value in exported["model"].values())
 
 
-def test_a_fast_run_goes_on_as_it_was(distil, monkeypatch):
+def test_a_fast_run_goes_on_as_it_was(distil):
     flags = ("--batch_size", "32", "--epochs", "2", "--fast", "auto")
     whole = distil(*flags)
-    save = engine.Run._save
-
-    def save_then_stop(self, record):
-        save(self, record)
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(engine.Run, "_save", save_then_stop)
-    with pytest.raises(KeyboardInterrupt):
+    with killed():
         distil(*flags, "--trial", "cut", "--seed", "1")
-    monkeypatch.setattr(engine.Run, "_save", save)
     cut = next(path for path in whole.parent.iterdir() if path.name.endswith("trialcut"))
     train_cifar_student.main(["--resume", str(cut)])
-    assert same_state(load(whole / "last.pth")["distiller"], load(cut / "last.pth")["distiller"])
+    assert same_state(weights(whole), weights(cut))
     assert json.loads((cut / "config.json").read_text())["fast"] == "auto"
 
 
@@ -127,7 +119,7 @@ def test_a_compiled_run_is_the_same_and_compiles_each_pass_once(distil, graphs):
     assert len(graphs) == 2, "the teacher's pass and the student's"
     for expected, line in zip(metrics(plain), metrics(compiled), strict=True):
         assert line["loss"] == pytest.approx(expected["loss"], rel=1e-3)
-    states = [load(run / "last.pth")["distiller"] for run in (plain, compiled)]
+    states = [weights(run) for run in (plain, compiled)]
     assert list(states[0]) == list(states[1])
 
 

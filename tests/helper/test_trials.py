@@ -4,14 +4,15 @@ import json
 from pathlib import Path
 
 import pytest
-from helper.teacher import FrozenTeacher
 
 import train_cifar_student
 import train_teacher
 from errors import Stopped, UserError
-from helper import engine
+from helper.networks import FrozenTeacher
+from helper.run import Run
+from helper.signals import StopRequest
 from tests.conftest import keep_images, message_of
-from tests.run_folders import load, metrics, same_state
+from tests.run_folders import metrics, same_state, weights
 
 #: Two epochs of four steps.
 FLAGS = ("--batch_size", "32", "--epochs", "2")
@@ -53,7 +54,7 @@ def folders(root: Path) -> dict[str, Path]:
 
 
 def same_weights(left: Path, right: Path) -> bool:
-    return same_state(load(left / "last.pth")["distiller"], load(right / "last.pth")["distiller"])
+    return same_state(weights(left), weights(right))
 
 
 def test_trials_are_what_they_are_alone_and_share_the_teacher(train, passes, save_dir):
@@ -104,16 +105,17 @@ def test_trials_without_a_teacher_differ_in_their_order_too(save_dir):
 
 def test_trials_that_are_stopped_go_on_together(train, passes, monkeypatch):
     whole = train("--trials", "2", "--distill", "kd")
-    after_step = engine.Run._after_step
+    asked, finish_step = [], Run.finish_step
 
-    def ask_to_stop(self, make_state, number):
+    def ask_to_stop(self, number):
+        finish_step(self, number)
         if self.epoch == 1 and number == 2:
-            self.stop_request.signal_number = 15
-        after_step(self, make_state, number)
+            asked.append(15)
 
     names = ("--trials", "2", "--distill", "kd", "--trial", "11", "--seed", "1")
     with monkeypatch.context() as patch, pytest.raises(Stopped):
-        patch.setattr(engine.Run, "_after_step", ask_to_stop)
+        patch.setattr(Run, "finish_step", ask_to_stop)
+        patch.setattr(StopRequest, "heard_by_any", lambda self: asked[0] if asked else None)
         train(*names)
     passes.clear()
     cut = train(*names, "--resume")
@@ -123,14 +125,14 @@ def test_trials_that_are_stopped_go_on_together(train, passes, monkeypatch):
 
 def test_one_that_is_ahead_waits(train, passes, monkeypatch):
     """Runs that were killed at different moments meet again."""
-    save_last, kept = engine.Run._save_last, {}
+    save_last, kept = Run._save_last, {}
 
     def save_and_keep(self, model, epoch_state):
         save_last(self, model, epoch_state)
         kept.setdefault((self.config.trial, self.epoch), (self.folder.path / "last.pth").read_bytes())
 
     with monkeypatch.context() as patch:
-        patch.setattr(engine.Run, "_save_last", save_and_keep)
+        patch.setattr(Run, "_save_last", save_and_keep)
         runs = train("--trials", "2", "--distill", "kd", "--epochs", "3")
     (runs["1"] / "last.pth").write_bytes(kept["1", 1])
     (runs["2"] / "last.pth").write_bytes(kept["2", 2])

@@ -1,4 +1,4 @@
-"""Writes the tables of docs/benchmarks.md from the records in docs/benchmarks: `python scripts/benchmark_tables.py`.
+"""Writes the tables of docs/benchmarks.md from the records in docs/benchmarks: `python scripts/benchmarks/tables.py`.
 
 The page names a record file at each table: `<!-- step_cpu.json -->` ... `<!-- end -->`.
 """
@@ -8,22 +8,22 @@ import re
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from helper.options import Parser
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
 from errors import UserError, run_script
+from helper.command_line import Parser
 from helper.run_folder import replacing
-from scripts import benchmark, benchmark_input, benchmark_losses, benchmark_methods, estimate_imagenet
+from scripts import benchmark
+from scripts.benchmarks import estimate_imagenet, input, losses, methods
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parent.parent.parent
 PAGE, RECORDS = ROOT / "docs" / "benchmarks.md", ROOT / "docs" / "benchmarks"
 #: Which script's table shows a file, by the first word of its name.
 TABLES = {
-    "methods": benchmark_methods.table,
-    "losses": benchmark_losses.table,
+    "methods": methods.table,
+    "losses": losses.table,
     "step": benchmark.table,
-    "input": benchmark_input.table,
+    "input": input.table,
     "estimate": estimate_imagenet.table,
 }
 PLACE = re.compile(r"(<!-- ((\w+?)_\w+\.json) -->\n).*?(<!-- end -->)", re.DOTALL)

@@ -12,10 +12,10 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import train_teacher
-from helper import engine
-from helper.run_folder import PREVIOUS, RunFolder
+from helper.run import Run
+from helper.run_folder import PREVIOUS, RunFolder, replacing
 from tests.conftest import keep_images, message_of
-from tests.run_folders import load, metrics, same_state
+from tests.run_folders import load, metrics, same_state, weights
 
 
 @pytest.fixture(autouse=True)
@@ -65,13 +65,13 @@ def test_a_full_disk_stops_the_run_and_keeps_the_checkpoint(small_disk, tmp_path
             file.truncate(size - room)
         message = message_of(train_teacher.main, ["--resume", str(run), "--epochs", "2"])
         assert "cannot be written" in message and "make room" in message
-        assert same_state(before["distiller"], load(run / "last.pth")["distiller"])
+        assert same_state(before["training"]["distiller"], weights(run))
         assert not list(run.glob("*.part"))
         for text in (run / "metrics.jsonl").read_text().splitlines():
             json.loads(text)
     fill.unlink()
     train_teacher.main(["--resume", str(run), "--epochs", "2"])
-    assert same_state(load(whole / "last.pth")["distiller"], load(run / "last.pth")["distiller"])
+    assert same_state(weights(whole), weights(run))
     assert [record["epoch"] for record in metrics(run)] == [1, 2]
 
 
@@ -96,17 +96,17 @@ def test_a_file_that_cannot_grow_is_named_and_is_not_torn(tmp_path, name):
 
 def cut_in_the_second_epoch(root: Path, monkeypatch) -> Path:
     """A run that was killed between the second epoch's lines and its checkpoint."""
-    save = engine.Run._save
+    save = Run._save
 
     def stop(self, record):
         if self.epoch == 2:
             raise KeyboardInterrupt
         save(self, record)
 
-    monkeypatch.setattr(engine.Run, "_save", stop)
+    monkeypatch.setattr(Run, "_save", stop)
     with pytest.raises(KeyboardInterrupt):
         train(root, "--epochs", "3")
-    monkeypatch.setattr(engine.Run, "_save", save)
+    monkeypatch.setattr(Run, "_save", save)
     return max(root.iterdir())
 
 
@@ -133,3 +133,12 @@ def test_a_line_of_metrics_that_a_power_cut_has_damaged_goes(tmp_path, monkeypat
     train_teacher.main(["--resume", str(run)])
     assert [record["epoch"] for record in metrics(run)] == [2, 3]
     assert (run / PREVIOUS).exists()
+
+
+def test_a_file_that_fails_to_be_written_leaves_the_old_one(tmp_path):
+    path = tmp_path / "file"
+    path.write_text("old")
+    with pytest.raises(RuntimeError), replacing(path) as temporary:
+        Path(temporary).write_text("half")
+        raise RuntimeError
+    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]

@@ -1,4 +1,4 @@
-"""Feature losses as their formulas are usually written in PyTorch: what `scripts/benchmark_losses.py` compares with.
+"""Feature losses as their formulas are usually written in PyTorch: what `scripts/benchmarks/losses.py` compares with.
 
 Shapes: maps (B, C, H, W), vectors (B, D); student first, teacher second; each returns a scalar. Only losses that this
 project computes in another way are here; the others are their formula.
@@ -118,6 +118,14 @@ def crd(v_student: Tensor, v_teacher: Tensor, banks: list[Tensor], index: Tensor
 
 class PlainTransform(FeatureTransform):
     """Liu et al., ICLR 2023: the feature transform in its direct form as two convolutions of maps (B, C, H, W)."""
+
+    @classmethod
+    def like(cls, transform: FeatureTransform) -> "PlainTransform":
+        """The same transform with the same weights in this form."""
+        channels = transform.contract[0].out_channels
+        plain = cls(channels, transform.teacher_channels, transform.n, transform.residual, transform.form)
+        plain.load_state_dict(transform.state_dict())
+        return plain.to(transform.expand[0].weight.device)
 
     def _direct(self, x: Tensor, target: Tensor | None) -> tuple[Tensor, Tensor | None]:
         expanded = self.expand(x)

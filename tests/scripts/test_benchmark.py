@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from dataset import Batch, load_data
-from helper.fast import OFF
-from scripts import benchmark, benchmark_losses, benchmark_methods, benchmark_tables, estimate_imagenet
+from helper.fast import Fast
+from scripts import benchmark
+from scripts.benchmarks import estimate_imagenet, losses, methods, tables
 from tests.conftest import message_of
 
 RECORD = {
@@ -58,22 +59,22 @@ def test_plain_and_fast_take_the_same_step():
     """In one precision, so that the comparison can be sharp."""
     data = load_data("digits", None)
     args = benchmark.Namespace(device=torch.device("cpu"), batch_size=8)
-    parts = OFF | {"channels_last": True, "fold_teacher": True, "fused_optimizer": True}
+    fast = Fast(channels_last=True, fold_teacher=True, fused_optimizer=True)
     contenders = [
         benchmark.Contender(("resnet14", "resnet8"), 4, data, args, form, chosen)
-        for form, chosen in (("direct", OFF), ("collapsed", parts))
+        for form, chosen in (("direct", Fast()), ("collapsed", fast))
     ]
     batch = Batch(torch.randn(8, 3, 32, 32), torch.arange(8), torch.arange(8))
     for contender in contenders:
         contender.step(batch)
-    plain, fast = (contender.method.state_dict() for contender in contenders)
+    plain, quick = (contender.method.state_dict() for contender in contenders)
     for key, value in plain.items():
-        assert torch.allclose(value.float(), fast[key].float(), rtol=1e-3, atol=1e-4), key
+        assert torch.allclose(value.float(), quick[key].float(), rtol=1e-3, atol=1e-4), key
 
 
 def test_methods_are_timed_beside_kd_and_refusals_are_told(capsys):
     flags = ["--methods", "kd,fsp", "--pairs", "resnet14:resnet8,vgg13:resnet8", "--batch_size", "4", "--steps", "1"]
-    timed, vgg, fsp, refused = benchmark_methods.main(flags)
+    timed, vgg, fsp, refused = methods.main(flags)
     assert timed["ratio"] > 0 and vgg["ratio"] > 0 and fsp["ratio"] > 0
     assert "ratio" not in refused and "equal" in refused["refused"]
     assert "| fsp |" in capsys.readouterr().out
@@ -81,20 +82,20 @@ def test_methods_are_timed_beside_kd_and_refusals_are_told(capsys):
 
 def test_losses_are_timed_beside_their_formula(capsys):
     flags = ["--pair", "resnet20:resnet20", "--batch_size", "6", "--rounds", "1"]
-    records = benchmark_losses.main([*flags, "--losses", "attention,similarity,nst,rkd,pkt,norm,kdsvd"])
+    records = losses.main([*flags, "--losses", "attention,similarity,nst,rkd,pkt,norm,kdsvd"])
     assert len(records) == 7 and all(record["ratio"] > 0 and record["plain_bytes"] > 0 for record in records)
     assert "| kdsvd |" in capsys.readouterr().out
 
 
 def test_forms_that_disagree_are_an_error(monkeypatch):
-    monkeypatch.setattr(benchmark_losses.plain_losses, "pkt", lambda student, teacher: student.square().sum())
-    message = message_of(benchmark_losses.main, ["--batch_size", "4", "--rounds", "1", "--losses", "pkt"])
+    monkeypatch.setattr(losses.plain_losses, "pkt", lambda student, teacher: student.square().sum())
+    message = message_of(losses.main, ["--batch_size", "4", "--rounds", "1", "--losses", "pkt"])
     assert "the forms disagree" in message
 
 
 def test_the_page_shows_its_records():
-    page = benchmark_tables.PAGE.read_text(encoding="utf-8")
-    assert benchmark_tables.fill(page) == page, "run python scripts/benchmark_tables.py"
+    page = tables.PAGE.read_text(encoding="utf-8")
+    assert tables.fill(page) == page, "run python scripts/benchmarks/tables.py"
     assert "| resnet32x4 -> resnet8x4 |" in page
 
 

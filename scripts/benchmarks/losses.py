@@ -1,6 +1,6 @@
 """Time and memory of the losses that are computed in another way than their formula is written, beside the formula.
 
-python scripts/benchmark_losses.py [--pair resnet32x4:resnet8x4] [--batch_size 64] [--json FILE]
+python scripts/benchmarks/losses.py [--pair resnet32x4:resnet8x4] [--batch_size 64] [--json FILE]
 
 Forward and backward pass, alternating, on random maps of the pair's shapes; both must give the same value.
 """
@@ -12,24 +12,24 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
 import torch
-from helper.device import find_device
-from helper.options import Parser, pairs
 from torch import Tensor
 
 from crd import CRDLoss
 from distiller_zoo import PKT, Attention, NSTLoss, RKDLoss, Similarity
-from distiller_zoo.base import count
 from distiller_zoo.feature_transform import FeatureTransform
 from distiller_zoo.kdsvd import KDSVD
 from distiller_zoo.maps import middle_maps
 from errors import UserError, run_script
+from helper.command_line import Parser, pairs
+from helper.distributed import find_device
 from models import build_model
 from models.backbone import Output
-from scripts import plain_losses
-from scripts.benchmark_parts import peak_memory, report, wait_for
+from scripts.benchmarks import plain_losses
+from scripts.benchmarks.parts import peak_memory, report, wait_for
+from setting import count
 
 IMAGES, CLASSES, SIZE, N, NEGATIVES = 50_000, 100, 32, 8, 16_384
 

@@ -5,21 +5,21 @@ import shutil
 
 import pytest
 import torch
-from helper.configuration import foresee
 
 import train_cifar_student
 import train_teacher
 from errors import UserError
-from helper import distributed, engine, initial, inputs, pretrained
+from helper import distributed, networks, pretrained
+from helper import run as run_module
+from helper.command_line import resolve
 from helper.plan import find_run
 from helper.tables import read_rows
 from models import build_model
 from models.checkpoints import load_initial
 from scripts import export_student
-from tests.conftest import TEACHER, message_of
-from tests.distributed_cases import few_images
-from tests.run_folders import make_run
-from tests.test_run import load, same_state
+from tests.conftest import TEACHER, killed, message_of
+from tests.helper.distributed_cases import few_images
+from tests.run_folders import load, make_run, same_state, state, weights
 
 SHORT = ("--max_steps", "1", "--batch_size", "16", "--epochs", "1")
 #: A rate at which a step changes nothing, so that the last checkpoint holds what the run started from.
@@ -28,7 +28,7 @@ FROZEN = (*SHORT, "--learning_rate", "1e-30")
 
 @pytest.fixture(autouse=True)
 def _few_images(monkeypatch):
-    monkeypatch.setattr(inputs, "load_data", few_images)
+    monkeypatch.setattr(run_module, "load_data", few_images)
 
 
 @pytest.fixture
@@ -56,10 +56,10 @@ def published(tmp_path, monkeypatch):
 
 def parameters(run_or_state) -> dict:
     """Without the statistics, which a step of any rate moves."""
-    state = run_or_state if isinstance(run_or_state, dict) else load(run_or_state / "last.pth")["distiller"]
+    found = run_or_state if isinstance(run_or_state, dict) else weights(run_or_state)
     return {
         key.removeprefix("student.").removeprefix("network."): value
-        for key, value in state.items()
+        for key, value in found.items()
         if "running" not in key and "num_batches" not in key
     }
 
@@ -87,7 +87,7 @@ def test_all_weights_are_taken_where_the_classes_agree(train, teacher_run):
 
 def test_the_statistics_are_taken_too(teacher_run):
     student = build_model(TEACHER, 10)
-    given = initial.read_network(str(teacher_run / "last.pth"), None, "--init", "--model")
+    given = networks.read_initial(str(teacher_run / "last.pth"), None)
     assert load_initial(student, TEACHER, given.network, "x") is True
     assert same_state(student.state_dict(), given.network.state_dict())
 
@@ -167,20 +167,11 @@ def test_what_does_not_fit_is_one_line_and_leaves_nothing(case, teacher_run, tmp
     assert not save_dir.exists() or not list(save_dir.iterdir())
 
 
-def test_a_resumed_run_needs_no_source(train, teacher_run, tmp_path, published, monkeypatch):
+def test_a_resumed_run_needs_no_source(train, teacher_run, tmp_path, published):
     source = shutil.copy(teacher_run / "last.pth", tmp_path / "source.pth")
     flags = ("--init", str(source), "--batch_size", "64", "--epochs", "2", "--learning_rate", "0.01")
     whole = train(*flags)
-    save, saved = engine.Run._save, []
-
-    def save_then_stop(self, record):
-        save(self, record)
-        saved.append(record)
-        if len(saved) == 1:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(engine.Run, "_save", save_then_stop)
-    with pytest.raises(KeyboardInterrupt):
+    with killed():
         train(*flags, "--trial", "2", "--seed", "1")
     source.unlink()
     stopped = whole.with_name(whole.name.replace("trial1", "trial2"))
@@ -188,7 +179,7 @@ def test_a_resumed_run_needs_no_source(train, teacher_run, tmp_path, published, 
     assert f"was run with init {source}, not other.pth" in message
     # With --model it is not even asked for the network's name.
     train(*flags, "--trial", "2", "--seed", "1", "--model", TEACHER, "--resume")
-    assert same_state(load(whole / "last.pth")["distiller"], load(stopped / "last.pth")["distiller"])
+    assert same_state(weights(whole), weights(stopped))
     assert (stopped / "log.txt").read_text().count("all weights; images") == 1
 
 
@@ -198,15 +189,16 @@ def test_what_a_configuration_says_of_the_source_is_not_read(train, teacher_run,
     config = json.loads((run / "config.json").read_text())
     (run / "config.json").write_text(json.dumps(config | {"init": stored}))
     checkpoint = load(run / "last.pth")
-    torch.save(checkpoint | {"config": checkpoint["config"] | {"init": stored}}, run / "last.pth")
+    checkpoint["training"]["config"] |= {"init": stored}
+    torch.save(checkpoint, run / "last.pth")
 
     def refuse(*arguments):
         raise AssertionError("the source is read")
 
-    monkeypatch.setattr(initial, "read_network", refuse)
-    monkeypatch.setattr(initial, "published_name", refuse)
+    monkeypatch.setattr(networks, "read_network", refuse)
+    monkeypatch.setattr(networks, "published_name", refuse)
     train("--resume", str(run), "--epochs", "2", "--max_steps", "2")
-    assert load(run / "last.pth")["step"] == 2 and not published[1]
+    assert state(run)["step"] == 2 and not published[1]
     export_student.main([str(run / "last.pth")])
     config.pop("model_s")
     (run / "config.json").write_text(json.dumps(config))
@@ -225,8 +217,8 @@ def test_a_plan_takes_no_run_of_other_initial_weights_for_its_own(tmp_path):
     older = json.loads((run / "config.json").read_text())
     older.pop("init")
     (run / "config.json").write_text(json.dumps(older))
-    assert find_run(str(tmp_path), foresee(flags, None)) == (run, "finished")
-    assert find_run(str(tmp_path), foresee(flags | {"init": "other.pth"}, None))[1] == "missing"
+    assert find_run(str(tmp_path), resolve(flags)) == (run, "finished")
+    assert find_run(str(tmp_path), resolve(flags | {"init": "other.pth"}))[1] == "missing"
 
 
 def test_the_main_process_reads_first(monkeypatch):

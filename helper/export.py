@@ -17,9 +17,7 @@ from torch import Tensor, nn
 
 from errors import UserError
 from helper.run_folder import save
-from models.backbone import FinalConv
 from models.checkpoints import load_exported, read_checkpoint
-from models.wrappers import describe_wrapper
 
 #: Under this name the record lies in a `.pt2` archive and in an ONNX file's metadata.
 RECORD = "record.json"
@@ -35,14 +33,8 @@ class Deployed(NamedTuple):
 
 
 def write_pth(network: nn.Module, record: Mapping, path: str) -> None:
-    """Weights and record as one `torch.save` dictionary, read by `models.checkpoints.load_exported`."""
-    content = {
-        "model": network.state_dict(),
-        "wrapper": describe_wrapper(network),
-        "final_conv": isinstance(network, FinalConv),  # for readers from before there were several kinds of wrappers
-        **record,
-    }
-    save(content, path)
+    """Weights under `model` and the `record`, as a run's checkpoint has them; `load_exported` reads them."""
+    save({"model": network.state_dict(), "record": dict(record)}, path)
 
 
 def write_pt2(network: nn.Module, record: Mapping, path: str) -> None:

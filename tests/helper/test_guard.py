@@ -5,17 +5,18 @@ import re
 
 import pytest
 import torch
-from helper.teacher import FrozenTeacher
 from torch import nn
 
+import train_cifar_student
 from distiller_zoo import find_distiller
 from distiller_zoo.kd import KD
 from errors import UserError
+from helper import run as run_module
 from helper.guard import Guard
+from helper.networks import FrozenTeacher
 from models import build_model
 from tests.conftest import keep_images, message_of
-from tests.run_folders import load, metrics, same_state
-from train_cifar_student import main
+from tests.run_folders import load, metrics, same_state, state
 
 FLAGS = ("--allow_teacher_gap", "--batch_size", "32", "--epochs", "2")
 
@@ -78,9 +79,10 @@ def test_the_first_bad_step_is_named_and_the_good_checkpoint_stays(distil, poiso
         distil(*FLAGS, "--save_every_steps", "1", distill="kd")
     assert re.search(f"{said} in epoch 2/2 step 2: .* lower --learning_rate or", str(caught.value))
     run = run_folder(save_dir)
-    checkpoint = load(run / "last.pth")
-    assert (checkpoint["epoch"], checkpoint["epoch_state"]["steps"]) == (1, 1)
-    assert all(value.isfinite().all() for value in checkpoint["distiller"].values())
+    training = state(run)
+    assert (training["epoch"], training["epoch_state"]["steps"]) == (1, 1)
+    for saved in (training["distiller"], load(run / "last.pth")["model"]):
+        assert all(value.isfinite().all() for value in saved.values())
     assert len(metrics(run)) == 1
 
 
@@ -96,7 +98,7 @@ def test_weights_that_a_finite_step_has_ruined_are_not_saved(distil, monkeypatch
     monkeypatch.setattr(torch.optim.SGD, "step", ruin)
     with pytest.raises(UserError, match=r"student\.conv1\.weight is not finite after epoch 2/2"):
         distil(*FLAGS, distill="kd")
-    assert load(run_folder(save_dir) / "last.pth")["epoch"] == 1
+    assert state(run_folder(save_dir))["epoch"] == 1
 
 
 def test_a_first_stage_names_its_own_learning_rate(distil):
@@ -110,10 +112,10 @@ def test_a_first_stage_names_its_own_learning_rate(distil):
 def test_a_skipped_step_changes_nothing(distil, monkeypatch, poison, distill, flags, change):
     """The run is stopped behind its second step: with that one skipped, only the counters and random numbers move."""
     limits = (*FLAGS[:-1], "1", *flags)
-    first = load(distil(*limits, "--max_steps", "1", distill=distill) / "last.pth")
+    first = state(distil(*limits, "--max_steps", "1", distill=distill))
     poison(distill, distill, {2}, change)
     run = distil(*limits, "--max_steps", "2", "--max_bad_steps", "1", distill=distill)
-    second = load(run / "last.pth")
+    second = state(run)
     assert same_state(first["distiller"], second["distiller"])
     assert same_state(first["optimizer"], second["optimizer"])
     assert (second["step"], second["skipped_steps"]) == (2, 1)
@@ -126,14 +128,14 @@ def test_no_more_steps_are_skipped_than_allowed(distil, poison, save_dir):
     poison("kd", "kd", {2, 4, 6}, lambda loss: loss * torch.nan)
     with pytest.raises(UserError, match=r"loss_kd is nan in epoch 2/2 step 3 \(2 such steps were skipped before\)"):
         distil(*FLAGS, "--max_bad_steps", "2", distill="kd")
-    assert load(run_folder(save_dir) / "last.pth")["skipped_steps"] == 1  # that of the first epoch
+    assert state(run_folder(save_dir))["skipped_steps"] == 1  # that of the first epoch
 
 
 def test_skipped_steps_count_on_in_a_resumed_run(distil, poison, save_dir):
     poison("kd", "kd", {2, 6}, lambda loss: loss * torch.nan)
     run = distil(*FLAGS[:-1], "1", "--max_bad_steps", "1", distill="kd")
     with pytest.raises(UserError, match="1 such steps were skipped before"):
-        main(["--resume", str(run), "--epochs", "2"])
+        train_cifar_student.main(["--resume", str(run), "--epochs", "2"])
 
 
 def test_an_epoch_without_a_good_step_stops_the_run(distil, poison):
@@ -161,10 +163,8 @@ def test_nothing_waits_for_the_device_until_it_is_asked():
 
 
 def test_a_test_loss_that_is_not_finite_leaves_metrics_that_can_be_read(distil, monkeypatch, save_dir):
-    from helper import engine
-
-    evaluate = engine.evaluate
-    monkeypatch.setattr(engine, "evaluate", lambda *arguments: evaluate(*arguments) | {"test_loss": float("inf")})
+    evaluate = run_module.evaluate
+    monkeypatch.setattr(run_module, "evaluate", lambda *arguments: evaluate(*arguments) | {"test_loss": float("inf")})
     run = distil(*FLAGS, "--max_steps", "1", distill="kd")
     (line,) = (run / "metrics.jsonl").read_text().splitlines()
 
@@ -209,19 +209,16 @@ def test_a_method_that_would_train_the_teacher_is_refused(distil, monkeypatch, s
 
 
 def test_a_student_that_is_the_teacher_is_refused(teacher_run, save_dir, monkeypatch):
-    from helper import engine
-
-    networks = []
-    load_inputs = engine.load_inputs
+    networks, prepare = [], train_cifar_student.prepare_teacher
 
     def remember(*arguments):
-        networks.append(load_inputs(*arguments))
+        networks.append(prepare(*arguments))
         return networks[-1]
 
-    monkeypatch.setattr(engine, "load_inputs", remember)
-    monkeypatch.setattr(engine, "build_model", lambda *arguments: networks[-1].network)
+    monkeypatch.setattr(train_cifar_student, "prepare_teacher", remember)
+    monkeypatch.setattr(run_module, "build_model", lambda *arguments: networks[-1].network)
     argv = [*FLAGS, "--distill", "kd", "--model_s", "resnet14", "--path_t", str(teacher_run / "last.pth")]
-    assert "is the teacher's own" in message_of(main, [*argv, "--save_dir", str(save_dir)])
+    assert "is the teacher's own" in message_of(train_cifar_student.main, [*argv, "--save_dir", str(save_dir)])
 
 
 def test_steps_of_one_epoch_may_have_other_terms():

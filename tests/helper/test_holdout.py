@@ -7,9 +7,9 @@ import torch
 
 import train_teacher
 from dataset import Images, hold_out
-from helper import engine
+from helper import run as run_module
 from tests.conftest import keep_images, message_of
-from tests.run_folders import load, metrics, same_state
+from tests.run_folders import load, metrics, same_state, state, weights
 
 SMALL = ("--batch_size", "32", "--holdout", "40")
 
@@ -61,13 +61,13 @@ def test_the_best_epoch_is_chosen_on_the_held_out_images(tmp_path, monkeypatch):
         value = next(accuracies[len(loader.images.targets)])
         return {"test_accuracy": value, "test_accuracy_top5": 0.0, "test_loss": 0.0}
 
-    monkeypatch.setattr(engine, "evaluate", fake)
+    monkeypatch.setattr(run_module, "evaluate", fake)
     argv = ["--model", "resnet8", "--epochs", "4", *SMALL, "--save_dir", str(tmp_path)]
     [result] = train_teacher.main(argv)
     assert (result["best_epoch"], result["accuracy_best"], result["accuracy_last"]) == (3, 20.0, 30.0)
     assert result["protocol"] == "best on 40 held-out"
     run = next(tmp_path.iterdir())
-    assert load(run / "best.pth")["epoch"] == 3
+    assert load(run / "best.pth")["record"]["epoch"] == 3
     assert [record["holdout_accuracy"] for record in metrics(run)] == [5.0, 6.0, 9.0, 9.0]
     assert metrics(run)[0]["step"] == 4, "120 of the 160 images are trained on"
 
@@ -79,7 +79,7 @@ def test_methods_that_keep_their_own_share_or_count_images_work_with_it(distil, 
     run = distil(*SMALL, "--epochs", "1", *flags, distill=distill)
     result = json.loads((run / "result.json").read_text())
     assert result["protocol"] == "best on 40 held-out"
-    assert load(run / "last.pth")["data"]["train_images"] == 120
+    assert load(run / "last.pth")["record"]["train_images"] == 120
     if distill == "distpro":  # a fifth of the 120 is kept for the search: 96 images
         assert metrics(run)[0]["step"] == 3
 
@@ -90,8 +90,9 @@ def test_resuming_keeps_what_was_chosen(tmp_path):
     train_teacher.main([*argv, str(tmp_path / "cut"), "--epochs", "1", "--lr_decay_epochs", "9"])
     cut, whole = (next((tmp_path / name).iterdir()) for name in ("cut", "whole"))
     train_teacher.main(["--resume", str(cut), "--epochs", "2"])
-    a, b = load(cut / "last.pth"), load(whole / "last.pth")
-    assert same_state(a["distiller"], b["distiller"]) and a["choices"] == b["choices"] and len(a["choices"]) == 2
+    assert same_state(weights(cut), weights(whole))
+    choices = [[record["holdout_accuracy"] for record in state(run)["records"]] for run in (cut, whole)]
+    assert choices[0] == choices[1] and len(choices[0]) == 2
 
 
 def test_without_it_the_protocol_says_so(tmp_path):

@@ -1,31 +1,32 @@
 """How long NORM's ImageNet runs would take: an estimate from operations and traffic, nothing here is measured.
 
-python scripts/estimate_imagenet.py [--flops_per_s 9.89e14] [--bytes_per_s 3.35e12] [--shares 0.1,0.4] [--json FILE]
+python scripts/benchmarks/estimate_imagenet.py [--flops_per_s 9.89e14] [--shares 0.1,0.4] [--json FILE]
 
 A step needs the teacher's forward pass, the student's forward and backward pass (three forward passes) and the feature
 transform in its cheaper form (three times docs/norm.md's count). Its floor is the longer of operations / rate and
 bytes / bandwidth, where every layer reads its input and writes its output in bfloat16. A GPU reaches some share of the
 floor: the estimate is a range between two. The rates are an H100's data sheet's. Input, tests and the exchange of
-gradients are left out; `scripts/benchmark_input.py` measures what the input can deliver.
+gradients are left out; `scripts/benchmarks/input.py` measures what the input can deliver.
 """
 
 import sys
 from argparse import Namespace
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
 import torch
-from helper.options import Parser, number
 from torch import Tensor, nn
 
 from distiller_zoo.feature_transform import multiply_adds
 from errors import run_script
+from helper.command_line import Parser
 from helper.recipes import IMAGENET_PAIRS
 from models import build_model
 from models.backbone import Backbone, evaluating, probe_shapes
 from models.cost import count_multiply_adds
-from scripts.benchmark_parts import report
+from scripts.benchmarks.parts import report
+from setting import number
 
 IMAGES, EPOCHS, SIZE, BATCH, N = 1_281_167, 100, 224, 256, 8
 

@@ -5,21 +5,20 @@ from argparse import Namespace
 from pathlib import Path
 
 import torch
-from helper.stage_training import StageTraining
-from helper.teacher import FrozenTeacher
 from torch import nn
 
 import train_cifar_student
 import train_teacher
 from dataset import Images, load_data
 from distiller_zoo import Progress, Task, find_distiller
-from helper import inputs
+from helper import run
 from helper.distributed import average_statistics, count_processes, joined, rank
-from helper.fast import OFF
-from helper.metrics import evaluate
+from helper.fast import Fast
+from helper.loops import Training, evaluate
+from helper.networks import FrozenTeacher
 from models import build_model
 from models.synchronised import synchronise
-from tests.conftest import answer
+from tests.stages import train_epoch
 
 CPU = torch.device("cpu")
 #: Five batches of 8 in an epoch, and one of 3.
@@ -37,11 +36,28 @@ CASES = {
 }
 
 
-class DoubleTraining(StageTraining):
+SETTINGS = {
+    "batch_size": BATCH,
+    "optimizer": "sgd",
+    "learning_rate": 0.01,
+    "lr_decay": "step",
+    "lr_decay_epochs": (),
+    "lr_decay_rate": 0.1,
+    "drop_momentum": False,
+    "momentum": 0.9,
+    "nesterov": False,
+    "weight_decay": 5e-4,
+    "decay_norms": True,
+    "seed": 0,
+    "data_seed": 0,
+}
+
+
+class DoubleTraining(Training):
     """Training in float64, where a wrong formula cannot hide behind rounding."""
 
-    def _lay_out(self, batch):
-        return batch._replace(images=batch.images.double())
+    def parts(self, batch):
+        return [part._replace(images=part.images.double()) for part in super().parts(batch)]
 
 
 def few_images(*arguments):
@@ -63,22 +79,18 @@ def train(name: str) -> dict:
     distiller = method(student, teacher, task, **hyper_parameters).double()
     if synchronised and count_processes() > 1:
         synchronise(distiller)
-    config = Namespace(
-        **OFF, batch_size=BATCH, learning_rate=0.01, lr_decay="step", lr_decay_epochs=(), lr_decay_rate=0.1, seed=0
-    )
-    vars(config).update(momentum=0.9, weight_decay=5e-4, print_freq=3, distill=distill, data_seed=0, accumulate=parts)
+    config = Namespace(**Fast()._asdict(), **SETTINGS, distill=distill, accumulate=parts)
     training = DoubleTraining(distiller.main_stage(240), distiller, data, config, CPU)
     means, over = [], 0
     while over < steps:
         epoch = len(means)
-        execution = training.train_epoch(Progress(epoch, 240), epoch, steps - over, lambda line: None)
-        record, number = answer(execution, FrozenTeacher(teacher))
+        progress = Progress(epoch, 240)
+        record, number = train_epoch(training, FrozenTeacher(teacher), progress, epoch, steps - over)
         means.append({key: value for key, value in record.items() if key.startswith(("loss", "train"))})
         over += number
     before = {key: value.clone() for key, value in distiller.state_dict().items()}
     average_statistics(distiller)
-    ddp = training.replica._parallel
-    looks_for_unused = None if ddp is None else ddp.find_unused_parameters
+    looks_for_unused = getattr(training.replica._method, "find_unused_parameters", None)
     state = {"means": means, "before": before, "after": distiller.state_dict(), "looks": looks_for_unused}
     return state | {"test": test(distiller, data)}
 
@@ -93,7 +105,7 @@ def remove_norms(module: nn.Module) -> None:
 
 def test(distiller, data) -> dict:
     distiller.eval()
-    loader = inputs._part_loader(data.test, data, 32, CPU)
+    loader = run._part_loader(data.test, data, 32, CPU)
     return evaluate(lambda images: distiller.predict(images.double()), loader)
 
 
@@ -105,7 +117,7 @@ def run_cases(number: int, port: int, folder: str, whole_runs: list[list[str]]) 
     with joined():
         assert (rank(), count_processes()) == (number, 2)
         torch.save({name: train(name) for name in CASES}, Path(folder, f"{number}.pth"))
-    inputs.load_data = few_images
+    run.load_data = few_images
     for offset, (script, *argv) in enumerate(whole_runs, 1):
         os.environ["MASTER_PORT"] = str(port + offset)
         {"teacher": train_teacher, "student": train_cifar_student}[script].main(argv)
@@ -117,21 +129,20 @@ def run_script_with_trouble() -> None:
     import sys
 
     from errors import UserError, run_script
-    from helper import engine
 
     trouble = os.environ["TROUBLE"]
-    inputs.load_data = few_images
+    run.load_data = few_images
     unlucky = os.environ["RANK"] == "1" and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
-    original = engine.Run._after_step
+    original = run.Run.save_within_epoch
 
-    def strike(self, make_state, number):
-        original(self, make_state, number)
+    def strike(self, number, stopping):
+        original(self, number, stopping)
         if unlucky and number == 3 and self.epoch == 1:
             if trouble == "error":
                 raise UserError("--data: broken.png cannot be read")
             os.kill(os.getpid(), getattr(signal, trouble))
 
-    engine.Run._after_step = strike
+    run.Run.save_within_epoch = strike
     run_script(lambda: train_teacher.main(sys.argv[1:]))
 
 

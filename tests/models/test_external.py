@@ -8,7 +8,9 @@ import torch
 import train_cifar_student
 from distiller_zoo import DISTILLERS, Task
 from errors import UserError
-from helper import options, pretrained, teacher
+from helper import pretrained
+from helper.command_line import pairs, student_parser
+from helper.networks import read_teacher
 from models import build_model
 from models.backbone import FinalConv, probe_shapes
 from models.folding import fold_batch_norms
@@ -99,11 +101,11 @@ def test_a_network_that_cannot_be_read_is_refused_in_one_line(name, reason):
 
 
 def test_unknown_names_are_refused_with_close_ones():
-    parser = options.student_parser()
+    parser = student_parser()
     for name, hint in (("torchvision:resnet19", "torchvision:resnet1"), ("timm:resnett18", "timm:resnet18")):
         with pytest.raises(UserError, match=hint):
             parser.parse_args(["--model_s", name])
-    assert options.pairs("torchvision:resnet34:timm:resnet18,resnet14:resnet8") == [
+    assert pairs("torchvision:resnet34:timm:resnet18,resnet14:resnet8") == [
         ("torchvision:resnet34", "timm:resnet18"),
         ("resnet14", "resnet8"),
     ]
@@ -122,12 +124,12 @@ def test_a_foreign_student_is_distilled_exported_and_read_again_as_a_teacher(dis
     assert f"{name}: the last feature map is" in capsys.readouterr().out
     out = export_student.main([str(run / "last.pth")])
     assert "same class on 364 of 364" in capsys.readouterr().out
-    read = teacher.read_teacher(str(out), None)
+    read = read_teacher(str(out), None)
     assert read.name == name and read.num_classes == 10
     plain = torch.load(out, weights_only=True)["model"]
     foreign = {key.removeprefix("network."): value for key, value in plain.items()}
     torch.save(foreign, run / "plain.pth")
-    again = teacher.read_teacher(str(run / "plain.pth"), name)
+    again = read_teacher(str(run / "plain.pth"), name)
     images = torch.randn(1, 3, 32, 32)
     assert torch.equal(again.network.eval()(images), read.network.eval()(images))
     assert json.loads((run / "config.json").read_text())["model_s"] == name
@@ -152,13 +154,13 @@ def test_torchvisions_weights_become_our_own_network_of_that_name(tmp_path, monk
     )
     images = torch.randn(1, 3, 64, 64)
     for model_t, name in ((None, "resnet18"), ("torchvision:resnet18", "torchvision:resnet18")):
-        read = teacher.read_teacher("torchvision:resnet18", model_t)
+        read = read_teacher("torchvision:resnet18", model_t)
         assert (read.name, read.num_classes, read.dataset, read.image_size) == (name, 1000, "imagenet", 224)
         assert read.accuracy == pytest.approx(69.758)
         with torch.no_grad():
             assert torch.allclose(read.network.eval()(images), weights(images), atol=1e-4)
     with pytest.raises(UserError, match="IMAGENET1K_V1, IMAGENET1K_V2"):
-        teacher.read_teacher("torchvision:resnet50@V3", None)
+        read_teacher("torchvision:resnet50@V3", None)
 
 
 def test_a_files_name_tells_its_sum_and_its_place():

@@ -35,9 +35,9 @@ def test_the_exported_file_is_the_plain_student_and_predicts_the_same(distil, ca
     assert "144,730 parameters" in printed and "78,042 parameters" in printed and " ms " in printed
     network, record = load_exported(read_checkpoint(out), "file")
     assert network.state_dict().keys() == build_model("resnet8", 10).state_dict().keys()
-    assert record["model_name"] == "resnet8" and record["num_classes"] == 10 and not record["final_conv"]
+    assert record["model_name"] == "resnet8" and record["num_classes"] == 10 and record["wrapper"] is None
     assert record["classes"] == [str(digit) for digit in range(10)] and len(record["mean"]) == 3
-    assert record["accuracy"] == read_checkpoint(run / "best.pth")["accuracy"]
+    assert record["accuracy"] == read_checkpoint(run / "best.pth")["record"]["accuracy"]
 
 
 def test_a_wrn_says_plainly_that_a_convolution_is_kept(teacher_run, tmp_path, save_dir, capsys):
@@ -51,7 +51,13 @@ def test_a_wrn_says_plainly_that_a_convolution_is_kept(teacher_run, tmp_path, sa
     out = export_student.main([str(next(save_dir.iterdir()) / "last.pth"), "--out", str(tmp_path / "student.pth")])
     assert "note: one 1x1 convolution is kept" in capsys.readouterr().out
     network, record = load_exported(read_checkpoint(out), "file")
-    assert record["final_conv"] and network.final_conv.weight.shape == (64, 64, 1, 1)
+    assert record["wrapper"] == {"kind": "final_conv", "channels": 64}
+    assert network.final_conv.weight.shape == (
+        64,
+        64,
+        1,
+        1,
+    )
 
 
 @pytest.mark.parametrize("distill", ["kd", "ft", "ce"])
@@ -91,7 +97,7 @@ def test_an_official_student_loads_and_folds(name, layers, extra, tmp_path, caps
     torch.save(content, path)
     out = export_student.main([str(path)])
     network, record = load_exported(read_checkpoint(out), "file")
-    assert record["model_name"] == name and record["final_conv"] == (name == "wrn_16_2")
+    assert record["model_name"] == name and (record["wrapper"] is not None) == (name == "wrn_16_2")
     images = torch.randn(3, 3, 32, 32)
     with torch.no_grad():
         assert torch.allclose(network(images), predictor(images), rtol=1e-3, atol=1e-4)
@@ -159,8 +165,9 @@ def test_faults_are_named_and_write_nothing(distil, tmp_path):
     assert "fits none of the models" in message(checkpoint)
     torch.save([1, 2], checkpoint)
     assert "not a dictionary" in message(checkpoint)
-    torch.save({"distiller": {}, "config": {}}, checkpoint)
-    assert "not a whole checkpoint" in message(checkpoint)
+    for old_or_new in ({"distiller": {}, "config": {}}, {"training": {}, "record": {}}):
+        torch.save(old_or_new, checkpoint)
+        assert "not a whole checkpoint" in message(checkpoint)
 
 
 def test_a_network_that_diverged_is_not_written(distil, monkeypatch):
@@ -182,7 +189,7 @@ def test_a_network_that_differs_is_not_written(distil, monkeypatch):
 def test_it_compares_on_digits_where_the_runs_data_are_gone(distil, capsys):
     run = distil(*SHORT)
     checkpoint = torch.load(run / "best.pth", weights_only=True)
-    checkpoint["config"] |= {"dataset": "folder", "data": "/nowhere"}
+    checkpoint["record"] |= {"dataset": "folder", "data": "/nowhere"}
     torch.save(checkpoint, run / "best.pth")
     export_student.main([str(run / "best.pth")])
     printed = capsys.readouterr().out
@@ -214,7 +221,7 @@ def test_a_student_of_a_wrapped_network_is_exported_without_its_teacher(tmp_path
     wide = distil("simkd", "resnet8", run / "last.pth")
     for teacher in (wide, export_student.main([str(wide)])):
         narrow = distil("srrl", "wrn_16_1", teacher)
-        assert read_checkpoint(narrow)["config"]["wrapper_t"]["channels"] == 128
+        assert read_checkpoint(narrow)["training"]["config"]["wrapper_t"]["channels"] == 128
         network, _ = load_exported(read_checkpoint(export_student.main([str(narrow)])), "file")
         assert network.state_dict().keys() == build_model("wrn_16_1", 10).state_dict().keys()
         shutil.rmtree(narrow.parent)

@@ -1,16 +1,18 @@
 """A step of every method on a GPU: with fake tensors where there is none, so that nothing is left on the CPU unseen."""
 
+import itertools
+
 import pytest
 import torch
-from helper.stage_training import StageTraining
-from helper.teacher import FrozenTeacher
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from crd.negatives import NegativeSampler
 from dataset import Images, views
 from distiller_zoo import DISTILLERS, Progress
-from helper.metrics import EpochMeter
-from tests.conftest import answer, pair_networks
+from helper.loops import Training, step
+from helper.networks import FrozenTeacher
+from tests.conftest import pair_networks
+from tests.stages import StageRun, train_epoch
 from tests.test_zoo import CLASSES, CONFIG, build, data, with_statistics
 
 __all__ = ["data"]  # a fixture
@@ -65,17 +67,13 @@ def test_a_step_leaves_nothing_on_the_cpu_and_reads_nothing(name, data, no_backw
     images = Images(*(gpu.place(each, torch.device("cpu")) for each in data.train))
     with gpu:
         for stage in stages:
-            training = StageTraining(stage, method, data._replace(train=images), CONFIG, CUDA)
-            held_out = None if training.held_out is None else training.held_out.batches(1)
-            for number, batch in enumerate(training.loader.batches(0)):
-                progress = Progress(stage.epochs // 2, stage.epochs)
-                outcomes = answer(training._step(batch, held_out, (0, number), progress), teacher)
-                meter = EpochMeter(CUDA)
-                for outcome in outcomes:
-                    meter.update(*outcome)
-                if number == 1:
-                    break
-            assert all(losses and all(loss.device == CUDA for loss in losses.values()) for losses, _, _ in outcomes)
+            training = Training(stage, method, data._replace(train=images), CONFIG, CUDA)
+            run = StageRun(training, Progress(stage.epochs // 2, stage.epochs), 0, 2)
+            run.begin_epoch()
+            for number, batch in enumerate(itertools.islice(training.loader.batches(0), 2), 1):
+                step([run], batch, lambda images, preact, is_whole: teacher(images, preact), number)
+                outcomes = training._outcomes
+                assert all(losses and all(loss.device == CUDA for loss in losses.values()) for losses, _, _ in outcomes)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
@@ -89,9 +87,8 @@ def test_two_steps_give_the_cpus_losses(name, data):
         method = build(name, network, student, data).to(device)
         teacher = FrozenTeacher(network).to(device)
         for stage in method.stages(240):
-            training = StageTraining(stage, method, data, CONFIG, device)
-            epoch = training.train_epoch(Progress(stage.epochs // 2, stage.epochs), 0, 2, print)
-            means.append(answer(epoch, teacher)[0])
+            training = Training(stage, method, data, CONFIG, device)
+            means.append(train_epoch(training, teacher, Progress(stage.epochs // 2, stage.epochs), most_steps=2)[0])
     for on_cpu, on_gpu in zip(means[: len(means) // 2], means[len(means) // 2 :], strict=True):
         draws_there = any(isinstance(part, NegativeSampler) for part in method.modules())
         for key in (key for key in on_cpu if key.startswith("loss")):
