@@ -186,7 +186,9 @@ def prepare_teacher(source: Network | None, inputs: Inputs, config: Configuratio
     measured = evaluate(teacher.predict, inputs.test_loader, "checking the teacher")
     teacher.accuracy = measured["test_accuracy"]
     note = check_accuracy(source, data.name, teacher.accuracy, config.allow_teacher_gap)
-    teacher.note = "\n".join(filter(None, (teacher.network.note, note)))
+    steps = source.record.get("max_steps")
+    warning = f"warning: this teacher was trained for {steps} steps only (--max_steps)" if steps else ""
+    teacher.note = "\n".join(filter(None, (teacher.network.note, note, warning)))
     return teacher
 
 
@@ -505,7 +507,7 @@ class Run:
         if self.teacher is not None:
             source = self.teacher.source
             teacher = {"name": source.name, "digest": source.digest, "accuracy": self.teacher.accuracy}
-        known = {"accuracy": accuracy, "epoch": self.epoch, "teacher": teacher}
+        known = {"accuracy": accuracy, "epoch": self.epoch, "teacher": teacher, "max_steps": self.config.max_steps}
         return make_checkpoint(self.method, self.config, data_record(self.data), {}, **known)
 
     def _save_last(self, checkpoint: dict, epoch_state: dict | None) -> None:

@@ -136,4 +136,4 @@ def main(argv=None) -> Path:
 
 
 if __name__ == "__main__":
-    run_script(main)
+    main()

@@ -2,8 +2,6 @@
 
 import pytest
 import torch
-from helper.stage_training import train_step
-from helper.teacher import FrozenTeacher
 from torch.nn import functional as F
 
 from distiller_zoo import Predictor, Progress, Task
@@ -11,6 +9,8 @@ from distiller_zoo.feature_transform import norm_loss
 from distiller_zoo.kd import kl_divergence
 from distiller_zoo.norm import NORM, FTBaseline, match_size, norm_weight, standardise_logits
 from errors import UserError
+from helper.loops import train_step
+from helper.networks import FrozenTeacher
 from models.backbone import FinalConv
 from models.cost import count_parameters
 from tests.check_values import g

@@ -4,7 +4,6 @@ import copy
 
 import pytest
 import torch
-from helper.stage_training import train_step
 from timm import create_model
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
@@ -12,6 +11,7 @@ from torchvision.models import VisionTransformer
 
 from distiller_zoo import DISTILLERS, Predictor, Progress, Task
 from distiller_zoo.feature_transform import FeatureTransform, norm_loss
+from helper.loops import train_step
 from models import build_model, torchvision_split
 from models.backbone import FinalConv, evaluating, probe_shapes
 from models.external import External
