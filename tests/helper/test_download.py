@@ -1,9 +1,14 @@
 """Downloads against a server on this machine that cuts connections, and serves wrong, truncated and foreign files."""
 
+import errno
 import hashlib
+import os
 import re
 import threading
+import time
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import pytest
 import torch
@@ -23,6 +28,8 @@ class Server(ThreadingHTTPServer):
     """Answers with `content`; ends each connection after `cut` bytes, if set."""
 
     content, cut, ranges, kind, length = CONTENT, None, True, "application/octet-stream", True
+    #: What else it can do: answer 416 to everything, redirect, name any length, send a byte at a time.
+    refuses, location, claims, drips = False, None, None, False
 
     def __init__(self):
         super().__init__(("127.0.0.1", 0), Answer)
@@ -40,10 +47,15 @@ class Answer(BaseHTTPRequestHandler):
         if "absent" in self.path:
             self.send_error(404)
             return
+        if server.location:
+            self.send_response(302)
+            self.send_header("Location", server.location)
+            self.end_headers()
+            return
         start = re.match(r"bytes=(\d+)-", self.headers.get("Range") or "")
         start = int(start[1]) if start and server.ranges else 0
         size = len(server.content)
-        if start >= size:
+        if start >= size or server.refuses:
             self.send_response(416)
             self.send_header("Content-Range", f"bytes */{size}")
             self.end_headers()
@@ -52,10 +64,16 @@ class Answer(BaseHTTPRequestHandler):
         if start:
             self.send_header("Content-Range", f"bytes {start}-{size - 1}/{size}")
         if server.length:
-            self.send_header("Content-Length", str(size - start))
+            self.send_header("Content-Length", server.claims or str(size - start))
         self.send_header("Content-Type", server.kind)
         self.end_headers()
         rest = server.content[start:]
+        if server.drips:
+            with suppress(OSError):  # until nobody listens
+                for byte in rest:
+                    self.wfile.write(bytes([byte]))
+                    time.sleep(0.02)
+            return
         self.wfile.write(rest if server.cut is None else rest[: server.cut])
 
     def log_message(self, *arguments):
@@ -108,7 +126,7 @@ def test_what_came_is_kept_for_the_next_try(server, tmp_path, monkeypatch):
     server.cut = len(CONTENT) // 3
     file = remote(server, tmp_path)
     message = refusal(file)
-    assert "ends too early" in message and "goes on" in message and str(file.target) in message
+    assert "ends too early" in message and "resumes" in message and str(file.target) in message
     server.cut = None
     assert provide(file).read_bytes() == CONTENT and server.asked[-1][1] == f"bytes={2 * (len(CONTENT) // 3)}-"
 
@@ -169,6 +187,79 @@ def test_a_mirror_may_be_a_url_or_a_folder(server, tmp_path, monkeypatch):
         file = RemoteFile(tmp_path / "here" / "file.pth", "http://127.0.0.1:9", "file.pth", SUM)
         assert provide(file).read_bytes() == CONTENT
         file.target.unlink()
+
+
+@pytest.mark.parametrize("keeps", [False, True])
+def test_a_server_that_refuses_every_range_is_one_line(server, tmp_path, keeps):
+    server.refuses = True
+    file = remote(server, tmp_path)
+    file.target.parent.mkdir()
+    if keeps:
+        file.target.with_name("file.pth.part").write_bytes(CONTENT[:100])
+    assert "416" in refusal(file)
+    assert len(server.asked) == 1 + keeps, "it is asked once more for the whole file, and no more"
+
+
+def test_a_length_that_is_none_is_not_believed(server, tmp_path):
+    for claim in ("many", "-1", "1e3"):
+        server.claims = claim
+        file = remote(server, tmp_path, f"{claim}.pth")
+        assert provide(file).read_bytes() == CONTENT
+
+
+@pytest.mark.parametrize(
+    "location", ["file:///etc/passwd", "http://[::1", "http://127.0.0.1:port/x", "nowhere://x", "\x7f"]
+)
+def test_a_redirect_to_nowhere_is_one_line(server, tmp_path, location):
+    server.location = location
+    assert "cannot be downloaded" in refusal(remote(server, tmp_path))
+
+
+@pytest.mark.parametrize(
+    "mirror", ["://", "http://", "http://[x/", "foo://bar", "http://a b", "http://\u00e4:x/", "~/nowhere"]
+)
+def test_a_mirror_that_is_none_is_one_line(server, tmp_path, mirror, monkeypatch):
+    monkeypatch.setenv(download.MIRROR, mirror)
+    assert "cannot be downloaded" in refusal(remote(server, tmp_path))
+    monkeypatch.setenv(download.MIRROR, server.url)
+    server.location = f"{server.url}/loop"
+    assert "cannot be downloaded" in refusal(remote(server, tmp_path))
+
+
+def test_an_answer_larger_than_the_file_can_be_is_not_stored(server, tmp_path):
+    file = remote(server, tmp_path)._replace(largest=len(CONTENT) // 2)
+    assert "larger than" in refusal(file)
+    server.length = False
+    assert "larger than" in refusal(file)
+    assert not file.target.with_name("file.pth.part").exists()
+    assert provide(file._replace(largest=len(CONTENT))).read_bytes() == CONTENT
+
+
+def test_a_server_that_drips_is_left(server, tmp_path, monkeypatch):
+    monkeypatch.setattr(download, "LONGEST", 0.5)
+    server.drips = True
+    assert "not done after 0.5 s" in refusal(remote(server, tmp_path))
+    assert len(server.asked) == 1
+
+
+def refuse_to_write(*_, **__):
+    raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+
+def test_a_cache_that_cannot_be_written_is_read(server, tmp_path, monkeypatch):
+    file = remote(server, tmp_path)
+    provide(file)
+    file.target.with_name(".file.pth.lock").unlink(missing_ok=True)
+    looked_at = []
+    unpinned = remote(server, tmp_path, sha256="", check=looked_at.append)
+    written = set(file.target.parent.iterdir())
+    with monkeypatch.context() as patch:
+        for name in ("write_text", "touch", "mkdir"):
+            patch.setattr(Path, name, refuse_to_write)
+        patch.setattr(os, "open", refuse_to_write)
+        assert provide(file) == provide(unpinned) == file.target and looked_at == [file.target]
+        assert "cannot be made (Read-only" in refusal(remote(server, tmp_path, "other.pth"))
+    assert set(file.target.parent.iterdir()) == written
 
 
 def cifar_weights(tmp_path, model: str, folder: str = "resnet56_vanilla"):
