@@ -455,6 +455,7 @@ class Run:
         if not training.finish_step(number):
             self.folder.log_quietly(f"{training.title} step {number}/{last} skipped: a number in it was not finite")
         if number % self.config.print_freq == 0 and training.meter.has_images:
+            self.guard.look()
             self.latest = format_losses(training.meter.summary())
             self.folder.log_quietly(f"{training.title} step {number}/{last}: {self.latest}")
 
@@ -463,7 +464,8 @@ class Run:
         every = self.config.save_every_steps
         if self.error is None and (stopping or (every and number % every == 0)):
             average_statistics(self.method)
-            self._save_last(self._checkpoint(None), self.training.state(number))
+            epoch_state = self.training.state(number)  # names a bad step, before its weights are looked at
+            self._save_last(self._checkpoint(None), epoch_state)
 
     def end_epoch(self) -> None:
         """Test, record and save; begin the next stage or finish where this one is over."""
