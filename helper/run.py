@@ -567,6 +567,7 @@ class Run:
             "steps": self.step,
             "teacher_accuracy": None if self.teacher is None else self.teacher.accuracy,
             "test_images": len(self.data.test.targets),
+            "test_unreadable": self.records[-1].get("test_unreadable", 0),
             "parameters": count_parameters(self.method.export()),
             "parameters_trained": count_parameters(nn.ModuleList(self.stages[-1].trained)),
             "seed": self.config.seed,
@@ -574,6 +575,7 @@ class Run:
             "processes": count_processes(),
             "torch": torch.__version__,
             "device": str(self.inputs.device),
+            "threads": torch.get_num_threads(),
         }
         self.folder.write_json(RESULT, self.result)
         self.folder.log(format_result(self.result))
