@@ -54,7 +54,7 @@ def writing(path: str | os.PathLike) -> Iterator[None]:
         yield
     except OSError as error:
         is_full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, None)
-        way_out = "free some space, then resume" if is_full else "name another place"
+        way_out = "make room, then resume" if is_full else "name another place"
         raise UserError(f"{path} cannot be written: {error.strerror or error}; {way_out}") from None
 
 
@@ -88,7 +88,7 @@ def _warn_of_folder(path: str) -> None:
 
 
 def _acquire(lock: FileLock, timeout: float = 0.0) -> None:
-    """Take a lock within `timeout` seconds, or raise `Timeout`; where the file system has no locks, say what is used instead."""
+    """Take a lock within `timeout` seconds, or raise `Timeout`; say so where the file system has no locks."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         lock.acquire(timeout=timeout)
