@@ -123,6 +123,11 @@ class NORM(Distiller):
 
     name = "norm"
     summary, source = "N-to-one representation matching; NORM+KD with -a > 0", "Liu et al., ICLR 2023"
+    reference = "OSVAI/NORM"
+    departures = (
+        "See docs/norm.md, line by line. Raw logits with two classes: standardised ones are constants, "
+        "without a gradient."
+    )
     group = "N-to-one"
     reads = ("final",)
     ships = "student (transform folded in)"
@@ -253,6 +258,8 @@ class FTBaseline(NORM):
 
     name = "ft"
     summary, source = "feature transform without a teacher: the FT-only baselines", "Liu et al., ICLR 2023"
+    reference = "OSVAI/NORM"
+    departures = "N, and whether logits are standardised, are not published: 8, raw."
     reads = ()
     needs_teacher = False
     # The paper's baseline is trained with the cross entropy only; whether on raw logits is not published.
