@@ -46,6 +46,12 @@ class SimKD(FeatureDistiller):
 
     def __init__(self, student, teacher, task, **hyper_parameters):
         super().__init__(student, teacher, task, **hyper_parameters)
+        for network, whose in ((student, "student"), (teacher, "teacher")):
+            if not network.classifies_average:
+                raise UserError(
+                    f"--model_{whose[0]}: --distill simkd puts the teacher's classifier on the student, so both must "
+                    f"classify the plain average of the last map; the {whose}'s head reads something else"
+                )
         channels, size, _ = probe_shapes(teacher, task.image_size).final  # as large as the activated map
         if self.projector_factor > channels:
             raise UserError(f"--projector_factor: must be at most {channels}, the channels of the teacher's last map")
