@@ -2,7 +2,7 @@
 
 import copy
 from argparse import ArgumentTypeError
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -89,6 +89,29 @@ WARMUP_EPOCHS = Flag(
 )
 
 
+class Need(NamedTuple):
+    """What must hold for a flag to have an effect."""
+
+    flags: tuple[Flag, ...]  # those that decide it
+    holds: Callable[..., bool]  # of their values
+    remedy: str  # what to give instead, in words
+
+
+def above_zero(*weights: Flag) -> Need:
+    """One of these weights is above 0."""
+    return Need(weights, lambda *values: any(values), f"{' or '.join(spelling(each) for each in weights)} above 0")
+
+
+def is_one_of(flag: Flag, *choices: Any) -> Need:
+    """A flag has one of these values."""
+    return Need((flag,), lambda value: value in choices, f"{spelling(flag)} {' or '.join(map(str, choices))}")
+
+
+def spelling(flag: Flag) -> str:
+    """The flag as messages name it: -a/--alpha."""
+    return "/".join(flag.names)
+
+
 class Task(NamedTuple):
     """What a method may know of the data and of the batches."""
 
@@ -163,6 +186,10 @@ class Distiller(nn.Module):
     ships = "student"
     #: The method's hyper-parameters: keyword arguments of its constructor and flags of the scripts.
     flags: tuple[Flag, ...] = ()
+    #: Argument of a flag -> what must hold for it to have an effect; a flag that is not listed always has one.
+    needs: Mapping[str, tuple[Need, ...]] = {}
+    #: The code that the method's published numbers come from, and what is done otherwise here, and why.
+    reference, departures = "", ""
 
     def __init__(self, student: Backbone, teacher: Backbone | None, task: Task, **hyper_parameters):
         super().__init__()
@@ -241,10 +268,6 @@ class Distiller(nn.Module):
             losses = stage.losses(*outputs, batch.targets, batch.index, progress)
         return None if student is None else student.logits[: len(batch.targets)], losses
 
-    def note(self) -> str:
-        """One sentence that a run says of the method on these networks; empty where there is nothing to say."""
-        return ""
-
     def predict(self, images: Tensor) -> Tensor:
         """Logits (B, K) of what is being trained, with its adapters where they belong to the network."""
         return self.respond(images, None).logits
@@ -253,9 +276,31 @@ class Distiller(nn.Module):
         """The plain network to ship, in eval mode, independent of this module."""
         return copy.deepcopy(self.student).eval()
 
+    def notes(self) -> list[str]:
+        """Lines for the log: what the task and the networks have changed of the method's flags, or decided."""
+        return []
+
     def export_note(self) -> str:
         """One sentence on what `export` kept beside the plain student; empty where it is the plain student."""
         return ""
+
+
+def refuse_without_effect(method: type[Distiller], values: Mapping[str, Any], given: Mapping[str, Any]) -> None:
+    """Raise `UserError` for a flag in `given` that changes nothing, given the resolved `values` of all flags.
+
+    A weight of 0 may be given wherever it stands.
+    """
+    for flag in method.flags:
+        if flag.argument not in given or (flag.is_weight and not given[flag.argument]):
+            continue
+        for need in method.needs.get(flag.argument, ()):
+            found = [values[other.argument] for other in need.flags]
+            if not need.holds(*found):
+                state = ", ".join(f"{spelling(other)} {value}" for other, value in zip(need.flags, found, strict=True))
+                raise UserError(
+                    f"{spelling(flag)}: has no effect on --distill {method.name} with {state}; leave it out, or give "
+                    f"{need.remedy}"
+                )
 
 
 class Predictor(nn.Module):

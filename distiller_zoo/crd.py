@@ -5,8 +5,10 @@ from torch import Tensor
 from crd import CRDLoss, NegativeSampler
 from crd.negatives import MODES
 from distiller_zoo.base import (
+    BETA,
     Distiller,
     Flag,
+    above_zero,
     count,
     number,
     positive,
@@ -44,9 +46,15 @@ class CRD(FeatureDistiller):
 
     name = "crd"
     summary, source = "contrastive representation distillation; CRD+KD with -a > 0", "Tian et al., ICLR 2020"
+    reference = "HobbitLong/RepDistiller"
+    departures = (
+        "Negatives are drawn on the device and are distinct on every data set: a permutation per sample held "
+        "up the CPU."
+    )
     group = "relations between images"
     reads = ("pooled", "sample index and negatives")
     flags = (*FeatureDistiller.flags, *CONTRAST_FLAGS)
+    needs = {**FeatureDistiller.needs, **{flag.argument: (above_zero(BETA),) for flag in CONTRAST_FLAGS}}
 
     def __init__(self, student, teacher, task, **hyper_parameters):
         super().__init__(student, teacher, task, **hyper_parameters)
@@ -61,8 +69,11 @@ class NORM_CRD(NORM):
 
     name = "norm_crd"
     summary, source = "NORM and CRD together", "Liu et al., ICLR 2023"
+    reference = "OSVAI/NORM"
+    departures = "The official code cannot start this method and takes -c for CRD's weight; here it is --crd_weight."
     reads = ("final", "pooled", "sample index and negatives")
     flags = (*NORM.flags, CRD_WEIGHT, *CONTRAST_FLAGS)
+    needs = {**NORM.needs, **{flag.argument: (above_zero(CRD_WEIGHT),) for flag in CONTRAST_FLAGS}}
 
     def __init__(self, student, teacher, task, **hyper_parameters):
         super().__init__(student, teacher, task, **hyper_parameters)

@@ -4,7 +4,8 @@
 
 L_norm matches each of the N segments of the student's expanded map to the teacher's last map (feature_transform.py);
 s' and t' are logits standardised per sample. gamma, alpha, beta are the flags -r, -a, -b; the paper's alpha is -b here
-and its beta is -a. Deviations from the official code are listed in docs/norm.md.
+and its beta is -a. Standardised logits of two classes are constants, so that raw ones are taken there. Deviations from
+the official code are listed in docs/norm.md.
 """
 
 import copy
@@ -15,9 +16,21 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from distiller_zoo.base import ALPHA, BETA, GAMMA, KD_T, Distiller, Flag, count, number, weighted_cross_entropy, widen
+from distiller_zoo.base import (
+    ALPHA,
+    BETA,
+    GAMMA,
+    KD_T,
+    Distiller,
+    Flag,
+    above_zero,
+    count,
+    number,
+    weighted_cross_entropy,
+    widen,
+)
 from distiller_zoo.feature_transform import FORMS, FeatureTransform, norm_loss
-from distiller_zoo.kd import weighted_kd
+from distiller_zoo.kd import CONSTANT_CLASSES, weighted_kd
 from distiller_zoo.maps import MAP_SIZE, describe_sizes, match_size, takes_maximum
 from errors import UserError
 from models.backbone import Backbone, FinalConv, Output, probe_shapes
@@ -110,14 +123,25 @@ class NORM(Distiller):
 
     name = "norm"
     summary, source = "N-to-one representation matching; NORM+KD with -a > 0", "Liu et al., ICLR 2023"
+    reference = "OSVAI/NORM"
+    departures = (
+        "See docs/norm.md, line by line. Raw logits with two classes: standardised ones are constants, "
+        "without a gradient."
+    )
     group = "N-to-one"
     reads = ("final",)
     ships = "student (transform folded in)"
     flags = (GAMMA, ALPHA, BETA, BETA1, CETA, CO_SPONGE, KD_T, FT, FT_POSITION, FT_FORM, LARGER_STUDENT, MAP_SIZE)
+    needs = {
+        "kd_T": (above_zero(ALPHA),),
+        **dict.fromkeys(("beta1", "larger_student", "map_size"), (above_zero(BETA),)),
+    }
     larger_student, map_size = "refuse", "pool"
 
     def __init__(self, student: Backbone, teacher: Backbone | None, task, **hyper_parameters):
         super().__init__(student, teacher, task, **hyper_parameters)
+        #: The scale of the standardised logits that the losses read; 0: raw logits.
+        self.scale = self.ceta if task.num_classes > CONSTANT_CLASSES else 0.0
         if self.co_sponge < 1:
             raise UserError(f"-s/--co_sponge: N must be at least 1, not {self.co_sponge}")
         if student.cannot_change:
@@ -141,8 +165,13 @@ class NORM(Distiller):
             residual = self.ft == "default"
             self.transform = FeatureTransform(channels, teacher_channels, self.co_sponge, residual, self.ft_form)
 
-    def note(self):
-        return self._sizes
+    def notes(self):
+        notes = [self._sizes] if self._sizes else []
+        if self.scale != self.ceta:
+            notes += [
+                f"-c/--ceta {self.ceta} is off: standardised logits of two classes are constants, without gradient"
+            ]
+        return notes
 
     def respond(self, images: Tensor, teacher: Output | None) -> NormOutput:
         student = self.student
@@ -173,10 +202,10 @@ class NORM(Distiller):
         return match_size(target, *size) if target.shape[2] > size[0] else target
 
     def losses(self, student, teacher, targets, index, progress):
-        student_logits = standardise_logits(student.logits, self.ceta)
+        student_logits = standardise_logits(student.logits, self.scale)
         terms = weighted_cross_entropy(self.gamma, student_logits, targets)
         if self.alpha:
-            terms |= weighted_kd(self.alpha, student_logits, standardise_logits(teacher.logits, self.ceta), self.kd_T)
+            terms |= weighted_kd(self.alpha, student_logits, standardise_logits(teacher.logits, self.scale), self.kd_T)
         terms["norm"] = self.beta * norm_weight(self.beta1, progress.epoch, progress.epochs) * student.norm_loss
         return terms
 
@@ -233,6 +262,8 @@ class FTBaseline(NORM):
 
     name = "ft"
     summary, source = "feature transform without a teacher: the FT-only baselines", "Liu et al., ICLR 2023"
+    reference = "OSVAI/NORM"
+    departures = "N, and whether logits are standardised, are not published: 8, raw."
     reads = ()
     needs_teacher = False
     # The paper's baseline is trained with the cross entropy only; whether on raw logits is not published.
@@ -244,6 +275,7 @@ class FTBaseline(NORM):
         FT_POSITION,
         FT_FORM,
     )
+    needs = {}
 
     def losses(self, student, teacher, targets, index, progress):
-        return weighted_cross_entropy(self.gamma, standardise_logits(student.logits, self.ceta), targets)
+        return weighted_cross_entropy(self.gamma, standardise_logits(student.logits, self.scale), targets)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from distiller_zoo.base import Flag, number
+from distiller_zoo.base import BETA, Flag, above_zero, number
 from distiller_zoo.kd import FeatureDistiller
 from distiller_zoo.maps import ZERO_LENGTH
 
@@ -64,10 +64,13 @@ class RKD(FeatureDistiller):
 
     name = "rkd"
     summary, source = "distances and angles between the images of a batch", "Park et al., CVPR 2019"
+    reference = "HobbitLong/RepDistiller"
+    departures = "Equal or almost equal images get finite gradients."
     group = "relations between images"
     reads = ("pooled",)
     min_batch = 2
     flags = (*FeatureDistiller.flags, DISTANCE_WEIGHT, ANGLE_WEIGHT)
+    needs = {**FeatureDistiller.needs, **dict.fromkeys(("distance_weight", "angle_weight"), (above_zero(BETA),))}
 
     def __init__(self, student, teacher, task, **hyper_parameters):
         super().__init__(student, teacher, task, **hyper_parameters)

@@ -10,7 +10,7 @@ import os
 from argparse import Namespace
 from collections.abc import Sequence
 
-from distiller_zoo import DISTILLERS, Distiller, find_distiller
+from distiller_zoo import DISTILLERS, Distiller, find_distiller, refuse_without_effect
 from errors import UserError
 from helper.device import count_cores, find_device
 from helper.distributed import by_main, images_per_pass, is_main
@@ -168,7 +168,8 @@ def _resolve(given: dict, stored: dict, find_teacher=None) -> tuple[Namespace, T
     for flag in method.flags:
         value, source = merged[flag.argument]
         if flag.full_run and value and flag.argument not in given | stored:
-            (stretched,) = stretch((value,), flag.full_run, merged["epochs"][0])
+            from_epochs = full_run(flag, dataset["dataset"], distill, recipe)
+            (stretched,) = stretch((value,), from_epochs, merged["epochs"][0])
             if stretched != value:
                 merged[flag.argument] = (stretched, f"{source}, stretched")
     _choose_fast_parts(merged, stored)
@@ -179,6 +180,7 @@ def _resolve(given: dict, stored: dict, find_teacher=None) -> tuple[Namespace, T
     merged["images_per_pass"] = (images_per_pass(divided), "batch_size over processes and --accumulate")
     merged.setdefault("data_seed", (merged["seed"][0], "from --seed"))
     config = Namespace(**{argument: value for argument, (value, _) in merged.items()})
+    refuse_without_effect(method, vars(config), given)
     config.origins = {argument: origin for argument, (_, origin) in merged.items()}
     if "image_size" in given and config.dataset not in ("folder", "imagenet"):
         raise UserError(

@@ -52,6 +52,8 @@ class Backbone(nn.Module):
     shows_preactivations = True
     #: Names of the sub-modules below the last stage.
     trunk: tuple[str, ...] = ()
+    #: Names of the sub-modules between the last stage output and the classifier.
+    head: tuple[str, ...] = ()
     #: One sentence that a run says of the network; empty where its name says enough.
     note = ""
 

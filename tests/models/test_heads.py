@@ -103,14 +103,13 @@ def test_a_head_apart_from_the_last_map_cannot_be_trained_by_norm():
         DISTILLERS["norm"](student, build_model("resnet14", CLASSES), TASK)
 
 
-@pytest.mark.parametrize(
-    "teacher", ["torchvision:mobilenet_v3_small", "timm:mobilenetv3_small_050", "timm:test_convnext"]
-)
-def test_simkd_reuses_only_a_classifier_of_the_plain_average(teacher):
-    networks = [build_model(name, CLASSES) for name in ("timm:resnet10t", teacher)]
-    for student, whose in ((0, "teacher"), (1, "student")):
-        with pytest.raises(UserError, match=f"the {whose}'s head reads something else"):
-            DISTILLERS["simkd"](networks[student], networks[1 - student], TASK)
+@pytest.mark.parametrize("name", ["torchvision:mobilenet_v3_small", "timm:mobilenetv3_small_050", "timm:test_convnext"])
+def test_simkd_reuses_only_a_classifier_of_the_plain_average(name):
+    network = build_model(name, CLASSES)
+    with pytest.raises(UserError, match="--distill simkd reuses the teacher's classifier"):
+        DISTILLERS["simkd"](build_model("timm:test_resnet", CLASSES), network, TASK)
+    teacher = build_model("timm:test_resnet", CLASSES)
+    one_step(DISTILLERS["simkd"](network, teacher, TASK), teacher)
 
 
 @pytest.mark.parametrize("distill", ["reviewkd", "distpro", "abound"])
