@@ -132,7 +132,10 @@ class NORM(Distiller):
     reads = ("final",)
     ships = "student (transform folded in)"
     flags = (GAMMA, ALPHA, BETA, BETA1, CETA, CO_SPONGE, KD_T, FT, FT_POSITION, FT_FORM, LARGER_STUDENT, MAP_SIZE)
-    needs = {"kd_T": (above_zero(ALPHA),), **dict.fromkeys(("beta1", "larger_student"), (above_zero(BETA),))}
+    needs = {
+        "kd_T": (above_zero(ALPHA),),
+        **dict.fromkeys(("beta1", "larger_student", "map_size"), (above_zero(BETA),)),
+    }
     larger_student, map_size = "refuse", "pool"
 
     def __init__(self, student: Backbone, teacher: Backbone | None, task, **hyper_parameters):
@@ -163,11 +166,12 @@ class NORM(Distiller):
             self.transform = FeatureTransform(channels, teacher_channels, self.co_sponge, residual, self.ft_form)
 
     def notes(self):
-        sizes = [self._sizes] if self._sizes else []
-        if self.scale == self.ceta:
-            return sizes
-        off = f"-c/--ceta {self.ceta} is off: standardised logits of two classes are constants, without gradient"
-        return [*sizes, off]
+        notes = [self._sizes] if self._sizes else []
+        if self.scale != self.ceta:
+            notes += [
+                f"-c/--ceta {self.ceta} is off: standardised logits of two classes are constants, without gradient"
+            ]
+        return notes
 
     def respond(self, images: Tensor, teacher: Output | None) -> NormOutput:
         student = self.student

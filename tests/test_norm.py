@@ -196,7 +196,7 @@ def test_a_larger_student_map_is_refused_unless_it_is_to_be_pooled():
     with pytest.raises(UserError, match=r"larger than the teacher's.*--map_size interpolate"):
         NORM(student, teacher, TASK)
     for way_out in ({"larger_student": "pool"}, {"map_size": "interpolate"}):
-        assert NORM(student, teacher, TASK, **way_out).note()
+        assert NORM(student, teacher, TASK, **way_out).notes()
 
 
 def test_a_larger_teacher_map_is_max_pooled():
