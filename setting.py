@@ -1,7 +1,7 @@
 """A setting of a run or of a method: everything that the toolbox knows of it is said once, in its row."""
 
 from argparse import ArgumentTypeError
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection
 from typing import Any, NamedTuple
 
 #: The largest number that a flag may have: float32, in which it is used, ends at 3.4e38.
@@ -49,7 +49,7 @@ class Setting(NamedTuple):
     type: Callable[[str], Any]  # reads the text of a flag; bool for a switch
     default: Any  # None: it may be absent; RECIPE: filled in when the run is resolved
     help: str
-    choices: Iterable[str] | None = None
+    choices: Collection[str] | None = None
     is_weight: bool = False  # a weight of 0 may be given to methods that have no such term
     #: A number of epochs that belongs to a run of so many epochs (RECIPE: of the recipe's); it scales with --epochs.
     full_run: Any = None
@@ -88,7 +88,7 @@ class Setting(NamedTuple):
         except (ArgumentTypeError, TypeError, OverflowError, ValueError) as error:
             raise ValueError(f"{self.names[-1]} cannot be {str(value)[:100]!r} ({error})") from None
         if self.choices is not None and read not in self.choices:
-            raise ValueError(f"{self.names[-1]} must be one of {', '.join(self.choices)}, not {str(value)[:100]!r}")
+            raise ValueError(f"{self.names[-1]} must be one of {', '.join(map(str, self.choices))}, not {value!r}")
         return read
 
 

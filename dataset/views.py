@@ -13,10 +13,10 @@ from torchvision.transforms.v2 import functional
 
 from dataset.images import Augmentation, Draws, augment
 
-#: RandAugment's number of operations, and their strength as a share of the strongest (9 of 30 steps).
-STRONG_OPERATIONS, STRENGTH = 2, 0.3
-#: The largest side of the square that is cut out, in sides of the image, and its grey.
-LARGEST_CUT, GREY = 0.5, 127
+#: RandAugment's number of operations.
+STRONG_OPERATIONS = 2
+#: The largest side of the square that is cut out, in widths of the image, and its colour.
+LARGEST_CUT, CUT_COLOUR = 0.5, (125, 123, 114)
 
 
 def plain(
@@ -39,7 +39,7 @@ def rotations(
 def weak_strong(
     pixels: Tensor, draws: list[Draws], augmentation: Augmentation, generator: torch.Generator | None = None
 ) -> list[Tensor]:
-    """The augmented image, and another with RandAugment and a grey square over it (multi-level logit distillation)."""
+    """The augmented image, and another with RandAugment and a square cut out of it (multi-level logit distillation)."""
     weak, strong = (augment(pixels, draw, augmentation.pad) for draw in draws)
     for _ in range(STRONG_OPERATIONS):
         strong = random_operation(strong, generator)
@@ -49,59 +49,117 @@ def weak_strong(
 def random_operation(pixels: Tensor, generator: torch.Generator | None = None) -> Tensor:
     """Pixels (B, 3, H, W) with one operation of RandAugment each (Cubuk et al., NeurIPS 2020, arXiv 1909.13719).
 
-    Images with the same operation are changed together.
+    The operation is drawn per image, and its strength over the operation's whole range, as FixMatch does (Sohn et al.,
+    NeurIPS 2020). Images with the same operation are changed together.
     """
-    operations = [*_operations(1, *pixels.shape[2:]), *_operations(-1, *pixels.shape[2:])]
-    drawn = torch.randint(len(operations), (len(pixels),), generator=generator)
-    sizes = torch.bincount(drawn, minlength=len(operations)).tolist()
-    order = drawn.argsort().to(pixels.device)
-    groups = pixels[order].split(sizes)
-    changed = [operation(group) for operation, group in zip(operations, groups, strict=True) if len(group)]
+    drawn = torch.randint(len(OPERATIONS), (len(pixels),), generator=generator)
+    strengths = torch.rand(len(pixels), generator=generator)
+    sizes = torch.bincount(drawn, minlength=len(OPERATIONS)).tolist()
+    order = drawn.argsort()
+    strengths = strengths[order].to(pixels.device).split(sizes)
+    order = order.to(pixels.device)
+    groups = zip(OPERATIONS, pixels[order].split(sizes), strengths, strict=True)
+    changed = [operation(group, strength) for operation, group, strength in groups if len(group)]
     return torch.empty_like(pixels).index_copy_(0, order, torch.cat(changed))
 
 
-def _operations(sign: int, height: int, width: int) -> list[Callable[[Tensor], Tensor]]:
-    """RandAugment's operations on bytes; what has a direction goes along `sign`."""
-    slant = math.degrees(math.atan(0.3 * STRENGTH * sign))
-    down, right = (sign * int(150 / 331 * side * STRENGTH) for side in (height, width))
-    factor = 1 + 0.9 * STRENGTH * sign
+def _blend(change: Callable[[Tensor, float], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
+    """0.05 to 0.95 of the image, the rest of what `change` makes of it at 0: black, grey, its mean, smoothed."""
 
-    def affine(shear=(0.0, 0.0), translate=(0, 0), center=None):
-        return lambda x: functional.affine(x, 0.0, list(translate), 1.0, list(shear), center=center)
+    def operation(pixels: Tensor, strength: Tensor) -> Tensor:
+        share = (0.05 + 0.9 * strength).view(-1, 1, 1, 1)
+        return (share * pixels + (1 - share) * change(pixels, 0.0)).to(pixels.dtype)
 
-    return [
-        lambda x: x,
-        affine(shear=(slant, 0.0), center=[0, 0]),
-        affine(shear=(0.0, slant), center=[0, 0]),
-        affine(translate=(right, 0)),
-        affine(translate=(0, down)),
-        lambda x: functional.rotate(x, 30 * STRENGTH * sign),
-        lambda x: functional.adjust_brightness(x, factor),
-        lambda x: functional.adjust_saturation(x, factor),
-        lambda x: functional.adjust_contrast(x, factor),
-        lambda x: functional.adjust_sharpness(x, factor),
-        lambda x: functional.posterize(x, 8 - round(4 * STRENGTH)),
-        lambda x: functional.solarize(x, 255 * (1 - STRENGTH)),
-        functional.autocontrast,
-        functional.equalize,
-    ]
+    return operation
+
+
+def _move(row: Callable[..., tuple[Tensor, ...]]) -> Callable[[Tensor, Tensor], Tensor]:
+    """An affine map of places, the nearest pixel taken and black around the image.
+
+    `row` gives the six numbers (a, b, c, d, e, f) of (x, y) -> (ax + by + c, dx + ey + f), where the pixel of a result
+    at (x, y) comes from, of strengths in -1..1 and the image's height and width.
+    """
+
+    def operation(pixels: Tensor, strength: Tensor) -> Tensor:
+        count, _, height, width = pixels.shape
+        numbers = [value.expand(count).view(-1, 1, 1) for value in row(2 * strength - 1, height, width)]
+        a, b, c, d, e, f = numbers
+        y, x = (torch.arange(size, device=pixels.device) + 0.5 for size in (height, width))
+        x, y = x[None, None, :], y[None, :, None]
+        columns, rows = (a * x + b * y + c).floor().long(), (d * x + e * y + f).floor().long()
+        inside = (columns >= 0) & (columns < width) & (rows >= 0) & (rows < height)
+        place = (rows.clamp(0, height - 1) * width + columns.clamp(0, width - 1)).flatten(1)
+        moved = pixels.flatten(2).gather(2, place[:, None].expand(-1, pixels.shape[1], -1)).view_as(pixels)
+        return moved * inside[:, None]
+
+    return operation
+
+
+def _rotation(strength: Tensor, height: int, width: int) -> tuple[Tensor, ...]:
+    angle = math.radians(30) * strength
+    cosine, sine = angle.cos(), angle.sin()
+    x, y = width / 2, height / 2
+    return cosine, sine, x - cosine * x - sine * y, -sine, cosine, y + sine * x - cosine * y
+
+
+def _affine(entry: int, size: Callable[[int, int], float]) -> Callable[..., tuple[Tensor, ...]]:
+    """One entry of the six moves by up to 0.3 times `size`, the others leave the image as it is."""
+
+    def row(strength: Tensor, height: int, width: int) -> tuple[Tensor, ...]:
+        numbers = [torch.full_like(strength, value) for value in (1, 0, 0, 0, 1, 0)]
+        numbers[entry] = 0.3 * size(height, width) * strength
+        return tuple(numbers)
+
+    return row
+
+
+def _posterize(pixels: Tensor, strength: Tensor) -> Tensor:
+    """4 to 7 bits are kept."""
+    step = 2 ** (4 - (4 * strength).floor()).to(pixels.dtype).view(-1, 1, 1, 1)
+    return pixels // step * step
+
+
+def _solarize(pixels: Tensor, strength: Tensor) -> Tensor:
+    """Values from a threshold on are inverted."""
+    return torch.where(pixels < (256 * strength).view(-1, 1, 1, 1), pixels, 255 - pixels)
+
+
+#: FixMatch's list: bytes (n, 3, H, W) and strengths (n,) from 0 to 1 -> bytes.
+OPERATIONS: tuple[Callable[[Tensor, Tensor], Tensor], ...] = (
+    lambda pixels, _: pixels,
+    lambda pixels, _: functional.autocontrast(pixels),
+    lambda pixels, _: functional.equalize(pixels),
+    _blend(functional.adjust_brightness),
+    _blend(functional.adjust_saturation),
+    _blend(functional.adjust_contrast),
+    _blend(functional.adjust_sharpness),
+    _posterize,
+    _solarize,
+    _move(_rotation),
+    _move(_affine(1, lambda height, width: 1)),  # shear
+    _move(_affine(3, lambda height, width: 1)),
+    _move(_affine(2, lambda height, width: width)),  # translation
+    _move(_affine(5, lambda height, width: height)),
+)
 
 
 def cut_out(pixels: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """Pixels (B, 3, H, W) with one grey square each, of random side and place."""
+    """Pixels (B, 3, H, W) with one square each in one colour: of a random side, around a random place of the image,
+    beyond whose border it does not reach."""
     count, _, height, width = pixels.shape
-    side, top, left = torch.rand(3, count, generator=generator)
-    side = (side * LARGEST_CUT * min(height, width)).round()
-    rows, columns = _covered(top, side, height), _covered(left, side, width)
+    side, y, x = torch.rand(3, count, generator=generator)
+    side = side * LARGEST_CUT * width
+    rows, columns = _covered(y * height, side, height), _covered(x * width, side, width)
     inside = (rows[:, :, None] & columns[:, None, :]).to(pixels.device)
-    return pixels.masked_fill(inside[:, None], GREY)
+    colour = torch.tensor(CUT_COLOUR, dtype=pixels.dtype, device=pixels.device).view(1, -1, 1, 1)
+    return torch.where(inside[:, None], colour, pixels)
 
 
-def _covered(place: Tensor, side: Tensor, size: int) -> Tensor:
-    """Which of `size` pixels a stretch of `side` (B,) covers, (B, size); it lies first at a `place` (B,) of 0."""
-    first = (place * (size - side + 1)).floor()[:, None]
+def _covered(centre: Tensor, side: Tensor, size: int) -> Tensor:
+    """Which of `size` pixels a stretch of `side` (B,) covers that begins half of it before `centre` (B,): (B, size)."""
+    first = (centre - side / 2).clamp_min(0).floor()[:, None]
     positions = torch.arange(size)
-    return (positions >= first) & (positions < first + side[:, None])
+    return (positions >= first) & (positions <= first + side[:, None]) & (side > 0)[:, None]
 
 
 #: Name -> (number of views, their function).

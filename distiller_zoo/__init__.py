@@ -7,7 +7,7 @@ from types import ModuleType
 from crd import CRDLoss
 from distiller_zoo.abound import ABLoss, Connector
 from distiller_zoo.attention import Attention
-from distiller_zoo.base import Distiller, Flag, Predictor, Progress, Stage, Task
+from distiller_zoo.base import Distiller, Flag, Predictor, Progress, Stage, Task, refuse_without_effect
 from distiller_zoo.correlation import Correlation, LinearEmbed
 from distiller_zoo.factor import FactorTransfer, Paraphraser, Translator
 from distiller_zoo.fsp import FSP
@@ -81,5 +81,6 @@ __all__ = [
     "Stage",
     "Task",
     "find_distiller",
+    "refuse_without_effect",
     *(module.__name__ for module in REPDISTILLER),
 ]

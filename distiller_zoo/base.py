@@ -1,8 +1,8 @@
 """The contract of a distillation method: one module that holds everything that is trained."""
 
 import copy
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +32,29 @@ WARMUP_EPOCHS = Flag(
     "epochs over which the weight of the method's own loss rises from 0, in a run of 240 (0: it is there at once)",
     full_run=240,
 )
+
+
+class Need(NamedTuple):
+    """What must hold for a flag to have an effect."""
+
+    flags: tuple[Flag, ...]  # those that decide it
+    holds: Callable[..., bool]  # of their values
+    remedy: str  # what to give instead, in words
+
+
+def above_zero(*weights: Flag) -> Need:
+    """One of these weights is above 0."""
+    return Need(weights, lambda *values: any(values), f"{' or '.join(spelling(each) for each in weights)} above 0")
+
+
+def is_one_of(flag: Flag, *choices: Any) -> Need:
+    """A flag has one of these values."""
+    return Need((flag,), lambda value: value in choices, f"{spelling(flag)} {' or '.join(map(str, choices))}")
+
+
+def spelling(flag: Flag) -> str:
+    """The flag as messages name it: -a/--alpha."""
+    return "/".join(flag.names)
 
 
 class Task(NamedTuple):
@@ -108,6 +131,10 @@ class Distiller(nn.Module):
     ships = "student"
     #: The method's hyper-parameters: keyword arguments of its constructor and flags of the scripts.
     flags: tuple[Flag, ...] = ()
+    #: Argument of a flag -> what must hold for it to have an effect; a flag that is not listed always has one.
+    needs: Mapping[str, tuple[Need, ...]] = {}
+    #: The code that the method's published numbers come from, and what is done otherwise here, and why.
+    reference, departures = "", ""
 
     def __init__(self, student: Backbone, teacher: Backbone | None, task: Task, **hyper_parameters):
         super().__init__()
@@ -120,6 +147,21 @@ class Distiller(nn.Module):
             if flag.choices and value not in flag.choices:
                 raise UserError(f"{flag.names[-1]}: must be one of {', '.join(flag.choices)}, not {value}")
             setattr(self, flag.argument, value)
+        for whose, network, reads in (
+            ("student", student, self.student_preact),
+            ("teacher", teacher, self.teacher_preact),
+        ):
+            if reads and network is not None and not network.shows_preactivations:
+                raise UserError(
+                    f"--distill {self.name}: it reads the {whose}'s maps before their last ReLU, which only our own "
+                    f"networks show, not {network.name}; choose another --distill or --model_{whose[0]}"
+                )
+        if teacher is not None and self.needs_teacher_logits() and teacher.num_classes != task.num_classes:
+            has = f"{teacher.num_classes} classes" if teacher.num_classes else "no classifier"
+            raise UserError(
+                f"--model_t: the teacher has {has}, the data {task.num_classes} classes, and --distill {self.name} "
+                "reads the teacher's logits; choose another teacher, -a 0, or a method that reads feature maps"
+            )
         if task.batch_size < self.min_batch:
             raise UserError(
                 f"--batch_size: --distill {self.name} compares images of a batch, it needs at least {self.min_batch}"
@@ -155,6 +197,10 @@ class Distiller(nn.Module):
         """Whether the main stage reads the teacher's outputs."""
         return self.needs_teacher
 
+    def needs_teacher_logits(self) -> bool:
+        """Whether any stage reads the teacher's logits, so that its classes must be those of the data."""
+        return self.needs_teacher
+
     def forward(
         self, batch, teacher: Output | None, progress: Progress, stage: Stage | None = None
     ) -> tuple[Tensor | None, dict[str, Tensor]]:
@@ -175,9 +221,31 @@ class Distiller(nn.Module):
         """The plain network to ship, in eval mode, independent of this module."""
         return copy.deepcopy(self.student).eval()
 
+    def notes(self) -> list[str]:
+        """Lines for the log: what the method makes of these networks and this task, where that is not plain."""
+        return []
+
     def export_note(self) -> str:
         """One sentence on what `export` kept beside the plain student; empty where it is the plain student."""
         return ""
+
+
+def refuse_without_effect(method: type[Distiller], values: Mapping[str, Any], given: Mapping[str, Any]) -> None:
+    """Raise `UserError` for a flag in `given` that changes nothing, given the resolved `values` of all flags.
+
+    A weight of 0 may be given wherever it stands.
+    """
+    for flag in method.flags:
+        if flag.argument not in given or (flag.is_weight and not given[flag.argument]):
+            continue
+        for need in method.needs.get(flag.argument, ()):
+            found = [values[other.argument] for other in need.flags]
+            if not need.holds(*found):
+                state = ", ".join(f"{spelling(other)} {value}" for other, value in zip(need.flags, found, strict=True))
+                raise UserError(
+                    f"{spelling(flag)}: has no effect on --distill {method.name} with {state}; leave it out, or give "
+                    f"{need.remedy}"
+                )
 
 
 class Predictor(nn.Module):

@@ -9,6 +9,7 @@ of the tables come from this form: products of the differences of neighbours in 
 
 from torch import Tensor, nn
 
+from distiller_zoo.base import BETA, above_zero
 from distiller_zoo.crd import FEAT_DIM
 from distiller_zoo.kd import FeatureDistiller
 from models.backbone import probe_shapes
@@ -42,6 +43,7 @@ class CorrelationCongruence(FeatureDistiller):
     reads = ("pooled",)
     min_batch = 2
     flags = (*FeatureDistiller.flags, FEAT_DIM)
+    needs = {**FeatureDistiller.needs, "feat_dim": (above_zero(BETA),)}
 
     def __init__(self, student, teacher, task, **hyper_parameters):
         super().__init__(student, teacher, task, **hyper_parameters)

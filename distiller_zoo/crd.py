@@ -5,8 +5,10 @@ from torch import Tensor
 from crd import CRDLoss, NegativeSampler
 from crd.negatives import MODES
 from distiller_zoo.base import (
+    BETA,
     Distiller,
     Flag,
+    above_zero,
     count,
     number,
     positive,
@@ -47,6 +49,7 @@ class CRD(FeatureDistiller):
     group = "relations between images"
     reads = ("pooled", "sample index and negatives")
     flags = (*FeatureDistiller.flags, *CONTRAST_FLAGS)
+    needs = {**FeatureDistiller.needs, **{flag.argument: (above_zero(BETA),) for flag in CONTRAST_FLAGS}}
 
     def __init__(self, student, teacher, task, **hyper_parameters):
         super().__init__(student, teacher, task, **hyper_parameters)
@@ -63,6 +66,7 @@ class NORM_CRD(NORM):
     summary, source = "NORM and CRD together", "Liu et al., ICLR 2023"
     reads = ("final", "pooled", "sample index and negatives")
     flags = (*NORM.flags, CRD_WEIGHT, *CONTRAST_FLAGS)
+    needs = {**NORM.needs, **{flag.argument: (above_zero(CRD_WEIGHT),) for flag in CONTRAST_FLAGS}}
 
     def __init__(self, student, teacher, task, **hyper_parameters):
         super().__init__(student, teacher, task, **hyper_parameters)

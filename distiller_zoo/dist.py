@@ -3,13 +3,14 @@
     L = gamma * CE(s, y) + beta * (inter + intra),    inter = T^2 * (1 - mean over images of the Pearson correlation of
     their softened classes), intra the same for the classes over the images of the batch
 
-T is --kd_T. The paper has a weight for each of the two; both are 2 in its CIFAR runs, so there is one here.
+T is --kd_T. The paper has a weight for each of the two; both are 2 in its runs, so there is one here. With two classes
+the correlation of an image's classes is 1 or -1, whatever the network says, so that there is no inter term.
 """
 
 from torch import Tensor
 
-from distiller_zoo.base import BETA, GAMMA, KD_T, weighted_cross_entropy
-from distiller_zoo.kd import LOGIT_STANDARDIZATION, LogitDistiller
+from distiller_zoo.base import BETA, GAMMA, KD_T, above_zero, weighted_cross_entropy
+from distiller_zoo.kd import CONSTANT_CLASSES, LOGIT_STANDARDIZATION, LogitDistiller
 
 #: What keeps the correlation of a constant row finite.
 EPSILON = 1e-8
@@ -36,11 +37,19 @@ class DIST(LogitDistiller):
     group = "logits"
     min_batch = 2  # one image has no correlation over images
     flags = (GAMMA, BETA, KD_T, LOGIT_STANDARDIZATION)
+    needs = dict.fromkeys(("kd_T", "logit_standardization"), (above_zero(BETA),))
+
+    def __init__(self, student, teacher, task, **hyper_parameters):
+        super().__init__(student, teacher, task, **hyper_parameters)
+        self.has_inter = task.num_classes > CONSTANT_CLASSES
+
+    def notes(self):
+        missing = [] if self.has_inter else ["DIST's inter term is off: the correlation of two classes is a constant"]
+        return [*super().notes(), *missing]
 
     def losses(self, student, teacher, targets, index, progress):
         inter, intra = relation_losses(*self.compared_logits(student, teacher), self.kd_T)
-        return {
-            **weighted_cross_entropy(self.gamma, student.logits, targets),
-            "inter": self.beta * inter,
-            "intra": self.beta * intra,
-        }
+        terms = weighted_cross_entropy(self.gamma, student.logits, targets)
+        if self.has_inter:
+            terms["inter"] = self.beta * inter
+        return {**terms, "intra": self.beta * intra}

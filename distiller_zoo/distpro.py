@@ -11,9 +11,11 @@ Liu et al., ICLR 2019): with w' = w - rate * (momentum * velocity + grad_w L + d
     grad_scores = -rate * (grad_scores L(w + R v) - grad_scores L(w - R v)) / (2 R),   R = 0.01 / |v|.
 
 L depends on the scores through the weights alone, so the two ends of the difference are forward passes without
-gradients. Then the student itself is trained on all images, with the weights of the search at the same fraction of the
-run; `--distpro_style` says how scores become weights. The official code can neither load what it has found nor end its
-search, and its teacher is in train mode; here the process is replayed as in the paper and the teacher is frozen.
+gradients. Then the student itself is trained on all images, with the scores of the search at the same fraction of the
+run. `--distpro_search_style` and `--distpro_style` say how scores become weights in the search and in the main run. The
+official code can neither load what it has found nor end its search, and after the two passes of the difference it
+restores nothing, so that its weights drift; here the process is replayed and the formula is followed, as in the paper.
+Its teacher is in train mode; here the teacher is in eval mode, as for every method.
 """
 
 import copy
@@ -23,7 +25,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
-from distiller_zoo.base import INIT_EPOCHS, Flag, Stage, number, widen_output
+from distiller_zoo.base import BETA, INIT_EPOCHS, Flag, Need, Stage, above_zero, is_one_of, number, widen_output
 from distiller_zoo.kd import FeatureDistiller, LogitDistiller
 from distiller_zoo.pathways import STYLES, Pathways, PathwayWeights
 from models.backbone import Backbone, Output, probe_shapes
@@ -34,10 +36,24 @@ DISTPRO_STYLE = Flag(
     ("--distpro_style",),
     str,
     "scaled",
-    "how DistPro's scores become weights: scaled (kd_weight times the number of pathways times softmax_with_rest, as "
-    "published), softmax, softmax_with_rest (beside one more score of 1), sigmoid, magnitude (shares of 3), constant "
-    "(kd_weight for all; no search)",
+    "how DistPro's scores become weights in the main run: scaled (kd_weight times the number of pathways times "
+    "softmax_with_rest, as published), softmax, softmax_with_rest (next to one more score of 1), sigmoid, magnitude "
+    "(shares of 3), constant (kd_weight for all; no search)",
     choices=tuple(STYLES),
+)
+SEARCHED = tuple(style for style in STYLES if style != "constant")
+DISTPRO_SEARCH_STYLE = Flag(
+    ("--distpro_search_style",),
+    str,
+    "softmax",
+    "the same in DistPro's search, which records the scores; as published: softmax",
+    choices=SEARCHED,
+)
+#: The styles that have the factor --kd_weight, in the main run or in a search.
+WEIGHTED = Need(
+    (DISTPRO_STYLE, DISTPRO_SEARCH_STYLE),
+    lambda style, search_style: style in ("scaled", "constant") or search_style == "scaled",
+    "--distpro_style scaled or constant",
 )
 HOLDOUT = 0.2
 #: Length of the step to either side in the finite difference.
@@ -68,7 +84,21 @@ class DistPro(LogitDistiller):
     reads = ("maps",)
     student_preact = teacher_preact = True
     frozen = ("search",)
-    flags = (*FeatureDistiller.flags, KD_WEIGHT, DISTPRO_STYLE, INIT_EPOCHS._replace(default=40))
+    flags = (
+        *FeatureDistiller.flags,
+        KD_WEIGHT,
+        DISTPRO_STYLE,
+        DISTPRO_SEARCH_STYLE,
+        INIT_EPOCHS._replace(default=40),
+    )
+    needs = {
+        **FeatureDistiller.needs,
+        "kd_weight": (above_zero(BETA), WEIGHTED),
+        "distpro_style": (above_zero(BETA),),
+        **dict.fromkeys(
+            ("distpro_search_style", "init_epochs"), (above_zero(BETA), is_one_of(DISTPRO_STYLE, *SEARCHED))
+        ),
+    }
 
     def __init__(self, student, teacher, task, **hyper_parameters):
         super().__init__(student, teacher, task, **hyper_parameters)
@@ -77,7 +107,8 @@ class DistPro(LogitDistiller):
             for network in (student, teacher)
         )
         self.pathways = Pathways(student_channels, teacher_channels)
-        self.weights = PathwayWeights(len(self.pathways.pairs), self.init_epochs, self.distpro_style, self.kd_weight)
+        styles = self.distpro_search_style, self.distpro_style
+        self.weights = PathwayWeights(len(self.pathways.pairs), self.init_epochs, *styles, self.kd_weight)
         self.search = None if self.distpro_style == "constant" else SearchedStudent(student, self.pathways)
 
     def stages(self, epochs):
@@ -140,7 +171,7 @@ class DistPro(LogitDistiller):
         with torch.no_grad():
             _, forward = run(displaced(parameters, direction, radius), batch.images, teacher.maps)
             _, backward = run(displaced(parameters, direction, -radius), batch.images, teacher.maps)
-        (group,) = optimizer.param_groups
+        group, *_ = optimizer.param_groups
         return self.weights.pull_back(-group["lr"] * self.beta * (forward - backward) / (2 * radius))
 
 
@@ -158,9 +189,10 @@ def displaced(parameters: Parameters, direction: Parameters, distance: Tensor) -
 @torch.no_grad()
 def look_ahead(optimizer: torch.optim.SGD, parameters: Parameters, gradients: Parameters) -> Parameters:
     """The parameters behind one step of SGD, which is not made; they are leaves of a new graph."""
-    (group,) = optimizer.param_groups
+    groups = {value: group for group in optimizer.param_groups for value in group["params"]}
     ahead = {}
     for name, value in parameters.items():
+        group = groups[value]
         step = gradients[name] + group["weight_decay"] * value
         velocity = optimizer.state.get(value, {}).get("momentum_buffer")
         if velocity is not None:

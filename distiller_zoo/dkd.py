@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from distiller_zoo.base import GAMMA, KD_T, WARMUP_EPOCHS, Flag, number, weighted_cross_entropy
+from distiller_zoo.base import GAMMA, KD_T, WARMUP_EPOCHS, Flag, above_zero, number, weighted_cross_entropy
 from distiller_zoo.kd import LOGIT_STANDARDIZATION, LogitDistiller
 from errors import UserError
 
@@ -48,6 +48,7 @@ class DKD(LogitDistiller):
     summary, source = "target and non-target classes apart", "Zhao et al., CVPR 2022"
     group = "logits"
     flags = (GAMMA, DKD_ALPHA, DKD_BETA, KD_T, WARMUP_EPOCHS, LOGIT_STANDARDIZATION)
+    needs = dict.fromkeys(("kd_T", "warmup_epochs", "logit_standardization"), (above_zero(DKD_ALPHA, DKD_BETA),))
 
     def __init__(self, student, teacher, task, **hyper_parameters):
         super().__init__(student, teacher, task, **hyper_parameters)

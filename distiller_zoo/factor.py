@@ -5,9 +5,10 @@ learns to reconstruct it: MSE(decoder(encoder(F_t)), F_t) (section 3.1). Then, w
 
     L = gamma * CE(s, y) + alpha * KL_T(s, t) + beta * mean |f(translator(F_s)) - f(encoder(F_t))|
 
-(section 3.2), where f averages the squares of a factor over its channels and scales the result to length 1 per
-image, as in RepDistiller, whose numbers the tables quote; the paper scales the factor itself, channels and all. The
-larger factor is average-pooled to the smaller. The last map is the last stage output.
+(section 3.2), where f, by --factor_norm, averages the squares of a factor over its channels and scales the result to
+length 1 per image (channels: RepDistiller, whose numbers the tables quote), or scales the factor itself, channels and
+all (whole: the paper, its authors' code, and torchdistill's ImageNet run, whose translator has no BatchNorm:
+--translator_bn none). The larger factor is average-pooled to the smaller. The last map is the last stage output.
 """
 
 from collections.abc import Sequence
@@ -16,10 +17,25 @@ from itertools import pairwise
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from distiller_zoo.base import INIT_EPOCHS, INIT_LEARNING_RATE, Stage, without_student
+from distiller_zoo.base import BETA, INIT_EPOCHS, INIT_LEARNING_RATE, Flag, Stage, above_zero, without_student
 from distiller_zoo.kd import FeatureDistiller
 from distiller_zoo.maps import last_map, pool_to_smaller, unit_vectors
 from models.backbone import probe_shapes
+
+FACTOR_NORM = Flag(
+    ("--factor_norm",),
+    str,
+    "channels",
+    "what FT scales to length 1 per image: the squares' mean over the channels, or the whole factor, as in the paper",
+    choices=("channels", "whole"),
+)
+TRANSLATOR_BN = Flag(
+    ("--translator_bn",),
+    str,
+    "batch",
+    "FT's translator with BatchNorm, as in RepDistiller, or without (none), as in torchdistill's ImageNet run",
+    choices=("batch", "none"),
+)
 
 
 def _layers(convolution: type[nn.Module], widths: Sequence[int], use_bn: bool) -> nn.Sequential:
@@ -61,11 +77,14 @@ class Translator(nn.Module):
 
 
 class FactorTransfer(nn.Module):
-    """Factors (B, C, H, W) of student and teacher, of any sizes -> scalar; p1: power within f, p2: of the distance."""
+    """Factors (B, C, H, W) of student and teacher, of any sizes -> scalar; p1: power within f, p2: of the distance.
 
-    def __init__(self, p1: float = 2, p2: float = 1):
+    `norm` is the flag --factor_norm; p1 has no part in `whole`.
+    """
+
+    def __init__(self, p1: float = 2, p2: float = 1, norm: str = "channels"):
         super().__init__()
-        self.p1, self.p2 = p1, p2
+        self.p1, self.p2, self.norm = p1, p2, norm
 
     def forward(self, f_s: Tensor, f_t: Tensor) -> Tensor:
         student, teacher = (self.factor(each) for each in pool_to_smaller(f_s, f_t))
@@ -73,7 +92,9 @@ class FactorTransfer(nn.Module):
         return distance.abs().mean() if self.p2 == 1 else distance.pow(self.p2).mean()
 
     def factor(self, f: Tensor) -> Tensor:
-        """A factor (B, C, H, W) -> (B, H * W) of length 1 per image; zeros stay zero."""
+        """A factor (B, C, H, W) -> (B, H * W), or (B, C * H * W), of length 1 per image; zeros stay zero."""
+        if self.norm == "whole":
+            return unit_vectors(f.flatten(1), dim=1)
         return unit_vectors(f.pow(self.p1).mean(1).flatten(1), dim=1)
 
 
@@ -86,14 +107,24 @@ class Paraphrasing(FeatureDistiller):
     reads = ("maps",)
     min_batch = 2  # the translator's BatchNorm, where the map is one pixel
     frozen = ("paraphraser",)
-    flags = (*FeatureDistiller.flags, INIT_EPOCHS, INIT_LEARNING_RATE._replace(default=0.01))
+    flags = (
+        *FeatureDistiller.flags,
+        FACTOR_NORM,
+        TRANSLATOR_BN,
+        INIT_EPOCHS,
+        INIT_LEARNING_RATE._replace(default=0.01),
+    )
+    needs = {
+        **FeatureDistiller.needs,
+        **dict.fromkeys(("factor_norm", "translator_bn", "init_epochs", "init_learning_rate"), (above_zero(BETA),)),
+    }
 
     def __init__(self, student, teacher, task, **hyper_parameters):
         super().__init__(student, teacher, task, **hyper_parameters)
         s_shape, t_shape = (last_map(probe_shapes(network, task.image_size)) for network in (student, teacher))
         self.paraphraser = Paraphraser(t_shape)
-        self.translator = Translator(s_shape, t_shape)
-        self.criterion = FactorTransfer()
+        self.translator = Translator(s_shape, t_shape, use_bn=self.translator_bn == "batch")
+        self.criterion = FactorTransfer(norm=self.factor_norm)
 
     def stages(self, epochs):
         first = Stage(

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from distiller_zoo.base import Flag, whole
+from distiller_zoo.base import BETA, Flag, above_zero, whole
 from distiller_zoo.kd import FeatureDistiller
 from errors import UnfitPair, UserError
 from models.backbone import Output, Shapes, probe_shapes
@@ -74,6 +74,7 @@ class FitNet(FeatureDistiller):
     reads = ("maps",)
     min_batch = 2  # the regressor's BatchNorm, where the map is one pixel
     flags = (*FeatureDistiller.flags, HINT_LAYER)
+    needs = {**FeatureDistiller.needs, "hint_layer": (above_zero(BETA),)}
 
     def __init__(self, student, teacher, task, **hyper_parameters):
         super().__init__(student, teacher, task, **hyper_parameters)

@@ -3,7 +3,7 @@
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from distiller_zoo.base import ALPHA, BETA, GAMMA, KD_T, Distiller, Flag, weighted_cross_entropy
+from distiller_zoo.base import ALPHA, BETA, GAMMA, KD_T, Distiller, Flag, above_zero, weighted_cross_entropy
 from models.backbone import Output
 
 LOGIT_STANDARDIZATION = Flag(
@@ -42,15 +42,34 @@ def weighted_kd(weight: float, student_logits: Tensor, teacher_logits: Tensor, t
     return {"kd": weight * kl_divergence(student_logits, teacher_logits, temperature)} if weight else {}
 
 
+#: Up to this number of classes standardised logits are constants: -c and c (or 0), whatever the network says.
+CONSTANT_CLASSES = 2
+
+
 class LogitDistiller(Distiller):
     """Base of methods with the terms gamma * CE(s, y) + alpha * KL_T(s, t), where CE is of the raw logits."""
 
     flags = (GAMMA, ALPHA, KD_T, LOGIT_STANDARDIZATION)
+    needs = {"kd_T": (above_zero(ALPHA),), "logit_standardization": (above_zero(ALPHA),)}
+
+    def __init__(self, student, teacher, task, **hyper_parameters):
+        super().__init__(student, teacher, task, **hyper_parameters)
+        self.standardises = self.logit_standardization and task.num_classes > CONSTANT_CLASSES
+
+    def notes(self):
+        if self.logit_standardization and not self.standardises:
+            return [
+                "--logit_standardization is off: standardised logits of two classes are constants, without gradient"
+            ]
+        return []
 
     def compared_logits(self, student: Output, teacher: Output) -> tuple[Tensor, Tensor]:
-        """The logits (B, K) that logit losses compare: raw, or standardised with `--logit_standardization`."""
+        """The logits (B, K) that logit losses compare: raw, or standardised with `--logit_standardization`.
+
+        Two classes are always compared raw.
+        """
         logits = student.logits, teacher.logits
-        return (standardise(logits[0]), standardise(logits[1])) if self.logit_standardization else logits
+        return (standardise(logits[0]), standardise(logits[1])) if self.standardises else logits
 
     def label_and_logit_losses(self, student: Output, teacher: Output | None, targets: Tensor) -> dict[str, Tensor]:
         """The weighted terms "ce" and "kd"; one whose weight is 0 is left out."""
@@ -68,6 +87,9 @@ class FeatureDistiller(LogitDistiller):
     def feature_loss(self, student: Output, teacher: Output, targets: Tensor, index: Tensor) -> Tensor:
         """The method's own loss, a scalar without its weight."""
         raise NotImplementedError
+
+    def needs_teacher_logits(self):
+        return self.alpha > 0
 
     def losses(self, student, teacher, targets, index, progress):
         terms = self.label_and_logit_losses(student, teacher, targets)

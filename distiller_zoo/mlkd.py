@@ -8,15 +8,19 @@ temperatures T of --mlkd_temperatures,
 
 m is the share of images whose teacher is at most as confident as the median image's, k that of the classes: in the
 published code the masks multiply losses that are already means over the batch, so only their share has an effect, and
-the published numbers were made with it. That code also takes the weak view's logits for the strong one at two of the
-temperatures; here the strong view's are taken at all.
+the published numbers were made with it. That code also takes the weak view's logits for the strong one at the last two
+temperatures; here the strong view's are taken at all. The student sees the views one after the other, so that each has
+its own batch statistics. With --logit_standardization the KL terms alone read standardised logits.
 """
 
 from argparse import ArgumentTypeError
+from collections.abc import Sequence
+from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
-from distiller_zoo.base import ALPHA, BETA, GAMMA, Flag, positive, weighted_cross_entropy
+from distiller_zoo.base import ALPHA, BETA, GAMMA, Flag, above_zero, positive, weighted_cross_entropy
 from distiller_zoo.kd import LOGIT_STANDARDIZATION, LogitDistiller, kl_divergence
 
 
@@ -55,6 +59,12 @@ def unsure_shares(teacher_logits: Tensor) -> tuple[Tensor, Tensor]:
     )
 
 
+class ViewLogits(NamedTuple):
+    """What MLKD reads of its student: the logits (2B, K), view by view."""
+
+    logits: Tensor
+
+
 class MLKD(LogitDistiller):
     """Logits compared per image, per class and per batch, at several temperatures, on two views."""
 
@@ -63,24 +73,34 @@ class MLKD(LogitDistiller):
     group = "logits"
     views = "weak_strong"
     flags = (GAMMA, ALPHA, BETA, TEMPERATURES, LOGIT_STANDARDIZATION)
+    needs = {"mlkd_temperatures": (above_zero(ALPHA, BETA),), "logit_standardization": (above_zero(ALPHA),)}
+
+    def respond(self, images, teacher):
+        return ViewLogits(torch.cat([self.student(view) for view in images.chunk(2)]))
+
+    def predict(self, images):
+        return self.student(images)
 
     def losses(self, student, teacher, targets, index, progress):
         compared = self.compared_logits(student, teacher)
         (weak, strong), (teacher_weak, teacher_strong) = (logits.chunk(2) for logits in compared)
         raw_weak, raw_strong = student.logits.chunk(2)
-        images, classes = unsure_shares(teacher.logits.chunk(2)[0])
+        raw_teacher, _ = teacher.logits.chunk(2)
+        images, classes = unsure_shares(raw_teacher)
         class_level, batch_level = zip(
-            *(correlation_losses(weak, teacher_weak, each) for each in self.mlkd_temperatures), strict=True
+            *(correlation_losses(raw_weak, raw_teacher, each) for each in self.mlkd_temperatures), strict=True
         )
         strong_terms = weighted_cross_entropy(self.gamma, raw_strong, targets)
         return {
             **weighted_cross_entropy(self.gamma, raw_weak, targets),
             **{f"{name}_strong": value for name, value in strong_terms.items()},
-            "kd": self.alpha * images * self._divergence(weak, teacher_weak),
-            "kd_strong": self.alpha * self._divergence(strong, teacher_strong),
+            "kd": self.alpha * images * self.divergence(weak, teacher_weak, self.mlkd_temperatures),
+            "kd_strong": self.alpha * self.divergence(strong, teacher_strong, self.mlkd_temperatures),
             "class": self.beta * classes * sum(class_level),
             "batch": self.beta * images * sum(batch_level),
         }
 
-    def _divergence(self, student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
-        return sum(kl_divergence(student_logits, teacher_logits, each) for each in self.mlkd_temperatures)
+    @staticmethod
+    def divergence(student_logits: Tensor, teacher_logits: Tensor, temperatures: Sequence[float]) -> Tensor:
+        """The sum of KL_T of logits (B, K) over temperatures, a scalar."""
+        return sum(kl_divergence(student_logits, teacher_logits, each) for each in temperatures)

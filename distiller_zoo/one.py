@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from distiller_zoo.base import BETA, GAMMA, KD_T, Distiller, Flag, count
+from distiller_zoo.base import BETA, GAMMA, KD_T, Distiller, Flag, above_zero, count
 from errors import UserError
 from models.backbone import Backbone, probe_shapes
 
@@ -62,6 +62,7 @@ class ONE(Distiller):
     needs_teacher = False
     min_batch = 2  # the gate's BatchNorm sees one vector per image
     flags = (GAMMA, BETA, KD_T._replace(default=3.0), BRANCHES, RAMP_EPOCHS)
+    needs = dict.fromkeys(("kd_T", "ramp_epochs"), (above_zero(BETA),))
 
     def __init__(self, student, teacher, task, **hyper_parameters):
         super().__init__(student, teacher, task, **hyper_parameters)

@@ -31,7 +31,8 @@ class PathwayTransform(nn.Module):
         self.attention = nn.Conv2d(mid_channels, 1, 1, bias=False)
         self.mix = nn.Sequential(*_convolution(mid_channels, mid_channels), nn.ReLU())
         self.expand = nn.Sequential(*_convolution(mid_channels, out_channels))
-        initialise(self)
+        for convolutions in (self.reduce, self.mix, self.expand):  # the attention starts as torch starts it
+            initialise(convolutions)
 
     def forward(self, student_map: Tensor, size: torch.Size) -> Tensor:
         x = self.reduce(student_map)
@@ -85,33 +86,31 @@ STYLES: dict[str, Callable[[Tensor, float], Tensor]] = {
 
 
 class PathwayWeights(nn.Module):
-    """The pathways' weights w(scores), the Adam that moves the scores, and the process: the weights after each epoch
-    of the search. All of it lies in buffers, so that it is saved and goes on exactly."""
+    """The pathways' scores, the Adam that moves them, and the process: the scores after each epoch of the search.
 
-    def __init__(self, pathways: int, search_epochs: int, style: str, kd_weight: float):
+    The search turns scores into weights by `search_style`, the main run by `style`. All of it is in buffers, so that it
+    is saved and resumed exactly.
+    """
+
+    def __init__(self, pathways: int, search_epochs: int, search_style: str, style: str, kd_weight: float):
         super().__init__()
-        self.style, self.kd_weight = style, kd_weight
+        self.search_style, self.style, self.kd_weight = search_style, style, kd_weight
         self.register_buffer("scores", torch.ones(pathways))
         self.register_buffer("adam_mean", torch.zeros(pathways))
         self.register_buffer("adam_square", torch.zeros(pathways))
         self.register_buffer("adam_steps", torch.zeros((), dtype=torch.int64))
-        self.register_buffer("process", self.of(self.scores).repeat(search_epochs, 1))
-
-    def of(self, scores: Tensor) -> Tensor:
-        """Weights (pathways,) of scores (pathways,)."""
-        return STYLES[self.style](scores, self.kd_weight)
+        self.register_buffer("process", self.scores.repeat(search_epochs, 1))
 
     def forward(self) -> Tensor:
-        """The weights (pathways,) where the search stands."""
-        return self.of(self.scores)
+        """The weights (pathways,) of the search, where it stands."""
+        return STYLES[self.search_style](self.scores, self.kd_weight)
 
     def pull_back(self, gradient: Tensor) -> Tensor:
         """The gradient of a loss with respect to the weights -> its gradient with respect to the scores."""
         with torch.enable_grad():
             scores = self.scores.detach().requires_grad_()
-            weights = self.of(scores)
-        # Constant weights depend on no score.
-        return torch.autograd.grad(weights, scores, gradient)[0] if weights.requires_grad else torch.zeros_like(scores)
+            weights = STYLES[self.search_style](scores, self.kd_weight)
+        return torch.autograd.grad(weights, scores, gradient)[0]
 
     @torch.no_grad()
     def step(self, gradient: Tensor) -> None:
@@ -127,12 +126,14 @@ class PathwayWeights(nn.Module):
         self.scores -= LEARNING_RATE * mean / (square.sqrt() + EPSILON)
 
     def record(self, progress: Progress) -> None:
-        """Write down the weights after an epoch of the search; until the next is over they hold for the rest too."""
-        self.process[progress.epoch :] = self()
+        """Write down the scores after an epoch of the search; until the next one ends they hold for the rest too."""
+        self.process[progress.epoch :] = self.scores
 
     def at(self, progress: Progress) -> Tensor:
-        """The weights (pathways,) at the same fraction of the process, between its epochs by interpolation."""
+        """The main run's weights (pathways,) of the scores at the same fraction of the process; between the epochs of
+        the search scores are interpolated."""
         last = len(self.process) - 1
         place = last * progress.epoch / max(progress.epochs - 1, 1)
         before = min(int(place), last)
-        return torch.lerp(self.process[before], self.process[min(before + 1, last)], place - before)
+        scores = torch.lerp(self.process[before], self.process[min(before + 1, last)], place - before)
+        return STYLES[self.style](scores, self.kd_weight)

@@ -4,23 +4,38 @@
 
 Levels are the stage outputs without the stem's, and the pooled vector as a map of one pixel. From the deepest to the
 shallowest, an attention-based fusion (ABF, section 3.3) joins each of the student's maps with what came from the deeper
-levels and turns it into the width and size of the teacher's map, which is taken before its last ReLU; both are compared
-by the hierarchical context loss (HCL). Epochs count from 0, so the first trains without the term, as published.
+levels and turns it into the width and size of the teacher's map; both are compared by the hierarchical context loss
+(HCL). --review_student and --review_teacher say whether maps are taken before or behind their last ReLU, and
+--review_width how wide a fusion is: on CIFAR the student's are behind it and the teacher's before it; on ImageNet, as
+the released code runs, both are behind it for ResNet34 -> ResNet18 and the student's before it, the teacher's behind it
+for ResNet50 -> MobileNet. Epochs count from 0, so the first trains without the term, as published.
 The official code keeps tables of channels and sizes per pair and stops at pairs without one; here the channels are read
-off both networks and the sizes off the maps. Where one network has more levels, the deepest are paired.
+off both networks and the sizes off the maps. Where one network has more levels, the deepest are paired. That code runs
+the teacher with the statistics of the batch on CIFAR; here the teacher is in eval mode, as for every method.
 """
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from distiller_zoo.base import WARMUP_EPOCHS
+from distiller_zoo.base import BETA, WARMUP_EPOCHS, Flag, above_zero, count
 from distiller_zoo.kd import FeatureDistiller
 from distiller_zoo.maps import middle_maps
 from models.backbone import Backbone, Output, probe_shapes
 
-#: Widest representation that is passed from level to level; narrower where the student's pooled vector is.
-WIDEST_FUSION = 512
+PLACES = ("before", "behind")
+REVIEW_STUDENT = Flag(
+    ("--review_student",), str, "behind", "ReviewKD's student maps: before or behind their last ReLU", choices=PLACES
+)
+REVIEW_TEACHER = Flag(
+    ("--review_teacher",), str, "before", "ReviewKD's teacher maps: before or behind their last ReLU", choices=PLACES
+)
+REVIEW_WIDTH = Flag(
+    ("--review_width",),
+    count,
+    512,
+    "channels that ReviewKD passes from level to level, at most; fewer where the student's pooled vector has fewer",
+)
 #: Heights and widths that HCL pools to, where the maps are larger.
 CONTEXT_SIZES = (4, 2, 1)
 
@@ -91,15 +106,19 @@ class ReviewKD(FeatureDistiller):
     summary, source = "knowledge review: fused levels, hierarchical context loss", "Chen et al., CVPR 2021"
     group = "feature maps"
     reads = ("maps", "pooled")
-    teacher_preact = True
     min_batch = 2  # the deepest level's BatchNorms see one pixel per image
-    flags = (*FeatureDistiller.flags, WARMUP_EPOCHS)
+    flags = (*FeatureDistiller.flags, WARMUP_EPOCHS, REVIEW_STUDENT, REVIEW_TEACHER, REVIEW_WIDTH)
+    needs = {
+        **FeatureDistiller.needs,
+        **dict.fromkeys(("warmup_epochs", "review_student", "review_teacher", "review_width"), (above_zero(BETA),)),
+    }
 
     def __init__(self, student, teacher, task, **hyper_parameters):
         super().__init__(student, teacher, task, **hyper_parameters)
+        self.student_preact, self.teacher_preact = self.review_student == "before", self.review_teacher == "before"
         student_channels, teacher_channels = (_level_channels(each, task.image_size) for each in (student, teacher))
         deepest, *_ = student_channels
-        mid_channels = min(WIDEST_FUSION, deepest)
+        mid_channels = min(self.review_width, deepest)
         # The lists run from deep to shallow, so that the shorter one decides and the deepest are paired.
         pairs = zip(student_channels, teacher_channels, strict=False)
         self.fusions = nn.ModuleList(

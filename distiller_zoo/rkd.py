@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from distiller_zoo.base import Flag, number
+from distiller_zoo.base import BETA, Flag, above_zero, number
 from distiller_zoo.kd import FeatureDistiller
 from distiller_zoo.maps import ZERO_LENGTH
 
@@ -68,6 +68,7 @@ class RKD(FeatureDistiller):
     reads = ("pooled",)
     min_batch = 2
     flags = (*FeatureDistiller.flags, DISTANCE_WEIGHT, ANGLE_WEIGHT)
+    needs = {**FeatureDistiller.needs, **dict.fromkeys(("distance_weight", "angle_weight"), (above_zero(BETA),))}
 
     def __init__(self, student, teacher, task, **hyper_parameters):
         super().__init__(student, teacher, task, **hyper_parameters)

@@ -8,8 +8,8 @@ to the teacher's width. The attention A, a softmax over j, is learned: row b of 
 (B, B) of each map goes through a small network, and the products of the student's queries and the teacher's keys are
 the energies (section 3.3). The gradient flows through both factors.
 
-These networks read B similarities, so B is the --batch_size; for a shorter last batch the term is left out, as
-published. Of fewer than four images, whose quarter is no width, the embedding keeps a width of 1.
+These networks read B similarities, so B is the --batch_size; a shorter last batch makes no step, as published. Of fewer
+than four images, whose quarter is no width, the embedding keeps a width of 1.
 """
 
 import torch
@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from distiller_zoo.kd import FeatureDistiller
 from distiller_zoo.maps import middle_maps, pool_to_smaller
 from errors import UserError
-from models.backbone import Backbone, probe_shapes
+from models.backbone import Backbone, Output, probe_shapes
 
 #: How much narrower an embedding is than the rows of similarities that it reads.
 REDUCTION = 4
@@ -76,7 +76,7 @@ class SemCKD(FeatureDistiller):
     group = "feature maps"
     reads = ("maps",)
     min_batch = 2  # one image is similar to itself only
-    uses_everything = False  # a short batch leaves the attention out
+    uses_everything = False  # a part of a short batch leaves the attention out
 
     def __init__(self, student, teacher, task, **hyper_parameters):
         super().__init__(student, teacher, task, **hyper_parameters)
@@ -86,8 +86,7 @@ class SemCKD(FeatureDistiller):
                 f"images for one of {task.batch_size}; choose a smaller one"
             )
         self.batch_size = task.batch_size
-        if not (self.gamma or self.alpha):
-            self.min_batch = task.batch_size  # nothing is left to train on a shorter one
+        self.min_batch = task.batch_size
         student_channels, teacher_channels = (_channels(each, task.image_size) for each in (student, teacher))
         self.queries = nn.ModuleList(SimilarityEmbedding(task.batch_size) for _ in student_channels)
         self.keys = nn.ModuleList(SimilarityEmbedding(task.batch_size) for _ in teacher_channels)
@@ -97,14 +96,18 @@ class SemCKD(FeatureDistiller):
         )
 
     def losses(self, student, teacher, targets, index, progress):
-        if len(targets) < self.batch_size:
+        if len(targets) != self.batch_size:  # a short batch in parts (--accumulate)
             return self.label_and_logit_losses(student, teacher, targets)
         return super().losses(student, teacher, targets, index, progress)
 
+    def attention(self, student: Output, teacher: Output) -> Tensor:
+        """A (B, S, T) of the outputs of both networks."""
+        queries, keys = _embed_all(self.queries, middle_maps(student)), _embed_all(self.keys, middle_maps(teacher))
+        return attend(queries, keys)
+
     def feature_loss(self, student, teacher, targets, index):
-        student_maps, teacher_maps = middle_maps(student), middle_maps(teacher)
-        attention = attend(_embed_all(self.queries, student_maps), _embed_all(self.keys, teacher_maps))
-        return calibrated_loss(attention, self._differences(student_maps, teacher_maps))
+        differences = self._differences(middle_maps(student), middle_maps(teacher))
+        return calibrated_loss(self.attention(student, teacher), differences)
 
     def _differences(self, student_maps: list[Tensor], teacher_maps: list[Tensor]) -> Tensor:
         rows = []

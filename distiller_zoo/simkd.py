@@ -2,21 +2,22 @@
 
     L = beta * MSE(P(F_s), F_t) + gamma * CE(s, y) + alpha * KL_T(s, t), with gamma = alpha = 0
 
-F_s is the student's last map, pooled to the teacher's size where it is larger (else the teacher's is pooled), P the
-projector. The student's own classifier is never trained: what is tested and shipped is its backbone, the projector and
-the teacher's frozen classifier, one network (models/wrappers.py).
+F_s is the student's last stage output, pooled to the teacher's size where it is larger (else the teacher's is pooled),
+P the projector. The student's own classifier is never trained: what is tested and shipped is its backbone, the
+projector and the teacher's frozen classifier, one network (models/wrappers.py).
 
-F_s and F_t are the maps that the networks' own classifiers pool. For the teacher no other map will do: the projector
-ends with a ReLU and the teacher's classifier reads the pooled result. In WRNs (behind their last BatchNorm and ReLU),
-MobileNetV2 and ShuffleNetV2 (behind their last 1x1 convolution) this is not the last stage output, which is signed or
-of another width. The repository of SimKD takes the last stage outputs, and its WRNs are post-activation ResNets.
+What the student has behind that output is not trained and not shipped: the last 1x1 convolution of MobileNetV2 (160
+channels in front of it) and of ShuffleNetV2 (464), the last BatchNorm of a WRN. F_t is the map that the teacher's
+classifier pools: the projector ends with a ReLU and the classifier reads its pooled result, so that no other map will
+do. It is another one than the last stage output in WRNs alone, whose stage outputs are signed; the repository of SimKD
+takes the stage outputs, and its WRNs are post-activation ResNets.
 """
 
 from torch.nn import functional as F
 
 from distiller_zoo.base import ALPHA, BETA, GAMMA, KD_T, Flag, count
 from distiller_zoo.kd import LOGIT_STANDARDIZATION, FeatureDistiller
-from distiller_zoo.maps import pool_to_smaller
+from distiller_zoo.maps import last_map, pool_to_smaller
 from errors import UserError
 from models.backbone import probe_shapes
 from models.cost import count_parameters
@@ -49,7 +50,13 @@ class SimKD(FeatureDistiller):
         channels, size, _ = probe_shapes(teacher, task.image_size).final  # as large as the activated map
         if self.projector_factor > channels:
             raise UserError(f"--projector_factor: must be at most {channels}, the channels of the teacher's last map")
-        self.student = ReusedClassifier(student, channels, size, self.projector_factor)
+        if not teacher.classifies_average:
+            raise UserError(
+                "--model_t: --distill simkd reuses the teacher's classifier, which here reads more than the average of "
+                "the last map; choose another teacher"
+            )
+        width, *_ = last_map(probe_shapes(student, task.image_size))
+        self.student = ReusedClassifier(student, width, channels, size, self.projector_factor)
         self.student.classifier.load_state_dict(teacher.get_classifier().state_dict())
         self.student.classifier.requires_grad_(False)
 

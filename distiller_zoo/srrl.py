@@ -7,8 +7,9 @@ W_t the teacher's classifier, frozen: its gradient reaches the connector and the
 --srrl_form:
 
 - map: the connector reads the map that the student pools, and its result is pooled (the official ImageNet code; it has
-  no KL term, so its recipe is -a 0).
-- pooled: the connector reads the pooled vector (the repository of SimKD, which made the CIFAR-100 rows; -a 1).
+  no KL term, so its recipe is -a 0); the convolution starts as there, by He et al. over its outputs.
+- pooled: the connector reads the pooled vector (the repository of SimKD, which made the CIFAR-100 rows; -a 1); the
+  convolution starts as torch starts it.
 """
 
 import copy
@@ -16,7 +17,7 @@ import copy
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from distiller_zoo.base import Flag
+from distiller_zoo.base import BETA, Flag, above_zero
 from distiller_zoo.kd import FeatureDistiller
 from models.backbone import Output, initialise, probe_shapes
 
@@ -32,9 +33,7 @@ SRRL_FORM = Flag(
 
 def connector(in_channels: int, out_channels: int) -> nn.Sequential:
     """1x1 convolution, BatchNorm, ReLU: (B, in_channels, H, W) -> (B, out_channels, H, W)."""
-    layers = nn.Sequential(nn.Conv2d(in_channels, out_channels, 1, bias=False), nn.BatchNorm2d(out_channels), nn.ReLU())
-    initialise(layers)
-    return layers
+    return nn.Sequential(nn.Conv2d(in_channels, out_channels, 1, bias=False), nn.BatchNorm2d(out_channels), nn.ReLU())
 
 
 class SRRL(FeatureDistiller):
@@ -47,6 +46,7 @@ class SRRL(FeatureDistiller):
     min_batch = 2  # the connector's BatchNorm sees one pixel per image
     frozen = ("teacher_classifier",)
     flags = (*FeatureDistiller.flags, SRRL_FORM)
+    needs = {**FeatureDistiller.needs, "srrl_form": (above_zero(BETA),)}
 
     def __init__(self, student, teacher, task, **hyper_parameters):
         super().__init__(student, teacher, task, **hyper_parameters)
@@ -54,14 +54,23 @@ class SRRL(FeatureDistiller):
             self.reads = ("activated", "pooled")
         widths = (probe_shapes(network, task.image_size).pooled for network in (student, teacher))
         self.connector = connector(*widths)
+        if self.srrl_form == "map":
+            initialise(self.connector)
         self.teacher_classifier = copy.deepcopy(teacher.get_classifier()).requires_grad_(False)
+
+    def needs_teacher_logits(self):
+        return self.alpha > 0 or self.beta > 0
 
     def represent(self, student: Output) -> Tensor:
         """The student's representation in the teacher's space, (B, Dt)."""
         source = student.activated if self.srrl_form == "map" else student.pooled[:, :, None, None]
         return self.connector(source).mean((2, 3))
 
-    def feature_loss(self, student, teacher, targets, index):
+    def terms(self, student: Output, teacher: Output) -> tuple[Tensor, Tensor]:
+        """The scalars (MSE to the teacher's pooled vector, MSE of the logits that its classifier gives)."""
         representation = self.represent(student)
-        statistics = F.mse_loss(representation, teacher.pooled)
-        return statistics + F.mse_loss(self.teacher_classifier(representation), teacher.logits)
+        regression = F.mse_loss(self.teacher_classifier(representation), teacher.logits)
+        return F.mse_loss(representation, teacher.pooled), regression
+
+    def feature_loss(self, student, teacher, targets, index):
+        return sum(self.terms(student, teacher))

@@ -7,7 +7,7 @@ stage: the teacher's head, --init_epochs epochs (section 3.2). Then, with that h
     L = gamma * CE(upright) + alpha * KL_T(upright) + tf_weight * KL_T(turned) + ss_weight * KL_ss_T(similarities)
 
 each KL over the turned images that the teacher gets right, and the share --ratio_tf or --ratio_ss of the others, those
-of best rank first (section 3.3). T is --kd_T. The head is not shipped.
+of best rank first and, where ranks are equal, image by image (section 3.3). T is --kd_T. The head is not shipped.
 """
 
 import math
@@ -25,6 +25,7 @@ from distiller_zoo.base import (
     KD_T,
     Flag,
     Stage,
+    above_zero,
     number,
     positive,
     weighted_cross_entropy,
@@ -48,8 +49,21 @@ SS_T = Flag(("--ss_T",), positive, 0.5, "temperature of SSKD's similarities")
 RATIO_TF = Flag(("--ratio_tf",), share, 1.0, "share of the turned images that the teacher gets wrong to keep")
 RATIO_SS = Flag(("--ratio_ss",), share, 0.75, "share of the similarities that the teacher gets wrong to keep")
 VIEWS = 4
-#: The first stage's learning rate falls after these shares of its epochs (30 and 45 of 60).
-INIT_MILESTONES = (0.5, 0.75)
+
+
+def _shares(text: str) -> tuple[float, ...]:
+    try:
+        return tuple(share(part) for part in text.split(","))
+    except ValueError:
+        raise ArgumentTypeError(f"must be shares of the stage like 0.5,0.75, not {text}") from None
+
+
+INIT_MILESTONES = Flag(
+    ("--init_milestones",),
+    _shares,
+    (0.5, 0.75),
+    "shares of the stage before the main one after which its rate falls: of 60 epochs after 30 and 45",
+)
 
 
 def head(width: int) -> nn.Sequential:
@@ -70,12 +84,16 @@ def sources(turned: Tensor) -> Tensor:
 
 
 def select(teacher_rows: Tensor, truth: Tensor, ratio: float) -> Tensor:
-    """Which rows (n, m) to keep, (n,): those largest at `truth` (n,), and a share of the others, best rank first."""
+    """Which rows (3B, m) to keep, (3B,): those largest at `truth` (3B,), and a share of the others, best rank first.
+
+    Rows come view by view. Where ranks are equal, all views of an image come before those of the next one.
+    """
     ranks = (teacher_rows > teacher_rows.gather(1, truth[:, None])).sum(1)
     right = (ranks == 0).sum()
     kept = right + ((len(ranks) - right) * ratio).long()
-    places = ranks.argsort(stable=True).argsort()
-    return places < kept
+    by_image = ranks.view(VIEWS - 1, -1).T.flatten()
+    places = by_image.argsort(stable=True).argsort()
+    return (places < kept).view(-1, VIEWS - 1).T.flatten()
 
 
 def selected_divergence(student: Tensor, teacher: Tensor, selected: Tensor, temperature: float) -> Tensor:
@@ -110,7 +128,15 @@ class SSKD(LogitDistiller):
         LOGIT_STANDARDIZATION,
         INIT_EPOCHS._replace(default=60),
         INIT_LEARNING_RATE,
+        INIT_MILESTONES,
     )
+    needs = {
+        **dict.fromkeys(("kd_T", "logit_standardization"), (above_zero(ALPHA, TF_WEIGHT),)),
+        "ratio_tf": (above_zero(TF_WEIGHT),),
+        **dict.fromkeys(
+            ("ss_T", "ratio_ss", "init_epochs", "init_learning_rate", "init_milestones"), (above_zero(SS_WEIGHT),)
+        ),
+    }
 
     def __init__(self, student, teacher, task, **hyper_parameters):
         super().__init__(student, teacher, task, **hyper_parameters)
@@ -125,7 +151,7 @@ class SSKD(LogitDistiller):
             losses=self.head_losses,
             respond=without_student,
             learning_rate=self.init_learning_rate,
-            milestones=tuple(math.ceil(part * self.init_epochs) for part in INIT_MILESTONES),
+            milestones=tuple(math.ceil(part * self.init_epochs) for part in self.init_milestones),
         )
         return [first, self.main_stage(epochs)]
 

@@ -142,8 +142,9 @@ def rebuild(checkpoint: Mapping, source: str) -> tuple[Distiller, dict]:
             raise ValueError(f"{data['train_images']} training images")
         targets = torch.arange(data["train_images"]) % num_classes  # only their number matters here
         student = build_model(config["model_s"], num_classes)
-        teacher = build_model(config["model_t"], num_classes) if config.get("model_t") else None
-        teacher = wrap(teacher, config.get("wrapper_t"), source)
+        teacher = None
+        if config.get("model_t"):
+            teacher = wrap(build_model(config["model_t"], num_classes), config.get("wrapper_t"), source)
         method = build_distiller(config, student, teacher, num_classes, data["image_size"], targets)
         weights = training["distiller"]
     load_weights(method, config["model_s"], weights, source)

@@ -11,12 +11,13 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from distiller_zoo import DISTILLERS, find_distiller
+from distiller_zoo import DISTILLERS, find_distiller, refuse_without_effect
 from distiller_zoo.base import ALPHA, BETA, GAMMA, KD_T
 from errors import UserError
 from helper import settings
 from helper.distributed import by_main, find_device, images_per_pass
 from helper.optim import stretch
+from helper.recipes import full_run
 from helper.recipes import resolve as resolve_recipe
 from helper.settings import Configuration
 from setting import RECIPE, Setting, as_text, count
@@ -67,6 +68,15 @@ def suggest(word: str, names: Iterable[str]) -> str | None:
     begins = [flag for name, flag in known.items() if name.startswith(wanted) and len(wanted) > 2]
     close = difflib.get_close_matches(wanted, known, n=1)
     return known.get(wanted) or (begins or [initials.get(wanted)])[0] or (known[close[0]] if close else None)
+
+
+def pairs(text: str) -> list[tuple[str, str]]:
+    """(teacher, student) names, read from a flag like resnet32x4:resnet8x4,wrn_40_2:ShuffleV1."""
+    name = "((?:timm:|torchvision:)?[^:]+)"
+    matches = [re.fullmatch(f"{name}:{name}", part) for part in text.split(",")]
+    if not all(matches):
+        raise argparse.ArgumentTypeError(f"must be pairs like resnet32x4:resnet8x4,wrn_40_2:ShuffleV1, not {text}")
+    return [(settings.model_name(match[1]), settings.model_name(match[2])) for match in matches if match]
 
 
 def _add(group, setting: Setting) -> None:
@@ -339,11 +349,12 @@ def resolve(
         {name: (value, "command line") for name, value in given.items() if name in known},
     )
     merged = {name: pair for layer in layers for name, pair in layer.items()}
-    _scale_epochs(merged, known, {*given, *stored}, recipe["epochs"][0])
+    _scale_epochs(merged, known, {*given, *stored}, recipe)
     _derive(merged, known, stored)
     if "image_size" in given and merged["dataset"][0] not in ("folder", "imagenet"):
         raise UserError(f"--image_size: only --dataset folder and imagenet have a choice; {dataset} is 32 pixels wide")
     values = {name: value for name, (value, _) in merged.items()}
+    refuse_without_effect(find_distiller(distill), values, given)
     return Configuration(values, {name: origin for name, (_, origin) in merged.items()}, folder)
 
 
@@ -352,14 +363,14 @@ def _is_of_data(argument: str) -> bool:
     return setting is not None and setting.group == settings.DATA
 
 
-def _scale_epochs(merged: dict, known: Mapping[str, Setting], chosen: set[str], recipe_epochs: int) -> None:
+def _scale_epochs(merged: dict, known: Mapping[str, Setting], chosen: set[str], recipe: Mapping) -> None:
     """Scale numbers of epochs that belong to a run of another length, unless they were chosen."""
     for name, setting in known.items():
         if setting.full_run is None or name in chosen or name not in merged or not merged[name][0]:
             continue
-        full_run = recipe_epochs if setting.full_run is RECIPE else setting.full_run
+        length = full_run(setting, merged["dataset"][0], merged["distill"][0], recipe)
         value, source = merged[name]
-        scaled = stretch(value if isinstance(value, tuple) else (value,), full_run, merged["epochs"][0])
+        scaled = stretch(value if isinstance(value, tuple) else (value,), length, merged["epochs"][0])
         scaled = scaled if isinstance(value, tuple) else scaled[0]
         if scaled != value:
             merged[name] = (scaled, f"{source}, stretched")

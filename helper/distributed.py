@@ -28,13 +28,14 @@ def joined() -> Iterator[None]:
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or "RANK" not in os.environ:
         yield
         return
+    from torch.distributed.distributed_c10d import PrefixStore
     from torch.distributed.rendezvous import rendezvous
 
     store, number, world_size = next(rendezvous("env://"))
     if os.environ.get("GROUP_WORLD_SIZE", "1") == "1":
         # torchrun keeps one store over its restarts, where the addresses of processes that have gone would be found.
         # Agents of several machines may count differently; docs/distributed.md says what to set there.
-        store = distributed.PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+        store = PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
     if torch.cuda.is_available() and local_rank() < torch.cuda.device_count():
         torch.cuda.set_device(local_rank())
     distributed.init_process_group(store=store, rank=number, world_size=world_size)
@@ -56,7 +57,7 @@ def joined() -> Iterator[None]:
     distributed.destroy_process_group()
 
 
-def _is_first(store: distributed.Store) -> bool:
+def _is_first(store: Any) -> bool:
     """Whether no other process has failed before; True where the process that would know has ended."""
     try:
         return store.add(FAILURES, 1) == 1
@@ -185,7 +186,8 @@ def average_statistics(module: nn.Module) -> None:
         for layer in module.modules()
         if isinstance(layer, nn.modules.batchnorm._BatchNorm) and layer.training and not is_synchronised(layer)
     ]
-    buffers = [buffer for layer in updated for buffer in (layer.running_mean, layer.running_var)]
+    both = [buffer for layer in updated for buffer in (layer.running_mean, layer.running_var)]
+    buffers = [buffer for buffer in both if buffer is not None]
     if buffers:
         means = average(torch.cat([buffer.flatten() for buffer in buffers])).split([len(buffer) for buffer in buffers])
         for buffer, mean in zip(buffers, means, strict=True):
@@ -222,9 +224,10 @@ class Replica:
     """A method in training: called like it; with several processes its gradients are the mean over all of them."""
 
     def __init__(self, method: nn.Module, uses_everything: bool):
-        self._method: nn.Module = method
+        self._parallel: nn.parallel.DistributedDataParallel | None = None
+        self._method = method
         if count_processes() > 1:
-            self._method = nn.parallel.DistributedDataParallel(
+            self._parallel = nn.parallel.DistributedDataParallel(
                 _Detached(method),
                 broadcast_buffers=False,  # statistics are averaged where they are used; banks are alike already
                 init_sync=False,  # one seed, one checkpoint: weights are alike, and statistics would be lost
@@ -232,12 +235,11 @@ class Replica:
             )
 
     def __call__(self, *arguments):
-        return self._method(*arguments)
+        return (self._parallel or self._method)(*arguments)
 
     def only_adding(self, only: bool) -> AbstractContextManager:
         """Within this block gradients are accumulated in this process and not exchanged, if `only`."""
-        is_parallel = isinstance(self._method, nn.parallel.DistributedDataParallel)
-        return self._method.no_sync() if only and is_parallel else nullcontext()
+        return self._parallel.no_sync() if only and self._parallel is not None else nullcontext()
 
 
 class _Detached(nn.Module):

@@ -25,8 +25,9 @@ class Float32Convolution(nn.Conv2d):
     @classmethod
     def like(cls, layer: nn.Conv2d) -> "Float32Convolution":
         """The same convolution, with the same parameters."""
-        sizes = (layer.in_channels, layer.out_channels, layer.kernel_size, layer.stride, layer.padding, layer.dilation)
-        same = cls(*sizes, layer.groups, layer.bias is not None, layer.padding_mode, device="meta")
+        names = ("kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
+        sizes: dict[str, Any] = {name: getattr(layer, name) for name in names}
+        same = cls(layer.in_channels, layer.out_channels, bias=layer.bias is not None, device="meta", **sizes)
         same.weight, same.bias = layer.weight, layer.bias
         return same.train(layer.training)
 
@@ -63,13 +64,13 @@ class Fast(NamedTuple):
                     layer.to(PRECISIONS[self.precision])
         return self.lay_out(network)
 
-    def lay_out(self, value: nn.Module | Tensor) -> nn.Module | Tensor:
+    def lay_out(self, value: Any) -> Any:
         """The same network or images (B, C, H, W) in the chosen memory layout."""
         if not self.channels_last:
             return value
-        if isinstance(value, nn.Module) and any(parameter.dim() == 5 for parameter in value.parameters()):
+        if isinstance(value, nn.Module) and any(one.dim() == 5 for one in value.parameters()):
             return value  # a network with three-dimensional convolutions, for which torch has another layout
-        return value.to(memory_format=torch.channels_last)
+        return value.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
 
     def prepare_student(self, distiller: nn.Module, device: torch.device) -> nn.Module:
         """The same module as this run trains it."""
@@ -107,7 +108,7 @@ class Fast(NamedTuple):
             return
         try:
             yield
-        except torch._dynamo.exc.TorchDynamoException as error:
+        except torch._dynamo.exc.TorchDynamoException as error:  # pyright: ignore[reportAttributeAccessIssue]
             cause = getattr(error, "inner_exception", error)
             reason = next(iter(str(cause).strip().splitlines()), "")[:200]
             raise UserError(

@@ -37,6 +37,7 @@ def describe_method(distiller: Distiller, stages: Sequence[Stage], model_name: s
         (f"{student.note}\n" if student.note else "") + f"{model_name}: {count_parameters(student):,} parameters, "
         f"{count_multiply_adds(student, image_size) / 1e6:.1f} M multiply-adds; trained: {', then '.join(trained)}"
         + (f"; to be shipped: {note}" if note else "")
+        + "".join(f"\n{line}" for line in distiller.notes())
     )
 
 

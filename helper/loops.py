@@ -3,7 +3,9 @@
 The teacher's outputs are computed once per batch, then every student makes its step.
 """
 
+import functools
 import itertools
+import operator
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -13,6 +15,7 @@ from torch import Tensor, distributed
 
 from dataset import Batch, ImageData, Loader, epoch_seed
 from distiller_zoo import Distiller, Progress, Stage
+from distiller_zoo.base import ALPHA, BETA, GAMMA
 from errors import UserError
 from helper.distributed import Replica, count_processes, images_per_pass, rank
 from helper.fast import Fast
@@ -45,7 +48,7 @@ class Training:
         self._compiled_stage = stage._replace(respond=self.fast.compiled(stage.respond))
         begin(stage, method)
         self.optimizer = make_optimizer(method, config)
-        self.replica = Replica(method, method.uses_everything and _no_weight_is_zero(method))
+        self.replica = Replica(method, method.uses_everything and _uses_all_weights(method))
         if stage.before_step is not None and config.accumulate > 1:
             raise UserError(f"--accumulate: stage {stage.name} of --distill {config.distill} needs whole batches")
         if self.fast.compile == "reduce-overhead" and config.accumulate > 1:
@@ -234,20 +237,20 @@ def evaluate(predict: Callable[[Tensor], Tensor], loader: Loader, title: str = "
     for batch in progress_bar(loader.batches(), title, len(loader)):
         logits.append(predict(batch.images).float())
         targets.append(batch.targets)  # images that cannot be read are left out
-    parts = _of_all_processes([torch.cat(values).cpu() if values else None for values in (logits, targets)])
-    found = [(ours, theirs) for ours, theirs in parts if theirs is not None and len(theirs)]
+    found = [part for part in _of_all_processes([logits, targets]) if sum(map(len, part[1]))]
     if not found:
         raise UserError(f"--data: {title}: no readable image; repair or remove the files")
-    all_logits, all_targets = (torch.cat([part[side] for part in found]) for side in (0, 1))
+    all_logits, all_targets = (torch.cat([values for part in found for values in part[side]]) for side in (0, 1))
     return {f"test_{name}": measure(all_logits, all_targets) for name, measure in METRICS.items()}
 
 
-def _of_all_processes(values: list[Tensor | None]) -> list[list[Tensor | None]]:
-    """The values of every process, by rank."""
+def _of_all_processes(values: list[list[Tensor]]) -> list[list[list[Tensor]]]:
+    """Lists of tensors of every process, by rank, on the CPU."""
+    here = [[value.cpu() for value in some] for some in values]
     if count_processes() == 1:
-        return [values]
+        return [here]
     gathered: list = [None] * count_processes()
-    distributed.all_gather_object(gathered, values)
+    distributed.all_gather_object(gathered, here)
     return gathered
 
 
@@ -303,7 +306,7 @@ def add_gradients(
         logits, losses = method(batch, teacher_output, progress, stage)
     if not losses:
         raise UserError("every loss weight is 0: there is nothing to train; set -r, -a or -b")
-    total = sum(losses.values())
+    total = functools.reduce(operator.add, losses.values())
     (total if share == 1 else share * total).backward()
     return losses, logits
 
@@ -314,8 +317,10 @@ def format_title(stage: str, progress: Progress) -> str:
     return f"{prefix}epoch {progress.epoch + 1}/{progress.epochs}"
 
 
-def _no_weight_is_zero(method: Distiller) -> bool:
-    return all(getattr(method, flag.argument) for flag in method.flags if flag.is_weight)
+def _uses_all_weights(method: Distiller) -> bool:
+    """Whether some term reads the logits, and the method's own term is not switched off."""
+    of_logits = [getattr(method, flag.argument) for flag in (GAMMA, ALPHA) if flag in method.flags]
+    return any(of_logits or [True]) and bool(getattr(method, BETA.argument, True))
 
 
 def _split(n: int, holdout: float, seed: int) -> tuple[Tensor, Tensor]:

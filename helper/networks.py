@@ -93,8 +93,8 @@ def read_network(path: str, name: str | None, flag: str, name_flag: str) -> Netw
         _check_record(record)
     if name not in (None, found):
         raise UserError(f"{source} holds another architecture, {found}, than {name_flag} {name}")
-    known = (record.get(key) for key in ("dataset", "data", "image_size", "accuracy"))
-    return _with_digest(Network(path, found, network, network.get_classifier().out_features, *known))
+    known: dict[str, Any] = {key: record.get(key) for key in ("dataset", "data", "image_size", "accuracy")}
+    return _with_digest(Network(path, found, network, network.get_classifier().out_features, **known))
 
 
 def _with_digest(network: Network) -> Network:
@@ -152,9 +152,8 @@ def _read_published(source: str, model: str | None, name_flag: str) -> Network:
         weights = name_for(name, find_weights(checkpoint, source))
         network = build_model(name, count_classes(build_model(name, 1), weights) or 1)
         load_weights(network, name, weights, source)
-    num_classes = network.get_classifier().out_features
-    known = (record.get("image_size"), record.get("accuracy"))
-    return Network(source, name, network, num_classes, record["dataset"], None, *known)
+    known: dict[str, Any] = {key: record.get(key) for key in ("dataset", "image_size", "accuracy")}
+    return Network(source, name, network, network.get_classifier().out_features, **known)
 
 
 def _name_from_folder(path: str, name_flag: str) -> str:

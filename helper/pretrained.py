@@ -15,6 +15,8 @@ from models.external import External, build_pretrained, find_external
 #: RepDistiller's CIFAR-100 teachers. No checksum was ever published.
 CIFAR_TEACHERS = ("wrn_40_2", "resnet56", "resnet110", "resnet32x4", "vgg13", "ResNet50")
 CIFAR_URL = "http://shape2prog.csail.mit.edu/repo"
+#: Bytes; the largest of them, ResNet50, has 24 million parameters.
+CIFAR_LARGEST = 256 << 20
 #: The ImageNet teachers of NORM's tables.
 IMAGENET_TEACHERS = ("resnet34", "resnet50")
 #: The weights that are meant where none are named: those of the published tables.
@@ -31,7 +33,7 @@ def cifar_teacher(name: str) -> RemoteFile:
         weights = find_weights(read_checkpoint(file, name), str(file))
         load_weights(build_model(name, 100), name, weights, f"{name}: the file")
 
-    return RemoteFile(Path("save/models") / path, CIFAR_URL, path, check=check)
+    return RemoteFile(Path("save/models") / path, CIFAR_URL, path, check=check, largest=CIFAR_LARGEST)
 
 
 def torchvision_weights(name: str):
@@ -58,11 +60,13 @@ def published_name(source: str) -> str:
 
 
 def imagenet_teacher(name: str) -> RemoteFile:
-    """torchvision's weights of `name`, where torchvision itself keeps them; their file name carries the sum."""
-    folder_url, _, file_name = torchvision_weights(name).url.rpartition("/")
+    """torchvision's weights of `name`, where torchvision itself keeps them; their file name carries the checksum."""
+    entry = torchvision_weights(name)
+    folder_url, _, file_name = entry.url.rpartition("/")
     sha256 = re.search(r"-([0-9a-f]{8,})\.", file_name)
     target = Path(torch.hub.get_dir()) / "checkpoints" / file_name
-    return RemoteFile(target, folder_url, file_name, sha256[1] if sha256 else "")
+    largest = int(2 * entry.meta["_file_size"] + 1) << 20  # it is given in MB
+    return RemoteFile(target, folder_url, file_name, sha256[1] if sha256 else "", largest=largest)
 
 
 def read_torchvision(name: str) -> tuple[dict, dict]:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from dataset import ImageData, Images, Loader, hold_out, load_data
+from dataset import ImageData, Images, Loader, StoredImages, hold_out, load_data
 from distiller_zoo import Progress
 from errors import Stopped, UserError
 from helper import command_line
@@ -165,7 +165,7 @@ def load_inputs(config: Configuration) -> Inputs:
     return Inputs(device, data, _part_loader(data.test, data, batch_size, device), choosing_loader)
 
 
-def _part_loader(images: Images, data: ImageData, batch_size: int, device: torch.device) -> Loader:
+def _part_loader(images: Images | StoredImages, data: ImageData, batch_size: int, device: torch.device) -> Loader:
     """Batches of this process's part of a split: every image once in all of them."""
     mine = torch.arange(len(images.targets)).tensor_split(count_processes())[rank()]
     return Loader(images, data, batch_size, device, subset=mine)
@@ -226,17 +226,19 @@ def _labels(configs: Sequence[Configuration]) -> list[str]:
 def _open_folder(config: Configuration, preparations: ExitStack) -> RunFolder:
     """The folder to resume, or a new one, which is removed where the preparations fail; the main process's."""
 
-    def claim() -> RunFolder:
-        if config.folder is not None:
-            return RunFolder(config.folder).lock()
-        return RunFolder.create(config.save_dir, config.name)
+    claimed: list[RunFolder] = []
 
-    folder = by_main(claim)
+    def claim() -> str:
+        resumed = config.folder and RunFolder(config.folder).lock()
+        claimed.append(resumed or RunFolder.create(config.save_dir, config.name))
+        return str(claimed[0].path)
+
+    path = by_main(claim)
     if not is_main():
-        return FolderElsewhere(folder.path)
+        return FolderElsewhere(path)
     if config.folder is None:
-        preparations.enter_context(folder.discarded_on_error())
-    return folder
+        preparations.enter_context(claimed[0].discarded_on_error())
+    return claimed[0]
 
 
 def _record_settings(config: Configuration, folder: RunFolder, known: Configuration | None) -> None:
@@ -296,7 +298,7 @@ def train(runs: Sequence["Run"], teacher: Teacher | None) -> list[dict]:
                     raise
             _stop_if(stop, runs)
     _raise_failures(runs)
-    return [run.result for run in runs]
+    return [run.result for run in runs if run.result is not None]
 
 
 def _stop_if(stop: StopRequest, runs: Sequence["Run"]) -> None:
@@ -309,11 +311,11 @@ def _stop_if(stop: StopRequest, runs: Sequence["Run"]) -> None:
 
 
 def _raise_failures(runs: Sequence["Run"]) -> None:
-    failed = [run for run in runs if run.error is not None]
-    if failed and len(runs) == 1:
-        raise failed[0].error
+    failed = [(run, run.error) for run in runs if run.error is not None]
+    for _, error in failed if len(runs) == 1 else []:
+        raise error
     if failed:
-        raise UserError("; ".join(f"{run.folder.label.strip(' []')}: {run.error}" for run in failed))
+        raise UserError("; ".join(f"{run.folder.label.strip(' []')}: {error}" for run, error in failed))
 
 
 class Run:
@@ -357,7 +359,7 @@ class Run:
         self.result: dict | None = None
         self.latest = ""  # the losses, as the progress bar shows them
         self._enter(0)
-        self._random = None if alone else random_state()
+        self._random = random_state()  # used where several runs share the process
 
     def _enter(self, number: int, epoch: int = 0, stage_step: int = 0) -> None:
         """Begin the stage of this number, or take it up after some of its epochs and steps."""

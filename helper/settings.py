@@ -27,7 +27,8 @@ SOURCES = (
 )
 
 
-def _model(text: str) -> str:
+def model_name(text: str) -> str:
+    """The name of a model that exists, read from a flag."""
     try:
         find_builder(text)
     except UserError as error:
@@ -91,9 +92,15 @@ def count_cores() -> int:
 #: Every setting of a run: a row here is its flag, default, help, entry in config.json, check on --resume, and more.
 SETTINGS: tuple[Setting, ...] = (
     Setting(("--distill",), _method, "norm", "one of the methods above", group=TEACHER, metavar="METHOD"),
-    Setting(("--model_s",), _model, RECIPE, "student", group=NETWORK, metavar="NAME"),
+    Setting(("--model_s",), model_name, RECIPE, "student", group=NETWORK, metavar="NAME"),
     Setting(
-        ("--model_t",), _model, None, "teacher; default: what --path_t says", group=TEACHER, metavar="NAME", shared=True
+        ("--model_t",),
+        model_name,
+        None,
+        "teacher; default: what --path_t says",
+        group=TEACHER,
+        metavar="NAME",
+        shared=True,
     ),
     Setting(
         ("--path_t",),

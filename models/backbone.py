@@ -21,10 +21,10 @@ class Output(NamedTuple):
     """What one forward pass shows of a network."""
 
     maps: list[Tensor]  # stage outputs, shallow to deep, each (B, C_i, H_i, W_i)
-    final: Tensor  # (B, C, H, W), the map that the head reads
+    final: Tensor  # (B, C, H, W), the map that the head reads; of a transformer's tokens the patches, as a map
     activated: Tensor  # (B, C, H, W), the map that is pooled: `final` behind the head's own BatchNorm and ReLU, if any
     pooled: Tensor  # (B, D), what the classifier reads
-    logits: Tensor  # (B, K)
+    logits: Tensor  # (B, K); K is 0 in an encoder without a classifier
 
 
 class Shapes(NamedTuple):
@@ -43,8 +43,17 @@ class Backbone(nn.Module):
     activates_final = False
     #: True where the classifier reads the average of the activated map over its pixels, and nothing else.
     classifies_average = True
+    #: True where the classifier reads a weighted mean of the activated map's positions, so that one affine map of every
+    #: position can be folded into it.
+    classifies_mean = True
+    #: Why the final map cannot be changed before the head reads it; empty where it can.
+    cannot_change = ""
+    #: Whether the stage outputs can be shown before their last ReLU.
+    shows_preactivations = True
     #: Names of the sub-modules below the last stage.
     trunk: tuple[str, ...] = ()
+    #: Names of the sub-modules between the last stage output and the classifier.
+    head: tuple[str, ...] = ()
     #: One sentence that a run says of the network; empty where its name says enough.
     note = ""
 
@@ -57,7 +66,10 @@ class Backbone(nn.Module):
         raise NotImplementedError
 
     def forward_maps(self, x: Tensor, preact: bool = False) -> tuple[list[Tensor], Tensor]:
-        """Images (B, 3, H, W) -> (stage outputs, final map); with `preact` stage outputs before their last ReLU."""
+        """Images (B, 3, H, W) -> (stage outputs, final map); with `preact` stage outputs before their last ReLU.
+
+        Where the head reads tokens, they stand in the final map's place, as (B, C, T, 1); `to_map` finds the map.
+        """
         maps, x = self.forward_trunk(x, preact)
         last_map, final = self.forward_last_stage(x, preact)
         return [*maps, last_map], final
@@ -65,6 +77,19 @@ class Backbone(nn.Module):
     def get_classifier(self) -> nn.Linear:
         """The last linear layer, (D -> K)."""
         raise NotImplementedError
+
+    @property
+    def num_classes(self) -> int:
+        """K, the number of logits."""
+        return self.get_classifier().out_features
+
+    def describe(self, image_size: int) -> str:
+        """One sentence that a run on images of this size says of the network; empty where its name says enough."""
+        return self.note
+
+    def to_map(self, final: Tensor) -> Tensor:
+        """What the head reads -> the map (B, C, H, W) of its pixels: the same, except among tokens (B, C, T, 1)."""
+        return final
 
     def activate(self, final: Tensor) -> Tensor:
         """What stands between the final map and the pooling: nothing, except in pre-activation networks."""
@@ -79,7 +104,7 @@ class Backbone(nn.Module):
         """Images (B, 3, H, W) -> everything that a distillation method may look at."""
         maps, final = self.forward_maps(x, preact)
         activated = self.activate(final)
-        return Output(maps, final, activated, *self.classify(activated))
+        return Output(maps, self.to_map(final), self.to_map(activated), *self.classify(activated))
 
     def forward(self, x: Tensor, is_feat: bool = False, preact: bool = False):
         """Logits (B, K); with `is_feat` (list of features, logits) in RepDistiller's order, the pooled vector last."""
@@ -186,6 +211,7 @@ class FinalConv(Wrapper):
         self.final_conv = nn.Conv2d(channels, channels, 1)
         self.activates_final = network.activates_final
         self.classifies_average = network.classifies_average
+        self.classifies_mean = network.classifies_mean
 
     def forward_maps(self, x, preact=False):
         maps, final = self.network.forward_maps(x, preact)
@@ -193,6 +219,13 @@ class FinalConv(Wrapper):
 
     def get_classifier(self):
         return self.network.get_classifier()
+
+    @property
+    def num_classes(self):
+        return self.network.num_classes
+
+    def to_map(self, final):
+        return self.network.to_map(final)
 
     def activate(self, final):
         return self.network.activate(final)

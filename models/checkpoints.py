@@ -3,14 +3,10 @@
 A checkpoint is a dictionary. Where the weights lie in it, and what they are called, is all that this file knows.
 """
 
-import argparse
 import hashlib
-import os
 import re
-import zipfile
 from collections.abc import Mapping
 
-import numpy
 import torch
 from torch import Tensor, nn
 
@@ -18,6 +14,7 @@ from errors import UserError
 from models import build_model, imagenet_model_dict, model_dict
 from models.backbone import Backbone
 from models.external import is_external
+from models.files import read_checkpoint as read_checkpoint  # also found here
 from models.wrappers import wrap
 
 Weights = dict[str, Tensor]
@@ -32,53 +29,6 @@ OFFICIAL_TRANSFORMS = (("layer31", "layer32"), ("layer41", "layer42"))
 #: Parameters that the official code constructs and never uses.
 OFFICIAL_UNUSED = re.compile(r"^(alpha$|layer2[12]\.)")
 
-# What a plain-weights file may hold besides tensors: RepDistiller's and NORM's store the argparse Namespace and numpy
-# scalars. All of these only hold data.
-_HARMLESS = [
-    argparse.Namespace,
-    numpy.dtype,
-    numpy.ndarray,
-    type(numpy.dtype(numpy.float32)),
-    type(numpy.dtype(numpy.float64)),
-    type(numpy.dtype(numpy.int64)),
-    numpy._core.multiarray.scalar,
-    (numpy._core.multiarray.scalar, "numpy.core.multiarray.scalar"),
-]
-
-
-def read_checkpoint(path: str | os.PathLike, flag: str = "checkpoint") -> dict:
-    """The dictionary in a checkpoint file, on the CPU; no code in the file is run.
-
-    Raises `UserError`, naming `flag` and the file, for anything that is not a whole checkpoint.
-    """
-    if os.path.isdir(path):
-        raise UserError(f"{flag}: {path} is a folder; name a checkpoint file in it, for example {path}/best.pth")
-    if not os.path.exists(path):
-        raise UserError(f"{flag}: {path} does not exist; check the path (train_teacher.py makes such files)")
-    try:
-        _check_archive(path)
-        with torch.serialization.safe_globals(_HARMLESS):
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch.load raises whatever its parsers do: pickle, zip, EOF, struct, value errors
-        reason = str(error).strip().split("\n")[0][:200] or type(error).__name__
-        raise UserError(
-            f"{flag}: {path} cannot be read as a checkpoint (damaged, cut off or not one): {reason}"
-        ) from None
-    if not isinstance(checkpoint, Mapping):
-        raise UserError(f"{flag}: {path} holds a {type(checkpoint).__name__}, not a dictionary of weights")
-    return dict(checkpoint)
-
-
-def _check_archive(path: str | os.PathLike) -> None:
-    """Raise `ValueError` where a part of a zip archive differs from its CRC-32: torch.load reads it all the same."""
-    with open(path, "rb") as file:
-        is_archive = file.read(2) == b"PK"
-    if is_archive:  # the oldest torch files are none, and carry no sums
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()
-        if damaged is not None:
-            raise ValueError(f"the sum of {damaged} is wrong")
-
 
 def _unwrapped(key: str) -> str:
     """A key without what DataParallel, DDP and torch.compile put before it."""
@@ -91,7 +41,11 @@ def find_weights(checkpoint: Mapping, source: str) -> Weights:
         if isinstance(checkpoint.get(key), Mapping):
             checkpoint = checkpoint[key]
             break
-    weights = {_unwrapped(key): value for key, value in checkpoint.items() if isinstance(value, Tensor)}
+    weights = {
+        _unwrapped(key): value
+        for key, value in checkpoint.items()
+        if isinstance(key, str) and isinstance(value, Tensor)
+    }
     if not weights:
         raise UserError(f"{source} holds no weights")
     return weights

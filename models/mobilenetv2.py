@@ -42,6 +42,7 @@ class MobileNetV2(Backbone):
     """
 
     trunk = ("conv1", *(f"blocks.{group}" for group in range(5)))
+    head = ("conv2",)
 
     def __init__(
         self,

@@ -200,5 +200,6 @@ def resnet50_imagenet(num_classes=1000):
 
 
 def resnet50_quarter_imagenet(num_classes=1000):
-    """ResNet50 with a quarter of every width (the student of NORM's Table 6)."""
-    return ResNet(Bottleneck, (3, 4, 6, 3), (16, 32, 64, 128), 16, num_classes, imagenet_stem=True)
+    """ResNet50-1/4, the student of NORM's Table 6: the stem keeps its 64 channels, the four stages have a quarter of
+    their width."""
+    return ResNet(Bottleneck, (3, 4, 6, 3), (16, 32, 64, 128), 64, num_classes, imagenet_stem=True)

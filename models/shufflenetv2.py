@@ -76,6 +76,7 @@ class ShuffleNetV2(Backbone):
     """
 
     trunk = ("conv1", "bn1", "layer1", "layer2")
+    head = ("conv2", "bn2")
 
     def __init__(self, widths=(116, 232, 464), depths=(3, 7, 3), num_classes: int = 100):
         super().__init__()

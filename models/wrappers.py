@@ -17,36 +17,40 @@ from models.backbone import Backbone, FinalConv, Wrapper
 class ReusedClassifier(Wrapper):
     """A network with a projector and another network's classifier in place of its own (SimKD's student).
 
-    The map that `network` would pool, brought to at most `size` pixels in height and width, is projected to `channels`,
-    pooled, and classified. The projector is SimKD's: 1x1, 3x3 and 1x1 convolution, each with BatchNorm and ReLU, the
-    inner ones narrower by `factor` (Chen et al., CVPR 2022, section 3.2). The network's own classifier is taken out.
+    The last stage output of `network`, brought to at most `size` pixels in height and width, is projected to
+    `channels`, pooled, and classified. The projector, for maps of `width` channels, is SimKD's: 1x1, 3x3 and 1x1
+    convolution, each with BatchNorm and ReLU, the inner ones narrower by `factor` (Chen et al., CVPR 2022, section
+    3.2). What the network has behind that output is taken out.
     """
 
-    def __init__(self, network: Backbone, channels: int, size: int, factor: int):
+    def __init__(self, network: Backbone, width: int, channels: int, size: int, factor: int):
         super().__init__(network)
         own = network.get_classifier()
-        if not network.classifies_average:
-            raise UserError("the classifier cannot be exchanged: it reads more than the average of the last map")
         inner = channels // factor
-        self.sizes = {"channels": channels, "size": size, "factor": factor}
+        self.sizes = {"width": width, "channels": channels, "size": size, "factor": factor}
         self.projector = nn.Sequential(
-            *_convolution(own.in_features, inner, 1),
+            *_convolution(width, inner, 1),
             *_convolution(inner, inner, 3),
             *_convolution(inner, channels, 1),
         )
         self.classifier = nn.Linear(channels, own.out_features)
-        name = next(name for name, module in network.named_modules() if module is own)
-        network.set_submodule(name, nn.Identity())
+        classifier = next(name for name, module in network.named_modules() if module is own)
+        for name in (*network.head, classifier):
+            network.set_submodule(name, nn.Identity())
 
     def forward_maps(self, x, preact=False):
-        maps, final = self.network.forward_maps(x, preact)
-        activated = self.network.activate(final)
-        if activated.shape[2] > self.sizes["size"]:
-            activated = F.adaptive_avg_pool2d(activated, self.sizes["size"])
-        return maps, self.projector(activated)
+        maps, _ = self.network.forward_maps(x, preact)
+        *_, last = maps
+        if last.shape[2] > self.sizes["size"]:
+            last = F.adaptive_avg_pool2d(last, self.sizes["size"])
+        return maps, self.projector(last)
 
     def get_classifier(self):
         return self.classifier
+
+    def get_bn_before_relu(self):
+        """As the network's; what it has behind its last stage output is not there any more."""
+        return Backbone.get_bn_before_relu(self) if self.network.head else super().get_bn_before_relu()
 
 
 def _convolution(in_channels: int, out_channels: int, kernel_size: int) -> tuple[nn.Module, ...]:

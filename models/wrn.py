@@ -52,6 +52,7 @@ def _normalise_once_more(bn: nn.BatchNorm2d, x: Tensor) -> Tensor:
 class WideResNet(Backbone):
     activates_final = True
     trunk = ("conv1", "block1", "block2")
+    head = ("bn1",)
 
     def __init__(self, depth: int, width: int, num_classes: int = 100):
         super().__init__()

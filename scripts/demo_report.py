@@ -11,13 +11,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import matplotlib
 import torch
-from helper.options import Parser
-from helper.run_state import rebuild
 
 from dataset import Loader, load_data
 from distiller_zoo import Predictor
 from errors import run_script
-from helper.metrics import evaluate
+from helper.checkpoint import rebuild, upgrade
+from helper.command_line import Parser
+from helper.loops import evaluate
 from helper.run_folder import LAST, METRICS
 from models.checkpoints import load_exported, read_checkpoint
 from models.cost import count_parameters, measure_latency
@@ -44,7 +44,8 @@ def main(argv=None) -> None:
     parser.add_argument("folders", nargs=3, type=Path, metavar="RUN")
     parser.add_argument("folded", type=Path)
     args = parser.parse_args(argv)
-    networks = [Predictor(rebuild(read_checkpoint(folder / LAST), str(folder))[0]).eval() for folder in args.folders]
+    checkpoints = [(upgrade(read_checkpoint(folder / LAST), str(folder)), str(folder)) for folder in args.folders]
+    networks = [Predictor(rebuild(*checkpoint)[0]).eval() for checkpoint in checkpoints]
     exported, record = load_exported(read_checkpoint(args.folded), str(args.folded))
     networks.append(exported)
     data = load_data(record["dataset"], record["data"], record["image_size"], may_download=False)

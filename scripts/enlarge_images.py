@@ -11,11 +11,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from helper.options import Parser
 from PIL import Image
 
 from distiller_zoo.base import count
 from errors import UserError, run_script
+from helper.command_line import Parser
 
 QUALITY = 90
 

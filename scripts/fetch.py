@@ -12,9 +12,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from helper.options import Parser
-
 from errors import run_script
+from helper.command_line import Parser
 from helper.download import provide
 from helper.pretrained import CIFAR_TEACHERS, IMAGENET_TEACHERS, cifar_teacher, imagenet_teacher
 from helper.recipes import PUBLISHED_TEACHERS

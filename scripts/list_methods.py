@@ -8,10 +8,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from helper.options import Parser
-
 from distiller_zoo import DISTILLERS, Distiller
 from errors import run_script
+from helper.command_line import Parser
 from helper.recipes import resolve
 
 HEAD = ("`--distill` and its recipe", "what it is", "source", "needs", "ships")

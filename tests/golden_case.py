@@ -1,11 +1,19 @@
 """One entry of the golden losses: its inputs, its modules, and the comparison of values and gradients."""
 
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import numpy
 from torch import Tensor, nn
 
-from tests.golden_format import Reader, compare, compare_named, fill, loss_input
+from tests.golden_format import Reader, by_suffix, compare, compare_named, fill, loss_input
+
+
+class Difference(NamedTuple):
+    """The largest relative differences of a case that agrees."""
+
+    value: float
+    gradient: float
 
 
 class Case:
@@ -26,25 +34,34 @@ class Case:
         if key in self.arrays:
             compare(key, tensor, self.arrays[key].tolist(), relative=1e-10)
 
-    def check(self, values: list[Tensor], modules: Mapping[str, nn.Module] | None = None) -> None:
+    def check(
+        self, values: list[Tensor] | Mapping[str, Tensor], modules: Mapping[str, nn.Module] | None = None
+    ) -> Difference:
         """Compare values, total and gradients; modules by the prefix under which the reference keeps them."""
-        total = sum(values)
-        compare("values", values, self.entry["values"])
-        compare("total", total, self.entry["total"])
+        if isinstance(values, Mapping):
+            total, golden = sum(values.values()), self.entry["values"]
+            value_difference = compare_named("values", by_suffix(values, golden), golden)
+        else:
+            total, value_difference = sum(values), compare("values", values, self.entry["values"])
+        value_difference = max(value_difference, compare("total", total, self.entry["total"]))
         total.backward()
-        norms, firsts = self.entry["grad_norm_student"], self.entry["grad_first5_student"]
+        norms, firsts = (self.entry.get(key, {}) for key in ("grad_norm_student", "grad_first5_student"))
+        differences = [0.0]
         for tag, norm in norms.items():
             gradient = self.inputs[tag].grad
-            compare(f"gradient of {tag}", gradient.norm(), norm)
-            compare(f"gradient of {tag}", gradient.flatten()[:5], firsts[tag], scale=float(gradient.abs().max()))
+            differences.append(compare(f"gradient of {tag}", gradient.norm(), norm))
+            where, scale = f"gradient of {tag}", float(gradient.abs().max())
+            differences.append(compare(where, gradient.flatten()[:5], firsts[tag], scale=scale))
             self._compare_array("grad", tag, gradient)
         parameters = {
             f"{prefix}.{key}": parameter.grad.norm().item()
             for prefix, module in (modules or {}).items()
             for key, parameter in module.named_parameters()
-            if parameter.requires_grad
+            if parameter.grad is not None
         }
-        compare_named("grad_norm_params", parameters, self.entry.get("grad_norm_params", {}))
+        golden = self.entry.get("grad_norm_params", {})
+        differences.append(compare_named("grad_norm_params", by_suffix(parameters, golden), golden))
+        return Difference(value_difference, max(differences))
 
 
 def fill_module(prefix: str, module: nn.Module) -> nn.Module:

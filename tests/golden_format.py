@@ -2,13 +2,15 @@
 
 import math
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import numpy
 import torch
 from torch import Tensor
 
 RELATIVE, ABSOLUTE = 1e-8, 1e-12
+#: A name, and a check that raises `Mismatch`; it may return a `golden_case.Difference`.
+Family = tuple[str, Callable[[], object]]
 
 
 class Mismatch(Exception):
@@ -64,26 +66,45 @@ def flatten(values) -> list[float]:
     return [math.nan if values is None else float(values)]
 
 
-def compare(where: str, ours, golden, relative: float = RELATIVE, scale: float | None = None) -> None:
-    """Raise `Mismatch` unless |ours - golden| <= relative * scale + ABSOLUTE; scale: the largest golden number."""
+def compare(where: str, ours, golden, relative: float = RELATIVE, scale: float | None = None) -> float:
+    """Raise `Mismatch` unless |ours - golden| <= relative * scale + ABSOLUTE; scale: the largest golden number.
+
+    Returns the largest difference, divided by the scale; 0 where it is below ABSOLUTE.
+    """
     ours, golden = flatten(ours), flatten(golden)
     if len(ours) != len(golden):
         raise Mismatch(f"{where}: {len(ours)} numbers instead of {len(golden)}")
     finite = [abs(number) for number in golden if not math.isnan(number)]
-    tolerance = relative * (max(finite, default=0.0) if scale is None else scale) + ABSOLUTE
+    scale = max(finite, default=0.0) if scale is None else scale
+    tolerance, largest = relative * scale + ABSOLUTE, 0.0
     for position, (a, b) in enumerate(zip(ours, golden, strict=True)):
         both_nan = math.isnan(a) and math.isnan(b)
         if not both_nan and not abs(a - b) <= tolerance:
             raise Mismatch(f"{where}[{position}]: {a:.10g} instead of {b:.10g} (tolerance {tolerance:.1e})")
+        if not both_nan and abs(a - b) > ABSOLUTE:
+            largest = max(largest, abs(a - b) / scale)
+    return largest
 
 
-def compare_named(where: str, ours: Mapping[str, float | None], golden: Mapping[str, float | None]) -> None:
-    """Compare numbers by name, on the scale of the largest."""
-    scale = max((abs(value) for value in golden.values() if value is not None), default=0.0)
+def compare_named(where: str, ours: Mapping[str, float | None], golden: Mapping[str, float | None]) -> float:
+    """Compare numbers by name, on the scale of the largest; returns the largest difference as `compare` does."""
+    scale, largest = max((abs(value) for value in golden.values() if value is not None), default=0.0), 0.0
     for name, value in golden.items():
         if name not in ours:
             raise Mismatch(f"{where}: {name} is missing")
-        compare(f"{where}.{name}", ours[name], value, scale=scale)
+        largest = max(largest, compare(f"{where}.{name}", ours[name], value, scale=scale))
+    return largest
+
+
+def by_suffix(values: Mapping, names: Iterable[str]) -> dict:
+    """Name -> the entry of `values` whose dotted name ends with it; raises `Mismatch` unless there is exactly one."""
+    found = {}
+    for name in names:
+        keys = [key for key in values if key == name or key.endswith(f".{name}")]
+        if len(keys) != 1:
+            raise Mismatch(f"{name}: {len(keys)} entries have this name here")
+        found[name] = values[keys[0]]
+    return found
 
 
 def equal(where: str, ours, golden) -> None:

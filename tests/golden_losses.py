@@ -1,7 +1,7 @@
 """Golden checks of the losses: values and gradients, one entry per loss, case and seed."""
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 
@@ -11,20 +11,19 @@ import torch
 from crd import ContrastLoss, CRDLoss
 from distiller_zoo import DistillKL
 from tests import golden_maps, golden_staged
-from tests.golden_case import Case, fill_module
-from tests.golden_format import Mismatch, compare, compare_summary, generator
+from tests.golden_case import Case, Difference, fill_module
+from tests.golden_format import Family, Mismatch, compare, compare_summary, generator
 
 
-def check_distill_kl(case: Case) -> None:
+def check_distill_kl(case: Case) -> Difference:
     temperature = float(re.fullmatch(r"T([\d.]+)", case.case)[1])
-    case.check([DistillKL(temperature)(case.inputs["logit_s"], case.inputs["logit_t"])])
+    return case.check([DistillKL(temperature)(case.inputs["logit_s"], case.inputs["logit_t"])])
 
 
-def check_crd(case: Case) -> None:
+def check_crd(case: Case) -> Difference:
     if case.case.startswith("ContrastLoss"):
         scores = torch.exp(case.inputs["contrast_x"]) / 1000
-        case.check([ContrastLoss(1000)(scores)])
-        return
+        return case.check([ContrastLoss(1000)(scores)])
     n_data, nce_k, feat_dim, batch = 1000, 32, 128, len(case.inputs["p_s"])
     dims = (case.inputs["p_s"].shape[1], case.inputs["p_t"].shape[1])
     crd = CRDLoss(*dims, n_data, feat_dim, nce_t=case.entry["T_used"], nce_m=0.5).double()
@@ -47,7 +46,7 @@ def check_crd(case: Case) -> None:
         scores = probe.contrast(probe.embed_s(inputs[0]), probe.embed_t(inputs[1]), y, index)
     for side, ours in zip(("out_s", "out_t"), scores, strict=True):
         compare_summary(side, ours, case.entry[side])
-    case.check(list(crd.terms(*inputs)), {"embed_s": crd.embed_s, "embed_t": crd.embed_t})
+    difference = case.check(list(crd.terms(*inputs)), {"embed_s": crd.embed_s, "embed_t": crd.embed_t})
     compare("Z", [crd.contrast.z_v1, crd.contrast.z_v2], [case.entry["Z_v1"], case.entry["Z_v2"]])
     rows = case.entry["memory_v1_updated_rows_first3"]
     compare("memory_v1 rows", crd.contrast.memory_v1[y][:, : len(rows[0])], rows)
@@ -55,9 +54,10 @@ def check_crd(case: Case) -> None:
         compare(name, getattr(crd.contrast, name).abs().sum(), case.entry[f"{name}_abs_sum_after"])
     with torch.no_grad():
         compare("second call", crd(*inputs), case.entry["second_call_loss_same_batch_Z_kept_memory_updated"])
+    return difference
 
 
-CHECKS: dict[str, Callable[[Case], None]] = {
+CHECKS: dict[str, Callable[[Case], Difference]] = {
     "DistillKL": check_distill_kl,
     "CRD": check_crd,
     **golden_maps.CHECKS,
@@ -65,26 +65,31 @@ CHECKS: dict[str, Callable[[Case], None]] = {
 }
 
 
-def families(content: dict, folder: Path):
-    array_file = folder / "losses.npz"
-    arrays = dict(numpy.load(array_file)) if array_file.exists() else {}
+def families(content: dict, path: Path) -> Iterator[Family]:
+    """One family per loss, case and seed; a loss without a check here is a failure by name."""
+    arrays = read_arrays(path)
     for loss, cases in content["losses"].items():
-        if loss not in CHECKS:
-            yield loss, None
-            continue
         for case_name, seeds in cases.items():
             for seed, entry in seeds.items():
-                yield f"{loss} {case_name} seed {seed}", partial(check_entry, loss, case_name, seed, entry, arrays)
+                name = f"{loss} {case_name} seed {seed}"
+                yield name, partial(check_entry, CHECKS.get(loss), Case, loss, case_name, seed, entry, arrays)
 
 
-def check_entry(loss: str, case_name: str, seed: str, entry: Mapping, arrays) -> None:
-    case = Case(loss, case_name, seed, entry, arrays)
-    CHECKS[loss](case)
+def read_arrays(path: Path) -> Mapping[str, numpy.ndarray]:
+    """The arrays next to a golden file, if there are any."""
+    arrays = path.with_suffix(".npz")
+    return dict(numpy.load(arrays)) if arrays.exists() else {}
+
+
+def check_entry(check, kind: type[Case], loss: str, case_name: str, seed: str, entry: Mapping, arrays) -> Difference:
+    """Run `check` on one entry, of which every key must be read."""
+    if check is None:
+        raise Mismatch(f"no check for {loss}")
+    case = kind(loss, case_name, seed, entry, arrays)
+    difference = check(case)
     case.entry.finish("entry")
-    stray = [
-        key
-        for key in arrays
-        if key.startswith(f"{loss}|{case_name}|{seed}|grad|") and key.split("|")[-1] not in case.inputs
-    ]
+    prefix = f"{loss}|{case_name}|{seed}|grad|"
+    stray = [key for key in arrays if key.startswith(prefix) and key.split("|")[-1] not in case.inputs]
     if stray:
         raise Mismatch(f"nothing checks {', '.join(stray)}")
+    return difference

@@ -13,7 +13,7 @@ from distiller_zoo.pkt import PKT
 from distiller_zoo.rkd import RKDLoss
 from distiller_zoo.similarity import Similarity
 from distiller_zoo.vid import VIDLoss
-from tests.golden_case import Case, fill_module
+from tests.golden_case import Case, Difference, fill_module
 from tests.golden_format import Mismatch, compare, compare_named, equal
 
 #: The width of CC's embeddings where the entry does not show it.
@@ -42,7 +42,7 @@ def prefixes(case: Case) -> list[str]:
     return list(dict.fromkeys(name.split(".")[0] for name in names))
 
 
-def check_modules(case: Case, values: list[Tensor], modules: dict[str, nn.Module]) -> None:
+def check_modules(case: Case, values: list[Tensor], modules: dict[str, nn.Module]) -> Difference:
     """As `Case.check`, and the modules' keys and shapes, and their BatchNorms' running statistics."""
     state = {
         f"{prefix}.{key}": value for prefix, module in modules.items() for key, value in module.state_dict().items()
@@ -52,20 +52,20 @@ def check_modules(case: Case, values: list[Tensor], modules: dict[str, nn.Module
         equal("module_state_dict", shapes, [[name, list(shape)] for name, shape in case.entry["module_state_dict"]])
     for name, mean in case.entry.get("bn_after", {}).items():
         compare_named("bn_after", {key: value.double().mean() for key, value in state.items()}, {name: mean[0]})
-    case.check(values, modules)
+    return case.check(values, modules)
 
 
-def check_hint(case: Case) -> None:
+def check_hint(case: Case) -> Difference:
     student, teacher = pair(case)
     modules = {}
     if prefixes(case) or case.case.startswith("convreg"):
         prefix = (prefixes(case) or ["regress_s"])[0]
         modules[prefix] = fill_module(prefix, ConvReg(student.shape, teacher.shape)).train()
         student = modules[prefix](student)
-    check_modules(case, [HintLoss()(student, teacher)], modules)
+    return check_modules(case, [HintLoss()(student, teacher)], modules)
 
 
-def check_correlation(case: Case) -> None:
+def check_correlation(case: Case) -> Difference:
     student, teacher = pair(case)
     modules = {}
     if prefixes(case) or "embed" in case.case:
@@ -77,10 +77,10 @@ def check_correlation(case: Case) -> None:
         student, teacher = (
             module(vectors) for module, vectors in zip(modules.values(), (student, teacher), strict=True)
         )
-    check_modules(case, [Correlation()(student, teacher)], modules)
+    return check_modules(case, [Correlation()(student, teacher)], modules)
 
 
-def check_vid(case: Case) -> None:
+def check_vid(case: Case) -> Difference:
     student, teacher = sides(case)
     names = prefixes(case)
     widths = [(s.shape[1], t.shape[1], t.shape[1]) for s, t in zip(student, teacher, strict=True)]
@@ -88,7 +88,7 @@ def check_vid(case: Case) -> None:
     starts = {name: module.log_scale.detach().clone() for name, module in modules.items()}
     for name, module in modules.items():
         fill_module(name, module)
-    check_modules(case, _vid_values(modules, student, teacher), modules)
+    difference = check_modules(case, _vid_values(modules, student, teacher), modules)
     if "default_log_scale_float32" in case.entry:
         golden = case.entry["default_log_scale_float32"]
         for start in starts.values():
@@ -99,23 +99,24 @@ def check_vid(case: Case) -> None:
         with torch.no_grad():
             ours = _vid_values(modules, student, teacher)
         compare("values with default log_scale", ours, case.entry["values_with_default_log_scale"])
+    return difference
 
 
 def _vid_values(modules: dict[str, nn.Module], student: list[Tensor], teacher: list[Tensor]) -> list[Tensor]:
     return [module(s, t) for module, s, t in zip(modules.values(), student, teacher, strict=True)]
 
 
-def check_layers(loss: nn.Module) -> Callable[[Case], None]:
+def check_layers(loss: nn.Module) -> Callable[[Case], Difference]:
     """The check of a loss that takes two lists of maps and returns a list."""
     return lambda case: case.check(loss(*sides(case)))
 
 
-def check_pair(loss: nn.Module) -> Callable[[Case], None]:
+def check_pair(loss: nn.Module) -> Callable[[Case], Difference]:
     """The check of a loss that takes one tensor of either side."""
     return lambda case: case.check([loss(*pair(case))])
 
 
-CHECKS: dict[str, Callable[[Case], None]] = {
+CHECKS: dict[str, Callable[[Case], Difference]] = {
     "HintLoss": check_hint,
     "Attention": check_layers(Attention()),
     "Similarity": check_layers(Similarity()),

@@ -1,24 +1,40 @@
 """Golden checks of the plain networks: RepDistiller's CIFAR networks, NORM's ImageNet teachers and students."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import partial
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from models import build_model
+from models import build_model, imagenet_model_dict
 from models.backbone import Backbone
 from models.checkpoints import load_weights
 from models.cost import count_multiply_adds, count_parameters
-from tests.golden_format import Mismatch, Reader, compare, compare_summary, equal, fill_all, images
+from tests.golden_format import Family, Mismatch, Reader, compare, compare_summary, equal, fill_all, images
 
 #: Kept in the file for people: Python types of the reference, and its float32 error on its own machine.
 INFORMATIONAL = ("is_feat_container", "preact_container", "float32_vs_float64_logits_max_abs_diff")
 
 
-def cifar_families(content: dict, folder):
+def families(content: dict, path: Path) -> Iterator[Family]:
+    """One family per network: plain, or a student of the official NORM code, of either data set."""
+    from tests.golden_norm import check_imagenet_student, check_student
+
     for name, entry in content["models"].items():
-        yield name, partial(check_network, name, entry)
+        if "co_sponge" in entry:
+            yield name, partial(check_student, entry)
+        elif "|" in name:
+            yield name, partial(check_imagenet_student, imagenet_name(name.split("|")[0], "S"), name, entry)
+        elif "macs_1x3x224x224" in entry:
+            yield name, partial(check_imagenet_teacher, imagenet_name(name, "T"), entry)
+        else:
+            yield name, partial(check_network, name, entry)
+
+
+def imagenet_name(name: str, role: str) -> str:
+    """Our name of an official ImageNet network, to whose name its role may be added: resnet18S, resnet18T."""
+    return name.removesuffix(role) if name not in imagenet_model_dict else name
 
 
 def filled_network(name: str, entry: Mapping) -> Backbone:
@@ -81,19 +97,6 @@ def check_feature_layers(network: Backbone, entry: Mapping) -> None:
 
 
 # --- ImageNet: teachers are plain, students carry the transform -------------------------------------------------------
-
-TEACHERS = {"resnet18T": "resnet18", "resnet34T": "resnet34", "resnet50T": "resnet50"}
-STUDENTS = {"resnet18S": "resnet18", "resnet34S": "resnet34", "resnet50_4S": "resnet50_4", "MobileNet": "MobileNet"}
-
-
-def imagenet_families(content: dict, folder):
-    from tests.golden_norm import check_imagenet_student
-
-    for name, entry in content["models"].items():
-        if name in TEACHERS:
-            yield name, partial(check_imagenet_teacher, TEACHERS[name], entry)
-        else:
-            yield name, partial(check_imagenet_student, STUDENTS.get(name.split("|")[0], name), name, entry)
 
 
 @torch.no_grad()

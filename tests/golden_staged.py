@@ -6,12 +6,13 @@ from itertools import pairwise
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from distiller_zoo.abound import ABLoss, Connector
 from distiller_zoo.factor import FactorTransfer, Paraphraser, Translator
 from distiller_zoo.fsp import FSP
 from distiller_zoo.kdsvd import KDSVD
-from tests.golden_case import Case, fill_module
+from tests.golden_case import Case, Difference, fill_module
 from tests.golden_format import Mismatch, compare
 from tests.golden_maps import check_modules, pair, prefixes, sides
 
@@ -22,7 +23,7 @@ def _number(case: Case, name: str, default: float) -> float:
     return float(found[1]) if found else default
 
 
-def check_boundaries(case: Case) -> None:
+def check_boundaries(case: Case) -> Difference:
     student, teacher = sides(case)
     loss = ABLoss(len(student), _number(case, "margin", 1.0))
     modules = {}
@@ -30,16 +31,27 @@ def check_boundaries(case: Case) -> None:
         shapes = ([each.shape for each in maps] for maps in (student, teacher))
         modules[prefix] = fill_module(prefix, Connector(*shapes)).train()
         student = modules[prefix](student)
-    check_modules(case, loss(student, teacher), modules)
+    return check_modules(case, loss(student, teacher), modules)
 
 
-def check_flow(case: Case) -> None:
+def check_flow(case: Case) -> Difference:
     student, teacher = sides(case)
     shapes = ([tensor.shape for tensor in each] for each in (student, teacher))
-    case.check(FSP(*shapes)(student, teacher))
+    return case.check(FSP(*shapes)(student, teacher))
 
 
-def check_factor(case: Case) -> None:
+def check_reconstruction(case: Case) -> Difference:
+    """The paraphraser's own stage: one map, whichever side the file lists it on."""
+    (feature_map,) = case.inputs.values()
+    name = next(iter(prefixes(case)), "paraphraser")
+    module = fill_module(name, Paraphraser(feature_map.shape)).train()
+    _, reconstruction = module(feature_map)
+    return check_modules(case, [F.mse_loss(reconstruction, feature_map)], {name: module})
+
+
+def check_factor(case: Case) -> Difference:
+    if len(case.inputs) == 1:
+        return check_reconstruction(case)
     student, teacher = pair(case)
     names = prefixes(case)
     if not names and "translator" in case.case:
@@ -54,10 +66,10 @@ def check_factor(case: Case) -> None:
             student = fill_module(name, module)(student)
         modules[name] = module
     loss = FactorTransfer(_number(case, "p1", 2), _number(case, "p2", 1))
-    check_modules(case, [loss(student, teacher)], modules)
+    return check_modules(case, [loss(student, teacher)], modules)
 
 
-def check_singular_vectors(case: Case) -> None:
+def check_singular_vectors(case: Case) -> Difference:
     student, teacher = sides(case)
     loss = KDSVD(int(_number(case, "k", 1)))
     by_sign = _contributions(loss, student, teacher)
@@ -67,7 +79,7 @@ def check_singular_vectors(case: Case) -> None:
     raw = case.entry.get("raw_lapack_sign")
     if raw is not None:
         _check_raw(raw, by_sign)
-    case.check(loss(student, teacher))
+    return case.check(loss(student, teacher))
 
 
 @torch.no_grad()
@@ -101,7 +113,7 @@ def _check_raw(raw, by_sign: Tensor) -> None:
             raise Mismatch(f"raw_lapack_sign: {value} is not between {least} and {most}")
 
 
-CHECKS: dict[str, Callable[[Case], None]] = {
+CHECKS: dict[str, Callable[[Case], Difference]] = {
     "ABLoss": check_boundaries,
     "AB": check_boundaries,
     "FactorTransfer": check_factor,

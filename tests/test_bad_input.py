@@ -2,14 +2,12 @@
 
 import runpy
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 
 from models import build_model
-
-ROOT = Path(__file__).resolve().parent.parent
+from tests.conftest import ROOT
 
 
 @pytest.fixture

@@ -15,9 +15,9 @@ import train_cifar_student
 import train_teacher
 from helper import pretrained
 from scripts import compare, export_student, predict, report, reproduce
+from tests.conftest import ROOT
 from tests.test_reproduce import in_process
 
-ROOT = Path(__file__).resolve().parent.parent
 PAGE = (ROOT / "docs" / "own_work.md").read_text()
 MAINS = {
     "train_teacher.py": train_teacher.main,

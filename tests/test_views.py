@@ -4,13 +4,10 @@ from argparse import Namespace
 
 import pytest
 import torch
-from helper.stage_training import StageTraining
-from helper.teacher import FrozenTeacher
-from torchvision.transforms import v2
 
 from dataset import VIEWS, Augmentation, ImageData, Images, Loader
 from dataset.images import Draws, augment, draw_augmentation
-from dataset.views import cut_out, random_operation, rotations, weak_strong
+from dataset.views import rotations, weak_strong
 from distiller_zoo import DISTILLERS, Progress, Task
 from helper.fast import OFF
 from tests.conftest import answer, pair_networks
@@ -116,59 +113,6 @@ def test_what_an_epoch_shows_depends_on_seed_and_epoch_alone(name):
     assert len(resumed) == 2 and all(torch.equal(a, b) for a, b in zip(first[1:], resumed, strict=True))
     for other in (images_seen(name, 2)[0], images_seen(name, 1, seed=1)[0]):
         assert not any(torch.equal(a, b) for a, b in zip(first, other, strict=True))
-
-
-def outcomes(image: torch.Tensor) -> torch.Tensor:
-    """Everything that torchvision's RandAugment of one operation makes of an image, (m, 3, H, W)."""
-    transform = v2.RandAugment(1)
-    return torch.stack([transform(image) for _ in range(600)]).unique(dim=0)
-
-
-def which(views: torch.Tensor, known: torch.Tensor) -> list[int]:
-    """The outcome that each view is, up to one grey level; -1 for none."""
-    differences = (views[:, None].int() - known[None].int()).abs().amax((2, 3, 4))
-    nearest, number = differences.min(1)
-    return torch.where(nearest <= 1, number, -1).tolist()
-
-
-def test_every_image_gets_an_operation_of_randaugment_on_its_own_pixels():
-    pixels = pictures(3, 16)
-    known = [outcomes(image) for image in pixels]
-    views = random_operation(pixels.repeat(40, 1, 1, 1))
-    for number in range(3):
-        assert -1 not in which(views[number::3], known[number])
-
-
-def test_every_operation_is_drawn_equally_often_in_both_directions():
-    image, n = pictures(1, 16), 28 * 400
-    image = 30 + image % 200  # neither stretched to full contrast already nor without bright pixels to invert
-    known = outcomes(image[0])
-    views = random_operation(image.expand(n, -1, -1, -1))
-    counts = torch.bincount(torch.tensor(which(views, known)), minlength=len(known)).sort().values
-    # Nine operations have two directions, five have none; 14 operations in all.
-    assert len(known) == 23
-    assert (counts[:18] / n).tolist() == pytest.approx([1 / 28] * 18, abs=5 * (1 / 28 / n) ** 0.5)
-    assert (counts[18:] / n).tolist() == pytest.approx([1 / 14] * 5, abs=5 * (1 / 14 / n) ** 0.5)
-
-
-def test_one_grey_square_is_cut_out_within_the_image():
-    n = 4000
-    holes = (cut_out(torch.zeros(n, 3, 32, 32, dtype=torch.uint8)) == 127).all(1)
-    heights, widths = holes.any(2).sum(1), holes.any(1).sum(1)
-    assert torch.equal(heights, widths) and torch.equal(holes.sum((1, 2)), heights * widths)
-    sides = torch.bincount(heights, minlength=17) / n  # a side from 0 to 16, rounded: half a share at both ends
-    assert len(sides) == 17
-    assert sides.tolist() == pytest.approx([1 / 32, *[1 / 16] * 15, 1 / 32], abs=0.02)
-    covered = holes.double().mean(0)
-    assert torch.allclose(covered, covered.flip(0), atol=0.05) and torch.allclose(covered, covered.T, atol=0.05)
-    assert covered.min() > 0
-
-
-def test_what_is_not_cut_out_stays():
-    pixels = pictures(200)
-    pixels[pixels == 127] = 128
-    cut = cut_out(pixels)
-    assert torch.equal(cut[cut != 127], pixels[cut != 127]) and (cut == 127).any() and cut.dtype == torch.uint8
 
 
 def test_the_strong_view_has_two_operations_its_own_crop_and_a_square(monkeypatch):
