@@ -62,7 +62,9 @@ def test_the_official_command_line_is_understood():
     assert (config.distill, config.gamma, config.alpha, config.beta) == ("norm", 0.1, 0.0, 1.0)
     assert (config.ceta, config.co_sponge, config.trial, config.seed) == (2.5, 8, "2", 2)
     assert config.dataset == "digits" and config.origins["dataset"] == "teacher's record"
-    long = parse_student(*["--model_s", "resnet8", "--gamma", "0.1", "--co_sponge", "4", "-b1", "0.5", "--kd_T", "2"])
+    long = parse_student(
+        *["--model_s", "resnet8", "--gamma", "0.1", "--co_sponge", "4", "-b1", "0.5", "--kd_T", "2", "-a", "1"]
+    )
     assert (long.gamma, long.co_sponge, long.beta1, long.kd_T, long.distill) == (0.1, 4, 0.5, 2.0, "norm")
 
 
@@ -80,7 +82,7 @@ def test_standardised_logits_have_a_recipe_of_their_own():
     assert (config.logit_standardization, config.gamma, config.alpha, config.kd_T) == (True, 0.1, 9.0, 2.0)
     assert parse_student("--distill", "kd", "--model_s", "resnet8", "--logit_standardization", "-a", "3").alpha == 3.0
     dkd = [resolve_recipe("cifar100", "vgg13", "vgg8", "dkd", {"logit_standardization": on}) for on in (False, True)]
-    assert [[row[name][0] for name in ("dkd_alpha", "dkd_beta")] for row in dkd] == [[1.0, 6.0], [9.0, 54.0]]
+    assert [[row[name][0] for name in ("dkd_alpha", "dkd_beta")] for row in dkd] == [[1.0, 6.0], [15.0, 30.0]]
     srrl = ("--distill", "srrl", "--model_s", "resnet8")
     assert [parse_student(*srrl, *flags).alpha for flags in ((), ("--srrl_form", "map"))] == [1.0, 0.0]
 

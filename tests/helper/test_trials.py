@@ -162,6 +162,7 @@ def test_one_that_fails_does_not_stop_the_others(train, save_dir):
         (["--trials", "0"], "--trials"),
         (["--trials", "2", "--resume", "save/x"], "leave its value out"),
         (["--sweep", "distill=kd,nonsense"], "nonsense"),
+        (["--distill", "kd", "--sweep", "co_sponge=4,8"], "co_sponge: not used by any"),
     ],
 )
 def test_what_cannot_be_trained_together_is_refused(flags, words, teacher_run, save_dir):
