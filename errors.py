@@ -1,5 +1,6 @@
 """The one exception that is meant for the person at the terminal."""
 
+import io
 import os
 import signal
 import sys
@@ -51,6 +52,9 @@ def run_script(main):
     A `UserError` becomes one line on stderr and exit code 2; a run that was stopped by a signal exits with 128 + its
     number, as shells and clusters expect (SIGINT 130, SIGTERM 143).
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a terminal may know neither ± nor every file's name
+            stream.reconfigure(errors="backslashreplace")
     try:
         main()
     except (Stopped, StoppedAtOnce) as stop:
