@@ -560,10 +560,9 @@ class Run:
         self.folder.log(f"resumed after {title}{within}")
         before, now = training["config"].get("epochs"), self.config.epochs
         if self.records and before != now and not self.is_over:
-            old, new = self.records[-1]["learning_rate"], self.training.learning_rate(self.epoch + 1)
-            self.folder.log(
-                f"--epochs was {before} and is {now}: the learning rate was {old:.4g} and is {new:.4g} next"
-            )
+            rates = self.training.learning_rate(self.epoch), self.training.learning_rate(self.epoch + 1)
+            old, new = (f"{rate:.4g}" for rate in (self.records[-1].get("learning_rate", rates[0]), rates[1]))
+            self.folder.log(f"--epochs was {before} and is {now}: the learning rate was {old} and is {new} next")
 
     # The result.
 
