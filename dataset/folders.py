@@ -75,7 +75,9 @@ def list_folder(path: str, may_split: bool = False) -> Folder:
             "apart; is it a level too deep or too high? Expected train/CLASS/IMAGE with two classes or more"
         )
     test = None
-    if splits:
+    if splits and may_split and _lacks_classes(os.path.join(path, splits[0])):
+        print(f"left out {printable(os.path.join(path, splits[0]))}: its images have no class folders")
+    elif splits:
         test = _list_test(os.path.join(path, splits[0]), train_classes)
     elif not may_split:
         raise UserError(
@@ -85,14 +87,18 @@ def list_folder(path: str, may_split: bool = False) -> Folder:
     return Folder(train, test, [printable(name) for name in train_classes])
 
 
+def _lacks_classes(path: str) -> bool:
+    return not _class_folders(path) and any(_is_image(entry.name) for entry in _entries(path))
+
+
 def _list_test(path: str, classes: list[str]) -> Listing:
     """The test images, numbered by the classes of the training images."""
     if os.path.exists(os.path.join(path, ANNOTATIONS)):
         return _list_annotated(path, classes)
-    if not _class_folders(path) and any(_is_image(name) for name in os.listdir(path)):
+    if _lacks_classes(path):
         raise UserError(
             f"--data: {printable(path)} holds images without class folders, so their classes are unknown; sort them "
-            f"into {printable(path)}/CLASS/, or rename the folder and use --split 0.2"
+            f"into {printable(path)}/CLASS/, or take test images out of the training images with --split 0.2"
         )
     listing, found = _list_split(path, allow_empty=True)
     unknown = sorted(set(found) - set(classes))

@@ -168,8 +168,7 @@ def _from_folder(
     how = (image_size, cut, reading)
     listed = list_folder(folder, may_split=bool(reading.split or reading.holdout))
     train, test = (
-        listing
-        and StreamedImages(Files(listing.root, listing.names), torch.tensor(listing.targets), image_size, cut, reading)
+        listing and StreamedImages(Files(listing.root, listing.names), torch.tensor(listing.targets), *how)
         for listing in (listed.train, listed.test)
     )
     if test is not None:
@@ -181,9 +180,7 @@ def _from_folder(
         train, test = hold_out(train, k)
     except ValueError as error:
         raise UserError(f"--{'split' if reading.split else 'holdout'}: {error}; choose a larger share") from None
-    print(
-        f"{printable(folder)} has no test images: {k} training images, of each class its share, become the test split"
-    )
+    print(f"{printable(folder)} has no test images: {k} training images, each class in proportion, become it")
     return train, test, listed.classes, k
 
 
@@ -259,10 +256,10 @@ def load_data(
     """A data set by name, from `folder`; raises `UserError`.
 
     Only folders of images read `image_size`, `num_workers`, `max_broken` (different unreadable images of a split that
-    are left out), `background` (RGB in 0..255, under transparency) and `stream` (True: from the disk, False: into memory,
-    None: what fits into half of the free memory and of `device_memory`, in bytes, is held there). The share `split` of
-    the training images, or `holdout` of them, becomes the test split of a folder that has none. `normalisation` is the
-    recorded (mean, std) of a run; without it a folder's own are computed.
+    are left out), `background` (RGB in 0..255, under transparency) and `stream` (True: from the disk, False: into
+    memory, None: what fits into half of the free memory and of `device_memory`, in bytes, is held there). The share
+    `split` of the training images, or `holdout` of them, becomes the test split of a folder that has none.
+    `normalisation` is the recorded (mean, std) of a run; without it a folder's own are computed.
     """
     if name not in DATASETS:
         raise UserError(f"--dataset: unknown data set '{name}'; choose from {', '.join(DATASETS)}")
