@@ -16,7 +16,7 @@ from helper.device import count_cores, find_device
 from helper.distributed import by_main, images_per_pass, is_main
 from helper.fast import OFF, choose
 from helper.initial import find_model
-from helper.recipes import resolve
+from helper.recipes import resolve, run_length
 from helper.run_folder import CONFIG, RunFolder
 from helper.schedule import stretch
 from helper.stored import read_configuration
@@ -168,7 +168,7 @@ def _resolve(given: dict, stored: dict, find_teacher=None) -> tuple[Namespace, T
     for flag in method.flags:
         value, source = merged[flag.argument]
         if flag.full_run and value and flag.argument not in given | stored:
-            from_epochs = full_run(flag, dataset["dataset"], distill, recipe)
+            from_epochs = run_length(flag, dataset["dataset"], distill, recipe)
             (stretched,) = stretch((value,), from_epochs, merged["epochs"][0])
             if stretched != value:
                 merged[flag.argument] = (stretched, f"{source}, stretched")
