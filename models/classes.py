@@ -39,9 +39,8 @@ def compare_classes(categories: Sequence[str] | None, classes: Sequence[str]) ->
         )
     if len(shared) < len(ours):
         first = next(number for number, name in enumerate(ours) if name not in places)
-        return (
-            f"{len(ours) - len(shared)} classes of the data are unknown to the weights, {classes[first]} is the first"
-        )
+        missing = len(ours) - len(shared)
+        return f"the weights do not know {missing} of the data's {len(ours)} classes, first {classes[first]}"
     return None
 
 
