@@ -16,6 +16,7 @@ from models.backbone import Backbone
 from models.external import is_external
 from models.files import read_checkpoint as read_checkpoint  # also found here
 from models.found import Found, Weights, locate_weights
+from models.record import check_record
 from models.wrappers import wrap
 
 #: RepDistiller's names -> ours, where one class here serves several of its families: (pattern, replacement).
@@ -237,13 +238,25 @@ def split_official_norm(weights: Weights) -> tuple[Weights, Weights]:
 
 
 def load_exported(checkpoint: Mapping, source: str) -> tuple[Backbone, dict]:
-    """The content of a file by `scripts/export_student.py` -> (the network in eval mode, the file's other entries)."""
-    if "model_name" not in checkpoint or "num_classes" not in checkpoint:
+    """The content of a file by `scripts/export_student.py` -> (the network in eval mode, the file's other entries).
+
+    Raises `UserError`, naming `source`, where an entry is missing, of another kind or out of its range.
+    """
+    if checkpoint.get("model_name") is None or checkpoint.get("num_classes") is None:
         raise UserError(f"{source} was not written by scripts/export_student.py")
-    name, weights = checkpoint["model_name"], find_weights(checkpoint, source)
-    wrapper = checkpoint.get("wrapper")
-    if wrapper is None and checkpoint.get("final_conv"):  # files from before there were several kinds of wrappers
+    record = check_record({key: value for key, value in checkpoint.items() if key != "model"}, source)
+    weights = find_weights(checkpoint, source)
+    wrapper = record.get("wrapper")
+    if wrapper is None and record.get("final_conv"):  # files from before there were several kinds of wrappers
         wrapper = {"kind": "final_conv", "channels": len(weights.get("final_conv.bias", ()))}
-    network = wrap(build_model(name, checkpoint["num_classes"]), wrapper, source)
-    load_weights(network, name, weights, source)
-    return network.eval(), {key: value for key, value in checkpoint.items() if key != "model"}
+    # No network is built that is larger than its weights: sizes may be anything.
+    largest = max(size for value in weights.values() for size in (1, *value.shape))
+    sizes = [record["num_classes"], *(wrapper.values() if isinstance(wrapper, Mapping) else ())]
+    if not isinstance(wrapper, Mapping | None) or any(isinstance(size, int) and size > largest for size in sizes):
+        raise UserError(f"{source} is damaged: its weights are of another size than it says")
+    try:
+        network = wrap(build_model(record["model_name"], record["num_classes"]), wrapper, source)
+    except (RuntimeError, ValueError, ZeroDivisionError) as error:
+        raise UserError(f"{source} is damaged: its network cannot be built: {error}") from None
+    load_weights(network, record["model_name"], weights, source)
+    return network.eval(), record
