@@ -335,6 +335,8 @@ def resolve(
     given = dict(given)
     if folder is not None:
         settings.check_resumed(given, stored, folder)
+        digests = {name: of_teacher[name] for name in ("teacher_digest",) if of_teacher.get(name)}
+        stored = settings.accept_found(digests, stored, given.get("accept_changes", False), folder)
     told = of_initial | stored | given
     distill = told.get("distill", _default("distill"))
     _refuse_unused(given | {"distill": distill})

@@ -17,7 +17,7 @@ from dataset import Batch, ImageData, Loader, epoch_seed
 from distiller_zoo import Distiller, Progress, Stage
 from distiller_zoo.base import ALPHA, BETA, GAMMA
 from errors import UserError
-from helper.distributed import Replica, count_processes, images_per_pass, rank
+from helper.distributed import Replica, count_processes, images_per_pass, rank, total_of
 from helper.fast import Fast
 from helper.guard import Guard
 from helper.log import progress_bar
@@ -173,10 +173,16 @@ class Training:
         return self.meter.summary()
 
 
-def train_epoch(runs: Sequence, teacher: Teacher | None, after_step: Callable[[int], None]) -> None:
+def train_epoch(
+    runs: Sequence,
+    teacher: Teacher | None,
+    finishing: Callable[[], AbstractContextManager],
+    after_step: Callable[[int], None],
+) -> None:
     """An epoch of runs whose batches are the same; `after_step(number)` is called after every step but the last.
 
-    A run is what helper/run.py calls so. One that fails ends alone, the others go on.
+    A run is what helper/run.py calls so. One that fails ends alone, the others continue. Within `finishing()` a step is
+    not interrupted by a request to stop; waiting for a batch may be.
     """
     lead = runs[0]
     for run in runs:
@@ -192,7 +198,8 @@ def train_epoch(runs: Sequence, teacher: Teacher | None, after_step: Callable[[i
         waiting = [run for run in runs if run.error is None]
         for run in waiting:
             run.training.meter.waited(time.perf_counter() - waited_from)
-        step(waiting, batch, teacher, number)
+        with finishing():
+            step(waiting, batch, teacher, number)
         bar.set_postfix_str(lead.latest, refresh=False)
         if all(run.error is not None for run in runs):
             return
@@ -228,7 +235,8 @@ def step(runs: Sequence, batch: Batch, teacher: Teacher | None, number: int) -> 
 
 @torch.no_grad()
 def evaluate(predict: Callable[[Tensor], Tensor], loader: Loader, title: str = "testing") -> dict[str, float]:
-    """Every one of `METRICS` of `predict(images) -> logits` over a whole split, as test_<name>.
+    """Every one of `METRICS` of `predict(images) -> logits` over a whole split, as test_<name>; the number of
+    unreadable images, which are left out, as test_unreadable where there are any.
 
     Of several processes each goes through its own part of the split, in `loader`. Raises `UserError` where no image of
     the split can be read.
@@ -236,12 +244,15 @@ def evaluate(predict: Callable[[Tensor], Tensor], loader: Loader, title: str = "
     logits, targets = [], []
     for batch in progress_bar(loader.batches(), title, len(loader)):
         logits.append(predict(batch.images).float())
-        targets.append(batch.targets)  # images that cannot be read are left out
+        targets.append(batch.targets)
     found = [part for part in _of_all_processes([logits, targets]) if sum(map(len, part[1]))]
     if not found:
         raise UserError(f"--data: {title}: no readable image; repair or remove the files")
     all_logits, all_targets = (torch.cat([values for part in found for values in part[side]]) for side in (0, 1))
-    return {f"test_{name}": measure(all_logits, all_targets) for name, measure in METRICS.items()}
+    measured = {f"test_{name}": measure(all_logits, all_targets) for name, measure in METRICS.items()}
+    (images,) = total_of([len(loader.subset)])
+    unreadable = int(images) - len(all_targets)
+    return measured | ({"test_unreadable": unreadable} if unreadable else {})
 
 
 def _of_all_processes(values: list[list[Tensor]]) -> list[list[list[Tensor]]]:

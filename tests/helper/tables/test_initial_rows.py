@@ -2,10 +2,9 @@
 
 import json
 
+from helper.command_line import resolve
 from helper.tables.plan import find_run
 from helper.tables.rows import read_rows
-
-from helper.command_line import resolve
 from tests.run_folders import make_run
 
 
