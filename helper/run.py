@@ -542,8 +542,8 @@ class Run:
     def restore(self) -> None:
         """Take up the state of the folder's last checkpoint."""
         source = f"--resume: {self.folder.path} does not fit this run"
-        training = by_main(lambda: upgrade(self.folder.read_last(), source))["training"]
         with contained(source):
+            training = by_main(lambda: upgrade(self.folder.read_last(), source))["training"]
             self._enter(training["stage_number"], training["epoch"], training["stage_step"])
             check_progress(training, self.in_main_stage)
             load_weights(self.method, self.config.model_s, training["distiller"], source)
