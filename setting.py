@@ -27,8 +27,8 @@ def positive(text: str) -> float:
 
 def count(text: str) -> int:
     """A whole number from 1 on, read from a flag."""
-    if int(text) < 1:
-        raise ArgumentTypeError(f"must be at least 1, not {text}")
+    if not 1 <= int(text) < 2**31:
+        raise ArgumentTypeError(f"must be 1 to {2**31 - 1}, not {text}")
     return int(text)
 
 

@@ -2,10 +2,10 @@
 
 from dataset.images import Augmentation, ImageData, Images, hold_out
 from dataset.loader import Batch, Loader
+from dataset.prediction import read_normalised
 from dataset.seeds import epoch_seed
-from dataset.single import read_normalised
 from dataset.sources import DATASETS, load_data
-from dataset.stored import StoredImages
+from dataset.streaming import StreamedImages
 from dataset.views import VIEWS
 
 __all__ = [
@@ -16,7 +16,7 @@ __all__ = [
     "ImageData",
     "Images",
     "Loader",
-    "StoredImages",
+    "StreamedImages",
     "epoch_seed",
     "hold_out",
     "load_data",

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dataset.stored import StoredImages
+from dataset.streaming import StreamedImages
 
 
 class Images(NamedTuple):
@@ -30,7 +30,7 @@ class Images(NamedTuple):
     def read(
         self, parts: Sequence[Tensor], crops: None = None, fill: bool = False
     ) -> Iterator[tuple[Tensor, list[Tensor]]]:
-        """Sample indices of the batches -> (indices (B,), [pixels (B, 3, H, W)]); as `StoredImages.read`."""
+        """Sample indices of the batches -> (indices (B,), [pixels (B, 3, H, W)]); as `StreamedImages.read`."""
         for index in parts:
             yield index, [self.pixels[index]]
 
@@ -50,8 +50,8 @@ class ImageData(NamedTuple):
     """A data set: splits, classes by index, normalisation (of pixels in 0..1), augmentation of the training images."""
 
     name: str
-    train: Images | StoredImages
-    test: Images | StoredImages
+    train: Images | StreamedImages
+    test: Images | StreamedImages
     classes: list[str]
     mean: tuple[float, ...]
     std: tuple[float, ...]
@@ -67,7 +67,7 @@ class ImageData(NamedTuple):
         return self.train.image_size
 
 
-def hold_out(images: Images | StoredImages, k: int) -> tuple[Images | StoredImages, Images | StoredImages]:
+def hold_out(images: Images | StreamedImages, k: int) -> tuple[Images | StreamedImages, Images | StreamedImages]:
     """Images -> (those that are left, `k` of them that are kept apart), each class in proportion.
 
     Which ones depends on the data set and k alone, not on a run's seed, so that all seeds and methods are trained and

@@ -15,6 +15,7 @@ import numpy
 import torch
 from torch import Tensor
 
+from dataset.decoding import Place
 from errors import UserError
 
 #: Endings of images in shards.
@@ -43,11 +44,9 @@ class Shards:
     def name_of(self, sample: int) -> str:
         return f"{self.keys[sample].decode()} in {self.paths[self.shard[sample]]}"
 
-    def content_of(self, sample: int) -> bytes:
-        offset, size = self.places[sample]
-        with open(self.paths[self.shard[sample]], "rb") as shard:
-            shard.seek(offset)
-            return shard.read(size)
+    def place_of(self, sample: int) -> Place:
+        offset, size = self.places[sample].tolist()
+        return Place(os.fsencode(self.paths[self.shard[sample]]), offset, size)
 
 
 def find_shards(folder: str, split: str) -> list[Path]:

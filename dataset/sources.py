@@ -1,7 +1,6 @@
 """Where the images come from: torchvision's data sets, a folder of images, and scikit-learn's digits."""
 
 import os
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from urllib.error import URLError
 
@@ -10,9 +9,9 @@ from torch.nn import functional as F
 from torchvision import datasets
 
 from dataset.images import Augmentation, ImageData, Images, channel_statistics
+from dataset.pool import Pool
 from dataset.shards import find_shards, read_shards
-from dataset.single import read_square
-from dataset.stored import Files, Reading, StoredImages
+from dataset.streaming import Files, Reading, StreamedImages, too_many_unreadable
 from errors import UserError
 
 DOWNLOAD_FOLDER = "data"
@@ -125,7 +124,7 @@ def image_folder(folder: str | None, image_size: int, reading: Reading) -> Image
         train, test = (_stored(images, image_size, 0, reading) for images in (train_list, test_list))
         mean, std = channel_statistics(_sample(train))
     else:
-        train, test = (_read_images(images, image_size, reading.num_workers) for images in (train_list, test_list))
+        train, test = (_in_memory(_stored(images, image_size, 0, reading)) for images in (train_list, test_list))
         mean, std = channel_statistics(train.pixels)
     return ImageData("folder", train, test, classes, mean, std, Augmentation())
 
@@ -151,26 +150,26 @@ def _has_classes(folder: str) -> bool:
     return train.is_dir() and any(path.is_dir() for path in train.iterdir())
 
 
-def _sharded(shards: list, image_size: int, cut: int, reading: Reading) -> tuple[list[StoredImages], list[str]]:
+def _sharded(shards: list, image_size: int, cut: int, reading: Reading) -> tuple[list[StreamedImages], list[str]]:
     """Both splits, and their classes, which are numbers."""
     splits = []
     for paths in shards:
         source, targets = read_shards(paths, reading.num_workers)
-        splits.append(StoredImages(source, targets, image_size, cut, reading))
+        splits.append(StreamedImages(source, targets, image_size, cut, reading))
     count = 1 + max(int(split.targets.max()) for split in splits)
     return splits, [str(number) for number in range(count)]
 
 
-def _stored(listing: datasets.ImageFolder, image_size: int, cut: int, reading: Reading) -> StoredImages:
+def _stored(listing: datasets.ImageFolder, image_size: int, cut: int, reading: Reading) -> StreamedImages:
     paths, targets = zip(*listing.samples, strict=True)
     files = Files(listing.root, [os.path.relpath(path, listing.root) for path in paths])
-    return StoredImages(files, torch.tensor(targets), image_size, cut, reading)
+    return StreamedImages(files, torch.tensor(targets), image_size, cut, reading)
 
 
-def _sample(images: StoredImages) -> torch.Tensor:
+def _sample(images: StreamedImages) -> torch.Tensor:
     """Pixels of some images of all classes, for statistics."""
     some = torch.arange(0, len(images.targets), max(len(images.targets) // STATISTICS_IMAGES, 1))
-    return torch.cat([pixels for _, (pixels,) in images.read(some.split(BATCH))])
+    return torch.cat([pixels.clone() for _, (pixels,) in images.read(some.split(BATCH))])
 
 
 def _both_lists(folder: str) -> tuple[datasets.ImageFolder, datasets.ImageFolder, list[str]]:
@@ -200,15 +199,23 @@ def _list_images(path: str) -> datasets.ImageFolder:
         raise UserError(f"--data: {path} has no images, or a class without any: {str(error).splitlines()[0]}") from None
 
 
-def _read_images(listing: datasets.ImageFolder, image_size: int, num_workers: int) -> Images:
-    paths, targets = zip(*listing.samples, strict=True)
-    with ThreadPoolExecutor(max(num_workers, 1)) as pool:
-        try:
-            pixels = list(pool.map(lambda path: read_square(path, image_size), paths))
-        except UserError:
-            pool.shutdown(cancel_futures=True)
-            raise
-    return _images(torch.stack(pixels), targets)
+def _in_memory(images: StreamedImages) -> Images:
+    """All images of a split that can be read, in memory."""
+    pixels, unreadable = images.pixels()
+    if not unreadable:
+        return Images(pixels, images.targets)
+    broken = {images.name_of(sample): reason for sample, reason in unreadable.items()}
+    allowed = images.reading.max_broken
+    if len(broken) > allowed:
+        raise UserError(too_many_unreadable(broken, allowed))
+    if len(broken) == len(images.targets):
+        name, reason = next(iter(broken.items()))
+        raise UserError(f"--data: {name} cannot be read ({reason}), nor any other image of that split")
+    for name, reason in broken.items():
+        print(f"skipped an image that cannot be read: {name} ({reason})")
+    whole = torch.ones(len(pixels), dtype=torch.bool)
+    whole[list(unreadable)] = False
+    return Images(pixels, images.targets).select(whole)
 
 
 DATASETS = {
@@ -232,4 +239,5 @@ def load_data(
     """A data set by name, from `folder`; raises `UserError`. Only folders of images read what comes behind it."""
     if name not in DATASETS:
         raise UserError(f"--dataset: unknown data set '{name}'; choose from {', '.join(DATASETS)}")
-    return DATASETS[name](folder, image_size, Reading(num_workers, max_broken, may_download))
+    pool = Pool(num_workers) if num_workers else None
+    return DATASETS[name](folder, image_size, Reading(num_workers, max_broken, may_download, pool=pool))

@@ -73,6 +73,12 @@ class ActivationBoundaries(FeaturesFirst):
 
     name = "abound"
     summary, source = "activation boundaries, before the labels", "Heo et al., AAAI 2019"
+    reference = "HobbitLong/RepDistiller"
+    departures = (
+        "Networks of unequally many stages are allowed: the deeper layers of the longer one are left out. The"
+        " second stage is RepDistiller's cross entropy (the authors: softened logits), since the tables' "
+        "numbers come from it."
+    )
     student_preact = teacher_preact = True
     min_batch = 2  # the connectors' BatchNorm, where the map is one pixel
     frozen = ("connector",)

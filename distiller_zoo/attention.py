@@ -41,6 +41,7 @@ class AttentionTransfer(FeatureDistiller):
 
     name = "attention"
     summary, source = "AT: where the maps are large", "Zagoruyko & Komodakis, ICLR 2017"
+    reference = "HobbitLong/RepDistiller"
     group = "feature maps"
     reads = ("maps",)
 

@@ -222,7 +222,7 @@ class Distiller(nn.Module):
         return copy.deepcopy(self.student).eval()
 
     def notes(self) -> list[str]:
-        """Lines for the log: what the method makes of these networks and this task, where that is not plain."""
+        """Lines for the log: what the task and the networks have changed of the method's flags, or decided."""
         return []
 
     def export_note(self) -> str:

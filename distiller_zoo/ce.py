@@ -7,6 +7,7 @@ class CrossEntropy(Distiller):
     """L = gamma * CE(s, y)."""
 
     name = "ce"
+    departures = "The student alone: no reference is needed."
     summary = "labels only, no teacher: teachers and baselines"
     group = "without a teacher"
     needs_teacher = False

@@ -39,6 +39,7 @@ class CorrelationCongruence(FeatureDistiller):
 
     name = "correlation"
     summary, source = "CC: differences of neighbours in a batch", "Peng et al., ICCV 2019"
+    reference = "HobbitLong/RepDistiller"
     group = "relations between images"
     reads = ("pooled",)
     min_batch = 2

@@ -46,6 +46,11 @@ class CRD(FeatureDistiller):
 
     name = "crd"
     summary, source = "contrastive representation distillation; CRD+KD with -a > 0", "Tian et al., ICLR 2020"
+    reference = "HobbitLong/RepDistiller"
+    departures = (
+        "Negatives are drawn on the device and are distinct on every data set: a permutation per sample held "
+        "up the CPU."
+    )
     group = "relations between images"
     reads = ("pooled", "sample index and negatives")
     flags = (*FeatureDistiller.flags, *CONTRAST_FLAGS)
@@ -64,6 +69,8 @@ class NORM_CRD(NORM):
 
     name = "norm_crd"
     summary, source = "NORM and CRD together", "Liu et al., ICLR 2023"
+    reference = "OSVAI/NORM"
+    departures = "The official code cannot start this method and takes -c for CRD's weight; here it is --crd_weight."
     reads = ("final", "pooled", "sample index and negatives")
     flags = (*NORM.flags, CRD_WEIGHT, *CONTRAST_FLAGS)
     needs = {**NORM.needs, **{flag.argument: (above_zero(CRD_WEIGHT),) for flag in CONTRAST_FLAGS}}

@@ -34,6 +34,11 @@ class DIST(LogitDistiller):
 
     name = "dist"
     summary, source = "correlation of the classes, per image and over the batch", "Huang et al., NeurIPS 2022"
+    reference = "hunto/image_classification_sota"
+    departures = (
+        "One weight for both terms, which are equal in all published runs. No inter term with two classes: it"
+        " is a constant."
+    )
     group = "logits"
     min_batch = 2  # one image has no correlation over images
     flags = (GAMMA, BETA, KD_T, LOGIT_STANDARDIZATION)

@@ -80,6 +80,13 @@ class DistPro(LogitDistiller):
 
     name = "distpro"
     summary, source = "a searched process of weights for pathways between all maps", "Deng et al., ECCV 2022"
+    reference = "bytedance/DistPro"
+    departures = (
+        "The search ends and its scores are replayed in the main run, as the paper says: the released code "
+        "can do neither. The gradient of the scores is the paper's formula: that code restores neither "
+        "weights nor statistics after the passes of the difference. The teacher is in eval mode; that code "
+        "leaves it in train mode, so that its statistics drift."
+    )
     group = "feature maps"
     reads = ("maps",)
     student_preact = teacher_preact = True

@@ -46,6 +46,8 @@ class DKD(LogitDistiller):
 
     name = "dkd"
     summary, source = "target and non-target classes apart", "Zhao et al., CVPR 2022"
+    reference = "megvii-research/mdistiller"
+    departures = "Log-softmaxes in place of the logarithm of a probability that may round to 0."
     group = "logits"
     flags = (GAMMA, DKD_ALPHA, DKD_BETA, KD_T, WARMUP_EPOCHS, LOGIT_STANDARDIZATION)
     needs = dict.fromkeys(("kd_T", "warmup_epochs", "logit_standardization"), (above_zero(DKD_ALPHA, DKD_BETA),))

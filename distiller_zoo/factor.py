@@ -103,6 +103,7 @@ class Paraphrasing(FeatureDistiller):
 
     name = "factor"
     summary, source = "factor transfer: the last map, paraphrased", "Kim et al., NeurIPS 2018"
+    reference = "HobbitLong/RepDistiller; whole: Jangho-Kim/Factor-Transfer-pytorch, yoshitomo-matsubara/torchdistill"
     group = "feature maps"
     reads = ("maps",)
     min_batch = 2  # the translator's BatchNorm, where the map is one pixel

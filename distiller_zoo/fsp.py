@@ -46,6 +46,7 @@ class SolutionFlow(FeaturesFirst):
 
     name = "fsp"
     summary, source = "products of consecutive maps, before the labels", "Yim et al., CVPR 2017"
+    reference = "HobbitLong/RepDistiller"
 
     def __init__(self, student, teacher, task, **hyper_parameters):
         super().__init__(student, teacher, task, **hyper_parameters)

@@ -70,6 +70,8 @@ class FitNet(FeatureDistiller):
 
     name = "hint"
     summary, source = "FitNet: one map, behind a regressor", "Romero et al., ICLR 2015"
+    reference = "HobbitLong/RepDistiller"
+    departures = "Trained jointly, as the tables' numbers were; the paper has two stages."
     group = "feature maps"
     reads = ("maps",)
     min_batch = 2  # the regressor's BatchNorm, where the map is one pixel

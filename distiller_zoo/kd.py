@@ -103,6 +103,8 @@ class KD(LogitDistiller):
 
     name = "kd"
     summary, source = "softened logits", "Hinton et al., 2015"
+    reference = "HobbitLong/RepDistiller; standardised: sunshangquan/logit-standardization-KD"
+    departures = "Two classes are compared raw: their standardised logits are constants."
     group = "logits"
 
     def losses(self, student, teacher, targets, index, progress):

@@ -125,6 +125,11 @@ class SingularVectors(FeatureDistiller):
 
     name = "kdsvd"
     summary, source = "first singular vectors of consecutive maps", "Lee et al., ECCV 2018"
+    reference = "HobbitLong/RepDistiller"
+    departures = (
+        "Singular vectors get a sign of their own, as the reference's value depends on the library's; the "
+        "gradient leaves out directions that are not determined, where the reference's is infinite."
+    )
     group = "feature maps"
     reads = ("maps",)
 

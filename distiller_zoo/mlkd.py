@@ -70,6 +70,12 @@ class MLKD(LogitDistiller):
 
     name = "mlkd"
     summary, source = "instance, class and batch level, weak and strong views", "Jin et al., CVPR 2023"
+    reference = "Jin-Ying/Multi-Level-Logit-Distillation; standardised: sunshangquan/logit-standardization-KD"
+    departures = (
+        "The strong view's KL reads the strong view's logits at all temperatures: the released code reads the"
+        " weak view's at the last two, a slip (`as_published` gives its numbers). In runs longer than 240 "
+        "epochs the rate falls at the same fractions."
+    )
     group = "logits"
     views = "weak_strong"
     flags = (GAMMA, ALPHA, BETA, TEMPERATURES, LOGIT_STANDARDIZATION)

@@ -123,11 +123,19 @@ class NORM(Distiller):
 
     name = "norm"
     summary, source = "N-to-one representation matching; NORM+KD with -a > 0", "Liu et al., ICLR 2023"
+    reference = "OSVAI/NORM"
+    departures = (
+        "See docs/norm.md, line by line. Raw logits with two classes: standardised ones are constants, "
+        "without a gradient."
+    )
     group = "N-to-one"
     reads = ("final",)
     ships = "student (transform folded in)"
     flags = (GAMMA, ALPHA, BETA, BETA1, CETA, CO_SPONGE, KD_T, FT, FT_POSITION, FT_FORM, LARGER_STUDENT, MAP_SIZE)
-    needs = {"kd_T": (above_zero(ALPHA),), **dict.fromkeys(("beta1", "larger_student"), (above_zero(BETA),))}
+    needs = {
+        "kd_T": (above_zero(ALPHA),),
+        **dict.fromkeys(("beta1", "larger_student", "map_size"), (above_zero(BETA),)),
+    }
     larger_student, map_size = "refuse", "pool"
 
     def __init__(self, student: Backbone, teacher: Backbone | None, task, **hyper_parameters):
@@ -158,11 +166,12 @@ class NORM(Distiller):
             self.transform = FeatureTransform(channels, teacher_channels, self.co_sponge, residual, self.ft_form)
 
     def notes(self):
-        sizes = [self._sizes] if self._sizes else []
-        if self.scale == self.ceta:
-            return sizes
-        off = f"-c/--ceta {self.ceta} is off: standardised logits of two classes are constants, without gradient"
-        return [*sizes, off]
+        notes = [self._sizes] if self._sizes else []
+        if self.scale != self.ceta:
+            notes += [
+                f"-c/--ceta {self.ceta} is off: standardised logits of two classes are constants, without gradient"
+            ]
+        return notes
 
     def respond(self, images: Tensor, teacher: Output | None) -> NormOutput:
         student = self.student
@@ -253,6 +262,8 @@ class FTBaseline(NORM):
 
     name = "ft"
     summary, source = "feature transform without a teacher: the FT-only baselines", "Liu et al., ICLR 2023"
+    reference = "OSVAI/NORM"
+    departures = "N, and whether logits are standardised, are not published: 8, raw."
     reads = ()
     needs_teacher = False
     # The paper's baseline is trained with the cross entropy only; whether on raw logits is not published.

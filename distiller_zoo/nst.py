@@ -44,6 +44,7 @@ class NeuronSelectivity(FeatureDistiller):
 
     name = "nst"
     summary, source = "distribution of the channels' responses", "Huang & Wang, 2017"
+    reference = "HobbitLong/RepDistiller"
     group = "feature maps"
     reads = ("maps",)
 

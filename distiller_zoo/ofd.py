@@ -75,6 +75,8 @@ class Overhaul(FeatureDistiller):
 
     name = "ofd"
     summary, source = "maps before their ReLU, with margins from BatchNorm", "Heo et al., ICCV 2019"
+    reference = "clovaai/overhaul-distillation; unequal sizes: megvii-research/mdistiller"
+    departures = "The teacher is in eval mode; the released code leaves it in train mode, so that its statistics drift."
     group = "feature maps"
     reads = ("maps",)
     student_preact = teacher_preact = True

@@ -58,6 +58,7 @@ class ONE(Distiller):
 
     name = "one"
     summary, source = "branches of the student learn from their own gated ensemble", "Lan et al., NeurIPS 2018"
+    reference = "Lan1991Xu/ONE_NeurIPS2018"
     group = "without a teacher"
     needs_teacher = False
     min_batch = 2  # the gate's BatchNorm sees one vector per image

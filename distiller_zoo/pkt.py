@@ -37,6 +37,8 @@ class ProbabilisticTransfer(FeatureDistiller):
 
     name = "pkt"
     summary, source = "probabilities of being neighbours in a batch", "Passalis & Tefas, ECCV 2018"
+    reference = "HobbitLong/RepDistiller"
+    departures = "A zero vector gets no gradient; the reference sets NaNs to 0."
     group = "relations between images"
     reads = ("pooled",)
     min_batch = 2

@@ -104,8 +104,15 @@ class ReviewKD(FeatureDistiller):
 
     name = "reviewkd"
     summary, source = "knowledge review: fused levels, hierarchical context loss", "Chen et al., CVPR 2021"
+    reference = "dvlab-research/ReviewKD"
+    departures = (
+        "Channels and sizes are read off the networks: the released tables stop at pairs that are not in "
+        "them. The teacher is in eval mode; the released code leaves it in train mode on CIFAR, so that its "
+        "statistics drift."
+    )
     group = "feature maps"
     reads = ("maps", "pooled")
+    teacher_preact = True  # unless --review_teacher says behind
     min_batch = 2  # the deepest level's BatchNorms see one pixel per image
     flags = (*FeatureDistiller.flags, WARMUP_EPOCHS, REVIEW_STUDENT, REVIEW_TEACHER, REVIEW_WIDTH)
     needs = {

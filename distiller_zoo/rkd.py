@@ -64,6 +64,8 @@ class RKD(FeatureDistiller):
 
     name = "rkd"
     summary, source = "distances and angles between the images of a batch", "Park et al., CVPR 2019"
+    reference = "HobbitLong/RepDistiller"
+    departures = "Equal or almost equal images get finite gradients."
     group = "relations between images"
     reads = ("pooled",)
     min_batch = 2

@@ -73,6 +73,8 @@ class SemCKD(FeatureDistiller):
 
     name = "semckd"
     summary, source = "all pairs of maps, weighted by learned attention", "Chen et al., AAAI 2021"
+    reference = "DefangChen/SimKD, DefangChen/SemCKD"
+    departures = "With --accumulate a short last batch makes a step on labels and logits alone."
     group = "feature maps"
     reads = ("maps",)
     min_batch = 2  # one image is similar to itself only

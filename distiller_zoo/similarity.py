@@ -35,6 +35,7 @@ class SimilarityPreserving(FeatureDistiller):
 
     name = "similarity"
     summary, source = "SP: similarities of the images of a batch", "Tung & Mori, ICCV 2019"
+    reference = "HobbitLong/RepDistiller"
     group = "relations between images"
     reads = ("maps",)
     min_batch = 2

@@ -33,6 +33,11 @@ class SimKD(FeatureDistiller):
 
     name = "simkd"
     summary, source = "the teacher's last map and its classifier, reused", "Chen et al., CVPR 2022"
+    reference = "DefangChen/SimKD"
+    departures = (
+        "The teacher's map is the one that its classifier pools: in WRNs that is not the stage output, which "
+        "is signed and could not be reached behind the projector's ReLU."
+    )
     group = "feature maps"
     reads = ("activated",)
     ships = "student + projector + teacher's classifier"

@@ -41,6 +41,7 @@ class SRRL(FeatureDistiller):
 
     name = "srrl"
     summary, source = "representation that the teacher's classifier understands", "Yang et al., ICLR 2021"
+    reference = "jingyang2017/KD_SRRL (map), DefangChen/SimKD (pooled)"
     group = "feature maps"
     reads = ("pooled",)
     min_batch = 2  # the connector's BatchNorm sees one pixel per image

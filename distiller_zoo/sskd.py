@@ -111,6 +111,7 @@ class SSKD(LogitDistiller):
 
     name = "sskd"
     summary, source = "similarities and logits of turned images", "Xu et al., ECCV 2020"
+    reference = "xuguodong03/SSKD"
     group = "relations between images"
     reads = ("pooled",)
     views = "rotations"

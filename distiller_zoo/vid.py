@@ -55,6 +55,7 @@ class VID(FeatureDistiller):
 
     name = "vid"
     summary, source = "how well the student's maps predict the teacher's", "Ahn et al., CVPR 2019"
+    reference = "HobbitLong/RepDistiller"
     group = "feature maps"
     reads = ("maps",)
 

@@ -42,6 +42,7 @@ class Parser(argparse.ArgumentParser):
             usage="%(prog)s [flags]", description=description, allow_abbrev=False, formatter_class=formatter
         )
         self.names: list[str] = []
+        self.aliases: dict[str, str] = {}  # what this script calls a setting -> its argument
 
     def add_argument_group(self, *arguments, **named):
         group = super().add_argument_group(*arguments, **named)
@@ -179,21 +180,22 @@ def teacher_parser() -> Parser:
     model = next(setting for setting in settings.SETTINGS if setting.group == settings.NETWORK)
     group = parser.add_argument_group(settings.NETWORK)
     group.add_argument("--model", type=model.type, dest=model.argument, metavar="NAME", help="the network to train")
+    parser.aliases["model"] = model.argument
     _add_settings(parser, GROUPS)
     _add_run_flags(parser)
     parser.set_defaults(distill="ce")
     return parser
 
 
-def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> Given:
+def parse(parser: Parser, argv: Sequence[str] | None = None) -> Given:
     """The command line -> what it says of every run; raises `UserError` for anything illegal."""
     return by_main(lambda: _parse(parser, argv))  # of several processes one prints --help
 
 
-def _parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> Given:
+def _parse(parser: Parser, argv: Sequence[str] | None) -> Given:
     given = {argument: value for argument, value in vars(parser.parse_args(argv)).items() if value is not None}
     resume = given.pop("resume", None)
-    runs = _expand(given)
+    runs = _expand(given, parser.aliases)
     for run in runs:
         _refuse_unused(run)
     if len(runs) > 1 and resume not in (None, LATEST):
@@ -219,18 +221,20 @@ def _refuse_unused(given: Mapping[str, Any]) -> None:
 # --trials and --sweep.
 
 
-def _expand(given: dict[str, Any]) -> list[dict[str, Any]]:
+def _expand(given: dict[str, Any], aliases: Mapping[str, str]) -> list[dict[str, Any]]:
     """The values of every run: trials of each combination of the swept values."""
-    trials, swept = given.pop("trials", 1), [_read_sweep(text) for text in given.pop("sweep", ())]
+    trials, swept = given.pop("trials", 1), [_read_sweep(text, aliases) for text in given.pop("sweep", ())]
     names = [argument for values in swept for argument in values[0][1]]
     for name in names:
         if name in given or names.count(name) > 1:
             raise UserError(f"--sweep: {name} is given twice; leave one out")
     runs: list[dict[str, Any]] = []
+    unread = set(names)
     for combination in itertools.product(*swept):
         varied = {argument: value for _, values in combination for argument, value in values.items()}
         used = settings.settings_of((given | varied).get("distill", _default("distill")))
         varied = {argument: value for argument, value in varied.items() if argument in used}
+        unread -= set(varied)
         in_name = ("distill", "model_s")  # of the run folder anyway
         label = "_".join(
             text for text, values in combination if not set(values) & set(in_name) and set(values) <= set(varied)
@@ -239,14 +243,16 @@ def _expand(given: dict[str, Any]) -> list[dict[str, Any]]:
             run = given | varied | _trial(given, number, trials, label)
             if run not in runs:  # a value that this method does not read
                 runs.append(run)
+    if unread:
+        raise UserError(f"--sweep: {', '.join(sorted(unread))}: not used by any of the methods; leave it out")
     return runs
 
 
-def _read_sweep(text: str) -> list[tuple[str, dict[str, Any]]]:
+def _read_sweep(text: str, aliases: Mapping[str, str]) -> list[tuple[str, dict[str, Any]]]:
     """b=0.5,1 -> [(label, {argument: the value as its flag reads it}), ...]; values with commas are separated by ;."""
     name, _, values = text.partition("=")
-    known = settings.all_settings().values()
-    setting = next((one for one in known if {f"-{name}", f"--{name}"} & set(one.names)), None)
+    known, wanted = settings.all_settings().values(), aliases.get(name, name)
+    setting = next((one for one in known if {f"-{wanted}", f"--{wanted}"} & set(one.names)), None)
     if setting is None or not values:
         raise UserError(f"--sweep: {text} must be a flag's name and values, like b=0.5,1 or co_sponge=4,8")
     if setting.shared or setting.identity != "row":
@@ -329,6 +335,8 @@ def resolve(
     given = dict(given)
     if folder is not None:
         settings.check_resumed(given, stored, folder)
+        digests = {name: of_teacher[name] for name in ("teacher_digest",) if of_teacher.get(name)}
+        stored = settings.accept_found(digests, stored, given.get("accept_changes", False), folder)
     told = of_initial | stored | given
     distill = told.get("distill", _default("distill"))
     _refuse_unused(given | {"distill": distill})

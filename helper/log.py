@@ -66,9 +66,11 @@ def format_epoch(record: dict, title: str) -> str:
 
 
 def format_result(result: dict) -> str:
-    """The three accuracies, each by its name."""
+    """The three accuracies, each by its name, and what was left out of them."""
+    lost = result.get("test_unreadable")
     return (
         f"test accuracy: last {result['accuracy_last']:.2f} %, best {result['accuracy_best']:.2f} % (epoch "
         f"{result['best_epoch']}, {result['protocol']}), mean of the last five epochs "
         f"{result['accuracy_mean_last_five']:.2f} %"
+        + (f"; {lost} of {result['test_images']} test images unreadable, left out" if lost else "")
     )

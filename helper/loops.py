@@ -17,7 +17,7 @@ from dataset import Batch, ImageData, Loader, epoch_seed
 from distiller_zoo import Distiller, Progress, Stage
 from distiller_zoo.base import ALPHA, BETA, GAMMA
 from errors import UserError
-from helper.distributed import Replica, count_processes, images_per_pass, rank
+from helper.distributed import Replica, count_processes, images_per_pass, rank, total_of
 from helper.fast import Fast
 from helper.guard import Guard
 from helper.log import progress_bar
@@ -228,7 +228,8 @@ def step(runs: Sequence, batch: Batch, teacher: Teacher | None, number: int) -> 
 
 @torch.no_grad()
 def evaluate(predict: Callable[[Tensor], Tensor], loader: Loader, title: str = "testing") -> dict[str, float]:
-    """Every one of `METRICS` of `predict(images) -> logits` over a whole split, as test_<name>.
+    """Every one of `METRICS` of `predict(images) -> logits` over a whole split, as test_<name>; the number of
+    unreadable images, which are left out, as test_unreadable where there are any.
 
     Of several processes each goes through its own part of the split, in `loader`. Raises `UserError` where no image of
     the split can be read.
@@ -236,12 +237,15 @@ def evaluate(predict: Callable[[Tensor], Tensor], loader: Loader, title: str = "
     logits, targets = [], []
     for batch in progress_bar(loader.batches(), title, len(loader)):
         logits.append(predict(batch.images).float())
-        targets.append(batch.targets)  # images that cannot be read are left out
+        targets.append(batch.targets)
     found = [part for part in _of_all_processes([logits, targets]) if sum(map(len, part[1]))]
     if not found:
         raise UserError(f"--data: {title}: no readable image; repair or remove the files")
     all_logits, all_targets = (torch.cat([values for part in found for values in part[side]]) for side in (0, 1))
-    return {f"test_{name}": measure(all_logits, all_targets) for name, measure in METRICS.items()}
+    measured = {f"test_{name}": measure(all_logits, all_targets) for name, measure in METRICS.items()}
+    (images,) = total_of([len(loader.subset)])
+    unreadable = int(images) - len(all_targets)
+    return measured | ({"test_unreadable": unreadable} if unreadable else {})
 
 
 def _of_all_processes(values: list[list[Tensor]]) -> list[list[list[Tensor]]]:

@@ -5,6 +5,7 @@ import os
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -48,6 +49,7 @@ class Network(NamedTuple):
     image_size: int | None = None
     accuracy: float | None = None
     digest: str = ""
+    record: Mapping[str, Any] = MappingProxyType({})  # everything that the file says
 
     def settings_as_teacher(self) -> dict[str, Any]:
         """The settings that this network decides where it teaches: what it is, and its data set."""
@@ -94,7 +96,7 @@ def read_network(path: str, name: str | None, flag: str, name_flag: str) -> Netw
     if name not in (None, found):
         raise UserError(f"{source} holds another architecture, {found}, than {name_flag} {name}")
     known: dict[str, Any] = {key: record.get(key) for key in ("dataset", "data", "image_size", "accuracy")}
-    return _with_digest(Network(path, found, network, network.get_classifier().out_features, **known))
+    return _with_digest(Network(path, found, network, network.get_classifier().out_features, record=record, **known))
 
 
 def _with_digest(network: Network) -> Network:
@@ -153,7 +155,7 @@ def _read_published(source: str, model: str | None, name_flag: str) -> Network:
         network = build_model(name, count_classes(build_model(name, 1), weights) or 1)
         load_weights(network, name, weights, source)
     known: dict[str, Any] = {key: record.get(key) for key in ("dataset", "image_size", "accuracy")}
-    return Network(source, name, network, network.get_classifier().out_features, **known)
+    return Network(source, name, network, network.get_classifier().out_features, record=record, **known)
 
 
 def _name_from_folder(path: str, name_flag: str) -> str:

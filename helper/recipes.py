@@ -16,6 +16,7 @@ MOBILE_V2 = ("MobileNetV2", "MobileNetV2_norm")
 VGG = ("vgg8", "vgg11", "vgg13", "vgg16", "vgg19")
 #: Data sets that are trained as CIFAR-100 is: for the others than CIFAR-100 nothing is published.
 SMALL_IMAGES = ("cifar100", "cifar10", "fashion_mnist", "folder")
+NOT_PUBLISHED = "not published for this pair"
 STANDARDISED = ("logit_standardization", True)
 
 
@@ -250,13 +251,12 @@ IMAGENET = (
         "mdistiller configs/imagenet/r34_r18/dkd.yaml: its one epoch of warm-up, counted from 1, has the whole weight",
     ),
     _imagenet("dkd", {"dkd_beta": 2.0}, "mdistiller configs/imagenet/r50_mv1/dkd.yaml", _MOBILENET),
-    _imagenet(
-        "ofd",
-        {"beta": 1e-4, "nesterov": True},
-        "OFD ImageNet/train_with_distillation.py for ResNet50 -> MobileNet; for other pairs not published",
-    ),
+    _imagenet("ofd", {"beta": 1e-4, "nesterov": True}, f"{NOT_PUBLISHED}: OFD's ResNet50 -> MobileNet"),
+    _imagenet("ofd", {"beta": 1e-4, "nesterov": True}, "OFD ImageNet/train_with_distillation.py", _MOBILENET),
     _imagenet("semckd", {"beta": 50.0, "epochs": 90, "lr_decay_epochs": (30, 60)}, "SemCKD README"),
-    _imagenet("simkd", {"epochs": 120}, "SimKD scripts/run_distill.sh"),
+    _imagenet("attention", {"beta": 1000.0}, "torchdistill and mdistiller"),
+    _imagenet("crd", {"beta": 0.8}, "CRD's ImageNet run: batch 256, rate .1"),
+    _imagenet("simkd", {"beta": 1, "epochs": 120}, "SimKD scripts/run_distill.sh"),
     _imagenet(
         "sskd",
         {
@@ -400,12 +400,17 @@ def resolve(
     dataset: str, teacher: str | None, student: str, method: str, chosen: Mapping = MappingProxyType({})
 ) -> dict[str, tuple[object, str]]:
     """Argument -> (value, which row it comes from); `chosen` holds flags that are given, on which some rows depend."""
+    rows = find_rows(dataset, teacher, student, method, chosen)
     place = {"dataset": dataset, "teacher": teacher, "student": student, "method": method}
-    resolved: dict[str, tuple[object, str]] = {}
-    for row in ROWS:
-        if row.applies(place, chosen):
-            resolved |= {argument: (value, row.describe(place)) for argument, value in row.values.items()}
-    return resolved
+    return {argument: (row.values[argument], row.describe(place)) for argument, row in rows.items()}
+
+
+def find_rows(
+    dataset: str, teacher: str | None, student: str, method: str, chosen: Mapping = MappingProxyType({})
+) -> dict[str, Row]:
+    """Argument -> the row that gives its value, the last one that applies."""
+    place = {"dataset": dataset, "teacher": teacher, "student": student, "method": method}
+    return {argument: row for row in ROWS if row.applies(place, chosen) for argument in row.values}
 
 
 def full_run(flag: Setting, dataset: str, method: str, recipe: Mapping[str, tuple[object, str]]) -> int:

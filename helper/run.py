@@ -186,7 +186,9 @@ def prepare_teacher(source: Network | None, inputs: Inputs, config: Configuratio
     measured = evaluate(teacher.predict, inputs.test_loader, "checking the teacher")
     teacher.accuracy = measured["test_accuracy"]
     note = check_accuracy(source, data.name, teacher.accuracy, config.allow_teacher_gap)
-    teacher.note = "\n".join(filter(None, (teacher.network.note, note)))
+    steps = source.record.get("max_steps")
+    warning = f"warning: this teacher was trained for {steps} steps only (--max_steps)" if steps else ""
+    teacher.note = "\n".join(filter(None, (teacher.network.note, note, warning)))
     return teacher
 
 
@@ -453,6 +455,7 @@ class Run:
         if not training.finish_step(number):
             self.folder.log_quietly(f"{training.title} step {number}/{last} skipped: a number in it was not finite")
         if number % self.config.print_freq == 0 and training.meter.has_images:
+            self.guard.look()
             self.latest = format_losses(training.meter.summary())
             self.folder.log_quietly(f"{training.title} step {number}/{last}: {self.latest}")
 
@@ -461,7 +464,8 @@ class Run:
         every = self.config.save_every_steps
         if self.error is None and (stopping or (every and number % every == 0)):
             average_statistics(self.method)
-            self._save_last(self._checkpoint(None), self.training.state(number))
+            epoch_state = self.training.state(number)  # names a bad step, before its weights are looked at
+            self._save_last(self._checkpoint(None), epoch_state)
 
     def end_epoch(self) -> None:
         """Test, record and save; begin the next stage or finish where this one is over."""
@@ -505,7 +509,7 @@ class Run:
         if self.teacher is not None:
             source = self.teacher.source
             teacher = {"name": source.name, "digest": source.digest, "accuracy": self.teacher.accuracy}
-        known = {"accuracy": accuracy, "epoch": self.epoch, "teacher": teacher}
+        known = {"accuracy": accuracy, "epoch": self.epoch, "teacher": teacher, "max_steps": self.config.max_steps}
         return make_checkpoint(self.method, self.config, data_record(self.data), {}, **known)
 
     def _save_last(self, checkpoint: dict, epoch_state: dict | None) -> None:
@@ -563,6 +567,7 @@ class Run:
             "steps": self.step,
             "teacher_accuracy": None if self.teacher is None else self.teacher.accuracy,
             "test_images": len(self.data.test.targets),
+            "test_unreadable": self.records[-1].get("test_unreadable", 0),
             "parameters": count_parameters(self.method.export()),
             "parameters_trained": count_parameters(nn.ModuleList(self.stages[-1].trained)),
             "seed": self.config.seed,
@@ -570,6 +575,7 @@ class Run:
             "processes": count_processes(),
             "torch": torch.__version__,
             "device": str(self.inputs.device),
+            "threads": torch.get_num_threads(),
         }
         self.folder.write_json(RESULT, self.result)
         self.folder.log(format_result(self.result))

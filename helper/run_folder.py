@@ -1,10 +1,13 @@
 """The folder of one run: everything a run writes, written so that no file is ever half there."""
 
+import errno
+import functools
 import json
 import math
 import os
 import re
 import shutil
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -19,7 +22,7 @@ from models.checkpoints import read_checkpoint
 
 CONFIG, METRICS, RESULT, LOG = "config.json", "metrics.jsonl", "result.json", "log.txt"
 LAST, BEST = "last.pth", "best.pth"
-LOCK = ".lock"
+LOCK, PART = ".lock", ".part"
 #: The checkpoint before the last, which is taken where the last is damaged.
 PREVIOUS = "last.previous.pth"
 DAMAGED = "last.damaged.pth"
@@ -27,12 +30,12 @@ DAMAGED = "last.damaged.pth"
 
 @contextmanager
 def replacing(path: str | os.PathLike) -> Iterator[str]:
-    """A temporary name beside `path`; it takes the place of `path` if the block ends well, and goes otherwise.
+    """A temporary name next to `path`; it replaces `path` if the block ends well, and is removed otherwise.
 
     The content is on the disk before the name is, so that a power cut leaves the old file or the new one. Raises
-    `UserError` where the disk takes no more.
+    `UserError` where the system refuses to write. Two processes that write one file do not meet.
     """
-    temporary = f"{path}.part"
+    temporary = f"{path}.{os.getpid()}{PART}"
     try:
         with writing(path):
             yield temporary
@@ -50,8 +53,8 @@ def writing(path: str | os.PathLike) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        is_place = isinstance(error, (FileNotFoundError, FileExistsError, NotADirectoryError, PermissionError))
-        way_out = "name another place" if is_place else "make room, then go on"
+        is_full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, None)
+        way_out = "make room, then resume" if is_full else "name another place"
         raise UserError(f"{path} cannot be written: {error.strerror or error}; {way_out}") from None
 
 
@@ -71,8 +74,26 @@ def _flush(path: str | os.PathLike) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if not os.path.isdir(path) or error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS):
+            raise
+        _warn_of_folder(os.path.abspath(path))
     finally:
         os.close(descriptor)
+
+
+@functools.cache
+def _warn_of_folder(path: str) -> None:
+    print(f"warning: the file system of {path} does not flush folders: a power cut may lose the latest checkpoint")
+
+
+def _acquire(lock: FileLock, timeout: float = 0.0) -> None:
+    """Take a lock within `timeout` seconds, or raise `Timeout`; say so where the file system has no locks."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        lock.acquire(timeout=timeout)
+    if caught:
+        print(f"warning: the file system of {lock.lock_file} has no locks; the file itself is taken as one")
 
 
 def is_taken(path: Path) -> bool:
@@ -81,7 +102,7 @@ def is_taken(path: Path) -> bool:
         return False
     lock = FileLock(path / LOCK)
     try:
-        lock.acquire(timeout=0)
+        _acquire(lock)
     except (Timeout, OSError):
         return True
     lock.release()
@@ -107,7 +128,9 @@ class RunFolder:
                 raise UserError(f"--resume: {self.path / name} is a link; a run's files must be its own")
         try:
             with writing(self.path / LOCK):
-                self._lock.acquire(timeout=0)
+                _acquire(self._lock, timeout=1.0)  # a plan that looks whether the run is over holds it for a moment
+                for left in self.path.glob(f"*{PART}"):  # of a process that was killed
+                    left.unlink(missing_ok=True)
         except Timeout:
             raise UserError(
                 f"--resume: another process is training in {self.path}; wait for it, or start a run of its own"
@@ -183,14 +206,15 @@ class RunFolder:
             if not (self.path / name).exists():
                 continue
             with reading(self.path / name), open(self.path / name, "rb") as file:
-                file.read(1)
+                while file.read(1 << 24):
+                    pass
             try:
                 checkpoint = read_checkpoint(self.path / name, "--resume")
             except UserError as error:
                 refusals.append(str(error))
                 continue
             if name == PREVIOUS:
-                self.log(f"{refusals[0] if refusals else f'{LAST} is missing'}; going on with {name}")
+                self.log(f"{refusals[0] if refusals else f'{LAST} is missing'}; resuming with {name}")
                 if refusals:  # the next checkpoint must not take it for the one before
                     os.replace(self.path / LAST, self.path / DAMAGED)
             return checkpoint
@@ -262,7 +286,7 @@ def save(checkpoint: dict, path: str) -> None:
     try:
         torch.save(checkpoint, path)
     except RuntimeError as error:  # torch's word for a file that cannot be written
-        raise OSError(f"the disk takes no more ({str(error).splitlines()[0][:100]})") from None
+        raise OSError(errno.ENOSPC, f"the disk is full ({str(error).splitlines()[0][:100]})") from None
 
 
 def _is_record(line: str) -> bool:

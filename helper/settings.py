@@ -381,6 +381,16 @@ SETTINGS: tuple[Setting, ...] = (
         resume="free",
         identity="none",
     ),
+    Setting(
+        ("--accept_changes",),
+        bool,
+        False,
+        "resume although the teacher's weights or the data are not those that the run began with; it is recorded",
+        group=RUN,
+        resume="free",
+        identity="none",
+        shared=True,
+    ),
     # Not flags: what a run finds out and keeps.
     Setting(("wrapper_t",), _wrapper, None, "how the teacher's network is wrapped", group=FOUND, identity="none"),
     Setting(("teacher_digest",), _digest, None, "digest of the teacher's weights", group=FOUND, shared=True),
@@ -472,6 +482,19 @@ def check_resumed(given: Mapping[str, Any], stored: Mapping[str, Any], path: Pat
                 f"--resume: {path} was run with {name} {stored.get(name)}, not {value}; leave the flag out, or "
                 "start a new run"
             )
+
+
+def accept_found(found: Mapping[str, Any], stored: Mapping[str, Any], accept: bool, path: Path | str) -> dict[str, Any]:
+    """What a resumed run has stored, with what its files say now; raises `UserError` where a digest has changed and
+    `accept` is false."""
+    known = all_settings()
+    for name, value in found.items():
+        if stored.get(name) not in (None, value) and not accept:
+            raise UserError(
+                f"--resume: {path}: the {known[name].help} was {stored[name]} and is {value} now; restore the files "
+                "that the run began with, or accept the new ones with --accept_changes"
+            )
+    return dict(stored) | dict(found)
 
 
 def check_shared(configs: Iterable[Configuration]) -> None:

@@ -6,7 +6,7 @@ width, K classes.
 """
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -167,6 +167,25 @@ def probe_shapes(network: Backbone, image_size: int) -> Shapes:
     )
 
 
+@torch.no_grad()
+def select_classes(network: Backbone, columns: Sequence[int]) -> Backbone:
+    """A copy of a network whose logits (B, len(columns)) are these columns of the network's own, in this order.
+
+    Raises `UserError` where a column does not exist, or occurs twice, or the network's head ends in no linear layer.
+    """
+    copied = copy.deepcopy(network)
+    own = copied.get_classifier()
+    if len(set(columns)) != len(columns) or not all(0 <= column < own.out_features for column in columns):
+        raise UserError(f"the classes must be different numbers from 0 to {own.out_features - 1}")
+    name = next(name for name, module in copied.named_modules() if module is own)
+    selected = nn.Linear(own.in_features, len(columns), bias=own.bias is not None).to(own.weight)
+    selected.weight.copy_(own.weight[list(columns)])
+    if own.bias is not None:
+        selected.bias.copy_(own.bias[list(columns)])
+    copied.set_submodule(name, selected.train(own.training))
+    return copied
+
+
 def normalises_single_values(network: Backbone, image_size: int) -> bool:
     """Whether a BatchNorm sees one value per channel of an image, so that training needs two images at a time."""
     single = []
@@ -185,7 +204,8 @@ def normalises_single_values(network: Backbone, image_size: int) -> bool:
 
 
 class Wrapper(Backbone):
-    """Base of networks that hold another one, whose stage outputs are theirs (models/wrappers.py lists them)."""
+    """Base of networks that hold another one, whose stage outputs, head and properties are theirs unless they write
+    their own (models/wrappers.py lists those that are shipped)."""
 
     #: The constructor's arguments behind the network.
     sizes: dict[str, int]
@@ -193,29 +213,13 @@ class Wrapper(Backbone):
     def __init__(self, network: Backbone):
         super().__init__()
         self.network = network
-
-    def get_bn_before_relu(self):
-        return self.network.get_bn_before_relu()
-
-    def get_feat_modules(self):
-        return self.network.get_feat_modules()
-
-
-class FinalConv(Wrapper):
-    """A network with one 1x1 convolution between its final map and its head: the folded form of a transform that the
-    head's own BatchNorm and ReLU keep from disappearing into the classifier."""
-
-    def __init__(self, network: Backbone, channels: int):
-        super().__init__(network)
-        self.sizes = {"channels": channels}
-        self.final_conv = nn.Conv2d(channels, channels, 1)
-        self.activates_final = network.activates_final
-        self.classifies_average = network.classifies_average
-        self.classifies_mean = network.classifies_mean
+        self.name = getattr(network, "name", type(network).__name__)
+        self.activates_final, self.cannot_change = network.activates_final, network.cannot_change
+        self.classifies_average, self.classifies_mean = network.classifies_average, network.classifies_mean
+        self.shows_preactivations = network.shows_preactivations
 
     def forward_maps(self, x, preact=False):
-        maps, final = self.network.forward_maps(x, preact)
-        return maps, self.final_conv(final)
+        return self.network.forward_maps(x, preact)
 
     def get_classifier(self):
         return self.network.get_classifier()
@@ -223,6 +227,9 @@ class FinalConv(Wrapper):
     @property
     def num_classes(self):
         return self.network.num_classes
+
+    def describe(self, image_size):
+        return self.network.describe(image_size)
 
     def to_map(self, final):
         return self.network.to_map(final)
@@ -232,6 +239,26 @@ class FinalConv(Wrapper):
 
     def classify(self, activated):
         return self.network.classify(activated)
+
+    def get_bn_before_relu(self):
+        return self.network.get_bn_before_relu()
+
+    def get_feat_modules(self):
+        return self.network.get_feat_modules()
+
+
+class FinalConv(Wrapper):
+    """A network with one 1x1 convolution between its final map, or its tokens, and its head: the folded form of a
+    transform that the head's own layers keep from disappearing into the classifier."""
+
+    def __init__(self, network: Backbone, channels: int):
+        super().__init__(network)
+        self.sizes = {"channels": channels}
+        self.final_conv = nn.Conv2d(channels, channels, 1)
+
+    def forward_maps(self, x, preact=False):
+        maps, final = self.network.forward_maps(x, preact)
+        return maps, self.final_conv(final)
 
 
 def forward_stage(stage: nn.Sequential, x: Tensor, preact: bool) -> tuple[Tensor, Tensor]:

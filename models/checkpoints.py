@@ -19,9 +19,9 @@ from models.wrappers import wrap
 
 Weights = dict[str, Tensor]
 
-#: RepDistiller's names -> ours, where one class here serves several of its families: (pattern, replacement).
-REPDISTILLER_RENAMES = {
-    "ResNet50": ((r"\.shortcut\.", ".downsample."), (r"^linear\.", "fc.")),
+#: Names of earlier versions of this toolbox -> today's, which are RepDistiller's: (pattern, replacement).
+EARLIER_NAMES = {
+    "ResNet50": ((r"\.downsample\.", ".shortcut."), (r"(^|\.)fc\.", r"\1linear.")),
 }
 
 #: The official NORM code's feature transform -> (expand, contract); its transform stands under one of these pairs.
@@ -62,7 +62,7 @@ def rename_for(model_name: str, weights: Weights) -> Weights:
     """The same weights under this project's key names."""
     renamed = {}
     for key, value in weights.items():
-        for pattern, replacement in REPDISTILLER_RENAMES.get(model_name, ()):
+        for pattern, replacement in EARLIER_NAMES.get(model_name, ()):
             key = re.sub(pattern, replacement, key)
         renamed[key] = value
     return renamed

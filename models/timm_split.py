@@ -4,6 +4,7 @@ Maps are read where timm says that a convolutional network's stages end, and by 
 networks whose features are tokens.
 """
 
+import math
 from collections.abc import Callable
 from inspect import Parameter, signature
 from types import ModuleType
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from errors import UserError
 from models.backbone import evaluating
+from models.preprocessing import INTERPOLATIONS, Preprocessing
 from models.split import (
     Split,
     columns_to_tokens,
@@ -75,6 +77,29 @@ def _size_options(architecture: str, image_size: int | None) -> dict[str, object
     if "dynamic_img_size" in accepted:
         return {"dynamic_img_size": True}
     return {"img_size": image_size} if image_size and "img_size" in accepted else {}
+
+
+def read_preprocessing(weights: str) -> Preprocessing | None:
+    """What timm says of weights, by `NAME[.TAG]`; None where it has none."""
+    timm = _timm()
+    from timm.data import ImageNetInfo, infer_imagenet_subset, resolve_data_config
+
+    if not timm.is_model_pretrained(weights):
+        return None
+    entry = timm.get_pretrained_cfg(weights).to_dict()
+    trained, tested = (resolve_data_config(pretrained_cfg=entry, use_test_size=each) for each in (False, True))
+    size, mode = tested["input_size"][-1], tested["interpolation"]
+    subset = infer_imagenet_subset(entry)
+    return Preprocessing(
+        mean=tuple(tested["mean"]),
+        std=tuple(tested["std"]),
+        image_size=trained["input_size"][-1],
+        test_size=size,
+        test_resize=math.floor(size / tested["crop_pct"]),
+        interpolation=mode if mode in INTERPOLATIONS else "bilinear",
+        squashes=tested["crop_mode"] == "squash",
+        categories=tuple(ImageNetInfo(subset).label_names()) if subset else (),
+    )
 
 
 def split(name: str, network: nn.Module, num_classes: int, image_size: int | None = None) -> Split:

@@ -7,6 +7,7 @@ stage outputs are sums of a block and its residual, equally spaced.
 
 import math
 import operator
+import warnings
 from collections.abc import Callable
 
 import torch
@@ -14,6 +15,7 @@ import torchvision
 from torch import Tensor, fx, nn
 from torchvision.ops import StochasticDepth
 
+from models.preprocessing import INTERPOLATIONS, Preprocessing
 from models.split import Split, columns_to_tokens, equally_spaced, no_map, patches_to_map, probe, tokens_to_columns
 
 #: What may stand behind the final map. Anything else works on features, so the map before it is not the last.
@@ -36,12 +38,35 @@ def build(architecture: str, num_classes: int, image_size: int | None = None) ->
     """A network without trained weights, and without the auxiliary classifiers that change what it returns."""
     options = {"aux_logits": False, "init_weights": True} if architecture in ("googlenet", "inception_v3") else {}
     options |= {"weights": None, "num_classes": num_classes}
-    if image_size:
-        try:
-            return torchvision.models.get_model(architecture, image_size=image_size, **options)
-        except TypeError:  # its weights belong to no image size
-            pass
-    return torchvision.models.get_model(architecture, **options)
+    with warnings.catch_warnings(action="ignore", category=UserWarning):  # of a classifier without classes
+        if image_size:
+            try:
+                return torchvision.models.get_model(architecture, image_size=image_size, **options)
+            except TypeError:  # its weights belong to no image size
+                pass
+        return torchvision.models.get_model(architecture, **options)
+
+
+def read_preprocessing(weights: str) -> Preprocessing | None:
+    """What torchvision says of weights, by `NAME[@WEIGHTS]`, its first ones by default; None where it has none."""
+    architecture, _, wanted = weights.partition("@")
+    if architecture not in list_names():
+        return None
+    members = torchvision.models.get_model_weights(architecture).__members__
+    if not members or (wanted and wanted not in members):
+        return None
+    entry = members[wanted or next(iter(members))]
+    transform, mode = entry.transforms(), entry.transforms().interpolation.value
+    (size,), (resize,) = transform.crop_size, transform.resize_size
+    return Preprocessing(
+        mean=tuple(transform.mean),
+        std=tuple(transform.std),
+        image_size=size,
+        test_size=size,
+        test_resize=resize,
+        interpolation=mode if mode in INTERPOLATIONS else "bilinear",
+        categories=tuple(entry.meta["categories"]),
+    )
 
 
 class _Tracer(fx.Tracer):
@@ -97,6 +122,7 @@ def split(name: str, network: nn.Module, num_classes: int, image_size: int | Non
         return heads[module.training](module, columns_to_tokens(activated) if is_tokens else activated)
 
     _, *shape = layouts[-1](torch.empty(shapes[final.name], device="meta")).shape
+    classifier = classifier if num_classes else None
     return Split(show, head, classifier, _describe(final), tuple(shape), size, PREFIX if is_tokens else None)
 
 

@@ -12,8 +12,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from xml.sax.saxutils import escape
 
-from errors import run_script
-
 SIZE = (960, 336)
 FILE = Path(__file__).resolve().parent.parent / "docs" / "figures" / "norm.svg"
 #: Where the drawn ones of the N segments are, and their names.
@@ -142,4 +140,4 @@ def main(argv=None) -> Path:
 
 
 if __name__ == "__main__":
-    run_script(main)
+    main()

@@ -2,7 +2,7 @@
 
 A file is read by its sections, whatever its name. Every file gives one summary line; the exit code is 1 as soon as a
 family differs, or holds something that cannot be read. The format is described in the folder's own README;
-golden_format.py regenerates the inputs. With `--table` the methods' differences are printed as a Markdown table.
+golden_format.py regenerates the inputs. `--table` writes docs/methods.md.
 """
 
 import argparse
@@ -38,7 +38,7 @@ class Result(NamedTuple):
 
     passed: int
     failures: list[str]
-    differences: list[tuple[str, Difference]]  # name of a family, how far it is from the reference
+    differences: list[Difference]
 
 
 def check_file(path: Path, content: dict) -> Result:
@@ -49,7 +49,7 @@ def check_file(path: Path, content: dict) -> Result:
             found = check()
             passed += 1
             if isinstance(found, Difference):
-                differences.append((name, found))
+                differences.append(found)
         except Mismatch as error:
             failures.append(f"{name}: {error}")
         except Exception as error:  # whatever stops one family, the others are still checked
@@ -88,7 +88,7 @@ def _read(path: Path) -> dict:
 def main(argv=None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--dir", required=True, type=Path, help="folder with golden files")
-    parser.add_argument("--table", action="store_true", help="print the methods' table for docs/methods.md")
+    parser.add_argument("--table", type=Path, metavar="FILE", help="write the methods' tables there (docs/methods.md)")
     args = parser.parse_args(argv)
     contents = {path: _read(path) for path in sorted(args.dir.glob("*.json"))} if args.dir.is_dir() else {}
     if not any(contents.values()):
@@ -101,7 +101,8 @@ def main(argv=None) -> int:
         else:
             print(f"{path.name}: no golden numbers")
     if args.table:
-        print(golden_table.table([difference for result in results for difference in result.differences], contents))
+        found = [difference for result in results for difference in result.differences]
+        args.table.write_text(golden_table.document(found))
     return int(any(result.failures for result in results))
 
 

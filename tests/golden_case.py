@@ -14,6 +14,7 @@ class Difference(NamedTuple):
 
     value: float
     gradient: float
+    loss: str  # a method, or a class of RepDistiller's
 
 
 class Case:
@@ -61,7 +62,7 @@ class Case:
         }
         golden = self.entry.get("grad_norm_params", {})
         differences.append(compare_named("grad_norm_params", by_suffix(parameters, golden), golden))
-        return Difference(value_difference, max(differences))
+        return Difference(value_difference, max(differences), self.loss)
 
 
 def fill_module(prefix: str, module: nn.Module) -> nn.Module:

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import numpy
 import torch
-from helper.schedule import cosine_learning_rate, step_learning_rate
 from torch import Tensor, nn
 
 from dataset import Batch
@@ -14,8 +13,10 @@ from distiller_zoo import Progress, Task
 from distiller_zoo.feature_transform import norm_loss
 from distiller_zoo.kd import kl_divergence
 from distiller_zoo.norm import NORM, match_size, norm_weight, standardise_logits
+from helper.optim import cosine_learning_rate, step_learning_rate
 from models import build_model
 from models.backbone import Backbone, probe_shapes
+from tests.golden_case import Difference
 from tests.golden_format import (
     Family,
     Reader,
@@ -82,7 +83,7 @@ def official_unused(student: str, n: int, network: Backbone) -> dict[str, tuple[
     return {}
 
 
-def check_step(entry: Mapping, alpha: float, run: Mapping, form: str) -> None:
+def check_step(entry: Mapping, alpha: float, run: Mapping, form: str) -> Difference:
     run = Reader(run)
     entry = Reader(entry, ("requested", "runs"))
     name, n = entry["student"], entry["N"]
@@ -117,13 +118,13 @@ def check_step(entry: Mapping, alpha: float, run: Mapping, form: str) -> None:
     if alpha:
         compare("loss_div, weighted", losses["kd"] / alpha, run["loss_div"])
     compare("loss_norm", losses["norm"], run["loss_norm"])
-    compare("loss_total", total, run["loss_total"])
+    value_difference = compare("loss_total", total, run["loss_total"])
 
     parameters = {official(key): parameter for key, parameter in method.named_parameters()}
     gradients = {key: parameter.grad.norm().item() for key, parameter in parameters.items()} | dict.fromkeys(unused)
     equal("n_parameters", len(gradients), run["n_parameters"])
-    for group in ("grad_norm_first3", "grad_norm_last6", "grad_norm_ft", "grad_norm_all"):
-        compare_named(group, gradients, run.get(group, {}))
+    groups = ("grad_norm_first3", "grad_norm_last6", "grad_norm_ft", "grad_norm_all")
+    gradient_difference = max(compare_named(group, gradients, run.get(group, {})) for group in groups)
     norms = torch.tensor([value for value in gradients.values() if value is not None], dtype=torch.float64)
     compare("grad_norm_total", norms.norm(), run["grad_norm_total"])
     equal("params_without_grad", sorted(unused), sorted(run["params_without_grad"]))
@@ -135,6 +136,7 @@ def check_step(entry: Mapping, alpha: float, run: Mapping, form: str) -> None:
     compare_named("after_step_ft_bn_running", buffers, run["after_step_ft_bn_running"])
     run.finish("run")
     entry.finish("entry")
+    return Difference(value_difference, gradient_difference, "norm")
 
 
 def check_unit(entry: Mapping) -> None:

@@ -10,6 +10,7 @@ from distiller_zoo import Progress, Task, find_distiller
 from distiller_zoo.one import BranchOutput
 from models import build_model
 from models.backbone import Backbone
+from tests.golden_case import Difference
 from tests.golden_format import Reader, by_suffix, compare, compare_named, fill, loss_input
 
 
@@ -33,7 +34,7 @@ def _task(num_classes: int, batch: int) -> Task:
     return Task(num_classes, 32, batch, torch.zeros(2 * batch, dtype=torch.int64))
 
 
-def check_score_gradient(case) -> None:
+def check_score_gradient(case) -> Difference:
     """DistPro's gradient of the scores in the first step of its search; the networks stand in the entry's text."""
     entry: Reader = case.entry
     text, images = entry["what"], entry["images"]
@@ -62,10 +63,11 @@ def check_score_gradient(case) -> None:
         shown = teacher.outputs(batch.images, preact=True)
     parameters = method.search.parameters()
     optimizer = torch.optim.SGD(parameters, lr=rate, momentum=momentum, weight_decay=decay)
-    compare("score_gradient", method.score_gradient(optimizer, batch, shown, held_out), entry["score_gradient"])
+    gradient = method.score_gradient(optimizer, batch, shown, held_out)
+    return Difference(0.0, compare("score_gradient", gradient, entry["score_gradient"]), case.loss)
 
 
-def check_ensemble(case) -> None:
+def check_ensemble(case) -> Difference:
     """ONE around a whole network: values, logits and gradients of a step."""
     entry: Reader = case.entry
     name = case.case.split("_", 1)[1]
@@ -82,13 +84,13 @@ def check_ensemble(case) -> None:
     ours = {"cross_entropies": terms["ce"] + terms["ce_ensemble"], "one": terms["one"]}
     compare_named("values", ours, entry["values"])
     total = sum(terms.values())
-    compare("total", total, entry["total"])
+    difference = compare("total", total, entry["total"])
     branches = [each.flatten()[:5] for each in shown.branch_logits]
     compare("logits", branches, logits[: len(branches)])
     total.backward()
     norms = {key: value.grad.norm() for key, value in method.named_parameters() if value.grad is not None}
     golden = entry["grad_norm_params"]
-    compare_named("grad_norm_params", by_suffix(norms, golden), golden)
+    return Difference(difference, compare_named("grad_norm_params", by_suffix(norms, golden), golden), case.loss)
 
 
 def classes_of(name: str, how: str) -> int:
@@ -97,7 +99,7 @@ def classes_of(name: str, how: str) -> int:
     return dict(zip(re.findall(r"\w+", names), map(int, numbers.split("/")), strict=True))[name]
 
 
-def check_two_passes(case) -> None:
+def check_two_passes(case) -> Difference:
     """MLKD's student sees the weak view first, then the strong one, each with its own batch statistics."""
     entry: Reader = case.entry
     text = entry["what"]
@@ -109,7 +111,10 @@ def check_two_passes(case) -> None:
     weak = loss_input(case.seed, "mlkd_weak", shape)
     strong = 2 * loss_input(case.seed, "mlkd_strong", shape) + 0.5
     shown = method.respond(torch.cat([weak, strong]), None).logits.chunk(2)
-    for view, logits in zip(("weak", "strong"), shown, strict=True):
+    differences = [
         compare(view, logits.flatten()[:5], entry[f"logits_{view}_first5"])
+        for view, logits in zip(("weak", "strong"), shown, strict=True)
+    ]
     for key in ("running_mean", "running_var"):
         compare(key, getattr(method.student.bn1, key).sum(), entry[f"{key}_after_bn1_sum"])
+    return Difference(max(differences), 0.0, case.loss)

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 import pytest
 import torch
-from helper.teacher import FrozenTeacher
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -17,6 +16,7 @@ from dataset import Batch
 from distiller_zoo import Progress, Task
 from distiller_zoo.crd import CRD, NORM_CRD
 from errors import UserError
+from helper.networks import FrozenTeacher
 from tests.check_values import g
 from tests.conftest import pair_networks
 

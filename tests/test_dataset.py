@@ -116,8 +116,6 @@ def test_faults_of_a_folder_are_named(image_folder, tmp_path):
 
     assert "--data: name the folder" in message(None)
     assert "there is no folder" in message(tmp_path / "nowhere")
-    (image_folder / "test" / "cat" / "0.png").write_bytes(b"not an image")
-    assert "test/cat/0.png cannot be read as an image" in message(image_folder)
     (image_folder / "train" / "bird").mkdir()
     assert "bird" in message(image_folder)
     Image.new("RGB", (32, 32)).save(image_folder / "train" / "bird" / "0.png")

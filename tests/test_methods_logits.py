@@ -4,8 +4,6 @@ from argparse import ArgumentTypeError, Namespace
 
 import pytest
 import torch
-from helper.stage_training import StageTraining
-from helper.teacher import FrozenTeacher
 from torch.nn import functional as F
 
 from dataset import Augmentation, ImageData, Images
@@ -16,6 +14,8 @@ from distiller_zoo.kd import kl_divergence, standardise
 from distiller_zoo.mlkd import correlation_losses, unsure_shares
 from distiller_zoo.sskd import select, selected_divergence, share, similarities, sources
 from helper.fast import OFF
+from helper.loops import Training
+from helper.networks import FrozenTeacher
 from models.backbone import Output
 from tests.check_values import STUDENT_LOGITS, TARGETS, TEACHER_LOGITS, g
 from tests.conftest import answer, pair_networks
@@ -282,7 +282,7 @@ def test_what_a_stage_trains_gets_gradients_and_nothing_else_does(name, pair):
     vars(config).update(lr_decay_rate=0.1, momentum=0.9, weight_decay=5e-4, print_freq=9, distill=name, accumulate=1)
     for stage in method.stages(240):
         method.zero_grad(set_to_none=True)
-        training = StageTraining(stage, method, data, config, torch.device("cpu"))
+        training = Training(stage, method, data, config, torch.device("cpu"))
         for epoch in range(2):
             means, _ = answer(training.train_epoch(Progress(epoch, 240), epoch, None, print), FrozenTeacher(teacher))
         trained = {id(parameter) for module in stage.trained for parameter in module.parameters()}

@@ -8,8 +8,6 @@ from functools import partial
 import numpy
 import pytest
 import torch
-from helper.stage_training import begin, train_step
-from helper.teacher import FrozenTeacher
 from torch import nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -28,6 +26,8 @@ from distiller_zoo.rkd import RKDLoss, pairwise_distances, triangle_cosines
 from distiller_zoo.similarity import Similarity
 from distiller_zoo.vid import VIDLoss
 from errors import UserError
+from helper.loops import begin, train_step
+from helper.networks import FrozenTeacher
 from models.checkpoints import read_checkpoint
 from scripts import export_student
 from tests import golden_losses

@@ -5,8 +5,6 @@ import math
 
 import pytest
 import torch
-from helper.stage_training import _endless, begin, train_step
-from helper.teacher import FrozenTeacher
 from torch import nn
 from torch.nn import functional as F
 
@@ -21,6 +19,8 @@ from distiller_zoo.one import ONE, ensemble_divergence, ensemble_logits, ramp
 from distiller_zoo.pathways import STYLES, Pathways, PathwayTransform, PathwayWeights
 from errors import UserError
 from helper import engine
+from helper.loops import _endless, begin, train_step
+from helper.networks import FrozenTeacher
 from models import build_model, imagenet_model_dict, model_dict
 from models.backbone import Backbone, Output
 from tests.check_values import g

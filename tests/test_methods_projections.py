@@ -4,8 +4,6 @@ import copy
 
 import pytest
 import torch
-from helper.stage_training import begin, train_step
-from helper.teacher import FrozenTeacher, read_teacher
 from torch import nn
 from torch.nn import functional as F
 
@@ -16,6 +14,8 @@ from distiller_zoo.semckd import SemCKD, attend, calibrated_loss, projector, squ
 from distiller_zoo.simkd import SimKD
 from distiller_zoo.srrl import SRRL
 from errors import UserError
+from helper.loops import begin, train_step
+from helper.networks import FrozenTeacher, read_teacher
 from models import build_model
 from models.backbone import FinalConv, Output, probe_shapes
 from models.checkpoints import load_exported, read_checkpoint

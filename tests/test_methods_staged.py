@@ -8,8 +8,6 @@ import math
 import numpy
 import pytest
 import torch
-from helper.stage_training import begin, train_step
-from helper.teacher import FrozenTeacher
 from torch import nn
 from torch.nn import functional as F
 
@@ -22,6 +20,8 @@ from distiller_zoo.kdsvd import KDSVD, align, decompose, first_vectors, with_pos
 from distiller_zoo.ofd import margins, partial_distance
 from errors import UserError
 from helper import engine
+from helper.loops import begin, train_step
+from helper.networks import FrozenTeacher
 from models.checkpoints import load_exported, read_checkpoint
 from scripts import export_student
 from tests import golden_losses

@@ -2,8 +2,6 @@
 
 import pytest
 import torch
-from helper.stage_training import train_step
-from helper.teacher import FrozenTeacher
 from torch.nn import functional as F
 
 from distiller_zoo import Predictor, Progress, Task
@@ -11,6 +9,8 @@ from distiller_zoo.feature_transform import norm_loss
 from distiller_zoo.kd import kl_divergence
 from distiller_zoo.norm import NORM, FTBaseline, match_size, norm_weight, standardise_logits
 from errors import UserError
+from helper.loops import train_step
+from helper.networks import FrozenTeacher
 from models.backbone import FinalConv
 from models.cost import count_parameters
 from tests.check_values import g
@@ -196,7 +196,7 @@ def test_a_larger_student_map_is_refused_unless_it_is_to_be_pooled():
     with pytest.raises(UserError, match=r"larger than the teacher's.*--map_size interpolate"):
         NORM(student, teacher, TASK)
     for way_out in ({"larger_student": "pool"}, {"map_size": "interpolate"}):
-        assert NORM(student, teacher, TASK, **way_out).note()
+        assert NORM(student, teacher, TASK, **way_out).notes()
 
 
 def test_a_larger_teacher_map_is_max_pooled():

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 from helper.configuration import foresee
-from helper.teacher import TeacherFile
 
 from errors import Stopped, UserError
 from helper import running
 from helper.costs import Rates, count_train_images, estimate, format_seconds
+from helper.networks import TeacherFile
 from helper.plan import TABLES, Job, Plan, Variant, all_variants, find_run, read_variants, trial_names
 from helper.recipes import CIFAR_PAIRS
 from helper.run_folder import RunFolder

@@ -10,14 +10,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from helper.stage_training import StageTraining
-from helper.teacher import FrozenTeacher
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dataset import Augmentation, ImageData, Images, views
 from distiller_zoo import DISTILLERS, Progress, Task
 from errors import UserError
 from helper.fast import OFF
+from helper.loops import Training
+from helper.networks import FrozenTeacher
 from helper.recipes import CIFAR_PAIRS, resolve
 from models.backbone import Output
 from models.cost import count_parameters
@@ -91,7 +91,7 @@ def train_three_steps(method, teacher, data):
     """Three steps of every stage; returns the losses of the last stage and the parameters that it should train."""
     config = Namespace(**vars(CONFIG))
     for stage in method.stages(240):
-        training = StageTraining(stage, method, data, config, torch.device("cpu"))
+        training = Training(stage, method, data, config, torch.device("cpu"))
         before = {name: value.detach().clone() for name, value in method.state_dict().items()}
         epoch = training.train_epoch(Progress(stage.epochs // 2, stage.epochs), 0, 3, print)
         means, steps = answer(epoch, teacher)
@@ -151,7 +151,7 @@ def test_no_step_waits_for_the_device(name, data, monkeypatch):
     for stage in method.stages(240):
         waits = []
         for steps in (1, 3):
-            training = StageTraining(stage, method, data, CONFIG, torch.device("cpu"))
+            training = Training(stage, method, data, CONFIG, torch.device("cpu"))
             epoch = training.train_epoch(Progress(stage.epochs // 2, stage.epochs), 0, steps, print)
             with Waits() as counter:
                 answer(epoch, teacher if method.needs_teacher else None)
@@ -185,7 +185,7 @@ def test_a_method_reads_what_it_says(name, data):
 
     for stage in method.stages(240):
         stage = stage._replace(losses=spying_on(stage.losses))
-        training = StageTraining(stage, method, data, CONFIG, torch.device("cpu"))
+        training = Training(stage, method, data, CONFIG, torch.device("cpu"))
         epoch = training.train_epoch(Progress(stage.epochs // 2, stage.epochs), 0, 1, print)
         answer(epoch, FrozenTeacher(teacher_network))
     if "norm_loss" in read:  # NORM matches the final map inside the student's forward pass

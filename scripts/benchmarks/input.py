@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 import torch
 
 from dataset import ImageData, Loader, load_data
-from dataset.decoding import decode
+from dataset.decoding import Centre, read_views
 from errors import run_script
 from helper.command_line import Parser
 from helper.distributed import find_device
@@ -30,23 +30,21 @@ def _numbers(text: str) -> list[int]:
 
 
 def decode_rate(data: ImageData, most: int) -> float:
-    """Images per second that one process decodes, without cropping them."""
-    contents = [data.train.source.content_of(sample) for sample in range(min(most, len(data.train.targets)))]
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # as in the workers
+    """Images per second that one process decodes and resizes, whole."""
+    contents = [data.train.source.place_of(sample).read() for sample in range(min(most, len(data.train.targets)))]
+    crop = Centre(data.image_size)
     start = time.perf_counter()
     for content in contents:
-        decode(content)
-    seconds = time.perf_counter() - start
-    torch.set_num_threads(threads)
-    return len(contents) / seconds
+        read_views(lambda content=content: content, crop)
+    return len(contents) / (time.perf_counter() - start)
 
 
 def loader_rate(data: ImageData, batch_size: int, device: torch.device, epochs: int) -> float:
-    """Images per second of training batches on the device, the start of the workers included."""
+    """Images per second of training batches on the device, by workers that have started."""
     loader = Loader(data.train, data, batch_size, device, data.augmentation)
+    next(loader.batches())
     images, start = 0, time.perf_counter()
-    for epoch in range(epochs):
+    for epoch in range(1, epochs + 1):
         for batch in loader.batches(epoch):
             images += len(batch.targets)
     if device.type == "cuda":

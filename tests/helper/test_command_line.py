@@ -1,11 +1,18 @@
 """The command line: what is given, what it becomes, what is refused; without a file or a socket."""
 
+import builtins
+import io
+import os
+import socket
+
 import pytest
+import torch
 
 from distiller_zoo import DISTILLERS
 from errors import UserError
-from helper.command_line import parse, resolve, student_parser, teacher_parser
+from helper.command_line import parse, resolve, share_order, student_parser, teacher_parser
 from helper.optim import stretch
+from helper.recipes import resolve as resolve_recipe
 
 
 def parse_teacher(*argv):
@@ -55,7 +62,9 @@ def test_the_official_command_line_is_understood():
     assert (config.distill, config.gamma, config.alpha, config.beta) == ("norm", 0.1, 0.0, 1.0)
     assert (config.ceta, config.co_sponge, config.trial, config.seed) == (2.5, 8, "2", 2)
     assert config.dataset == "digits" and config.origins["dataset"] == "teacher's record"
-    long = parse_student(*["--model_s", "resnet8", "--gamma", "0.1", "--co_sponge", "4", "-b1", "0.5", "--kd_T", "2"])
+    long = parse_student(
+        *["--model_s", "resnet8", "--gamma", "0.1", "--co_sponge", "4", "-b1", "0.5", "--kd_T", "2", "-a", "1"]
+    )
     assert (long.gamma, long.co_sponge, long.beta1, long.kd_T, long.distill) == (0.1, 4, 0.5, 2.0, "norm")
 
 
@@ -72,8 +81,8 @@ def test_standardised_logits_have_a_recipe_of_their_own():
     config = parse_student("--distill", "kd", "--model_s", "resnet8", "--logit_standardization")
     assert (config.logit_standardization, config.gamma, config.alpha, config.kd_T) == (True, 0.1, 9.0, 2.0)
     assert parse_student("--distill", "kd", "--model_s", "resnet8", "--logit_standardization", "-a", "3").alpha == 3.0
-    dkd = [resolve("cifar100", "vgg13", "vgg8", "dkd", {"logit_standardization": on}) for on in (False, True)]
-    assert [[row[name][0] for name in ("dkd_alpha", "dkd_beta")] for row in dkd] == [[1.0, 6.0], [9.0, 54.0]]
+    dkd = [resolve_recipe("cifar100", "vgg13", "vgg8", "dkd", {"logit_standardization": on}) for on in (False, True)]
+    assert [[row[name][0] for name in ("dkd_alpha", "dkd_beta")] for row in dkd] == [[1.0, 6.0], [15.0, 30.0]]
     srrl = ("--distill", "srrl", "--model_s", "resnet8")
     assert [parse_student(*srrl, *flags).alpha for flags in ((), ("--srrl_form", "map"))] == [1.0, 0.0]
 
@@ -150,3 +159,44 @@ def test_help_has_one_line_for_every_method(capsys):
     for name, method in DISTILLERS.items():
         (line,) = [line for line in text.splitlines() if line.startswith(f"  {name} ")]
         assert method.summary in line and method.source in line
+
+
+# Without a file or a socket.
+
+
+@pytest.fixture
+def sealed(monkeypatch):
+    """Within the test no file is opened, no checkpoint loaded, no connection made."""
+
+    def forbidden(*arguments, **named):
+        raise AssertionError(f"opened: {arguments[:1]}")
+
+    monkeypatch.setattr(builtins, "open", forbidden)
+    monkeypatch.setattr(io, "open", forbidden)
+    monkeypatch.setattr(os, "open", forbidden)
+    monkeypatch.setattr(torch, "load", forbidden)
+    monkeypatch.setattr(socket, "socket", forbidden)
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["--path_t", "torchvision:resnet34", "--model_s", "resnet18", "--dataset", "imagenet", "--data", "nowhere"],
+        ["--path_t", "none.pth", "--init", "timm:resnet18", "--model_s", "resnet8"],
+        ["--path_t", "none.pth", "--model_s", "resnet8", "--trials", "2", "--sweep", "distill=kd,hint", "a=0.5,1"],
+        ["--distill", "ce", "--model_s", "resnet8", "--fast", "auto", "--epochs", "3"],
+    ],
+)
+def test_a_command_line_is_resolved_without_a_file_or_a_socket(argv, sealed):
+    given = parse(student_parser(), argv)
+    configs = share_order([resolve(run, {}, OF_TEACHER if run.get("path_t") else {}) for run in given.runs], given)
+    assert len(configs) == (8 if "--sweep" in argv else 1)
+    assert len({config.name for config in configs}) == len(configs)
+
+
+def test_a_resumed_run_is_resolved_without_a_file(sealed):
+    [run] = parse(student_parser(), ["--epochs", "7", "--resume", "folder"]).runs
+    stored = {"distill": "kd", "model_s": "resnet8", "epochs": 3, "learning_rate": 0.2, "path_t": "t.pth"}
+    config = resolve(run, stored, OF_TEACHER, folder="folder")
+    assert (config.epochs, config.learning_rate, config.folder) == (7, 0.2, "folder")
+    assert config.origins["learning_rate"] == "resumed run"

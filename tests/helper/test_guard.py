@@ -86,6 +86,17 @@ def test_the_first_bad_step_is_named_and_the_good_checkpoint_stays(distil, poiso
     assert len(metrics(run)) == 1
 
 
+def test_a_bad_step_stops_the_run_at_the_next_line_of_the_log(distil, poison):
+    """Nothing waits for the device in between, but an epoch of hours is not trained on in vain."""
+    steps = []
+    poison("kd", "kd", {1}, lambda loss: loss * torch.nan)
+    losses = KD.losses  # poisoned
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(UserError, match="loss_kd is nan in epoch 1/2 step 1:"):
+        patch.setattr(KD, "losses", lambda self, *arguments: steps.append(1) or losses(self, *arguments))
+        distil(*FLAGS, "--print_freq", "2", distill="kd")
+    assert len(steps) == 2
+
+
 def test_weights_that_a_finite_step_has_ruined_are_not_saved(distil, monkeypatch, save_dir):
     step = torch.optim.SGD.step
     steps = iter(range(1, 1000))

@@ -11,15 +11,12 @@ import train_teacher
 from errors import UserError
 from helper import distributed, networks, pretrained
 from helper import run as run_module
-from helper.command_line import resolve
-from helper.plan import find_run
-from helper.tables import read_rows
 from models import build_model
 from models.checkpoints import load_initial
 from scripts import export_student
 from tests.conftest import TEACHER, killed, message_of
 from tests.helper.distributed_cases import few_images
-from tests.run_folders import load, make_run, same_state, state, weights
+from tests.run_folders import load, same_state, state, weights
 
 SHORT = ("--max_steps", "1", "--batch_size", "16", "--epochs", "1")
 #: A rate at which a step changes nothing, so that the last checkpoint holds what the run started from.
@@ -116,7 +113,7 @@ def test_timms_weights(train, monkeypatch):
     from models import timm_split
 
     network = timm.create_model("resnet10t", num_classes=7)
-    monkeypatch.setattr(timm_split, "build_pretrained", lambda architecture: network)
+    monkeypatch.setattr(timm_split, "build_pretrained", lambda *arguments: network)
     run = train("--init", "timm:resnet10t.c3_in1k", *FROZEN)
     assert run.name == "digits_ce_timm-resnet10t_trial1"
     assert differing(parameters(run), parameters(network.state_dict())) == ["fc.weight", "fc.bias"]
@@ -203,22 +200,6 @@ def test_what_a_configuration_says_of_the_source_is_not_read(train, teacher_run,
     config.pop("model_s")
     (run / "config.json").write_text(json.dumps(config))
     assert "name the network" in message_of(train_teacher.main, ["--resume", str(run)])
-
-
-def test_runs_of_other_initial_weights_are_other_rows(tmp_path):
-    runs = [make_run(tmp_path, "ce", 1, [50.0]), make_run(tmp_path, "ce", 2, [60.0], init="timm:resnet8")]
-    rows, _ = read_rows(runs)
-    assert sorted(row.label for row in rows) == ["ce", "ce --init timm:resnet8"]
-
-
-def test_a_plan_takes_no_run_of_other_initial_weights_for_its_own(tmp_path):
-    run = make_run(tmp_path, "ce", 1, [50.0], teacher=None)
-    flags = {"distill": "ce", "model_s": "resnet8", "trial": "1", "epochs": 1}
-    older = json.loads((run / "config.json").read_text())
-    older.pop("init")
-    (run / "config.json").write_text(json.dumps(older))
-    assert find_run(str(tmp_path), resolve(flags)) == (run, "finished")
-    assert find_run(str(tmp_path), resolve(flags | {"init": "other.pth"}))[1] == "missing"
 
 
 def test_the_main_process_reads_first(monkeypatch):

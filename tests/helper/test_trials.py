@@ -162,6 +162,7 @@ def test_one_that_fails_does_not_stop_the_others(train, save_dir):
         (["--trials", "0"], "--trials"),
         (["--trials", "2", "--resume", "save/x"], "leave its value out"),
         (["--sweep", "distill=kd,nonsense"], "nonsense"),
+        (["--distill", "kd", "--sweep", "co_sponge=4,8"], "co_sponge: not used by any"),
     ],
 )
 def test_what_cannot_be_trained_together_is_refused(flags, words, teacher_run, save_dir):
@@ -182,7 +183,7 @@ def test_what_cannot_be_trained_together_is_refused(flags, words, teacher_run, s
 def test_runs_that_go_on_together_have_the_same_data(train):
     train("--trial", "1", "--holdout", "16", "--max_steps", "1", *FLAGS)
     train("--trial", "2", "--max_steps", "1", *FLAGS)
-    with pytest.raises(UserError, match=r"has holdout 16, .*trial2 0; they cannot share"):
+    with pytest.raises(UserError, match=r"has holdout 16, .*trial2 0; they cannot train in one process"):
         train("--trials", "2", "--resume", "--max_steps", "2")
 
 

@@ -4,7 +4,6 @@ import copy
 
 import pytest
 import torch
-from helper.stage_training import train_step
 from timm import create_model
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
@@ -12,6 +11,7 @@ from torchvision.models import VisionTransformer
 
 from distiller_zoo import DISTILLERS, Predictor, Progress, Task
 from distiller_zoo.feature_transform import FeatureTransform, norm_loss
+from helper.loops import train_step
 from models import build_model, torchvision_split
 from models.backbone import FinalConv, evaluating, probe_shapes
 from models.external import External
@@ -196,20 +196,20 @@ def test_a_transformer_is_trained_by_a_transformer(name, distill):
 def test_maps_whose_sizes_do_not_divide_are_averaged_or_interpolated():
     transformer, convolutional = (build_model(f"timm:{name}", CLASSES, 80) for name in ("test_vit", "test_resnet"))
     whole = norm_method(transformer, build_model("resnet14", CLASSES), 80)
-    assert "5x5 and 20x20: the teacher's is max-pooled" in whole.note()
+    assert "5x5 and 20x20: the teacher's is max-pooled" in whole.notes()[0]
     method = norm_method(convolutional, transformer, 80)
-    assert "3x3 and 5x5: the teacher's is average-pooled" in method.note()
+    assert "3x3 and 5x5: the teacher's is average-pooled" in method.notes()[0]
     smaller, larger = torch.randn(2, 64, 3, 3), torch.randn(2, 64, 5, 5)
     assert torch.equal(method._target(smaller, larger), F.adaptive_avg_pool2d(larger, 3))
     method = norm_method(convolutional, transformer, 80, map_size="interpolate")
     expected = F.interpolate(larger, (3, 3), mode="bilinear", antialias=True)
-    assert torch.equal(method._target(smaller, larger), expected) and "interpolated" in method.note()
+    assert torch.equal(method._target(smaller, larger), expected) and "interpolated" in method.notes()[0]
 
 
 def test_a_students_larger_map_is_averaged_behind_its_expansion_in_both_forms():
     student, teacher = (build_model(f"timm:{name}", CLASSES, 80) for name in ("test_vit", "test_resnet"))
     method = norm_method(student, teacher, 80, larger_student="pool", ft_form="collapsed").eval()
-    assert "5x5 and 3x3: the student's is average-pooled" in method.note()
+    assert "5x5 and 3x3: the student's is average-pooled" in method.notes()[0]
     tokens, small = torch.randn(2, 64, 1 + 25, 1), torch.randn(2, probe_shapes(teacher, 80).final[0], 3, 3)
     _, loss = method.transform(tokens, method._target(tokens, small), student.to_map)
     expanded = student.to_map(method.transform.expand(tokens))
