@@ -16,7 +16,7 @@ from dataset import Augmentation, Loader, hold_out, load_data, read_normalised, 
 from dataset.decoding import Centre, Place, RandomCrops, read_views
 from dataset.streaming import fill_gaps
 from errors import UserError
-from helper.metrics import evaluate
+from helper.loops import evaluate
 from tests.conftest import message_of
 
 CPU = torch.device("cpu")
