@@ -17,8 +17,8 @@ from errors import UserError
 from helper import settings
 from helper.distributed import by_main, find_device, images_per_pass
 from helper.optim import stretch
-from helper.recipes import run_length
 from helper.recipes import resolve as resolve_recipe
+from helper.recipes import run_length
 from helper.settings import Configuration
 from setting import RECIPE, Setting, as_text, count
 

@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from helper.teacher import read_teacher
 
 import train_cifar_student
 from distiller_zoo import DISTILLERS
@@ -14,7 +15,6 @@ from distiller_zoo.simkd import SimKD
 from distiller_zoo.srrl import SRRL
 from errors import UserError
 from helper import engine
-from helper.teacher import read_teacher
 from models import build_model
 from models.backbone import FinalConv
 from models.checkpoints import load_exported, read_checkpoint

@@ -2,13 +2,13 @@
 
 import pytest
 import torch
+from helper.stage_training import _endless
 
 import train_cifar_student
 from dataset import Loader
 from dataset.images import Augmentation, ImageData, Images
 from distiller_zoo.distpro import DistPro
 from helper import engine
-from helper.stage_training import _endless
 from tests.run_folders import load, metrics, same_state
 
 
