@@ -125,6 +125,7 @@ def upgrade(checkpoint: Mapping, source: str) -> dict:
         method, config = rebuild(whole, source)
         weights, record = network_of(method)
         known = {"dataset": config["dataset"], "data": config.get("data"), "accuracy": checkpoint["accuracy"]}
+        known["epoch"] = checkpoint["epoch"]
         record = {"model_name": config["model_s"], **record, **checkpoint["data"], **known}
         return {"model": weights, "record": record | {"distill": config["distill"]}, "training": state}
 

@@ -41,8 +41,9 @@ def joined() -> Iterator[None]:
     distributed.init_process_group(store=store, rank=number, world_size=world_size)
     try:
         yield
+        _leave()
     except Stopped as stop:
-        distributed.destroy_process_group()
+        _leave()
         if number == 0:
             raise
         sys.exit(128 + stop.signal_number)
@@ -54,6 +55,15 @@ def joined() -> Iterator[None]:
         if first:
             raise reason from None
         sys.exit(2)  # without leaving the group, which may wait for those that have gone
+
+
+def _leave() -> None:
+    """Leave the group when all processes do.
+
+    Waiting for them lets gloo's threads finish with the last tensors, for which they need Python's lock: DDP ends these
+    threads when it is freed, with that lock held, and would wait for them for ever.
+    """
+    distributed.barrier()
     distributed.destroy_process_group()
 
 

@@ -173,10 +173,16 @@ class Training:
         return self.meter.summary()
 
 
-def train_epoch(runs: Sequence, teacher: Teacher | None, after_step: Callable[[int], None]) -> None:
+def train_epoch(
+    runs: Sequence,
+    teacher: Teacher | None,
+    finishing: Callable[[], AbstractContextManager],
+    after_step: Callable[[int], None],
+) -> None:
     """An epoch of runs whose batches are the same; `after_step(number)` is called after every step but the last.
 
-    A run is what helper/run.py calls so. One that fails ends alone, the others go on.
+    A run is what helper/run.py calls so. One that fails ends alone, the others continue. Within `finishing()` a step is
+    not interrupted by a request to stop; waiting for a batch may be.
     """
     lead = runs[0]
     for run in runs:
@@ -192,7 +198,8 @@ def train_epoch(runs: Sequence, teacher: Teacher | None, after_step: Callable[[i
         waiting = [run for run in runs if run.error is None]
         for run in waiting:
             run.training.meter.waited(time.perf_counter() - waited_from)
-        step(waiting, batch, teacher, number)
+        with finishing():
+            step(waiting, batch, teacher, number)
         bar.set_postfix_str(lead.latest, refresh=False)
         if all(run.error is not None for run in runs):
             return

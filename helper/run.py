@@ -6,16 +6,16 @@ Nothing here knows the name of a method; what a method needs it says itself (dis
 import json
 import signal
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
-from dataset import ImageData, Images, Loader, StoredImages, hold_out, load_data
+from dataset import ImageData, Images, Loader, StreamedImages, hold_out, load_data
 from distiller_zoo import Progress
-from errors import Stopped, UserError
+from errors import Stopped, StoppedAtOnce, UserError
 from helper import command_line
 from helper.checkpoint import (
     build_distiller,
@@ -61,7 +61,7 @@ from helper.networks import (
 )
 from helper.optim import parameters_of
 from helper.run_folder import BEST, CONFIG, LAST, RESULT, FolderElsewhere, RunFolder
-from helper.settings import Configuration, check_shared, read_stored
+from helper.settings import Configuration, check_shared, identity, read_stored
 from helper.signals import StopRequest
 from models import build_model
 from models.backbone import probe_shapes
@@ -165,7 +165,7 @@ def load_inputs(config: Configuration) -> Inputs:
     return Inputs(device, data, _part_loader(data.test, data, batch_size, device), choosing_loader)
 
 
-def _part_loader(images: Images | StoredImages, data: ImageData, batch_size: int, device: torch.device) -> Loader:
+def _part_loader(images: Images | StreamedImages, data: ImageData, batch_size: int, device: torch.device) -> Loader:
     """Batches of this process's part of a split: every image once in all of them."""
     mine = torch.arange(len(images.targets)).tensor_split(count_processes())[rank()]
     return Loader(images, data, batch_size, device, subset=mine)
@@ -277,6 +277,7 @@ def train(runs: Sequence["Run"], teacher: Teacher | None) -> list[dict]:
     """
     with StopRequest() as stop:
         for run in runs:
+            run.finishing = stop.finishing
             with run.own_turn():
                 run.begin()
         while waiting := [run for run in runs if not run.is_over]:
@@ -292,7 +293,7 @@ def train(runs: Sequence["Run"], teacher: Teacher | None) -> list[dict]:
                 _stop_if(stop, runs)
 
             try:
-                train_epoch(group, teacher, after_step)
+                train_epoch(group, teacher, stop.finishing, after_step)
             except UserError as error:  # the images are unreadable: none of the group can go on
                 for run in group:
                     run.fail(error)
@@ -360,6 +361,7 @@ class Run:
         self.error: UserError | None = None
         self.result: dict | None = None
         self.latest = ""  # the losses, as the progress bar shows them
+        self.finishing: Callable[[], AbstractContextManager] = nullcontext  # what a stop does not interrupt
         self._enter(0)
         self._random = random_state()  # used where several runs share the process
 
@@ -463,26 +465,37 @@ class Run:
         """Save after a step of an epoch where that is due or the run stops."""
         every = self.config.save_every_steps
         if self.error is None and (stopping or (every and number % every == 0)):
-            average_statistics(self.method)
-            epoch_state = self.training.state(number)  # names a bad step, before its weights are looked at
-            self._save_last(self._checkpoint(None), epoch_state)
+            with self.finishing():
+                average_statistics(self.method)
+                epoch_state = self.training.state(number)  # names a bad step, before its weights are looked at
+                self._save_last(self._checkpoint(None), epoch_state)
 
     def end_epoch(self) -> None:
         """Test, record and save; begin the next stage or finish where this one is over."""
         if self.error is not None:
             return
-        stage, progress, steps = self.stages[self.stage_number], self.training.progress, self.last_step
         means = self.training.end_epoch()
-        self.epoch_state = None
         average_statistics(self.method)
         self.method.eval()
-        # The student of an earlier stage is not yet what is tested.
-        test = self._test() if self.in_main_stage else {}
+        try:
+            # The student of an earlier stage is not yet what is tested.
+            test = self._test() if self.in_main_stage else {}
+        except StoppedAtOnce:  # the steps of the epoch are not lost
+            self.save_within_epoch(self.last_step, stopping=True)
+            raise
+        with self.finishing():
+            self._record_epoch(means | test)
+        self._go_to_next_stage()
+
+    def _record_epoch(self, measured: dict[str, float]) -> None:
+        """Count the epoch, log it and save."""
+        stage, progress, steps = self.stages[self.stage_number], self.training.progress, self.last_step
+        self.epoch_state = None
         self.epoch, self.stage_step, self.step = self.epoch + 1, self.stage_step + steps, self.step + steps
         self.epochs_over, self.seconds = self.epochs_over + 1, self.seconds + time.perf_counter() - self._started
         rate = self.training.learning_rate(self.epoch)
         skipped = {"skipped_steps": self.guard.skipped} if self.config.max_bad_steps else {}
-        record = {"epoch": self.epoch, "step": self.step, "learning_rate": rate, **means, **test, **skipped}
+        record = {"epoch": self.epoch, "step": self.step, "learning_rate": rate, **measured, **skipped}
         if self.in_main_stage:
             self.records.append(record)
         else:
@@ -490,7 +503,6 @@ class Run:
         self.folder.append_metrics(record, self.epochs_over)
         self.folder.log(format_epoch(record, format_title(stage.name, progress)))
         self._save(record)
-        self._go_to_next_stage()
 
     def _test(self) -> dict[str, float]:
         """Accuracies on the test images, and on the held-out ones where there are any."""
@@ -530,8 +542,8 @@ class Run:
     def restore(self) -> None:
         """Take up the state of the folder's last checkpoint."""
         source = f"--resume: {self.folder.path} does not fit this run"
-        training = by_main(lambda: upgrade(self.folder.read_last(), source))["training"]
         with contained(source):
+            training = by_main(lambda: upgrade(self.folder.read_last(), source))["training"]
             self._enter(training["stage_number"], training["epoch"], training["stage_step"])
             check_progress(training, self.in_main_stage)
             load_weights(self.method, self.config.model_s, training["distiller"], source)
@@ -546,6 +558,11 @@ class Run:
         title = format_title(stage.name, Progress(self.epoch - 1, stage.epochs))
         within = f" and {self.epoch_state['steps']} steps" if self.epoch_state else ""
         self.folder.log(f"resumed after {title}{within}")
+        before, now = training["config"].get("epochs"), self.config.epochs
+        if self.records and before != now and not self.is_over:
+            rates = self.training.learning_rate(self.epoch), self.training.learning_rate(self.epoch + 1)
+            old, new = (f"{rate:.4g}" for rate in (self.records[-1].get("learning_rate", rates[0]), rates[1]))
+            self.folder.log(f"--epochs was {before} and is {now}: the learning rate was {old} and is {new} next")
 
     # The result.
 
@@ -577,5 +594,6 @@ class Run:
             "device": str(self.inputs.device),
             "threads": torch.get_num_threads(),
         }
+        self.folder.append_outcome(identity(self.config, ("row", "run")), self.result)
         self.folder.write_json(RESULT, self.result)
         self.folder.log(format_result(self.result))

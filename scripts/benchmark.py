@@ -113,10 +113,7 @@ def measure(pair: tuple[str, str], n: int, data: ImageData, args: Namespace, rat
     plain = Contender(pair, n, data, args, "direct", Fast())
     fast = Contender(pair, n, data, args, "auto", args.fast)
     loader = Loader(data.train, data, args.batch_size, args.device, data.augmentation)
-    batches = {
-        plain: plain_batches(data, args.batch_size, args.workers, args.device),
-        fast: _endless(loader),
-    }
+    batches = {plain: plain_batches(data, args.batch_size, args.workers, args.device), fast: _endless(loader)}
     held = next(_endless(loader))
     first = {}
     for contender in (plain, fast):  # warm up: threads, caches, worker processes, compiler
