@@ -109,8 +109,12 @@ def groups(rows: Sequence[Row]) -> dict[str, list[Row]]:
 
 
 def names_of(rows: Sequence[Row]) -> list[str]:
-    """What rows of a figure are called; with their epochs where these differ."""
-    names = [f"{row.config['model_s'] if not row.config['model_t'] else row.pair}: {row.label}" for row in rows]
+    """What rows of a figure are called; with their networks where these differ, and with their epochs."""
+    taught = {row.pair for row in rows if row.config["model_t"]}
+    names = []
+    for row in rows:
+        networks = row.pair if row.config["model_t"] else row.config["model_s"]
+        names.append(row.label if taught == {networks} else f"{networks}: {row.label}")
     if len({row.epochs for row in rows}) > 1:
         names = [f"{name}, {row.epochs} epochs" for name, row in zip(names, rows, strict=True)]
     return names
@@ -137,7 +141,9 @@ def learning_curves(rows: Sequence[Row], title: str = "", legend: bool = True) -
             axes.plot(epochs, means, **style, marker=marker, label=plain(name), gid=f"curve-{number}")
             if len(row.records) > 1:
                 lows, highs = [min(values) for values in by_epoch], [max(values) for values in by_epoch]
-                band = axes.fill_between(epochs, lows, highs, color=style["color"], alpha=0.15, linewidth=0)
+                band = axes.fill_between(
+                    epochs, lows, highs, color=style["color"], alpha=0.15 if len(rows) < 9 else 0.05, linewidth=0
+                )
                 band.set_gid(f"band-{number}")
 
     return draw(paint, len(rows) if legend else 0, title=plain(title), xlabel="epoch", ylabel="test accuracy (%)")
@@ -172,10 +178,11 @@ def accuracy_against_n(rows: Sequence[Row], title: str = "") -> str | None:
 
 
 def accuracy_against_cost(rows: Sequence[Row], title: str = "") -> str | None:
-    """Last accuracy against the multiply-adds of the student; the area of a point shows its parameters."""
+    """Last accuracy against the multiply-adds of the student; the area of a point shows its parameters. None where all
+    students cost the same."""
     costs = multiply_adds(rows)
     shown = [(row, name) for row, name in zip(rows, names_of(rows), strict=True) if row.config["model_s"] in costs]
-    if not shown:
+    if len(set(costs.values())) < 2:
         return None
 
     def paint(axes) -> None:
