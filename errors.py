@@ -51,6 +51,9 @@ def run_script(main):
     A `UserError` becomes one line on stderr and exit code 2; a run that was stopped by a signal exits with 128 + its
     number, as shells and clusters expect (SIGINT 130, SIGTERM 143).
     """
+    for stream in (sys.stdout, sys.stderr):  # no name of a file, and no sign, ends a run on a terminal that lacks it
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
     try:
         main()
     except (Stopped, StoppedAtOnce) as stop:

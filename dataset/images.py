@@ -1,12 +1,14 @@
 """Images in memory, what is known of them, and the augmentation of a batch."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from dataset.decoding import WHITE
 from dataset.streaming import StreamedImages
 
 
@@ -57,6 +59,9 @@ class ImageData(NamedTuple):
     std: tuple[float, ...]
     augmentation: Augmentation
     margin: int = 0  # black pixels around each image; below 0: pixels that are cut off all around
+    background: tuple[int, int, int] = WHITE  # what transparency is laid on
+    split: int = 0  # so many training images have become the test split, where the folder had none
+    unreadable: Mapping[str, str] = MappingProxyType({})  # why, by name, of test images that were left out of memory
 
     @property
     def num_classes(self) -> int:
@@ -65,6 +70,10 @@ class ImageData(NamedTuple):
     @property
     def image_size(self) -> int:
         return self.train.image_size
+
+    def unreadable_test_images(self) -> dict[str, str]:
+        """Why, by name, for each test image that could not be read so far; it is missing in every accuracy."""
+        return {**self.unreadable, **(self.test.unreadable if isinstance(self.test, StreamedImages) else {})}
 
 
 def hold_out(images: Images | StreamedImages, k: int) -> tuple[Images | StreamedImages, Images | StreamedImages]:

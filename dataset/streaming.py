@@ -12,6 +12,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dataset.decoding import WHITE, Centre, Crop, Place, RandomCrops
+from dataset.folders import printable
 from dataset.pool import Pool
 from dataset.worker import fill as fill_rows
 from dataset.worker import shape_of
@@ -25,14 +26,23 @@ AT_ONCE = 64
 NAMED = 5
 
 
+#: Mean and standard deviation of each channel, of pixels in 0..1.
+Statistics = tuple[tuple[float, ...], tuple[float, ...]]
+
+
 class Reading(NamedTuple):
     """How images are read from a disk."""
 
     num_workers: int = 4  # processes; 0: none besides the training
     max_broken: int = 10  # different images that cannot be read before the run ends
     may_download: bool = True  # to the folder
-    background: tuple[int, int, int] = WHITE  # under transparency
     pool: Pool | None = None  # of the worker processes, shared by all splits
+    background: tuple[int, int, int] = WHITE  # under transparency
+    stream: bool | None = None  # from the disk; None: what does not fit into memory
+    split: float = 0.0  # share of the training images that becomes the test split of a folder without one
+    holdout: int = 0  # so many instead, where no share is given
+    normalisation: Statistics | None = None  # instead of the data's own
+    device_memory: int | None = None  # bytes that may be used there, where it is not the CPU
 
 
 class Source(Protocol):
@@ -58,11 +68,6 @@ class Files:
 
     def place_of(self, sample: int) -> Place:
         return Place(os.path.join(os.fsencode(self.root), bytes(self.names[sample])))
-
-
-def printable(name: str) -> str:
-    """A file's name for messages: bytes that are no UTF-8 are escaped."""
-    return name.encode("utf-8", "backslashreplace").decode()
 
 
 class StreamedImages:

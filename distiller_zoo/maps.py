@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from distiller_zoo.base import Flag
+from distiller_zoo.base import BETA, Flag, above_zero
+from distiller_zoo.kd import FeatureDistiller
 from errors import UnfitPair
-from models.backbone import Output, Shapes
+from models.backbone import Output, Shapes, probe_shapes
 
 MAP_SIZE = Flag(
     ("--map_size",),
@@ -74,11 +75,39 @@ def describe_sizes(student: Sequence[int], teacher: Sequence[int], map_size: str
         return ""
     sizes = " and ".join("x".join(map(str, size)) for size in (own, other))
     if map_size == "interpolate":
-        return f"the last maps of student and teacher are {sizes}: the teacher's is interpolated to the student's size"
+        return f"maps of student and teacher are {sizes}: the teacher's is interpolated to the student's size"
     smaller, larger = sorted((tuple(own), tuple(other)))
     kind = "max" if takes_maximum(larger, smaller, paper) else "average"
     whose = "student" if tuple(own) == larger else "teacher"
-    return f"the last maps of student and teacher are {sizes}: the {whose}'s is {kind}-pooled (--map_size)"
+    return f"maps of student and teacher are {sizes}: the {whose}'s is {kind}-pooled (--map_size)"
+
+
+class MapDistiller(FeatureDistiller):
+    """Base of methods that compare maps of both networks pixel by pixel, in one size (`--map_size`).
+
+    A method pools the larger of two maps by itself, as its paper does; `sized` is asked before.
+    """
+
+    flags = (*FeatureDistiller.flags, MAP_SIZE)
+    needs = {**FeatureDistiller.needs, "map_size": (above_zero(BETA),)}
+
+    def __init__(self, student, teacher, task, **hyper_parameters):
+        super().__init__(student, teacher, task, **hyper_parameters)
+        pairs = zip(*(self.compared(probe_shapes(each, task.image_size)) for each in (student, teacher)), strict=False)
+        self._sizes = list(dict.fromkeys(describe_sizes(*pair, self.map_size) for pair in pairs))
+
+    @staticmethod
+    def compared(output: Output | Shapes) -> list:
+        """The maps of a network that are compared, or their shapes."""
+        return middle_maps(output)
+
+    def notes(self):
+        return [*super().notes(), *filter(None, self._sizes)]
+
+    def sized(self, student_maps: list[Tensor], teacher_maps: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        """Both lists of maps (B, C, H, W), of the length of the shorter one, ready to be compared in pairs."""
+        pairs = zip(student_maps, teacher_maps, strict=False)
+        return tuple(map(list, zip(*(pool_to_smaller(*pair, self.map_size) for pair in pairs), strict=True)))
 
 
 def require_equal_channels(method: str, student: Sequence[Sequence[int]], teacher: Sequence[Sequence[int]]) -> None:

@@ -17,8 +17,8 @@ from errors import UserError
 from helper import settings
 from helper.distributed import by_main, find_device, images_per_pass
 from helper.optim import stretch
-from helper.recipes import full_run
 from helper.recipes import resolve as resolve_recipe
+from helper.recipes import run_length
 from helper.settings import Configuration
 from setting import RECIPE, Setting, as_text, count
 
@@ -376,7 +376,7 @@ def _scale_epochs(merged: dict, known: Mapping[str, Setting], chosen: set[str], 
     for name, setting in known.items():
         if setting.full_run is None or name in chosen or name not in merged or not merged[name][0]:
             continue
-        length = full_run(setting, merged["dataset"][0], merged["distill"][0], recipe)
+        length = run_length(setting, merged["dataset"][0], merged["distill"][0], recipe)
         value, source = merged[name]
         scaled = stretch(value if isinstance(value, tuple) else (value,), length, merged["epochs"][0])
         scaled = scaled if isinstance(value, tuple) else scaled[0]

@@ -55,11 +55,11 @@ def step_learning_rate(base: float, epoch: int, milestones: Sequence[int], rate:
 def cosine_learning_rate(base: float, epochs_over: int, epochs: int, steps_per_epoch: int) -> float:
     """Half a cosine over the run, set once per epoch; `epochs_over` counts from 0.
 
-    The phase is that of the official NORM code, one step in an epoch ahead.
+    The phase is that of the official NORM code, one step in an epoch ahead; where an epoch has few steps that would
+    end the cosine before the run, so it is the plain one.
     """
-    phase = epochs_over * (steps_per_epoch + 1) / (epochs * steps_per_epoch)
-    if epochs_over < epochs:  # where an epoch has few steps the phase would pass the end, and the rate rise again
-        phase = min(phase, 1)
+    ahead = (steps_per_epoch + 1) / steps_per_epoch if steps_per_epoch >= epochs else 1
+    phase = epochs_over * ahead / epochs
     return base * (1 + math.cos(math.pi * phase)) / 2
 
 

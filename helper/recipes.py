@@ -413,7 +413,7 @@ def find_rows(
     return {argument: row for row in ROWS if row.applies(place, chosen) for argument in row.values}
 
 
-def full_run(flag: Setting, dataset: str, method: str, recipe: Mapping[str, tuple[object, str]]) -> int:
+def run_length(flag: Setting, dataset: str, method: str, recipe: Mapping[str, tuple[object, str]]) -> int:
     """The epochs of the run that a flag's number of epochs belongs to.
 
     What a method publishes for a data set belongs to its run there, everything else to the flag's own `full_run`.

@@ -61,7 +61,7 @@ from helper.networks import (
 )
 from helper.optim import parameters_of
 from helper.run_folder import BEST, CONFIG, LAST, RESULT, FolderElsewhere, RunFolder
-from helper.settings import Configuration, check_shared, read_stored
+from helper.settings import Configuration, check_shared, identity, read_stored
 from helper.signals import StopRequest
 from models import build_model
 from models.backbone import probe_shapes
@@ -558,6 +558,11 @@ class Run:
         title = format_title(stage.name, Progress(self.epoch - 1, stage.epochs))
         within = f" and {self.epoch_state['steps']} steps" if self.epoch_state else ""
         self.folder.log(f"resumed after {title}{within}")
+        before, now = training["config"].get("epochs"), self.config.epochs
+        if self.records and before != now and not self.is_over:
+            rates = self.training.learning_rate(self.epoch), self.training.learning_rate(self.epoch + 1)
+            old, new = (f"{rate:.4g}" for rate in (self.records[-1].get("learning_rate", rates[0]), rates[1]))
+            self.folder.log(f"--epochs was {before} and is {now}: the learning rate was {old} and is {new} next")
 
     # The result.
 
@@ -589,5 +594,6 @@ class Run:
             "device": str(self.inputs.device),
             "threads": torch.get_num_threads(),
         }
+        self.folder.append_outcome(identity(self.config, ("row", "run")), self.result)
         self.folder.write_json(RESULT, self.result)
         self.folder.log(format_result(self.result))

@@ -236,7 +236,16 @@ class RunFolder:
             self._events = self._events or SummaryWriter(self.path)
             for key, value in record.items():
                 if key not in ("stage", "epoch"):
-                    self._events.add_scalar(key, value, epochs_over)
+                    self._events.add_scalar(tag_of(key), value, epochs_over)
+            self._events.flush()
+
+    def append_outcome(self, settings: dict, result: dict) -> None:
+        """TensorBoard's table of runs: settings and the accuracies of the result."""
+        values = {name: value for name, value in settings.items() if isinstance(value, bool | str | float | int)}
+        numbers = {tag_of(name): value for name, value in result.items() if name.startswith("accuracy")}
+        with writing(self.path / "events.out.tfevents"):
+            self._events = self._events or SummaryWriter(self.path)
+            self._events.add_hparams(values, numbers, run_name=".")
             self._events.flush()
 
     def keep_metrics_until(self, epochs_over: int) -> None:
@@ -266,7 +275,19 @@ class FolderElsewhere(RunFolder):
     def _ignore(self, *arguments, **named) -> None:
         pass
 
-    log = log_quietly = write_json = save = append_metrics = keep_metrics_until = remove = close = _ignore
+    log = log_quietly = write_json = save = append_metrics = append_outcome = keep_metrics_until = remove = close = (
+        _ignore
+    )
+
+
+def tag_of(name: str) -> str:
+    """The name of a number in TensorBoard, grouped by what it is: accuracy/test, loss/ce, speed/images_per_s."""
+    split, _, rest = name.partition("_")
+    if split in ("train", "test", "holdout"):
+        return f"{rest}/{split}"
+    if split in ("loss", "accuracy"):
+        return f"{split}/{rest or 'total'}"
+    return f"speed/{name}" if name.endswith("_s") else f"schedule/{name}"
 
 
 def _append(path: Path, line: str) -> None:

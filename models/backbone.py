@@ -157,7 +157,7 @@ def probe_shapes(network: Backbone, image_size: int) -> Shapes:
         with evaluating(network):
             output = network.outputs(torch.zeros(1, 3, image_size, image_size).to(parameter))
     except (AssertionError, RuntimeError, ValueError) as error:
-        name, reason = getattr(network, "name", type(network).__name__), str(error).splitlines()[0]
+        name, reason = getattr(network, "name", type(network).__name__), first_line(error)
         raise UserError(f"--image_size: {name} cannot read images of {image_size}x{image_size} ({reason})") from None
     return Shapes(
         maps=[tuple(feature_map.shape[1:]) for feature_map in output.maps],
@@ -201,6 +201,11 @@ def normalises_single_values(network: Backbone, image_size: int) -> bool:
         for hook in hooks:
             hook.remove()
     return any(single)
+
+
+def first_line(error: Exception) -> str:
+    """What an exception says, on one line; its kind where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 class Wrapper(Backbone):

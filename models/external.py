@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from errors import UserError
-from models.backbone import Backbone, Output, evaluating, probe_shapes
+from models.backbone import Backbone, Output, evaluating, first_line, probe_shapes
 from models.split import Split, patches_to_map, ramp
 
 #: Library -> the module that names, builds and splits its networks; imported when a network of it is asked for.
@@ -148,6 +148,5 @@ def build_external(name: str, num_classes: int, image_size: int | None = None) -
     try:
         network = tools.build(architecture, num_classes, image_size)
     except (TypeError, ValueError, RuntimeError, AssertionError) as error:
-        reason = str(error).split("\n")[0]
-        raise UserError(f"{name}: {library} cannot build it with {num_classes} classes: {reason}") from None
+        raise UserError(f"{name}: {library} cannot build it with {num_classes} classes: {first_line(error)}") from None
     return External(name, network, tools.split(name, network, num_classes, image_size), num_classes)

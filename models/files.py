@@ -4,6 +4,7 @@ import io
 import os
 import zipfile
 from collections.abc import Mapping
+from importlib import import_module
 from typing import BinaryIO
 
 import torch
@@ -15,6 +16,30 @@ from models.pickled import Program, Storage, Unknown, check_size, make_storage
 MAGIC, PROTOCOL = 0x1950A86A20F9469CFC6C, 1001
 
 
+#: What other files begin with: (offset, bytes, what it is).
+SIGNATURES = (
+    (0, b"\xff\xd8\xff", "a JPEG image"),
+    (0, b"\x89PNG", "a PNG image"),
+    (0, b"GIF8", "a GIF image"),
+    (8, b"WEBP", "a WebP image"),
+    (0, b"\x89HDF", "an HDF5 file, of Keras or PyTables"),
+    (0, b"\x93NUMPY", "a numpy array"),
+    (0, b"GGUF", "a GGUF file"),
+    (0, b"\x1f\x8b", "a gzip file; unpack it"),
+    (257, b"ustar", "a tar archive; unpack it"),
+    (0, b"version https://git-lfs", "a pointer of git-lfs and not the file; run git lfs pull"),
+    (0, b"<!DOCTYPE", "a web page"),
+    (0, b"<!doctype", "a web page"),
+    (0, b"<html", "a web page"),
+    (0, b"{", "JSON text"),
+    (0, b"\x08\x07\x12", "an ONNX file; name the checkpoint that it was exported from"),
+    (0, b"\x08\x08\x12", "an ONNX file; name the checkpoint that it was exported from"),
+    (0, b"\x08\x09\x12", "an ONNX file; name the checkpoint that it was exported from"),
+    (0, b"\x08\x0a\x12", "an ONNX file; name the checkpoint that it was exported from"),
+    (8, b'{"', "a safetensors file; give its name the ending .safetensors"),
+)
+
+
 class DamagedFile(UserError):
     """A file that can be opened and is no whole checkpoint."""
 
@@ -22,8 +47,8 @@ class DamagedFile(UserError):
 def read_checkpoint(path: str | os.PathLike, flag: str = "checkpoint") -> dict:
     """The dictionary in a checkpoint file, on the CPU; no code in the file is run.
 
-    Reads the files of `torch.save`, old and new. Raises `UserError`, naming `flag` and the file, for anything that is
-    not a whole checkpoint: a `DamagedFile` where that is the file's fault and not the system's.
+    Reads the files of `torch.save`, old and new, and `.safetensors`. Raises `UserError`, naming `flag` and the file,
+    for anything that is not a whole checkpoint: a `DamagedFile` where that is the file's fault and not the system's.
     """
     if os.path.isdir(path):
         raise UserError(f"{flag}: {path} is a folder; name a checkpoint file in it, for example {path}/best.pth")
@@ -33,8 +58,10 @@ def read_checkpoint(path: str | os.PathLike, flag: str = "checkpoint") -> dict:
         raise UserError(f"{flag}: {path} is not a file; name a checkpoint file")
     try:
         with open(path, "rb") as file:
-            checkpoint = _read(file)
+            checkpoint = _read(file, os.fspath(path))
         check_size(checkpoint)
+    except UserError as error:
+        raise UserError(f"{flag}: {error}") from None
     except OSError as error:
         raise UserError(f"{flag}: {path} cannot be read: {error.strerror or error}") from None
     except Exception as error:  # a damaged program raises whatever its operations do: index, key, type, struct errors
@@ -49,10 +76,27 @@ def read_checkpoint(path: str | os.PathLike, flag: str = "checkpoint") -> dict:
     return checkpoint
 
 
-def _read(file: BinaryIO) -> object:
-    start = file.read(2)
+def _read(file: BinaryIO, path: str) -> object:
+    start = file.read(512)
     file.seek(0)
-    return _read_archive(file) if start == b"PK" else _read_stream(file)
+    if path.lower().endswith(".safetensors"):
+        return _read_safetensors(path)
+    for offset, signature, kind in SIGNATURES:
+        if start[offset : offset + len(signature)] == signature:
+            raise ValueError(f"it is {kind}")
+    if not start:
+        raise ValueError("it is empty")
+    if path.lower().endswith(".onnx"):
+        raise ValueError("it is an ONNX file; name the checkpoint that it was exported from")
+    return _read_archive(file) if start[:2] == b"PK" else _read_stream(file)
+
+
+def _read_safetensors(path: str) -> dict:
+    try:
+        safetensors = import_module("safetensors.torch")
+    except ImportError:
+        raise UserError(f"{path}: safetensors is not installed; pip install -r requirements-extras.txt") from None
+    return safetensors.load_file(path)
 
 
 def _read_archive(file: BinaryIO) -> object:
@@ -60,6 +104,10 @@ def _read_archive(file: BinaryIO) -> object:
     with zipfile.ZipFile(file) as archive:
         parts = {part.filename: part for part in archive.infolist()}
         size = file.seek(0, io.SEEK_END)
+        if any(name.endswith("/constants.pkl") for name in parts):
+            raise ValueError("it is a TorchScript file; save the state_dict() of the network that it was made from")
+        if any(name.endswith(("/archive_format", "serialized_exported_program.json")) for name in parts):
+            raise ValueError("it is a program of torch.export; name the checkpoint that it was exported from")
         if any(part.compress_type != zipfile.ZIP_STORED for part in parts.values()):
             raise ValueError("it is a compressed archive, which torch.save never writes")
         if sum(part.file_size for part in archive.infolist()) > size:

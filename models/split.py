@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from errors import UserError
+from models.backbone import first_line
 
 #: Sides of the blank images that are tried in turn; some networks read only one size.
 PROBE_SIZES = (224, 256, 299, 384, 448, 512, 160)
@@ -52,7 +53,7 @@ def probe(
                 run(blank, torch.zeros(1, 3, size, size, device="meta"))
             return size
         except (RuntimeError, AssertionError, ValueError, TypeError, IndexError) as error:
-            reason = reason or str(error).split("\n")[0]
+            reason = reason or first_line(error)
     raise no_map(name, f"it reads images of none of the sizes {', '.join(map(str, tried))} ({reason})")
 
 

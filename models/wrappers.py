@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from errors import UserError
-from models.backbone import Backbone, FinalConv, Wrapper
+from models.backbone import Backbone, FinalConv, Wrapper, first_line
 from models.cost import count_parameters
 from models.external import External
 
@@ -118,7 +118,7 @@ def merge_branches(network: Backbone, image_size: int) -> tuple[Backbone, str]:
         merged = Reparameterised(copy.deepcopy(network)).eval()
         expected, logits = network.eval()(images), merged(images)
     except (RuntimeError, AttributeError, TypeError, ValueError, AssertionError) as error:
-        return network, f"its branches are kept: timm cannot merge them ({str(error).splitlines()[0]})"
+        return network, f"its branches are kept: timm cannot merge them ({first_line(error)})"
     difference = float((logits - expected).abs().max() / expected.abs().max().clamp_min(1e-30))
     if not difference <= MERGED_TOLERANCE:
         return network, f"its branches are kept: merged by timm, its logits differ by {difference:.1e}"

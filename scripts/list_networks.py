@@ -19,7 +19,7 @@ from dataset import Batch
 from distiller_zoo import DISTILLERS, Distiller, Predictor, Progress, Task
 from errors import UserError, run_script
 from models import build_model
-from models.backbone import Backbone, FinalConv
+from models.backbone import Backbone, FinalConv, first_line
 from models.cost import count_parameters
 
 CLASSES, IMAGES, STEPS = 7, 4, 2
@@ -35,6 +35,16 @@ class Tried(NamedTuple):
 
     cell: str
     remark: str = ""
+
+
+def family_of(name: str) -> str:
+    """The library and the file of it that defines a network."""
+    library, _, architecture = name.partition(":")
+    if library == "timm":
+        from timm.models import model_entrypoint as find
+    else:
+        from torchvision.models import get_model_builder as find
+    return f"{library} {find(architecture).__module__.rpartition('.')[2]}"
 
 
 def families(library: str) -> dict[str, list[str]]:
@@ -99,8 +109,7 @@ def attempt(what: str, run: Callable[[], str]) -> Tried:
     except UserError as error:
         return Tried("no", f"{what}: {error}")
     except Exception as error:  # the table is to show what is wrong
-        reason = (str(error).strip().split("\n") or [""])[0][:120]
-        return Tried("FAULT", f"{what}: {type(error).__name__} {reason}")
+        return Tried("FAULT", f"{what}: {type(error).__name__} {first_line(error)[:120]}")
 
 
 def try_teacher(distill: str, network: Backbone, size: int) -> str:
@@ -134,8 +143,10 @@ def row(family: str, name: str) -> tuple[str, ...]:
             break
         except UserError as error:
             built = Tried("no", str(error))
+        except Exception as error:  # the table is to show what is wrong
+            built = Tried("FAULT", f"{type(error).__name__} {first_line(error)[:120]}")
     else:
-        return family, f"`{name}`", "-", *["no"] * 4, "-", built.remark
+        return family, f"`{name}`", "-", *[built.cell] * 4, "-", built.remark
     tried = [
         attempt(distill.upper(), lambda distill=distill: try_teacher(distill, network, size))
         for distill in ("kd", "norm", "attention")
@@ -150,7 +161,7 @@ def row(family: str, name: str) -> tuple[str, ...]:
 def rows(names: list[str]) -> Iterator[tuple[str, ...]]:
     """The results of the named networks, or of the smallest of every family."""
     if names:
-        yield from (row("", name) for name in names)
+        yield from (row(family_of(name), name) for name in names)
         return
     for library in ("torchvision", "timm"):
         for family, members in families(library).items():

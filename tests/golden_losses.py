@@ -72,7 +72,12 @@ def families(content: dict, path: Path) -> Iterator[Family]:
         for case_name, seeds in cases.items():
             for seed, entry in seeds.items():
                 name = f"{loss} {case_name} seed {seed}"
-                yield name, partial(check_entry, CHECKS.get(loss), Case, loss, case_name, seed, entry, arrays)
+                yield name, partial(check_loss, loss, case_name, seed, entry, arrays)
+
+
+def check_loss(loss: str, case_name: str, seed: str, entry: Mapping, arrays: Mapping) -> Difference:
+    """Check one entry of a loss."""
+    return check_entry(CHECKS.get(loss), Case, loss, case_name, seed, entry, arrays)
 
 
 def read_arrays(path: Path) -> Mapping[str, numpy.ndarray]:

@@ -272,7 +272,7 @@ def test_a_folder_that_does_not_fit_into_memory_is_read_as_it_goes(folder, monke
     monkeypatch.setattr(sources, "MEMORY_LIMIT", 10_000)
     monkeypatch.setattr(sources, "BATCH", 3)
     outside = load_data("folder", str(folder), 32, 0)
-    assert "read as it goes" in capsys.readouterr().out
+    assert "streamed from the disk" in capsys.readouterr().out
     assert outside.augmentation == inside.augmentation == Augmentation()
     assert numpy.allclose(inside.mean, outside.mean, atol=0.01) and numpy.allclose(inside.std, outside.std, atol=0.01)
     kwargs = {"batch_size": 4, "device": CPU, "augmentation": inside.augmentation, "seed": 1}

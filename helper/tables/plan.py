@@ -347,8 +347,9 @@ class Plan:
         targets = torch.arange(50_000) % 10
         try:
             with torch.device("meta"):  # shapes alone, so that hundreds of rows are listed in seconds
-                networks = self._network_of_shapes(student, "student"), self._network_of_shapes(teacher, "teacher")
-                build_distiller(config, *networks, 10, config.image_size, targets)
+                of_student = self._network_of_shapes(student, "student")
+                of_teacher = self._network_of_shapes(teacher, "teacher") if config.model_t else None
+                build_distiller(config, of_student, of_teacher, 10, config.image_size, targets)
         except UserError as error:
             return str(error)
         except (NotImplementedError, RuntimeError):

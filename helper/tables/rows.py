@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from distiller_zoo import find_distiller
+from distiller_zoo import Distiller, find_distiller, refuse_without_effect
 from errors import UserError
 from helper import command_line
 from helper.log import describe_protocol
@@ -344,18 +344,28 @@ def spread(values: Sequence[float]) -> str:
 
 def command_of(config: Mapping[str, Any]) -> str:
     """The flags that tell the row from others: networks, method, its hyper-parameters, length, what is unusual."""
-    known, flags = settings_of(config["distill"]), find_distiller(config["distill"]).flags
-    teacher = {"model_t": config["model_t"], "path_t": ""} if config["model_t"] else {}
-    given = {name: config[name] for name in ("dataset", "model_s") if name in config} | {"distill": config["distill"]}
-    chosen = {flag.argument: config[flag.argument] for flag in flags if flag.argument in config}
-    usual = command_line.resolve(given | chosen | {"epochs": config["epochs"]}, of_teacher=teacher)
+    known, method = settings_of(config["distill"]), find_distiller(config["distill"])
+    of_teacher = {"model_t": config["model_t"], "path_t": ""} if config["model_t"] else {}
+    given = {name: config[name] for name in ("distill", "model_s")} | {"dataset": config["dataset"]}
+    usual = command_line.resolve(given | {"epochs": config["epochs"]}, of_teacher=of_teacher)
     always = [known["epochs"], known["batch_size"], known["learning_rate"]]
     unusual = [
         one
         for one in known.values()
         if one.group in (TRAINING, SPEED, INITIAL) and one.identity == "row" and one not in always
-        if one.argument in config and config[one.argument] not in (None, usual.get(one.argument))
+        if config.get(one.argument) not in (None, usual.get(one.argument))
     ]
+    flags = [flag for flag in method.flags if _has_effect(method, config, flag)]
     networks = f"--model_t {config['model_t']} " if config["model_t"] else ""
     shown = [one.written(config[one.argument]) for one in (*flags, *always, *unusual) if one.argument in config]
     return " ".join(filter(None, (f"--distill {config['distill']} {networks}--model_s {config['model_s']}", *shown)))
+
+
+def _has_effect(method: type[Distiller], config: Mapping[str, Any], flag: Setting) -> bool:
+    """Whether a method's flag changes anything; one that does not could not be given again."""
+    values = dict.fromkeys(other.argument for other in method.flags) | dict(config)
+    try:
+        refuse_without_effect(method, values, {flag.argument: config.get(flag.argument)})
+    except UserError:
+        return False
+    return True

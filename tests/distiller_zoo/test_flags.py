@@ -16,7 +16,7 @@ CLASSES, BATCH, SIZE = 10, 4, 16
 #: A student with a BatchNorm and a ReLU in its head, and a teacher of equal widths: every flag has something to act on.
 PAIR = ("wrn_16_1", "wrn_16_1")
 #: Settings that choose how the same numbers are computed, or that only act on other pairs.
-SAME_NUMBERS = {"ft_form", "larger_student"}
+SAME_NUMBERS = {"ft_form", "larger_student", "map_size"}
 #: A weight scales its terms exactly; these are weights that are not called so because 0 is refused or means nothing.
 WEIGHTS = {
     "crd_weight",

@@ -12,8 +12,8 @@ from distiller_zoo import DISTILLERS, Progress
 from helper.loops import Training, step
 from helper.networks import FrozenTeacher
 from tests.conftest import pair_networks
+from tests.distiller_zoo.test_every_pair import CLASSES, CONFIG, build, data, with_statistics
 from tests.stages import StageRun, train_epoch
-from tests.test_zoo import CLASSES, CONFIG, build, data, with_statistics
 
 __all__ = ["data"]  # a fixture
 CUDA = torch.device("cuda:0")

@@ -3,7 +3,7 @@
 import json
 
 from helper.command_line import resolve
-from helper.tables.plan import find_run
+from helper.tables.plan import Shelf
 from helper.tables.rows import read_rows
 from tests.run_folders import make_run
 
@@ -20,5 +20,5 @@ def test_a_plan_takes_no_run_of_other_initial_weights_for_its_own(tmp_path):
     older = json.loads((run / "config.json").read_text())
     older.pop("init")
     (run / "config.json").write_text(json.dumps(older))
-    assert find_run(str(tmp_path), resolve(flags)) == (run, "finished")
-    assert find_run(str(tmp_path), resolve(flags | {"init": "other.pth"}))[1] == "missing"
+    assert Shelf(str(tmp_path)).find(resolve(flags)) == (run, "finished")
+    assert Shelf(str(tmp_path)).find(resolve(flags | {"init": "other.pth"}))[1] == "missing"

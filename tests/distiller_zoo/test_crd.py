@@ -16,9 +16,9 @@ from dataset import Batch
 from distiller_zoo import Progress, Task
 from distiller_zoo.crd import CRD, NORM_CRD
 from errors import UserError
-from helper.networks import FrozenTeacher
 from tests.check_values import g
 from tests.conftest import pair_networks
+from tests.distiller_zoo.helpers import FrozenTeacher
 
 
 def test_scores_loss_and_update_have_the_published_values():

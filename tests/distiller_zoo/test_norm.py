@@ -9,12 +9,11 @@ from distiller_zoo.feature_transform import norm_loss
 from distiller_zoo.kd import kl_divergence
 from distiller_zoo.norm import NORM, FTBaseline, match_size, norm_weight, standardise_logits
 from errors import UserError
-from helper.loops import train_step
-from helper.networks import FrozenTeacher
 from models.backbone import FinalConv
 from models.cost import count_parameters
 from tests.check_values import g
 from tests.conftest import make_batch, pair_networks
+from tests.distiller_zoo.helpers import FrozenTeacher, train_step
 
 TASK = Task(10, 32, 8, torch.zeros(1, dtype=torch.int64))
 

@@ -5,7 +5,6 @@ import re
 import shutil
 import subprocess
 import sys
-from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -15,16 +14,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from dataset import Augmentation, ImageData, Images, views
 from distiller_zoo import DISTILLERS, Progress, Task
 from errors import UserError
-from helper.fast import OFF
+from helper import command_line
 from helper.loops import Training
 from helper.networks import FrozenTeacher
 from helper.recipes import CIFAR_PAIRS, resolve
 from models.backbone import Output
 from models.cost import count_parameters
 from scripts import list_methods
-from tests.conftest import answer, pair_networks
+from tests.conftest import pair_networks
+from tests.stages import train_epoch
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 BATCH, CLASSES = 4, 6
 #: SemCKD's projections to a ResNet50's maps have 850 million parameters, which a small machine cannot step.
 MOST_PARAMETERS = 200_000_000
@@ -33,12 +33,9 @@ REFUSED = {
     "fsp": "equal",
     "kdsvd": "equal",
 }
-CONFIG = Namespace(
-    batch_size=BATCH, learning_rate=0.01, lr_decay="step", lr_decay_epochs=(150,), lr_decay_rate=0.1, momentum=0.9
+CONFIG = command_line.resolve(
+    {"distill": "ce", "model_s": "resnet8", "batch_size": BATCH, "learning_rate": 0.01, "lr_decay_epochs": (150,)}
 )
-vars(CONFIG).update(OFF)
-CONFIG.accumulate = 1
-CONFIG.weight_decay, CONFIG.seed, CONFIG.data_seed, CONFIG.print_freq, CONFIG.distill = 5e-4, 0, 0, 100, "method"
 
 
 @pytest.fixture(scope="module")
@@ -89,12 +86,10 @@ def build(name: str, teacher, student, data):
 
 def train_three_steps(method, teacher, data):
     """Three steps of every stage; returns the losses of the last stage and the parameters that it should train."""
-    config = Namespace(**vars(CONFIG))
     for stage in method.stages(240):
-        training = Training(stage, method, data, config, torch.device("cpu"))
+        training = Training(stage, method, data, CONFIG, torch.device("cpu"))
         before = {name: value.detach().clone() for name, value in method.state_dict().items()}
-        epoch = training.train_epoch(Progress(stage.epochs // 2, stage.epochs), 0, 3, print)
-        means, steps = answer(epoch, teacher)
+        means, steps = train_epoch(training, teacher, Progress(stage.epochs // 2, stage.epochs), most_steps=3)
         assert steps == 3 and all(value == value for value in means.values())
         frozen = {name for name, parameter in method.named_parameters() if not parameter.requires_grad}
         changed = {
@@ -152,9 +147,9 @@ def test_no_step_waits_for_the_device(name, data, monkeypatch):
         waits = []
         for steps in (1, 3):
             training = Training(stage, method, data, CONFIG, torch.device("cpu"))
-            epoch = training.train_epoch(Progress(stage.epochs // 2, stage.epochs), 0, steps, print)
+            progress = Progress(stage.epochs // 2, stage.epochs)
             with Waits() as counter:
-                answer(epoch, teacher if method.needs_teacher else None)
+                train_epoch(training, teacher if method.needs_teacher else None, progress, most_steps=steps)
             waits.append(counter.count)
         assert waits[0] == waits[1] > 0, f"stage {stage.name}: only the end of an epoch may wait"
 
@@ -186,8 +181,8 @@ def test_a_method_reads_what_it_says(name, data):
     for stage in method.stages(240):
         stage = stage._replace(losses=spying_on(stage.losses))
         training = Training(stage, method, data, CONFIG, torch.device("cpu"))
-        epoch = training.train_epoch(Progress(stage.epochs // 2, stage.epochs), 0, 1, print)
-        answer(epoch, FrozenTeacher(teacher_network))
+        progress = Progress(stage.epochs // 2, stage.epochs)
+        train_epoch(training, FrozenTeacher(teacher_network), progress, most_steps=1)
     if "norm_loss" in read:  # NORM matches the final map inside the student's forward pass
         read.add("final")
     parts = {"maps", "final", "activated", "pooled"}
@@ -213,7 +208,7 @@ def test_a_new_method_is_one_new_file(tmp_path, teacher_run):
     (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "architecture.md").read_text(), re.DOTALL)
     for room in ("models", "distiller_zoo", "crd", "dataset", "helper"):
         shutil.copytree(ROOT / room, tmp_path / room, ignore=shutil.ignore_patterns("__pycache__"))
-    for script in ("errors.py", "train_cifar_student.py"):
+    for script in ("errors.py", "setting.py", "train_cifar_student.py"):
         shutil.copy(ROOT / script, tmp_path)
     (tmp_path / "distiller_zoo" / "mean_map.py").write_text(code)
 
