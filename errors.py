@@ -1,7 +1,9 @@
 """The one exception that is meant for the person at the terminal."""
 
 import os
+import signal
 import sys
+from contextlib import suppress
 
 
 class UserError(Exception):
@@ -27,6 +29,16 @@ class Stopped(Exception):
         self.signal_number = signal_number
 
 
+class StoppedAtOnce(KeyboardInterrupt):
+    """A run that a signal ends wherever it is: raised by the signal's handler, and no `Exception`, so that nothing on
+    the way takes it for an error of its own."""
+
+    def __init__(self, signal_number: int, reason: str):
+        name = signal.Signals(signal_number).name
+        super().__init__(f"stopped by {name} ({reason}); resume from the last checkpoint with --resume")
+        self.signal_number = signal_number
+
+
 def _is_out_of_memory(error: Exception) -> bool:
     """Python's, or what torch says of a GPU's and of the machine's memory."""
     texts = ("out of memory", "can't allocate memory", "not enough memory")
@@ -39,11 +51,15 @@ def run_script(main):
     A `UserError` becomes one line on stderr and exit code 2; a run that was stopped by a signal exits with 128 + its
     number, as shells and clusters expect (SIGINT 130, SIGTERM 143).
     """
+    for stream in (sys.stdout, sys.stderr):  # no name of a file, and no sign, ends a run on a terminal that lacks it
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
     try:
         main()
-    except Stopped as stop:
-        print(stop, file=sys.stderr)
-        sys.exit(128 + stop.signal_number)
+    except (Stopped, StoppedAtOnce) as stop:
+        _leave(128 + stop.signal_number, stop)
+    except KeyboardInterrupt:
+        _leave(128 + signal.SIGINT, "interrupted")
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
@@ -56,6 +72,15 @@ def run_script(main):
     except BrokenPipeError:  # what reads the output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
+
+
+def _leave(code: int, message: object) -> None:
+    """End the process at once: what is to be saved is saved, and nothing may keep a process that was told to end."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    for stream, line in ((sys.stdout, None), (sys.stderr, message)):
+        with suppress(OSError, ValueError):  # closed, or its reader has gone
+            if line is not None:
+                print(line, file=stream)
+            stream.flush()
+    os._exit(code)

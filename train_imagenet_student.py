@@ -4,13 +4,19 @@ python train_imagenet_student.py --data PATH --path_t torchvision:resnet34 --mod
 """
 
 from errors import run_script
-from helper import configuration, distributed, engine, options
+from helper.command_line import imagenet_parser, parse
+from helper.distributed import joined
+from helper.run import load_inputs, open_runs, prepare_teacher, prepared, train
 
 
 def main(argv=None):
-    with distributed.joined():
-        configs, teacher_file = configuration.parse(options.imagenet_parser(), argv)
-        return engine.run(configs, teacher_file)
+    with joined():
+        given = parse(imagenet_parser(), argv)
+        opened = open_runs(given)  # teacher, initial weights, runs to resume: each file once
+        inputs = load_inputs(opened.configs[0])
+        teacher = prepare_teacher(opened.teacher, inputs, opened.configs[0])
+        with prepared(opened, inputs, teacher) as runs:  # students and methods, in their run folders
+            return train(runs, teacher)
 
 
 if __name__ == "__main__":

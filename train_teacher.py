@@ -4,13 +4,18 @@ python train_teacher.py --model resnet20 --dataset digits
 """
 
 from errors import run_script
-from helper import configuration, distributed, engine, options
+from helper.command_line import parse, teacher_parser
+from helper.distributed import joined
+from helper.run import load_inputs, open_runs, prepared, train
 
 
 def main(argv=None):
-    with distributed.joined():
-        configs, _ = configuration.parse(options.teacher_parser(), argv)
-        return engine.run(configs, None)
+    with joined():
+        given = parse(teacher_parser(), argv)
+        opened = open_runs(given)  # initial weights, runs to resume: each file once
+        inputs = load_inputs(opened.configs[0])
+        with prepared(opened, inputs, teacher=None) as runs:  # networks, in their run folders
+            return train(runs, teacher=None)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,13 @@
 """The data sets by name, in memory or read from a disk; a batch is always (images, targets, index)."""
 
+from dataset.folders import is_image_folder
+from dataset.identity import data_changes, data_digest, data_identity
 from dataset.images import Augmentation, ImageData, Images, hold_out
 from dataset.loader import Batch, Loader
+from dataset.prediction import read_normalised
 from dataset.seeds import epoch_seed
-from dataset.single import read_normalised
 from dataset.sources import DATASETS, load_data
-from dataset.stored import StoredImages
+from dataset.streaming import StreamedImages
 from dataset.views import VIEWS
 
 __all__ = [
@@ -16,9 +18,13 @@ __all__ = [
     "ImageData",
     "Images",
     "Loader",
-    "StoredImages",
+    "StreamedImages",
+    "data_changes",
+    "data_digest",
+    "data_identity",
     "epoch_seed",
     "hold_out",
+    "is_image_folder",
     "load_data",
     "read_normalised",
 ]

@@ -1,66 +1,251 @@
-"""Encoded images to pixels of one size: what a worker does with each image of a data set that lies on a disk."""
+"""An encoded image to a square of pixels: the one place that does so, for memory, streaming and prediction.
+
+An image becomes a square in this order: its EXIF rotation is applied, transparency is laid on a colour, it becomes RGB
+of 8 bits, its shorter side is resized (bilinear, antialiased) and the centre is cut out; training crops take a random
+part instead. Nothing here needs torch, so that worker processes start without it.
+"""
 
 import io
+import math
+import os
+import warnings
+from collections.abc import Callable
+from functools import cache
 from typing import NamedTuple
 
 import numpy
-import torch
-from PIL import Image
-from torch import Tensor
-from torchvision.transforms import RandomResizedCrop
-from torchvision.transforms.v2 import functional
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL.JpegImagePlugin import JpegImageFile
 
 from dataset.seeds import epoch_seed
 
-#: Height to width of random crops.
-RATIO = (3 / 4, 4 / 3)
+#: What is opened, whatever a file is called: Pillow's own decoders, none that starts another program.
+FORMATS = (
+    *("JPEG", "PNG", "WEBP", "AVIF", "GIF", "BMP", "DIB", "TIFF", "PPM", "JPEG2000", "TGA", "PCX", "DCX"),
+    *("SGI", "ICO", "ICNS", "QOI", "DDS", "SUN", "XBM", "XPM", "PSD", "MSP", "PIXAR", "SPIDER", "IM"),
+)
+#: Larger files and images are refused before they are decoded.
+MAX_BYTES, MAX_SIDE, MAX_PIXELS = 2**30, 2**15, 2**27
+#: Height to width of random crops, and how often one is drawn before the centre is taken.
+RATIO, TRIES = (3 / 4, 4 / 3), 10
+#: A JPEG is decoded at 1/2, 1/4 or 1/8 of its size where what is shown of it stays this many times the target's size.
+REDUCED = 1.5
+WHITE = (255, 255, 255)
+#: Rotations and mirrorings by their EXIF number, and those that exchange width and height.
+ORIENTATION, TURNED = ExifTags.Base.Orientation, (5, 6, 7, 8)
+
+Box = tuple[float, float, float, float]  # left, top, right, bottom
+
+
+@cache
+def formats() -> tuple[str, ...]:
+    """Those of `FORMATS` that this build of Pillow can decode."""
+    Image.init()
+    return tuple(name for name in FORMATS if name in Image.OPEN)
+
+
+@cache
+def endings() -> frozenset[str]:
+    """Endings of image files, in lower case, with their dot."""
+    Image.init()
+    read = {*formats(), "MPO"}  # a JPEG of several pictures
+    return frozenset(ending for ending, name in Image.EXTENSION.items() if name in read)
 
 
 class BrokenImage(Exception):
     """An image that cannot be read; the message says why."""
 
 
+class Place(NamedTuple):
+    """Where the bytes of an image are: the whole file, or `size` of its bytes from `offset` on."""
+
+    path: bytes
+    offset: int = 0
+    size: int | None = None
+
+    def count_bytes(self) -> int:
+        """How many bytes the image has; 0 where there is none."""
+        try:
+            return os.stat(self.path).st_size if self.size is None else self.size
+        except OSError:
+            return 0
+
+    def read(self) -> bytes:
+        """The encoded image; raises `BrokenImage`."""
+        try:
+            with open(self.path, "rb") as file:
+                if self.size is None and os.fstat(file.fileno()).st_size > MAX_BYTES:
+                    raise BrokenImage(f"the file is larger than {MAX_BYTES // 2**20} MiB")
+                if self.offset:
+                    file.seek(self.offset)
+                return file.read(-1 if self.size is None else self.size)
+        except OSError as error:
+            raise BrokenImage(error.strerror or str(error)) from None
+
+
+class Centre(NamedTuple):
+    """The centre of an image, whose shorter side is resized to `size` + 2 * `cut`."""
+
+    size: int
+    cut: int = 0
+    background: tuple[int, int, int] = WHITE  # under transparency
+
+    views = 1
+    alone = False
+
+    def boxes(self, width: int, height: int, sample: int) -> list[Box]:
+        """What is shown of an image of this size, in its pixels, for each view."""
+        side, short = self.size + 2 * self.cut, min(width, height)
+        long = int(side * max(width, height) / short)
+        resized = (side, long) if width == short else (long, side)
+        # Half a pixel is rounded to an even number, as torchvision's CenterCrop does.
+        left, top = (round((length - self.size) / 2) for length in resized)
+        across, down = width / resized[0], height / resized[1]
+        return [(left * across, top * down, (left + self.size) * across, (top + self.size) * down)]
+
+
 class RandomCrops(NamedTuple):
     """The random-resized crops of an epoch; each depends on (seed, epoch, sample, view) alone."""
 
+    size: int
     seed: int
     epoch: int
     views: int
     scale: tuple[float, float]  # share of the image's area
+    background: tuple[int, int, int] = WHITE
 
-    def of(self, image: Tensor, sample: int, size: int) -> list[Tensor]:
-        """An image (3, H, W) -> one crop of (3, size, size) per view."""
-        crops = []
-        with torch.random.fork_rng(devices=[]):
-            for view in range(self.views):
-                torch.default_generator.manual_seed(epoch_seed(self.seed, self.epoch, sample, view))
-                place = RandomResizedCrop.get_params(image, list(self.scale), list(RATIO))
-                crops.append(functional.resized_crop(image, *place, [size, size], antialias=True))
-        return crops
+    alone = True  # cut out before they are resized
+
+    def boxes(self, width: int, height: int, sample: int) -> list[Box]:
+        """A box of whole pixels for each view."""
+        seeds = (epoch_seed(self.seed, self.epoch, sample, view, stream="crops") for view in range(self.views))
+        return [draw_crop(width, height, self.scale, seed) for seed in seeds]
 
 
-def convert_to_rgb(image: Image.Image) -> Image.Image:
-    """A Pillow image of any mode with three colours of 8 bits."""
-    if image.mode.startswith("I;16"):  # Pillow would not scale these greys, but cut them off at 255
-        image = Image.fromarray((numpy.asarray(image) >> 8).astype(numpy.uint8))
-    if image.mode == "P":  # Pillow warns of some transparent palettes, unless they become RGBA first
-        image = image.convert("RGBA")
-    return image if image.mode == "RGB" else image.convert("RGB")
+Crop = Centre | RandomCrops
 
 
-def decode(content: bytes) -> Tensor:
-    """An encoded image of any usual format -> RGB bytes (3, H, W); raises `BrokenImage`."""
+def draw_crop(width: int, height: int, scale: tuple[float, float], seed: int) -> Box:
+    """A random crop: torchvision's `RandomResizedCrop.get_params` with torch's generator, number for number."""
+    single = numpy.float32  # torch draws in single precision
+    raw = iter(numpy.frombuffer(numpy.random.RandomState(seed).bytes(4 * (2 * TRIES + 2)), "<u4").tolist())
+
+    def uniform(low: single, high: single) -> single:
+        return single(next(raw) % 2**24) * single(2**-24) * (high - low) + low
+
+    smallest, largest = (single(share) for share in scale)
+    tall, wide = (single(math.log(single(ratio))) for ratio in RATIO)
+    for _ in range(TRIES):
+        area = width * height * float(uniform(smallest, largest))
+        ratio = float(single(math.exp(uniform(tall, wide))))
+        across, down = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if 0 < across <= width and 0 < down <= height:
+            top = next(raw) % (height - down + 1)
+            left = next(raw) % (width - across + 1)
+            return left, top, left + across, top + down
+    across, down = min(width, round(height * RATIO[1])), min(height, round(width / RATIO[0]))
+    left, top = (width - across) // 2, (height - down) // 2
+    return left, top, left + across, top + down
+
+
+def read_views(read: Callable[[], bytes], crop: Crop, sample: int = 0) -> list[numpy.ndarray]:
+    """What `crop` shows of an image whose bytes `read()` gives: bytes (size, size, 3) for each view.
+
+    Raises `BrokenImage`.
+    """
+    content = read()
     try:
-        with Image.open(io.BytesIO(content)) as image:
-            return torch.from_numpy(numpy.array(convert_to_rgb(image))).permute(2, 0, 1)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        reason = "it is empty" if not content else str(error).replace(f"{io.BytesIO}", "it")
-        raise BrokenImage(reason) from None
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow's on odd metadata
+            with Image.open(io.BytesIO(content), formats=formats()) as image:
+                _check_size(image)
+                return _views(image, crop, sample)
+    except BrokenImage:
+        raise
+    except UnidentifiedImageError:
+        raise BrokenImage("it is in no known image format" if content else "it is empty") from None
+    except Exception as error:  # decoders raise whatever their parsers do
+        known = isinstance(error, (OSError, ValueError, SyntaxError))
+        reason = str(error) if known else f"{type(error).__name__} {error}"
+        raise BrokenImage(" ".join(reason.split())[:200]) from None
 
 
-def fit(image: Tensor, size: int, cut: int) -> Tensor:
-    """The middle square (3, size, size) of an image (3, H, W), whose shorter side is resized to size + 2 * cut."""
-    side = size + 2 * cut
-    if min(image.shape[1:]) != side:
-        image = functional.resize(image, [side], antialias=True)
-    return functional.center_crop(image, [size, size])
+def _check_size(image: Image.Image) -> None:
+    width, height = image.size
+    if max(width, height) > MAX_SIDE or width * height > MAX_PIXELS:
+        raise BrokenImage(
+            f"it has {width}x{height} pixels; at most {MAX_SIDE} on a side and {MAX_PIXELS // 10**6} million are read"
+        )
+
+
+def _views(image: Image.Image, crop: Crop, sample: int) -> list[numpy.ndarray]:
+    if isinstance(image, JpegImageFile):
+        orientation = _orientation(image)
+        width, height = image.size[::-1] if orientation in TURNED else image.size
+        boxes = crop.boxes(width, height, sample)
+        factor = _decode_reduced(image, boxes, crop.size)
+    else:  # some of these formats are turned by their decoder
+        image.load()
+        orientation, factor = _orientation(image), 1
+        width, height = image.size[::-1] if orientation in TURNED else image.size
+        boxes = crop.boxes(width, height, sample)
+    if orientation != 1:
+        image.load()
+        image = ImageOps.exif_transpose(image)
+    image = convert_to_rgb(image, crop.background)
+    return [_cut_out(image, [edge / factor for edge in box], crop.size, crop.alone) for box in boxes]
+
+
+def _orientation(image: Image.Image) -> int:
+    try:
+        return image.getexif().get(ORIENTATION, 1)
+    except Exception:  # damaged metadata of a whole image
+        return 1
+
+
+def _decode_reduced(image: Image.Image, boxes: list[Box], size: int) -> int:
+    """Have a JPEG decoded at a part of its size, where the boxes still have pixels enough; returns the divisor."""
+    smallest = min(min(right - left, bottom - top) for left, top, right, bottom in boxes)
+    factor = next((factor for factor in (8, 4, 2) if smallest >= REDUCED * size * factor), 1)
+    if factor == 1:
+        return 1
+    width, height = image.size
+    image.draft(None, (width // factor, height // factor))
+    return round(width / image.size[0])
+
+
+def _cut_out(image: Image.Image, box: list[float], size: int, alone: bool) -> numpy.ndarray:
+    """A part of an image, resized: bytes (size, size, 3). What lies around it does not show in its edges if `alone`."""
+    width, height = image.size
+    box = (max(box[0], 0), max(box[1], 0), min(box[2], width), min(box[3], height))
+    if alone and all(edge == int(edge) for edge in box):
+        image = image.crop(tuple(int(edge) for edge in box))
+        box = (0, 0, *image.size)
+    if box != (0, 0, size, size):
+        image = image.resize((size, size), Image.Resampling.BILINEAR, box)
+    elif image.size != (size, size):
+        image = image.crop(box)
+    return numpy.asarray(image)
+
+
+def convert_to_rgb(image: Image.Image, background: tuple[int, int, int] = WHITE) -> Image.Image:
+    """A Pillow image of any mode with three colours of 8 bits; raises `BrokenImage` where its scale is unknown.
+
+    Transparency is laid on `background`. Greys of 16 bits are divided by 256, of 12 bits by 16 where the file says so.
+    """
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
+        tags = getattr(image, "tag_v2", {})
+        bits = tags.get(258, 16)  # BitsPerSample
+        bits = bits[0] if isinstance(bits, tuple) else bits
+        greys = numpy.asarray(image).astype(numpy.uint16) >> (4 if bits == 12 else 8)
+        return Image.fromarray(greys.astype(numpy.uint8)).convert("RGB")
+    if image.mode in ("I", "F"):
+        raise BrokenImage(
+            f"its pixels are 32-bit numbers (mode {image.mode}) of unknown scale; save it with 8 or 16 bits"
+        )
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        ground = Image.new("RGB", image.size, background)
+        ground.paste(image, mask=image.getchannel("A"))
+        return ground
+    return image if image.mode == "RGB" else image.convert("RGB")

@@ -1,13 +1,15 @@
 """Images in memory, what is known of them, and the augmentation of a batch."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dataset.stored import StoredImages
+from dataset.decoding import WHITE
+from dataset.streaming import StreamedImages
 
 
 class Images(NamedTuple):
@@ -30,7 +32,7 @@ class Images(NamedTuple):
     def read(
         self, parts: Sequence[Tensor], crops: None = None, fill: bool = False
     ) -> Iterator[tuple[Tensor, list[Tensor]]]:
-        """Sample indices of the batches -> (indices (B,), [pixels (B, 3, H, W)]); as `StoredImages.read`."""
+        """Sample indices of the batches -> (indices (B,), [pixels (B, 3, H, W)]); as `StreamedImages.read`."""
         for index in parts:
             yield index, [self.pixels[index]]
 
@@ -50,13 +52,16 @@ class ImageData(NamedTuple):
     """A data set: splits, classes by index, normalisation (of pixels in 0..1), augmentation of the training images."""
 
     name: str
-    train: Images | StoredImages
-    test: Images | StoredImages
+    train: Images | StreamedImages
+    test: Images | StreamedImages
     classes: list[str]
     mean: tuple[float, ...]
     std: tuple[float, ...]
     augmentation: Augmentation
     margin: int = 0  # black pixels around each image; below 0: pixels that are cut off all around
+    background: tuple[int, int, int] = WHITE  # what transparency is laid on
+    split: int = 0  # so many training images have become the test split, where the folder had none
+    unreadable: Mapping[str, str] = MappingProxyType({})  # why, by name, of test images that were left out of memory
 
     @property
     def num_classes(self) -> int:
@@ -66,8 +71,12 @@ class ImageData(NamedTuple):
     def image_size(self) -> int:
         return self.train.image_size
 
+    def unreadable_test_images(self) -> dict[str, str]:
+        """Why, by name, for each test image that could not be read so far; it is missing in every accuracy."""
+        return {**self.unreadable, **(self.test.unreadable if isinstance(self.test, StreamedImages) else {})}
 
-def hold_out(images: Images | StoredImages, k: int) -> tuple[Images | StoredImages, Images | StoredImages]:
+
+def hold_out(images: Images | StreamedImages, k: int) -> tuple[Images | StreamedImages, Images | StreamedImages]:
     """Images -> (those that are left, `k` of them that are kept apart), each class in proportion.
 
     Which ones depends on the data set and k alone, not on a run's seed, so that all seeds and methods are trained and

@@ -9,7 +9,7 @@ from torch import Tensor
 from dataset.decoding import RandomCrops
 from dataset.images import Augmentation, ImageData, Images, draw_augmentation
 from dataset.seeds import epoch_seed
-from dataset.stored import StoredImages
+from dataset.streaming import StreamedImages
 from dataset.views import VIEWS
 
 
@@ -45,7 +45,7 @@ class Loader:
 
     def __init__(
         self,
-        images: Images | StoredImages,
+        images: Images | StreamedImages,
         data: ImageData,
         batch_size: int,
         device: torch.device,
@@ -77,13 +77,13 @@ class Loader:
             generator = torch.Generator().manual_seed(epoch_seed(self.seed, epoch))
             order = self.subset[torch.randperm(len(self.subset), generator=generator)]
             if self.augmentation.scale is not None:  # nothing of an image depends on which others are shown
-                generator.manual_seed(epoch_seed(self.seed, epoch, n))
+                generator.manual_seed(epoch_seed(self.seed, epoch, stream="flips"))
             draws = [draw_augmentation(self.augmentation, n, generator).to(device) for _ in range(self.num_views)]
         wholes = order.to(device).split(self.batch_size)[first : len(self)]
         parts = wholes if self._draws_for_whole_batches() else [self._part(whole) for whole in wholes]
         crops = None
         if draws is not None and self.augmentation.scale is not None:
-            crops = RandomCrops(self.seed, epoch, self.num_views, self.augmentation.scale)
+            crops = RandomCrops(self.images.image_size, self.seed, epoch, self.num_views, self.augmentation.scale)
         read = self.images.read(parts, crops, fill=draws is not None)
         for number, (whole, (index, views)) in enumerate(zip(wholes, read, strict=True), first):
             if draws is None:
@@ -107,7 +107,7 @@ class Loader:
         """The batch with that number in every view; of one crop for all views, or one for each."""
 
         def make(pixels: Tensor) -> list[Tensor]:
-            generator = torch.Generator().manual_seed(epoch_seed(self.seed, epoch, number))
+            generator = torch.Generator().manual_seed(epoch_seed(self.seed, epoch, number, stream="views"))
             return self._make_views(pixels, draws, self.augmentation, generator)
 
         if len(views) == 1:

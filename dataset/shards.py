@@ -1,13 +1,14 @@
 """WebDataset shards: tar files whose members `KEY.jpg` and `KEY.cls` are an image and the number of its class.
 
 The shards' tables of contents are read once; from then on an image is one read at its place, so that order, crops,
-parts of processes and the way to go on within an epoch are those of a folder. Shards lie on a disk, or are mounted.
+parts of processes and resuming within an epoch are those of a folder. Shards are on a disk, or mounted.
 """
 
 import os
+import re
 import tarfile
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,12 +16,15 @@ import numpy
 import torch
 from torch import Tensor
 
+from dataset.decoding import Place, endings
+from dataset.folders import printable
 from errors import UserError
 
-#: Endings of images in shards.
-IMAGES = ("jpg", "jpeg", "png", "webp", "bmp", "tif", "tiff", "ppm")
-#: What a split's shards, or their folder, may be called.
-NAMES = {"train": ("train",), "val": ("val", "test")}
+#: The split that a word in the name of a shard, or of its folder, stands for.
+WORDS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "test": "val"}
+#: Classes are counted from 0; a larger number is a damaged one.
+MOST_CLASSES = 2**17
+BLOCK = 512  # of a tar file
 
 
 class _Sample(NamedTuple):
@@ -38,66 +42,109 @@ class Shards:
         samples = [sample for content in contents for sample in content]
         self.shard = numpy.repeat(numpy.arange(len(contents)), [len(content) for content in contents])
         self.places = numpy.array([(sample.offset, sample.size) for sample in samples], dtype=numpy.int64)
-        self.keys = numpy.array([sample.key.encode() for sample in samples])
+        self.keys = numpy.array([os.fsencode(sample.key) for sample in samples])
 
     def name_of(self, sample: int) -> str:
-        return f"{self.keys[sample].decode()} in {self.paths[self.shard[sample]]}"
+        return printable(f"{os.fsdecode(bytes(self.keys[sample]))} in {self.paths[self.shard[sample]]}")
 
-    def content_of(self, sample: int) -> bytes:
-        offset, size = self.places[sample]
-        with open(self.paths[self.shard[sample]], "rb") as shard:
-            shard.seek(offset)
-            return shard.read(size)
+    def place_of(self, sample: int) -> Place:
+        offset, size = self.places[sample].tolist()
+        return Place(os.fsencode(self.paths[self.shard[sample]]), offset, size)
+
+    def label_of(self, sample: int) -> bytes:
+        return bytes(self.keys[sample])
 
 
-def find_shards(folder: str, split: str) -> list[Path]:
-    """The shards of `train` or `val` in a folder, or in a sub-folder of that name; none where there are none."""
-    for name in NAMES[split]:
-        inside = [place for place in sorted(Path(folder).glob(f"{name}*")) if place.is_dir()]
-        found = [path for place in inside for path in place.glob("*.tar")] or list(Path(folder).glob(f"*{name}*.tar"))
-        if found:
-            return sorted(found)
-    return []
+def find_shards(folder: str) -> list[list[Path]]:
+    """The shards of training and of test images in a folder or its sub-folders; empty where a split has none.
+
+    A split is a word in the name of the shard or of its sub-folder: train; val, validation or test. Raises `UserError`
+    for a shard that might belong to both, and for compressed ones.
+    """
+    found: dict[str, list[Path]] = {"train": [], "val": [], "test": []}
+    for path in sorted([*Path(folder).glob("*.tar"), *Path(folder).glob("*/*.tar")]):
+        splits = _splits_of(path.stem) or (_splits_of(path.parent.name) if path.parent != Path(folder) else set())
+        if len({WORDS[word] for word in splits}) > 1:
+            raise UserError(
+                f"--data: {printable(str(path))} may hold training or test images by its name; rename it, with one of "
+                "train, val and test"
+            )
+        for word in splits:
+            found["test" if word == "test" else WORDS[word]].append(path)
+    splits = [found["train"], found["val"] or found["test"]]
+    if not all(splits):
+        packed = [path for ending in ("*.tar.gz", "*.tgz", "*.tar.*") for path in Path(folder).rglob(ending)]
+        packed = [path for path in packed if _splits_of(path.name.split(".")[0])]
+        if packed:
+            raise UserError(
+                f"--data: {printable(str(packed[0]))} is compressed; unpack it to a .tar, which can be read"
+            )
+        return []
+    return splits
+
+
+def _splits_of(name: str) -> set[str]:
+    return {word for word in re.split(r"[^a-z]+", name.lower()) if word in WORDS}
 
 
 def read_shards(paths: Sequence[Path], threads: int) -> tuple[Shards, Tensor]:
     """Tables of contents of the shards -> (images by sample index, classes (n,)); raises `UserError`."""
-    try:
-        from webdataset.tariterators import base_plus_ext
-    except ImportError:
-        raise UserError("--data: shards need the library webdataset: pip install webdataset") from None
-
-    def read(path: Path) -> list[_Sample]:
-        return _table_of_contents(path, base_plus_ext)
-
-    with ThreadPoolExecutor(max(threads, 1)) as pool:
-        contents = list(pool.map(read, paths))
+    with ThreadPool(max(threads, 1)) as pool:
+        tables = pool.map(_table_of_contents, paths)
+    contents, unused = [content for content, _ in tables], [name for _, names in tables for name in names]
     targets = [sample.target for content in contents for sample in content]
     if not targets:
-        raise UserError(f"--data: {paths[0]} and the other shards hold no image")
+        raise UserError(f"--data: {printable(str(paths[0]))} and the other shards hold no image")
+    if unused:
+        print(f"left out {len(unused)} members of the shards that are neither an image nor a class: {unused[0]}, ...")
     return Shards(paths, contents), torch.tensor(targets)
 
 
-def _table_of_contents(path: Path, split_name) -> list[_Sample]:
-    images, targets = {}, {}
+def _table_of_contents(path: Path) -> tuple[list[_Sample], list[str]]:
+    """The samples of a shard, and members that belong to none."""
+    images, targets, unused, end = {}, {}, [], 0
+    name = printable(str(path))
     try:
         with tarfile.open(path, "r:") as shard:  # uncompressed: an image must be found by its place
             for member in shard:
-                key, ending = split_name(member.name)
-                if key is None or not member.isfile():
+                end = member.offset_data + (-(-member.size // BLOCK) * BLOCK if member.isreg() else 0)
+                key, ending = os.path.splitext(member.name)
+                if not member.isfile():
                     continue
-                if ending.lower() in IMAGES:
+                if ending.lower() == ".cls":
+                    targets[key] = int(shard.extractfile(member).read(64))
+                elif ending.lower() in endings() and key not in images:
                     images[key] = (member.offset_data, member.size)
-                elif ending.lower() == "cls":
-                    targets[key] = int(shard.extractfile(member).read())
-    except (tarfile.TarError, OSError, ValueError) as error:
-        raise UserError(f"--data: {path} cannot be read as a shard ({error}); get it again") from None
-    if any(offset + size > os.path.getsize(path) for offset, size in list(images.values())[-1:]):
-        raise UserError(f"--data: {path} is cut off; get it again")
-    without = next((key for key in images if key not in targets), None)
-    if without is not None:
-        raise UserError(f"--data: {without} in {path} has no class; a shard holds KEY.jpg and KEY.cls")
-    negative = next((key for key in images if targets[key] < 0), None)
-    if negative is not None:
-        raise UserError(f"--data: {negative} in {path} has class {targets[negative]}; classes count from 0")
-    return [_Sample(key, *place, targets[key]) for key, place in images.items()]
+                else:
+                    unused.append(f"{printable(member.name)} in {name}")
+    except (tarfile.TarError, OSError, ValueError, EOFError) as error:
+        raise UserError(f"--data: {name} cannot be read as a shard ({error}); get it again") from None
+    _check_end(path, end)
+    samples = []
+    for key, place in images.items():
+        if key not in targets:
+            # KEY.seg.png next to KEY.jpg is something else about the sample KEY.
+            first = os.path.join(os.path.dirname(key), os.path.basename(key).split(".")[0])
+            if first == key or first not in images:
+                raise UserError(f"--data: {printable(key)} in {name} has no class; a shard holds KEY.jpg and KEY.cls")
+            unused.append(f"{printable(key)} in {name}")
+            continue
+        if not 0 <= targets[key] < MOST_CLASSES:
+            count = f"classes count from 0 to {MOST_CLASSES - 1}"
+            raise UserError(f"--data: {printable(key)} in {name} has class {targets[key]}; {count}")
+        samples.append(_Sample(key, *place, targets[key]))
+    unused += [f"{printable(key)}.cls in {name}" for key in targets if key not in images]
+    return samples, unused
+
+
+def _check_end(path: Path, end: int) -> None:
+    """Raise `UserError` unless the blocks that end an archive follow its last member: a damaged header looks like them
+    to the reader, and all that is behind it would be lost."""
+    with open(path, "rb") as shard:
+        size = os.fstat(shard.fileno()).st_size
+        shard.seek(end)
+        block = shard.read(BLOCK)
+    if end > size or len(block) < BLOCK:
+        raise UserError(f"--data: {printable(str(path))} is cut off; get it again")
+    if any(block):
+        raise UserError(f"--data: {printable(str(path))} is damaged {end} bytes from its beginning; get it again")

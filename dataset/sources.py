@@ -1,7 +1,6 @@
 """Where the images come from: torchvision's data sets, a folder of images, and scikit-learn's digits."""
 
 import os
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from urllib.error import URLError
 
@@ -9,15 +8,18 @@ import torch
 from torch.nn import functional as F
 from torchvision import datasets
 
-from dataset.images import Augmentation, ImageData, Images, channel_statistics
+from dataset.decoding import WHITE
+from dataset.folders import list_folder, printable
+from dataset.images import Augmentation, ImageData, Images, channel_statistics, hold_out
+from dataset.memory import free_memory
+from dataset.pool import Pool
 from dataset.shards import find_shards, read_shards
-from dataset.single import read_square
-from dataset.stored import Files, Reading, StoredImages
+from dataset.streaming import Files, Reading, Statistics, StreamedImages, too_many_unreadable
 from errors import UserError
 
 DOWNLOAD_FOLDER = "data"
-#: More than this is not held in memory.
-MEMORY_LIMIT = 8 * 2**30
+#: More than this, or than this share of the free memory, is not held in memory.
+MEMORY_LIMIT, MEMORY_SHARE = 8 * 2**30, 0.5
 #: ImageNet's usual normalisation, and the share of the area that its random crops take.
 IMAGENET_MEAN, IMAGENET_STD, CROP_SCALE = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), (0.08, 1.0)
 #: What is cut off a test image on each side is this part of what is left: 16 pixels of 256 for 224.
@@ -111,104 +113,119 @@ def image_folder(folder: str | None, image_size: int, reading: Reading) -> Image
     """`PATH/train/CLASS/*` and `PATH/val|test/CLASS/*`, images of any size, resized and cropped to a square."""
     if folder is None:
         raise UserError("--data: name the folder that holds train/ and val/ (or test/), one sub-folder per class")
-    train_list, test_list, classes = _both_lists(folder)
-    size = 3 * image_size**2 * (len(train_list) + len(test_list))
     if 3 * image_size**2 * BATCH > MEMORY_LIMIT:
         raise UserError(
             f"--image_size: {BATCH} images of {image_size}x{image_size} would take "
             f"{3 * image_size**2 * BATCH / 2**30:.0f} GiB of memory; choose a smaller one"
         )
-    if size > MEMORY_LIMIT:
-        print(
-            f"{folder} would take {size / 2**30:.0f} GiB of memory at --image_size {image_size}: it is read as it goes"
-        )
-        train, test = (_stored(images, image_size, 0, reading) for images in (train_list, test_list))
-        mean, std = channel_statistics(_sample(train))
+    train, test, classes, split = _from_folder(folder, image_size, 0, reading)
+    unreadable: dict[str, str] = {}
+    if _is_streamed(folder, image_size, len(train.targets) + len(test.targets), reading):
+        mean, std = reading.normalisation or channel_statistics(_sample(train))
     else:
-        train, test = (_read_images(images, image_size, reading.num_workers) for images in (train_list, test_list))
-        mean, std = channel_statistics(train.pixels)
-    return ImageData("folder", train, test, classes, mean, std, Augmentation())
+        train, _ = _in_memory(train, classes)
+        test, unreadable = _in_memory(test, classes)
+        mean, std = reading.normalisation or channel_statistics(train.pixels)
+    data = ImageData("folder", train, test, classes, mean, std, Augmentation())
+    return data._replace(background=reading.background, split=split, unreadable=unreadable)
 
 
 def imagenet(folder: str | None, image_size: int, reading: Reading) -> ImageData:
-    """`PATH/train/CLASS/*` and `PATH/val/CLASS/*`, or shards, read as the training goes; ImageNet's normalisation."""
+    """`PATH/train/CLASS/*` and `PATH/val/CLASS/*`, or shards, streamed; ImageNet's normalisation."""
     if folder is None:
         raise UserError("--data: name the folder that holds train/ and val/ with one sub-folder per class, or shards")
-    cut = round(image_size / TEST_CUT)
-    shards = [] if _has_classes(folder) else [find_shards(folder, split) for split in ("train", "val")]
-    if shards and all(shards):
-        splits, classes = _sharded(shards, image_size, cut, reading)
+    cut, split = round(image_size / TEST_CUT), 0
+    shards = [] if _has_classes(folder) else find_shards(folder)
+    if shards:
+        (train, test), classes = _sharded(shards, image_size, cut, reading)
     else:
-        train, test, classes = _both_lists(folder)
-        splits = (_stored(images, image_size, cut, reading) for images in (train, test))
+        train, test, classes, split = _from_folder(folder, image_size, cut, reading)
     augmentation = Augmentation(0, True, CROP_SCALE)
-    return ImageData("imagenet", *splits, classes, IMAGENET_MEAN, IMAGENET_STD, augmentation, margin=-cut)
+    data = ImageData("imagenet", train, test, classes, IMAGENET_MEAN, IMAGENET_STD, augmentation, margin=-cut)
+    return data._replace(background=reading.background, split=split)
 
 
 def _has_classes(folder: str) -> bool:
-    """Whether train/ has sub-folders; ImageNet's own archives, which are no shards, often lie beside it."""
+    """Whether train/ has sub-folders; ImageNet's own archives, which are no shards, are often next to it."""
     train = Path(folder, "train")
     return train.is_dir() and any(path.is_dir() for path in train.iterdir())
 
 
-def _sharded(shards: list, image_size: int, cut: int, reading: Reading) -> tuple[list[StoredImages], list[str]]:
+def _sharded(shards: list, image_size: int, cut: int, reading: Reading) -> tuple[list[StreamedImages], list[str]]:
     """Both splits, and their classes, which are numbers."""
     splits = []
     for paths in shards:
         source, targets = read_shards(paths, reading.num_workers)
-        splits.append(StoredImages(source, targets, image_size, cut, reading))
+        splits.append(StreamedImages(source, targets, image_size, cut, reading))
     count = 1 + max(int(split.targets.max()) for split in splits)
     return splits, [str(number) for number in range(count)]
 
 
-def _stored(listing: datasets.ImageFolder, image_size: int, cut: int, reading: Reading) -> StoredImages:
-    paths, targets = zip(*listing.samples, strict=True)
-    files = Files(listing.root, [os.path.relpath(path, listing.root) for path in paths])
-    return StoredImages(files, torch.tensor(targets), image_size, cut, reading)
+def _from_folder(
+    folder: str, image_size: int, cut: int, reading: Reading
+) -> tuple[StreamedImages, StreamedImages, list[str], int]:
+    """Both splits, their classes, and how many training images have become the test split where there was none."""
+    how = (image_size, cut, reading)
+    listed = list_folder(folder, may_split=bool(reading.split or reading.holdout))
+    train, test = (
+        listing and StreamedImages(Files(listing.root, listing.names), torch.tensor(listing.targets), *how)
+        for listing in (listed.train, listed.test)
+    )
+    if test is not None:
+        if reading.split:
+            raise UserError(f"--split: {printable(folder)} has test images already; leave --split out")
+        return train, test, listed.classes, 0
+    k = round(reading.split * len(train.targets)) or reading.holdout
+    try:
+        train, test = hold_out(train, k)
+    except ValueError as error:
+        raise UserError(f"--{'split' if reading.split else 'holdout'}: {error}; choose a larger share") from None
+    print(f"{printable(folder)} has no test images: {k} training images, each class in proportion, become it")
+    return train, test, listed.classes, k
 
 
-def _sample(images: StoredImages) -> torch.Tensor:
+def _is_streamed(folder: str, image_size: int, images: int, reading: Reading) -> bool:
+    """Whether images are streamed: as asked for, else where they would take too much of the free memory."""
+    if reading.stream is not None:
+        return reading.stream
+    size = 3 * image_size**2 * images
+    free = [free_memory(), reading.device_memory]
+    limit = min([MEMORY_LIMIT, *(MEMORY_SHARE * bytes_free for bytes_free in free if bytes_free is not None)])
+    if size <= limit:
+        return False
+    print(
+        f"{printable(folder)} would take {size / 2**30:.2g} GiB of memory at --image_size {image_size}, more than "
+        f"{limit / 2**30:.2g} GiB: it is streamed from the disk"
+    )
+    return True
+
+
+def _sample(images: StreamedImages) -> torch.Tensor:
     """Pixels of some images of all classes, for statistics."""
     some = torch.arange(0, len(images.targets), max(len(images.targets) // STATISTICS_IMAGES, 1))
     return torch.cat([pixels for _, (pixels,) in images.read(some.split(BATCH))])
 
 
-def _both_lists(folder: str) -> tuple[datasets.ImageFolder, datasets.ImageFolder, list[str]]:
-    """What train/ and val/ (or test/) hold, and their classes."""
-    train = _list_images(os.path.join(folder, "train"))
-    test_split = next((split for split in ("val", "test") if os.path.isdir(os.path.join(folder, split))), "val")
-    test = _list_images(os.path.join(folder, test_split))
-    if train.classes != test.classes:
-        odd = sorted(set(train.classes) ^ set(test.classes))
-        raise UserError(f"--data: train/ and {test_split}/ of {folder} hold different classes: {', '.join(odd[:5])}")
-    return train, test, train.classes
-
-
-def _list_images(path: str) -> datasets.ImageFolder:
-    if not os.path.isdir(path):
-        raise UserError(
-            f"--data: there is no folder {path}; expected train/ and val/ (or test/), one sub-folder per class"
-        )
-    for root, folders, _ in os.walk(path, followlinks=True):
-        for folder in folders:
-            link = os.path.join(root, folder)
-            if os.path.islink(link) and f"{os.path.realpath(root)}/".startswith(f"{os.path.realpath(link)}/"):
-                raise UserError(f"--data: {link} leads back to a folder that it lies in; remove it")
-    try:
-        return datasets.ImageFolder(path)
-    except OSError as error:
-        raise UserError(f"--data: {path} has no images, or a class without any: {str(error).splitlines()[0]}") from None
-
-
-def _read_images(listing: datasets.ImageFolder, image_size: int, num_workers: int) -> Images:
-    paths, targets = zip(*listing.samples, strict=True)
-    with ThreadPoolExecutor(max(num_workers, 1)) as pool:
-        try:
-            pixels = list(pool.map(lambda path: read_square(path, image_size), paths))
-        except UserError:
-            pool.shutdown(cancel_futures=True)
-            raise
-    return _images(torch.stack(pixels), targets)
+def _in_memory(images: StreamedImages, classes: list[str]) -> tuple[Images, dict[str, str]]:
+    """All images of a split that can be read, in memory, and why, by name, for each that cannot."""
+    pixels, unreadable = images.pixels()
+    if not unreadable:
+        return Images(pixels, images.targets), {}
+    broken = {images.name_of(sample): reason for sample, reason in unreadable.items()}
+    for name, reason in broken.items():
+        print(f"skipped an image that cannot be read: {name} ({reason})")
+    allowed = images.reading.max_broken
+    if len(broken) > allowed:
+        raise UserError(too_many_unreadable(broken, allowed))
+    whole = torch.ones(len(pixels), dtype=torch.bool)
+    whole[list(unreadable)] = False
+    for target in images.targets[~whole].unique().tolist():
+        if not (images.targets[whole] == target).any():
+            name, reason = next(iter(broken.items()))
+            raise UserError(
+                f"--data: {name} cannot be read ({reason}), nor any other image of class {classes[target]} in its split"
+            )
+    return Images(pixels, images.targets).select(whole), broken
 
 
 DATASETS = {
@@ -228,8 +245,29 @@ def load_data(
     num_workers: int = 4,
     max_broken: int = 10,
     may_download: bool = True,
+    *,
+    background: tuple[int, int, int] = WHITE,
+    stream: bool | None = None,
+    split: float = 0.0,
+    holdout: int = 0,
+    normalisation: Statistics | None = None,
+    device_memory: int | None = None,
 ) -> ImageData:
-    """A data set by name, from `folder`; raises `UserError`. Only folders of images read what comes behind it."""
+    """A data set by name, from `folder`; raises `UserError`.
+
+    Only folders of images read `image_size`, `num_workers`, `max_broken` (different unreadable images of a split that
+    are left out), `background` (RGB in 0..255, under transparency) and `stream` (True: from the disk, False: into
+    memory, None: what fits into half of the free memory and of `device_memory`, in bytes, is held there). The share
+    `split` of the training images, or `holdout` of them, becomes the test split of a folder that has none.
+    `normalisation` is the recorded (mean, std) of a run; without it a folder's own are computed.
+    """
     if name not in DATASETS:
         raise UserError(f"--dataset: unknown data set '{name}'; choose from {', '.join(DATASETS)}")
-    return DATASETS[name](folder, image_size, Reading(num_workers, max_broken, may_download))
+    if folder is not None:
+        folder = os.path.abspath(os.path.expanduser(folder))
+    pool = Pool(num_workers) if num_workers else None
+    options = (pool, background, stream, split, holdout, normalisation, device_memory)
+    data = DATASETS[name](folder, image_size, Reading(num_workers, max_broken, may_download, *options))
+    if normalisation is not None:
+        data = data._replace(mean=tuple(normalisation[0]), std=tuple(normalisation[1]))
+    return data

@@ -10,8 +10,7 @@ The paper sums the squared differences, RepDistiller takes their mean, to which 
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from distiller_zoo.kd import FeatureDistiller
-from distiller_zoo.maps import middle_maps, pool_to_smaller, unit_vectors
+from distiller_zoo.maps import MapDistiller, middle_maps, pool_to_smaller, unit_vectors
 
 
 def attention_map(feature_map: Tensor, power: int = 2) -> Tensor:
@@ -36,7 +35,7 @@ class Attention(nn.Module):
         return F.mse_loss(attention_map(f_s, self.p), attention_map(f_t, self.p))
 
 
-class AttentionTransfer(FeatureDistiller):
+class AttentionTransfer(MapDistiller):
     """The student looks where the teacher looks."""
 
     name = "attention"
@@ -50,4 +49,4 @@ class AttentionTransfer(FeatureDistiller):
         self.criterion = Attention()
 
     def feature_loss(self, student, teacher, targets, index):
-        return sum(self.criterion(middle_maps(student), middle_maps(teacher)))
+        return sum(self.criterion(*self.sized(middle_maps(student), middle_maps(teacher))))

@@ -1,7 +1,6 @@
 """The contract of a distillation method: one module that holds everything that is trained."""
 
 import copy
-from argparse import ArgumentTypeError
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -11,64 +10,10 @@ from torch.nn import functional as F
 
 from errors import UserError
 from models.backbone import Backbone, Output, normalises_single_values
+from setting import Setting, count, number, positive, whole
 
-#: The largest number that a flag may have: float32, in which it is used, ends at 3.4e38.
-LARGEST = 1e30
-
-
-def number(text: str) -> float:
-    """A number from 0 to `LARGEST`, read from a flag."""
-    value = float(text)
-    if not 0 <= value <= LARGEST:
-        raise ArgumentTypeError(f"must be a number from 0 to {LARGEST:g}, not {text}")
-    return value
-
-
-def positive(text: str) -> float:
-    """A number above 0 and up to `LARGEST`, read from a flag."""
-    if number(text) == 0:
-        raise ArgumentTypeError("must be above 0")
-    return float(text)
-
-
-def count(text: str) -> int:
-    """A whole number from 1 on, read from a flag."""
-    if int(text) < 1:
-        raise ArgumentTypeError(f"must be at least 1, not {text}")
-    return int(text)
-
-
-def whole(text: str) -> int:
-    """A whole number from 0 on, of 63 bits as seeds have, read from a flag."""
-    if not 0 <= int(text) < 2**63:
-        raise ArgumentTypeError(f"must be a whole number from 0 on, not {text}")
-    return int(text)
-
-
-class Flag(NamedTuple):
-    """A hyper-parameter of a method and its command-line flag; the last of `names` is the argument, without dashes."""
-
-    names: tuple[str, ...]
-    type: Callable[[str], Any]
-    default: Any
-    help: str
-    choices: Sequence[str] | None = None
-    is_weight: bool = False  # a weight of 0 may be given to methods that have no such term
-    full_run: int | None = None  # a number of epochs that belongs to a run of so many; it is stretched to --epochs
-
-    @property
-    def argument(self) -> str:
-        return self.names[-1].lstrip("-")
-
-    def written(self, value: Any) -> str:
-        """The flag with a value, as it stands on a command line; nothing for a switch that is off."""
-        if self.type is bool:
-            return self.names[0] if value else ""
-        parts = value if isinstance(value, (tuple, list)) else (value,)
-        # Python writes 2.0 and 30000.0 where a person writes 2 and 30000.
-        texts = (f"{part:.15g}" if isinstance(part, float) else str(part) for part in parts)
-        return f"{self.names[0]} {','.join(texts)}"
-
+#: A method's hyper-parameter.
+Flag = Setting
 
 GAMMA = Flag(("-r", "--gamma"), number, 1.0, "weight of the cross entropy", is_weight=True)
 ALPHA = Flag(
@@ -202,6 +147,21 @@ class Distiller(nn.Module):
             if flag.choices and value not in flag.choices:
                 raise UserError(f"{flag.names[-1]}: must be one of {', '.join(flag.choices)}, not {value}")
             setattr(self, flag.argument, value)
+        for whose, network, reads in (
+            ("student", student, self.student_preact),
+            ("teacher", teacher, self.teacher_preact),
+        ):
+            if reads and network is not None and not network.shows_preactivations:
+                raise UserError(
+                    f"--distill {self.name}: it reads the {whose}'s maps before their last ReLU, which only our own "
+                    f"networks show, not {network.name}; choose another --distill or --model_{whose[0]}"
+                )
+        if teacher is not None and self.needs_teacher_logits() and teacher.num_classes != task.num_classes:
+            has = f"{teacher.num_classes} classes" if teacher.num_classes else "no classifier"
+            raise UserError(
+                f"--model_t: the teacher has {has}, the data {task.num_classes} classes, and --distill {self.name} "
+                "reads the teacher's logits; choose another teacher, -a 0, or a method that reads feature maps"
+            )
         if task.batch_size < self.min_batch:
             raise UserError(
                 f"--batch_size: --distill {self.name} compares images of a batch, it needs at least {self.min_batch}"
@@ -237,6 +197,10 @@ class Distiller(nn.Module):
         """Whether the main stage reads the teacher's outputs."""
         return self.needs_teacher
 
+    def needs_teacher_logits(self) -> bool:
+        """Whether any stage reads the teacher's logits, so that its classes must be those of the data."""
+        return self.needs_teacher
+
     def forward(
         self, batch, teacher: Output | None, progress: Progress, stage: Stage | None = None
     ) -> tuple[Tensor | None, dict[str, Tensor]]:
@@ -258,7 +222,7 @@ class Distiller(nn.Module):
         return copy.deepcopy(self.student).eval()
 
     def notes(self) -> list[str]:
-        """Lines for the log: what of the method's flags this task has changed."""
+        """Lines for the log: what the task and the networks have changed of the method's flags, or decided."""
         return []
 
     def export_note(self) -> str:

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from distiller_zoo.base import BETA, INIT_EPOCHS, INIT_LEARNING_RATE, Flag, Stage, above_zero, without_student
 from distiller_zoo.kd import FeatureDistiller
-from distiller_zoo.maps import last_map, pool_to_smaller, unit_vectors
+from distiller_zoo.maps import MAP_SIZE, MapDistiller, last_map, pool_to_smaller, unit_vectors
 from models.backbone import probe_shapes
 
 FACTOR_NORM = Flag(
@@ -98,7 +98,7 @@ class FactorTransfer(nn.Module):
         return unit_vectors(f.pow(self.p1).mean(1).flatten(1), dim=1)
 
 
-class Paraphrasing(FeatureDistiller):
+class Paraphrasing(MapDistiller):
     """The student's translated last map becomes the teacher's paraphrased one."""
 
     name = "factor"
@@ -114,9 +114,10 @@ class Paraphrasing(FeatureDistiller):
         TRANSLATOR_BN,
         INIT_EPOCHS,
         INIT_LEARNING_RATE._replace(default=0.01),
+        MAP_SIZE,
     )
     needs = {
-        **FeatureDistiller.needs,
+        **MapDistiller.needs,
         **dict.fromkeys(("factor_norm", "translator_bn", "init_epochs", "init_learning_rate"), (above_zero(BETA),)),
     }
 
@@ -126,6 +127,10 @@ class Paraphrasing(FeatureDistiller):
         self.paraphraser = Paraphraser(t_shape)
         self.translator = Translator(s_shape, t_shape, use_bn=self.translator_bn == "batch")
         self.criterion = FactorTransfer(norm=self.factor_norm)
+
+    @staticmethod
+    def compared(output):
+        return [last_map(output)]
 
     def stages(self, epochs):
         first = Stage(
@@ -147,4 +152,5 @@ class Paraphrasing(FeatureDistiller):
 
     def feature_loss(self, student, teacher, targets, index):
         teacher_factor = self.paraphraser(last_map(teacher), is_factor=True)
-        return self.criterion(self.translator(last_map(student)), teacher_factor.detach())
+        factors = pool_to_smaller(self.translator(last_map(student)), teacher_factor.detach(), self.map_size)
+        return self.criterion(*factors)

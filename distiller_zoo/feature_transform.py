@@ -4,20 +4,23 @@
     z = BN2(y W2^T)     W2: C x (N*Ct)
     out = z + x         with the residual (the "default" transform), z without (the "plain" one)
 
+A transformer's tokens are rows like pixels: all of them are transformed, class tokens too, and both BatchNorms see all
+of them; only the patches, which `to_map` finds, are matched to the teacher's map.
+
 Nothing non-linear stands between the layers, so output, running statistics and matching loss follow from the second
 moments of x and of the teacher's map alone (`_collapsed`; derived in docs/norm.md), at a cost that hardly grows with N.
 
 With `--sync_bn` both BatchNorms are synchronised, and so are these moments: the loss is that of all processes' pixels.
 
-Shapes: B batch, C student channels, Ct teacher channels, P = B*H*W pixels; `rows` are pixels x channels.
+Shapes: B batch, C student channels, Ct teacher channels, P = B*H*W pixels (B*T tokens); `rows` are pixels x channels.
 """
 
 from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
+from distiller_zoo.maps import match_size, takes_maximum
 from models.synchronised import is_synchronised, total, update_statistics
 
 FORMS = ("auto", "direct", "collapsed")
@@ -30,12 +33,6 @@ def norm_loss(expanded: Tensor, target: Tensor) -> Tensor:
     """
     segments = expanded.unflatten(1, (-1, target.shape[1]))
     return (segments - target.unsqueeze(1)).square().mean(dim=(0, 2, 3, 4)).sum()
-
-
-def match_size(feature_map: Tensor, height: int, width: int) -> Tensor:
-    """Max-pool a map (B, C, kH, kW), integer k, to (B, C, H, W); unchanged where it has that size."""
-    kernel = (feature_map.shape[2] // height, feature_map.shape[3] // width)
-    return feature_map if kernel == (1, 1) else F.max_pool2d(feature_map, kernel)
 
 
 def _to_rows(feature_map: Tensor, dtype: torch.dtype) -> Tensor:
@@ -58,6 +55,18 @@ def _layer(layer: nn.Sequential, columns: Tensor) -> Tensor:
 def _own(values: Tensor) -> Tensor:
     """The sum over this process alone; `total` takes its place where BatchNorms are synchronised."""
     return values
+
+
+def _same(positions: Tensor) -> Tensor:
+    """The `to_map` of what is a map."""
+    return positions
+
+
+def _moments(rows: Tensor, over_all: Callable[[Tensor], Tensor]) -> tuple[int | Tensor, Tensor, Tensor]:
+    """Rows (P, C) -> (their number, mean (C,), rows without the mean); number and mean are those of all processes."""
+    pixels = len(rows) if over_all is _own else over_all(rows.new_tensor(len(rows)))
+    mean = over_all(rows.sum(0)) / pixels
+    return pixels, mean, rows - mean
 
 
 def _projected_squares(weight: Tensor, centred: Tensor) -> Tensor:
@@ -116,18 +125,22 @@ class FeatureTransform(nn.Module):
         )
         self.contract = nn.Sequential(nn.Conv2d(expanded_channels, channels, 1, bias=False), nn.BatchNorm2d(channels))
 
-    def forward(self, x: Tensor, target: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        """x (B, C, H, W), target (B, Ct, H, W) or None -> (out (B, C, H, W), matching loss or None).
+    def forward(
+        self, x: Tensor, target: Tensor | None = None, to_map: Callable[[Tensor], Tensor] = _same
+    ) -> tuple[Tensor, Tensor | None]:
+        """x (B, C, H, W), target (B, Ct, H, W) or None -> (out as x, matching loss or None).
 
-        To a target that is smaller by an integer factor the expanded map is max-pooled, in the direct form.
+        `to_map` takes what has x's positions, (B, channels, H, W) or tokens (B, channels, T, 1), to the map that is
+        matched. To a smaller target the expanded map is pooled, by maximum where the sizes divide (in the direct form).
         """
         needs_moments = target is not None or self.expand[1].training or self.contract[1].training
         with torch.autocast(x.device.type, enabled=False):
-            pools = target is not None and target.shape[2:] != x.shape[2:]  # a maximum is in no second moment
+            # A maximum is in no second moment; an average is linear.
+            pools = target is not None and takes_maximum(to_map(x).shape[2:], target.shape[2:])
             if pools or self._chosen_form(x, needs_moments) == "direct":
-                out, loss = self._direct(x, target)
+                out, loss = self._direct(x, target, to_map)
             elif needs_moments:
-                out, loss = self._collapsed(x, target)
+                out, loss = self._collapsed(x, target, to_map)
             else:
                 out, loss = self._apply_affine(x), None
         return out.to(x.dtype), loss
@@ -141,7 +154,7 @@ class FeatureTransform(nn.Module):
         costs = multiply_adds(pixels, channels, self.teacher_channels, self.n, needs_moments)
         return min(costs, key=costs.get)
 
-    def _direct(self, x: Tensor, target: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def _direct(self, x: Tensor, target: Tensor | None, to_map: Callable) -> tuple[Tensor, Tensor | None]:
         columns = x.to(self.expand[0].weight.dtype).transpose(0, 1).flatten(1)
         expanded = _layer(self.expand, columns)
         out = _layer(self.contract, expanded)
@@ -150,17 +163,14 @@ class FeatureTransform(nn.Module):
             out = out + x
         if target is None:
             return out, None
-        return out, norm_loss(match_size(expanded, *target.shape[2:]), target.to(expanded.dtype))
+        return out, norm_loss(match_size(to_map(expanded), *target.shape[2:]), target.to(expanded.dtype))
 
-    def _collapsed(self, x: Tensor, target: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def _collapsed(self, x: Tensor, target: Tensor | None, to_map: Callable) -> tuple[Tensor, Tensor | None]:
         """The second-moment form of docs/norm.md; everything is centred before it is multiplied."""
         dtype = torch.promote_types(self.expand[0].weight.dtype, torch.float32)
-        rows = _to_rows(x, dtype)
         (conv1, bn1), (conv2, bn2) = self.expand, self.contract
         over_all = total if is_synchronised(bn1) else _own
-        pixels = len(rows) if over_all is _own else over_all(rows.new_tensor(len(rows)))
-        mean = over_all(rows.sum(0)) / pixels
-        centred = rows - mean
+        pixels, mean, centred = _moments(_to_rows(x, dtype), over_all)
         w1, w2 = conv1.weight.flatten(1).to(dtype), conv2.weight.flatten(1).to(dtype)
 
         mean1, variance1 = w1 @ mean, over_all(_projected_squares(w1, centred)) / pixels
@@ -174,6 +184,11 @@ class FeatureTransform(nn.Module):
             out = out + x.to(out.dtype)
         if target is None:
             return out, None
+        matched = match_size(to_map(x), *target.shape[2:])
+        if matched is not x:  # the moments of the pixels that are matched
+            pixels, matched_mean, centred = _moments(_to_rows(matched, dtype), over_all)
+            mean_y = mean_y + a @ (matched_mean - mean)
+            variance1 = over_all(_projected_squares(w1, centred)) / pixels
         target, variance_y = _to_rows(target, dtype), (scale1.square() * variance1).sum()
         return out, self._collapsed_loss(a, variance_y, mean_y, centred, target, pixels, over_all)
 

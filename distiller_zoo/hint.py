@@ -5,7 +5,7 @@
 F_s and F_t are the maps of number --hint_layer of student and teacher, r is a trained regressor on the student's side.
 As in RepDistiller, whose numbers the tables quote, everything is trained at once (the paper trains the layers below the
 hint first), and r ends with BatchNorm and ReLU, also where the teacher's map is signed (WRN, MobileNetV2).
-RepDistiller: a pair that r cannot bridge ends in a TypeError; here: in an explanation, when the method is built.
+A pair that r cannot bridge ends in a TypeError there; here the teacher's map is averaged to the student's size.
 """
 
 from collections.abc import Sequence
@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from distiller_zoo.base import BETA, Flag, above_zero, whole
 from distiller_zoo.kd import FeatureDistiller
+from distiller_zoo.maps import MAP_SIZE, describe_sizes, match_size
 from errors import UnfitPair, UserError
 from models.backbone import Output, Shapes, probe_shapes
 
@@ -75,8 +76,8 @@ class FitNet(FeatureDistiller):
     group = "feature maps"
     reads = ("maps",)
     min_batch = 2  # the regressor's BatchNorm, where the map is one pixel
-    flags = (*FeatureDistiller.flags, HINT_LAYER)
-    needs = {**FeatureDistiller.needs, "hint_layer": (above_zero(BETA),)}
+    flags = (*FeatureDistiller.flags, HINT_LAYER, MAP_SIZE)
+    needs = {**FeatureDistiller.needs, **dict.fromkeys(("hint_layer", "map_size"), (above_zero(BETA),))}
 
     def __init__(self, student, teacher, task, **hyper_parameters):
         super().__init__(student, teacher, task, **hyper_parameters)
@@ -87,11 +88,22 @@ class FitNet(FeatureDistiller):
                 f"--hint_layer: there is no map {self.hint_layer} in both networks; choose a number from 0 to "
                 f"{layers - 1}"
             )
-        self.regressor = ConvReg(*(self._hinted(each) for each in shapes))
+        own, (channels, *size) = (self._hinted(each) for each in shapes)
+        # The regressor reaches every size up to its own, and twice its own; elsewhere the teacher's map is resized.
+        reaches = all(ours >= theirs or 2 * ours == theirs for ours, theirs in zip(own[1:], size, strict=True))
+        self._resizes = self.map_size == "interpolate" or not reaches
+        self._sizes = describe_sizes(own, (channels, *size), self.map_size) if self._resizes else ""
+        self.regressor = ConvReg(own, (channels, *(own[1:] if self._resizes else size)))
         self.criterion = HintLoss()
+
+    def notes(self):
+        return [*super().notes(), *filter(None, [self._sizes])]
 
     def _hinted(self, network: Output | Shapes):
         return network.maps[self.hint_layer]
 
     def feature_loss(self, student, teacher, targets, index):
-        return self.criterion(self.regressor(self._hinted(student)), self._hinted(teacher))
+        regressed, target = self.regressor(self._hinted(student)), self._hinted(teacher)
+        if self._resizes:
+            target = match_size(target, *regressed.shape[2:], "interpolate" if self.map_size != "pool" else "average")
+        return self.criterion(regressed, target)

@@ -88,6 +88,9 @@ class FeatureDistiller(LogitDistiller):
         """The method's own loss, a scalar without its weight."""
         raise NotImplementedError
 
+    def needs_teacher_logits(self):
+        return self.alpha > 0
+
     def losses(self, student, teacher, targets, index, progress):
         terms = self.label_and_logit_losses(student, teacher, targets)
         if self.beta:

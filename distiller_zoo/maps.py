@@ -6,8 +6,20 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from distiller_zoo.base import BETA, Flag, above_zero
+from distiller_zoo.kd import FeatureDistiller
 from errors import UnfitPair
-from models.backbone import Output, Shapes
+from models.backbone import Output, Shapes, probe_shapes
+
+MAP_SIZE = Flag(
+    ("--map_size",),
+    str,
+    "pool",
+    "how maps of different sizes are compared: pool (the larger one is pooled to the smaller, by maximum where the "
+    "method's paper does and the sizes divide, else by average) or interpolate (the teacher's map is resized to the "
+    "student's size, bilinearly)",
+    choices=("pool", "interpolate"),
+)
 
 
 def last_map(output: Output | Shapes) -> Tensor:
@@ -22,13 +34,80 @@ def middle_maps(output: Output | Shapes) -> list:
     return middle
 
 
-def pool_to_smaller(student_map: Tensor, teacher_map: Tensor) -> tuple[Tensor, Tensor]:
-    """Average-pool the larger of two maps (B, C, H, W) to the height and width of the smaller."""
+def match_size(feature_map: Tensor, height: int, width: int, how: str = "max") -> Tensor:
+    """A map (B, C, H, W) -> (B, C, height, width); unchanged where it has that size.
+
+    how: "max" (max-pooling where the sizes divide, adaptive average pooling elsewhere), "average" (adaptive average
+    pooling) or "interpolate" (bilinear, antialiased where the map shrinks).
+    """
+    if feature_map.shape[2:] == (height, width):
+        return feature_map
+    if how == "interpolate":
+        return F.interpolate(feature_map, (height, width), mode="bilinear", align_corners=False, antialias=True)
+    if takes_maximum(feature_map.shape[2:], (height, width), how):
+        return F.max_pool2d(feature_map, (feature_map.shape[2] // height, feature_map.shape[3] // width))
+    return F.adaptive_avg_pool2d(feature_map, (height, width))
+
+
+def takes_maximum(size: Sequence[int], target: Sequence[int], how: str = "max") -> bool:
+    """Whether `match_size` takes maxima from a map of `size` (H, W) to `target`: not linear, unlike everything else."""
+    divides = all(own % wanted == 0 for own, wanted in zip(size, target, strict=True))
+    return how == "max" and divides and tuple(size) != tuple(target)
+
+
+def pool_to_smaller(student_map: Tensor, teacher_map: Tensor, map_size: str = "pool") -> tuple[Tensor, Tensor]:
+    """Two maps (B, C, H, W) in one height and width: the larger one average-pooled to the smaller, or with
+    `map_size` "interpolate" the teacher's resized to the student's."""
+    if map_size == "interpolate":
+        return student_map, match_size(teacher_map, *student_map.shape[2:], "interpolate")
     if student_map.shape[2] > teacher_map.shape[2]:
-        return F.adaptive_avg_pool2d(student_map, teacher_map.shape[2:]), teacher_map
-    if student_map.shape[2] < teacher_map.shape[2]:
-        return student_map, F.adaptive_avg_pool2d(teacher_map, student_map.shape[2:])
-    return student_map, teacher_map
+        return match_size(student_map, *teacher_map.shape[2:], "average"), teacher_map
+    return student_map, match_size(teacher_map, *student_map.shape[2:], "average")
+
+
+def describe_sizes(student: Sequence[int], teacher: Sequence[int], map_size: str, paper: str = "average") -> str:
+    """One sentence on how maps of shape (C, H, W) are brought to one size; empty where they have one.
+
+    paper: "max" or "average", the pooling of the method's paper where the sizes divide.
+    """
+    own, other = student[1:], teacher[1:]
+    if tuple(own) == tuple(other):
+        return ""
+    sizes = " and ".join("x".join(map(str, size)) for size in (own, other))
+    if map_size == "interpolate":
+        return f"maps of student and teacher are {sizes}: the teacher's is interpolated to the student's size"
+    smaller, larger = sorted((tuple(own), tuple(other)))
+    kind = "max" if takes_maximum(larger, smaller, paper) else "average"
+    whose = "student" if tuple(own) == larger else "teacher"
+    return f"maps of student and teacher are {sizes}: the {whose}'s is {kind}-pooled (--map_size)"
+
+
+class MapDistiller(FeatureDistiller):
+    """Base of methods that compare maps of both networks pixel by pixel, in one size (`--map_size`).
+
+    A method pools the larger of two maps by itself, as its paper does; `sized` is asked before.
+    """
+
+    flags = (*FeatureDistiller.flags, MAP_SIZE)
+    needs = {**FeatureDistiller.needs, "map_size": (above_zero(BETA),)}
+
+    def __init__(self, student, teacher, task, **hyper_parameters):
+        super().__init__(student, teacher, task, **hyper_parameters)
+        pairs = zip(*(self.compared(probe_shapes(each, task.image_size)) for each in (student, teacher)), strict=False)
+        self._sizes = list(dict.fromkeys(describe_sizes(*pair, self.map_size) for pair in pairs))
+
+    @staticmethod
+    def compared(output: Output | Shapes) -> list:
+        """The maps of a network that are compared, or their shapes."""
+        return middle_maps(output)
+
+    def notes(self):
+        return [*super().notes(), *filter(None, self._sizes)]
+
+    def sized(self, student_maps: list[Tensor], teacher_maps: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        """Both lists of maps (B, C, H, W), of the length of the shorter one, ready to be compared in pairs."""
+        pairs = zip(student_maps, teacher_maps, strict=False)
+        return tuple(map(list, zip(*(pool_to_smaller(*pair, self.map_size) for pair in pairs), strict=True)))
 
 
 def require_equal_channels(method: str, student: Sequence[Sequence[int]], teacher: Sequence[Sequence[int]]) -> None:

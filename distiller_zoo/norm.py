@@ -9,6 +9,7 @@ the official code are listed in docs/norm.md.
 """
 
 import copy
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -26,9 +27,11 @@ from distiller_zoo.base import (
     count,
     number,
     weighted_cross_entropy,
+    widen,
 )
-from distiller_zoo.feature_transform import FORMS, FeatureTransform, match_size, norm_loss
+from distiller_zoo.feature_transform import FORMS, FeatureTransform, norm_loss
 from distiller_zoo.kd import CONSTANT_CLASSES, weighted_kd
+from distiller_zoo.maps import MAP_SIZE, describe_sizes, match_size, takes_maximum
 from errors import UserError
 from models.backbone import Backbone, FinalConv, Output, probe_shapes
 
@@ -73,8 +76,8 @@ LARGER_STUDENT = Flag(
     ("--larger_student",),
     str,
     "refuse",
-    "where the student's last map is larger than the teacher's: refuse, or max-pool its expanded map (pool), as the "
-    "official ImageNet loop does; a larger teacher's map is always max-pooled",
+    "where the student's last map is larger than the teacher's: refuse, or pool its expanded map (pool), as the "
+    "official ImageNet loop does; a larger teacher's map is always pooled",
     choices=("refuse", "pool"),
 )
 BETA1 = Flag(
@@ -90,22 +93,18 @@ def standardise_logits(logits: Tensor, scale: float) -> Tensor:
     return scale * F.layer_norm(logits, logits.shape[1:], eps=1e-7) if scale else logits
 
 
-def _check_sizes(
-    student_map: tuple[int, int, int], teacher_map: tuple[int, int, int], larger_student: str, form: str
-) -> None:
-    for student_size, teacher_size in zip(student_map[1:], teacher_map[1:], strict=True):
-        if student_size > teacher_size and larger_student == "refuse":
-            raise UserError(
-                f"--model_s: the student's last map ({student_size} pixels wide) is larger than the teacher's "
-                f"({teacher_size}); choose a --model_t with a larger last map, or --larger_student pool"
-            )
-        if student_size > teacher_size and form == "collapsed":
-            raise UserError("--ft_form collapsed cannot pool the student's larger map; leave it at auto")
-        if max(student_size, teacher_size) % min(student_size, teacher_size):
-            raise UserError(
-                f"--model_s: the last maps' size ratio {teacher_size}/{student_size} of teacher and student is not an "
-                "integer; choose another pair or --image_size"
-            )
+def _check_sizes(student: Sequence[int], teacher: Sequence[int], larger_student: str, form: str) -> None:
+    """Raise `UserError` where a student's map (C, H, W) is larger than the teacher's and is not to be pooled."""
+    (_, height, width), (_, *size) = student, teacher
+    if height <= size[0] and width <= size[1]:
+        return
+    if larger_student == "refuse":
+        raise UserError(
+            f"--model_s: the student's last map ({height} pixels wide) is larger than the teacher's ({size[0]}); "
+            "choose a --model_t with a larger last map, --larger_student pool or --map_size interpolate"
+        )
+    if form == "collapsed" and takes_maximum((height, width), size):
+        raise UserError("--ft_form collapsed cannot max-pool the student's larger map; leave it at auto")
 
 
 class NormOutput(NamedTuple):
@@ -132,9 +131,12 @@ class NORM(Distiller):
     group = "N-to-one"
     reads = ("final",)
     ships = "student (transform folded in)"
-    flags = (GAMMA, ALPHA, BETA, BETA1, CETA, CO_SPONGE, KD_T, FT, FT_POSITION, FT_FORM, LARGER_STUDENT)
-    needs = {"kd_T": (above_zero(ALPHA),), **dict.fromkeys(("beta1", "larger_student"), (above_zero(BETA),))}
-    larger_student = "refuse"
+    flags = (GAMMA, ALPHA, BETA, BETA1, CETA, CO_SPONGE, KD_T, FT, FT_POSITION, FT_FORM, LARGER_STUDENT, MAP_SIZE)
+    needs = {
+        "kd_T": (above_zero(ALPHA),),
+        **dict.fromkeys(("beta1", "larger_student", "map_size"), (above_zero(BETA),)),
+    }
+    larger_student, map_size = "refuse", "pool"
 
     def __init__(self, student: Backbone, teacher: Backbone | None, task, **hyper_parameters):
         super().__init__(student, teacher, task, **hyper_parameters)
@@ -142,9 +144,15 @@ class NORM(Distiller):
         self.scale = self.ceta if task.num_classes > CONSTANT_CLASSES else 0.0
         if self.co_sponge < 1:
             raise UserError(f"-s/--co_sponge: N must be at least 1, not {self.co_sponge}")
+        if student.cannot_change:
+            raise UserError(
+                f"--distill {self.name}: the student's last map must be changed, but {student.cannot_change}"
+            )
         student_map = probe_shapes(student, task.image_size).final
         teacher_map = student_map if teacher is None else probe_shapes(teacher, task.image_size).final
-        _check_sizes(student_map, teacher_map, self.larger_student, self.ft_form)
+        if self.map_size == "pool":
+            _check_sizes(student_map, teacher_map, self.larger_student, self.ft_form)
+        self._sizes = describe_sizes(student_map, teacher_map, self.map_size, "max")
         channels, teacher_channels = student_map[0], teacher_map[0]
         if self.ft == "none":
             if self.co_sponge != 1 or channels != teacher_channels:
@@ -158,40 +166,51 @@ class NORM(Distiller):
             self.transform = FeatureTransform(channels, teacher_channels, self.co_sponge, residual, self.ft_form)
 
     def notes(self):
-        if self.scale == self.ceta:
-            return []
-        return [f"-c/--ceta {self.ceta} is off: standardised logits of two classes are constants, without gradient"]
+        notes = [self._sizes] if self._sizes else []
+        if self.scale != self.ceta:
+            notes += [
+                f"-c/--ceta {self.ceta} is off: standardised logits of two classes are constants, without gradient"
+            ]
+        return notes
 
     def respond(self, images: Tensor, teacher: Output | None) -> NormOutput:
-        maps, final = self.student.forward_maps(images)
+        student = self.student
+        maps, final = student.forward_maps(images)
         loss = None
         if self.ft_position == "pre":
             final, loss = self._transform(final, None if teacher is None else teacher.final)
-        activated = self.student.activate(final)
+        activated = student.activate(final)
         if self.ft_position == "post":
             activated, loss = self._transform(activated, None if teacher is None else teacher.activated)
-        return NormOutput(maps, final, activated, *self.student.classify(activated), loss)
+        return NormOutput(maps, student.to_map(final), student.to_map(activated), *student.classify(activated), loss)
 
     def _transform(self, student_map: Tensor, teacher_map: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        target = None if teacher_map is None else teacher_map.detach()
-        if target is not None and target.shape[2] > student_map.shape[2]:
-            target = match_size(target, *student_map.shape[2:])
+        to_map, target = self.student.to_map, None if teacher_map is None else self._target(student_map, teacher_map)
         if self.transform is not None:
-            return self.transform(student_map, target)
+            return self.transform(student_map, target, to_map)
         with torch.autocast(student_map.device.type, enabled=False):
             if target is None:
                 return student_map, None
-            return student_map, norm_loss(match_size(student_map, *target.shape[2:]).to(target.dtype), target)
+            matched = match_size(to_map(student_map), *target.shape[2:])
+            return student_map, norm_loss(matched.to(target.dtype), target)
+
+    def _target(self, student_map: Tensor, teacher_map: Tensor) -> Tensor:
+        """The teacher's map (B, Ct, H, W) in the student's size, unless the student's is larger and will be pooled."""
+        size, target = self.student.to_map(student_map).shape[2:], teacher_map.detach()
+        if self.map_size == "interpolate":
+            return match_size(widen(target), *size, "interpolate")
+        return match_size(target, *size) if target.shape[2] > size[0] else target
 
     def losses(self, student, teacher, targets, index, progress):
         student_logits = standardise_logits(student.logits, self.scale)
-        teacher_logits = standardise_logits(teacher.logits, self.scale)
-        weight = self.beta * norm_weight(self.beta1, progress.epoch, progress.epochs)
-        return {
-            **weighted_cross_entropy(self.gamma, student_logits, targets),
-            **weighted_kd(self.alpha, student_logits, teacher_logits, self.kd_T),
-            "norm": weight * student.norm_loss,
-        }
+        terms = weighted_cross_entropy(self.gamma, student_logits, targets)
+        if self.alpha:
+            terms |= weighted_kd(self.alpha, student_logits, standardise_logits(teacher.logits, self.scale), self.kd_T)
+        terms["norm"] = self.beta * norm_weight(self.beta1, progress.epoch, progress.epochs) * student.norm_loss
+        return terms
+
+    def needs_teacher_logits(self):
+        return self.alpha > 0
 
     def export(self) -> Backbone:
         """The student with the transform folded in: W' = W K, b' = W k + b in the classifier (docs/norm.md)."""
@@ -203,32 +222,36 @@ class NORM(Distiller):
     def export_note(self) -> str:
         if self.transform is None or self._folds_into_classifier():
             return ""
+        if self.student.classifies_mean:
+            return (
+                "one 1x1 convolution is kept: this network's last BatchNorm and ReLU stand between the transform and "
+                "the classifier (--ft_position post trains one that folds away)"
+            )
         return (
-            "one 1x1 convolution is kept: this network's last BatchNorm and ReLU stand between the transform and the "
-            "classifier (--ft_position post trains one that folds away)"
-            if self.student.classifies_average
-            else "one 1x1 convolution is kept: this network's classifier reads more than the average of its last map"
+            "one linear layer (a 1x1 convolution) is kept: this network's head reads more than the average of its last "
+            "map or one of its tokens"
         )
 
     def _folds_into_classifier(self) -> bool:
-        """Whether only an average over the pixels stands between the transform and the classifier."""
+        """Whether only a weighted mean of the positions stands between the transform and the classifier."""
         averaged = self.ft_position == "post" or not self.student.activates_final
-        return averaged and self.student.classifies_average
+        return averaged and self.student.classifies_mean
 
 
 @torch.no_grad()
 def fold(network: Backbone, weight: Tensor, bias: Tensor, into_classifier: bool) -> Backbone:
-    """Apply x -> weight x + bias, weight (C, C), to the final map of `network` at no cost where that is possible.
+    """Apply x -> weight x + bias, weight (C, C), to what the head of `network` reads, at no cost where possible.
 
-    The map is linear and pooling is an average, so it moves behind the pooling and into the classifier; where the
-    head's own ReLU is in between, it becomes one 1x1 convolution in front of the head. Products are taken in float64.
+    The map is affine and pooling is a mean, or takes one token, so it moves behind the pooling and into the classifier;
+    where something else is in between, it becomes one 1x1 convolution in front of the head, which acts on every pixel
+    or token. Products are taken in float64.
     """
     if into_classifier:
         classifier = network.get_classifier()
         classifier.bias.copy_(classifier.weight.double() @ bias + classifier.bias.double())
         classifier.weight.copy_(classifier.weight.double() @ weight)
         return network
-    folded = FinalConv(network, len(bias)).to(bias.device, network.get_classifier().weight.dtype).eval()
+    folded = FinalConv(network, len(bias)).to(bias.device, next(network.parameters()).dtype).eval()
     folded.final_conv.weight.copy_(weight[:, :, None, None])
     folded.final_conv.bias.copy_(bias)
     return folded
@@ -253,6 +276,9 @@ class FTBaseline(NORM):
         FT_FORM,
     )
     needs = {}
+
+    def needs_teacher_logits(self):
+        return False
 
     def losses(self, student, teacher, targets, index, progress):
         return weighted_cross_entropy(self.gamma, standardise_logits(student.logits, self.scale), targets)

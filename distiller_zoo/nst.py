@@ -12,8 +12,7 @@ channels or over pixels, whichever are fewer.
 import torch
 from torch import Tensor, nn
 
-from distiller_zoo.kd import FeatureDistiller
-from distiller_zoo.maps import middle_maps, pool_to_smaller, unit_vectors
+from distiller_zoo.maps import MapDistiller, middle_maps, pool_to_smaller, unit_vectors
 
 
 def mean_kernel(a: Tensor, b: Tensor) -> Tensor:
@@ -39,7 +38,7 @@ class NSTLoss(nn.Module):
         )
 
 
-class NeuronSelectivity(FeatureDistiller):
+class NeuronSelectivity(MapDistiller):
     """The student's channels are distributed as the teacher's: they respond to the same places."""
 
     name = "nst"
@@ -53,4 +52,4 @@ class NeuronSelectivity(FeatureDistiller):
         self.criterion = NSTLoss()
 
     def feature_loss(self, student, teacher, targets, index):
-        return sum(self.criterion(middle_maps(student), middle_maps(teacher)))
+        return sum(self.criterion(*self.sized(middle_maps(student), middle_maps(teacher))))

@@ -16,8 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from distiller_zoo.kd import FeatureDistiller
-from distiller_zoo.maps import middle_maps, pool_to_smaller
+from distiller_zoo.maps import MapDistiller, middle_maps, pool_to_smaller
 from errors import UserError
 from models.backbone import Backbone, Output, probe_shapes
 
@@ -52,9 +51,9 @@ def projector(in_channels: int, out_channels: int) -> nn.Sequential:
     )
 
 
-def squared_difference(student_map: Tensor, teacher_map: Tensor, project: nn.Module) -> Tensor:
-    """Per image (B,): the mean squared difference of two maps, the student's pooled to the smaller and projected."""
-    student_map, teacher_map = pool_to_smaller(student_map, teacher_map)
+def squared_difference(student_map: Tensor, teacher_map: Tensor, project: nn.Module, map_size: str = "pool") -> Tensor:
+    """Per image (B,): the mean squared difference of two maps in one size, the student's projected."""
+    student_map, teacher_map = pool_to_smaller(student_map, teacher_map, map_size)
     return (project(student_map) - teacher_map).square().mean((1, 2, 3))
 
 
@@ -68,7 +67,7 @@ def calibrated_loss(attention: Tensor, differences: Tensor) -> Tensor:
     return (attention * differences).sum(2).mean()
 
 
-class SemCKD(FeatureDistiller):
+class SemCKD(MapDistiller):
     """Each of the student's maps learns from all of the teacher's, in learned shares."""
 
     name = "semckd"
@@ -115,7 +114,9 @@ class SemCKD(FeatureDistiller):
         rows = []
         for student_map, projectors in zip(student_maps, self.projectors, strict=True):
             pairs = zip(teacher_maps, projectors, strict=True)
-            row = [squared_difference(student_map, teacher_map, project) for teacher_map, project in pairs]
+            row = [
+                squared_difference(student_map, teacher_map, project, self.map_size) for teacher_map, project in pairs
+            ]
             rows.append(torch.stack(row, 1))
         return torch.stack(rows, 1)
 

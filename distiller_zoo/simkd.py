@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from distiller_zoo.base import ALPHA, BETA, GAMMA, KD_T, Flag, count
 from distiller_zoo.kd import LOGIT_STANDARDIZATION, FeatureDistiller
-from distiller_zoo.maps import last_map, pool_to_smaller
+from distiller_zoo.maps import MapDistiller, last_map, pool_to_smaller
 from errors import UserError
 from models.backbone import probe_shapes
 from models.cost import count_parameters
@@ -28,7 +28,7 @@ PROJECTOR_FACTOR = Flag(
 )
 
 
-class SimKD(FeatureDistiller):
+class SimKD(MapDistiller):
     """The student's last map becomes the teacher's, whose classifier is reused."""
 
     name = "simkd"
@@ -49,6 +49,8 @@ class SimKD(FeatureDistiller):
         LOGIT_STANDARDIZATION,
         PROJECTOR_FACTOR,
     )
+    needs = FeatureDistiller.needs
+    map_size = "pool"  # what is shipped pools the student's larger map
 
     def __init__(self, student, teacher, task, **hyper_parameters):
         super().__init__(student, teacher, task, **hyper_parameters)
@@ -64,6 +66,10 @@ class SimKD(FeatureDistiller):
         self.student = ReusedClassifier(student, width, channels, size, self.projector_factor)
         self.student.classifier.load_state_dict(teacher.get_classifier().state_dict())
         self.student.classifier.requires_grad_(False)
+
+    @staticmethod
+    def compared(output):
+        return [last_map(output)]
 
     def main_stage(self, epochs):
         return super().main_stage(epochs)._replace(trained=[self.student.network, self.student.projector])

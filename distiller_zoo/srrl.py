@@ -59,6 +59,9 @@ class SRRL(FeatureDistiller):
             initialise(self.connector)
         self.teacher_classifier = copy.deepcopy(teacher.get_classifier()).requires_grad_(False)
 
+    def needs_teacher_logits(self):
+        return self.alpha > 0 or self.beta > 0
+
     def represent(self, student: Output) -> Tensor:
         """The student's representation in the teacher's space, (B, Dt)."""
         source = student.activated if self.srrl_form == "map" else student.pooled[:, :, None, None]

@@ -34,5 +34,7 @@ class FeaturesFirst(LogitDistiller):
     def needs_teacher_output(self):
         return self.alpha > 0
 
+    needs_teacher_logits = needs_teacher_output
+
     def losses(self, student, teacher, targets, index, progress):
         return self.label_and_logit_losses(student, teacher, targets)

@@ -12,8 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from distiller_zoo.kd import FeatureDistiller
-from distiller_zoo.maps import middle_maps, pool_to_smaller
+from distiller_zoo.maps import MapDistiller, middle_maps, pool_to_smaller
 from models.backbone import probe_shapes
 
 
@@ -50,7 +49,7 @@ class VIDLoss(nn.Module):
         return 0.5 * (squared_error / variance + variance.log()).mean()
 
 
-class VID(FeatureDistiller):
+class VID(MapDistiller):
     """The student's maps must tell as much as possible about the teacher's."""
 
     name = "vid"
@@ -68,6 +67,5 @@ class VID(FeatureDistiller):
         )
 
     def feature_loss(self, student, teacher, targets, index):
-        # The criteria are as many as the network with fewer maps has.
-        layers = zip(self.criteria, middle_maps(student), middle_maps(teacher), strict=False)
+        layers = zip(self.criteria, *self.sized(middle_maps(student), middle_maps(teacher)), strict=True)
         return sum(criterion(student_map, teacher_map) for criterion, student_map, teacher_map in layers)

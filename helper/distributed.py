@@ -5,7 +5,6 @@ Without torchrun there is one process, and everything here does nothing.
 
 import os
 import sys
-from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -14,7 +13,6 @@ import torch
 from torch import Tensor, distributed, nn
 
 from errors import Stopped, UserError
-from helper.device import find_device
 from models.synchronised import average, count_processes, is_synchronised
 
 #: Where processes tell each other that one of them has failed.
@@ -30,20 +28,22 @@ def joined() -> Iterator[None]:
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or "RANK" not in os.environ:
         yield
         return
+    from torch.distributed.distributed_c10d import PrefixStore
     from torch.distributed.rendezvous import rendezvous
 
     store, number, world_size = next(rendezvous("env://"))
     if os.environ.get("GROUP_WORLD_SIZE", "1") == "1":
         # torchrun keeps one store over its restarts, where the addresses of processes that have gone would be found.
         # Agents of several machines may count differently; docs/distributed.md says what to set there.
-        store = distributed.PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+        store = PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
     if torch.cuda.is_available() and local_rank() < torch.cuda.device_count():
         torch.cuda.set_device(local_rank())
     distributed.init_process_group(store=store, rank=number, world_size=world_size)
     try:
         yield
+        _leave()
     except Stopped as stop:
-        distributed.destroy_process_group()
+        _leave()
         if number == 0:
             raise
         sys.exit(128 + stop.signal_number)
@@ -55,10 +55,19 @@ def joined() -> Iterator[None]:
         if first:
             raise reason from None
         sys.exit(2)  # without leaving the group, which may wait for those that have gone
+
+
+def _leave() -> None:
+    """Leave the group when all processes do.
+
+    Waiting for them lets gloo's threads finish with the last tensors, for which they need Python's lock: DDP ends these
+    threads when it is freed, with that lock held, and would wait for them for ever.
+    """
+    distributed.barrier()
     distributed.destroy_process_group()
 
 
-def _is_first(store: distributed.Store) -> bool:
+def _is_first(store: Any) -> bool:
     """Whether no other process has failed before; True where the process that would know has ended."""
     try:
         return store.add(FAILURES, 1) == 1
@@ -91,6 +100,18 @@ def local_rank() -> int:
 def is_main() -> bool:
     """Whether this process writes the files and talks to the terminal."""
     return rank() == 0
+
+
+def find_device(name: str) -> torch.device:
+    """The device of `--device`; auto is CUDA where it is available, else the CPU."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise UserError(f"--device: {name} cannot be used: {str(error).splitlines()[0]}") from None
+    return device
 
 
 def device_of(name: str) -> torch.device:
@@ -175,82 +196,69 @@ def average_statistics(module: nn.Module) -> None:
         for layer in module.modules()
         if isinstance(layer, nn.modules.batchnorm._BatchNorm) and layer.training and not is_synchronised(layer)
     ]
-    buffers = [buffer for layer in updated for buffer in (layer.running_mean, layer.running_var)]
+    both = [buffer for layer in updated for buffer in (layer.running_mean, layer.running_var)]
+    buffers = [buffer for buffer in both if buffer is not None]
     if buffers:
         means = average(torch.cat([buffer.flatten() for buffer in buffers])).split([len(buffer) for buffer in buffers])
         for buffer, mean in zip(buffers, means, strict=True):
             buffer.copy_(mean)
 
 
-def describe_batch(config: Namespace) -> str:
+def describe_batch(config: Any) -> str:
     """One line on how the batch is divided and what that means for the learning rate; empty where it is not divided."""
     processes, parts = count_processes(), config.accumulate
     if processes * parts == 1:
         return ""
-    factors = f"{processes} processes x " * (processes > 1) + f"{parts} parts x " * (parts > 1)
+    factors = f"{processes} processes x " * (processes > 1) + f"{parts} micro-batches x " * (parts > 1)
     statistics = "all processes'" if config.sync_bn else "each process's own"
     return (
-        f"batch: {config.batch_size} = {factors}{images_per_pass(config)} images; the learning rate, "
-        f"{config.learning_rate:g}, belongs to the whole batch and is not scaled; BatchNorm over {statistics} "
-        + ("part" if parts > 1 else "images")
+        f"batch: {config.batch_size} = {factors}{images_per_pass(config.batch_size, parts)} images; the learning rate, "
+        f"{config.learning_rate:g}, belongs to the global batch and is not rescaled; BatchNorm over {statistics} "
+        + ("micro-batch" if parts > 1 else "images")
     )
 
 
-def images_per_pass(config: Namespace) -> int:
+def images_per_pass(batch_size: int, parts: int) -> int:
     """How many images of a whole batch a process computes at once; raises `UserError` where they do not divide."""
-    processes, parts = count_processes(), config.accumulate
-    images, rest = divmod(config.batch_size, processes * parts)
+    processes = count_processes()
+    images, rest = divmod(batch_size, processes * parts)
     if rest:
         raise UserError(
-            f"--batch_size: {config.batch_size} is the batch of all processes, it cannot be divided by {processes} "
+            f"--batch_size: {batch_size} is the global batch size, it cannot be divided by {processes} "
             f"processes x --accumulate {parts}; try {max(images, 1) * processes * parts}"
         )
     return images
 
 
 class Replica:
-    """The distiller in training: called like it, with gradients that are the mean over all processes.
+    """A method in training: called like it; with several processes its gradients are the mean over all of them."""
 
-    The first step exchanges gradients by hand and finds out whether everything that is trained gets one. Only where
-    that is not so (a weight is 0, say) or changes from step to step (`uses_everything`), DDP, which takes over then,
-    has to look for what is unused in every step.
-    """
-
-    def __init__(self, distiller: nn.Module):
-        self._distiller = distiller
+    def __init__(self, method: nn.Module, uses_everything: bool):
         self._parallel: nn.parallel.DistributedDataParallel | None = None
+        self._method = method
+        if count_processes() > 1:
+            self._parallel = nn.parallel.DistributedDataParallel(
+                _Detached(method),
+                broadcast_buffers=False,  # statistics are averaged where they are used; banks are alike already
+                init_sync=False,  # one seed, one checkpoint: weights are alike, and statistics would be lost
+                find_unused_parameters=not uses_everything,
+            )
 
     def __call__(self, *arguments):
-        return (self._parallel or self._distiller)(*arguments)
+        return (self._parallel or self._method)(*arguments)
 
     def only_adding(self, only: bool) -> AbstractContextManager:
-        """Within this block gradients are added up here and not exchanged, if `only`."""
+        """Within this block gradients are accumulated in this process and not exchanged, if `only`."""
         return self._parallel.no_sync() if only and self._parallel is not None else nullcontext()
-
-    def finish_gradients(self) -> None:
-        """To be called when all gradients of a step are there, before they are used."""
-        if count_processes() == 1 or self._parallel is not None:
-            return
-        trained = [parameter for parameter in self._distiller.parameters() if parameter.requires_grad]
-        used = [parameter for parameter in trained if parameter.grad is not None]
-        means = average(torch.cat([parameter.grad.flatten() for parameter in used]))
-        for parameter, mean in zip(used, means.split([parameter.numel() for parameter in used]), strict=True):
-            parameter.grad.copy_(mean.view_as(parameter))
-        self._parallel = nn.parallel.DistributedDataParallel(
-            _Detached(self._distiller),
-            broadcast_buffers=False,  # statistics are averaged where they are used; banks are alike already
-            init_sync=False,  # one seed, one checkpoint: weights are alike, and statistics would be lost
-            find_unused_parameters=len(used) < len(trained) or not self._distiller.uses_everything,
-        )
 
 
 class _Detached(nn.Module):
-    """A distiller whose logits are for reading only: DDP takes every output for something that is differentiated."""
+    """A method whose logits are for reading only: DDP takes every output for something that is differentiated."""
 
-    def __init__(self, distiller: nn.Module):
+    def __init__(self, method: nn.Module):
         super().__init__()
-        self.distiller = distiller
+        self.method = method
 
     def forward(self, *arguments):
-        logits, losses = self.distiller(*arguments)
+        logits, losses = self.method(*arguments)
         return (None if logits is None else logits.detach()), losses

@@ -1,10 +1,9 @@
 """How the same mathematics is computed faster: precision, memory layout, folded teacher, fused optimizer, compiler."""
 
 import copy
-from argparse import Namespace
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,18 +17,19 @@ PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 COMPILE = ("off", "default", "reduce-overhead")
 #: Compilations of one function, at most: runs side by side share the functions of their networks and methods.
 MOST_COMPILATIONS = 256
-#: What `--fast off` means for each of its parts.
-OFF = {
-    "precision": "float32",
-    "channels_last": False,
-    "fold_teacher": False,
-    "fused_optimizer": False,
-    "compile": "off",
-}
 
 
 class Float32Convolution(nn.Conv2d):
     """A convolution that autocast leaves in float32."""
+
+    @classmethod
+    def like(cls, layer: nn.Conv2d) -> "Float32Convolution":
+        """The same convolution, with the same parameters."""
+        names = ("kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
+        sizes: dict[str, Any] = {name: getattr(layer, name) for name in names}
+        same = cls(layer.in_channels, layer.out_channels, bias=layer.bias is not None, device="meta", **sizes)
+        same.weight, same.bias = layer.weight, layer.bias
+        return same.train(layer.training)
 
     def forward(self, x: Tensor) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):
@@ -46,7 +46,7 @@ class Fast(NamedTuple):
     compile: str = "off"  # a mode of torch.compile, for the forward passes of both networks
 
     @classmethod
-    def of(cls, config: Namespace) -> "Fast":
+    def of(cls, config: Any) -> "Fast":
         return cls(**{part: getattr(config, part) for part in cls._fields})
 
     def autocast(self, device: torch.device) -> AbstractContextManager:
@@ -64,21 +64,21 @@ class Fast(NamedTuple):
                     layer.to(PRECISIONS[self.precision])
         return self.lay_out(network)
 
-    def lay_out(self, value: nn.Module | Tensor) -> nn.Module | Tensor:
+    def lay_out(self, value: Any) -> Any:
         """The same network or images (B, C, H, W) in the chosen memory layout."""
         if not self.channels_last:
             return value
-        if isinstance(value, nn.Module) and any(parameter.dim() == 5 for parameter in value.parameters()):
+        if isinstance(value, nn.Module) and any(one.dim() == 5 for one in value.parameters()):
             return value  # a network with three-dimensional convolutions, for which torch has another layout
-        return value.to(memory_format=torch.channels_last)
+        return value.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
 
     def prepare_student(self, distiller: nn.Module, device: torch.device) -> nn.Module:
         """The same module as this run trains it."""
         if self.precision != "float32" and device.type == "cpu":
             # oneDNN's backward pass of depthwise convolutions is slower in bfloat16 than in float32.
-            for layer in distiller.modules():
+            for name, layer in list(distiller.named_modules()):
                 if type(layer) is nn.Conv2d and layer.groups == layer.in_channels > 1:
-                    layer.__class__ = Float32Convolution
+                    distiller.set_submodule(name, Float32Convolution.like(layer))
         return self.lay_out(distiller)
 
     def compiled(self, function: Callable, outlives: bool = False) -> Callable:
@@ -108,7 +108,7 @@ class Fast(NamedTuple):
             return
         try:
             yield
-        except torch._dynamo.exc.TorchDynamoException as error:
+        except torch._dynamo.exc.TorchDynamoException as error:  # pyright: ignore[reportAttributeAccessIssue]
             cause = getattr(error, "inner_exception", error)
             reason = next(iter(str(cause).strip().splitlines()), "")[:200]
             raise UserError(
@@ -120,20 +120,6 @@ class Fast(NamedTuple):
 def _copy(output: Output) -> Output:
     maps, *others = output
     return Output([feature_map.clone() for feature_map in maps], *(other.clone() for other in others))
-
-
-def choose(device: torch.device) -> dict[str, object]:
-    """What `--fast auto` means on a device: every part, and bfloat16 where the device computes with it.
-
-    Nothing is compiled: that takes minutes on a CPU and gains little there, and has not been measured on a GPU.
-    """
-    return {
-        "precision": "bfloat16" if computes_bfloat16(device) else "float32",
-        "channels_last": True,
-        "fold_teacher": True,
-        "fused_optimizer": device.type in ("cpu", "cuda"),
-        "compile": "off",
-    }
 
 
 def computes_bfloat16(device: torch.device) -> bool:

@@ -1,16 +1,37 @@
 """What is measured while training: weighted losses by name, accuracy, and where the time goes."""
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dataset import Batch, Loader
-from errors import UserError
 from helper.distributed import count_processes, is_main, total_of
-from helper.reporting import progress_bar
+
+
+def accuracy(logits: Tensor, targets: Tensor) -> float:
+    """Top-1 accuracy (%) of logits (n, K) against classes (n,)."""
+    return 100 * int((logits.argmax(1) == targets).sum()) / len(targets)
+
+
+def accuracy_top5(logits: Tensor, targets: Tensor) -> float:
+    """Top-5 accuracy (%)."""
+    top = logits.topk(min(5, logits.shape[1]), 1).indices == targets[:, None]
+    return 100 * int(top.sum()) / len(targets)
+
+
+def loss(logits: Tensor, targets: Tensor) -> float:
+    """Mean cross entropy."""
+    return float(F.cross_entropy(logits.double(), targets))
+
+
+#: What is measured on the images of a whole split: name -> function (logits (n, K), classes (n,)) -> number.
+METRICS: dict[str, Callable[[Tensor, Tensor], float]] = {
+    "accuracy": accuracy,
+    "accuracy_top5": accuracy_top5,
+    "loss": loss,
+}
 
 
 class EpochMeter:
@@ -28,16 +49,9 @@ class EpochMeter:
         self._start = time.perf_counter()
         self._data_wait = 0.0
 
-    def timed(self, batches: Iterable[Batch]) -> Iterator[Batch]:
-        """The same batches; the time spent waiting for them is counted."""
-        iterator = iter(batches)
-        while True:
-            start = time.perf_counter()
-            batch = next(iterator, None)
-            self._data_wait += time.perf_counter() - start
-            if batch is None:
-                return
-            yield batch
+    def waited(self, seconds: float) -> None:
+        """Count time that was spent waiting for a batch."""
+        self._data_wait += seconds
 
     @torch.no_grad()
     def update(self, losses: dict[str, Tensor], logits: Tensor | None, targets: Tensor) -> None:
@@ -88,28 +102,3 @@ class EpochMeter:
             "data_wait_s": data_wait,
             "compute_s": seconds - data_wait,
         }
-
-
-@torch.no_grad()
-def evaluate(predict: Callable[[Tensor], Tensor], loader: Loader, title: str = "testing") -> dict[str, float]:
-    """Accuracy (%), top-5 accuracy (%) and mean cross entropy of `predict(images) -> logits` over a whole split.
-
-    Of several processes each goes through its own part of the split, in `loader`. Raises `UserError` where no image of
-    the split can be read.
-    """
-    correct = correct_top5 = loss = n = 0
-    for batch in progress_bar(loader.batches(), title, len(loader)):
-        logits = predict(batch.images).float()
-        top = logits.topk(min(5, logits.shape[1]), 1).indices == batch.targets[:, None]
-        correct += top[:, 0].sum()
-        correct_top5 += top.sum()
-        loss += F.cross_entropy(logits, batch.targets, reduction="sum")
-        n += len(batch.targets)  # images that cannot be read are left out
-    correct, correct_top5, loss, n = total_of([correct, correct_top5, loss, n])
-    if not n:
-        raise UserError(f"--data: {title}: none of the images can be read; mend them")
-    return {
-        "test_accuracy": 100 * correct / n,
-        "test_accuracy_top5": 100 * correct_top5 / n,
-        "test_loss": loss / n,
-    }

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import NamedTuple
 
-from distiller_zoo import Flag
+from setting import RECIPE, Setting
 
 #: The networks that the tables train at a lower rate.
 MOBILE = ("MobileNetV2", "MobileNetV2_norm", "ShuffleV1", "ShuffleV2")
@@ -413,10 +413,10 @@ def find_rows(
     return {argument: row for row in ROWS if row.applies(place, chosen) for argument in row.values}
 
 
-def run_length(flag: Flag, dataset: str, method: str, recipe: Mapping[str, tuple[object, str]]) -> int:
+def run_length(flag: Setting, dataset: str, method: str, recipe: Mapping[str, tuple[object, str]]) -> int:
     """The epochs of the run that a flag's number of epochs belongs to.
 
     What a method publishes for a data set belongs to its run there, everything else to the flag's own `full_run`.
     """
     (_, source), (epochs, _) = recipe.get(flag.argument, (flag.default, "default")), recipe["epochs"]
-    return epochs if source == f"{method} on {dataset}" else flag.full_run
+    return epochs if flag.full_run is RECIPE or source == f"{method} on {dataset}" else flag.full_run

@@ -1,25 +1,28 @@
 """The folder of one run: everything a run writes, written so that no file is ever half there."""
 
-import fcntl
-import itertools
+import errno
+import functools
 import json
 import math
 import os
+import re
 import shutil
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
+from filelock import FileLock, Timeout
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from errors import UserError
-from models.checkpoints import read_checkpoint
+from models.files import DamagedFile, read_checkpoint
 
 CONFIG, METRICS, RESULT, LOG = "config.json", "metrics.jsonl", "result.json", "log.txt"
 LAST, BEST = "last.pth", "best.pth"
-LOCK = ".lock"
+LOCK, PART = ".lock", ".part"
 #: The checkpoint before the last, which is taken where the last is damaged.
 PREVIOUS = "last.previous.pth"
 DAMAGED = "last.damaged.pth"
@@ -27,12 +30,12 @@ DAMAGED = "last.damaged.pth"
 
 @contextmanager
 def replacing(path: str | os.PathLike) -> Iterator[str]:
-    """A temporary name beside `path`; it takes the place of `path` if the block ends well, and goes otherwise.
+    """A temporary name next to `path`; it replaces `path` if the block ends well, and is removed otherwise.
 
     The content is on the disk before the name is, so that a power cut leaves the old file or the new one. Raises
-    `UserError` where the disk takes no more.
+    `UserError` where the system refuses to write. Two processes that write one file do not meet.
     """
-    temporary = f"{path}.part"
+    temporary = f"{path}.{os.getpid()}{PART}"
     try:
         with writing(path):
             yield temporary
@@ -50,8 +53,8 @@ def writing(path: str | os.PathLike) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        is_place = isinstance(error, (FileNotFoundError, FileExistsError, NotADirectoryError, PermissionError))
-        way_out = "name another place" if is_place else "make room, then go on"
+        is_full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, None)
+        way_out = "make room, then resume" if is_full else "name another place"
         raise UserError(f"{path} cannot be written: {error.strerror or error}; {way_out}") from None
 
 
@@ -60,22 +63,38 @@ def _flush(path: str | os.PathLike) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if not os.path.isdir(path) or error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS):
+            raise
+        _warn_of_folder(os.path.abspath(path))
     finally:
         os.close(descriptor)
+
+
+@functools.cache
+def _warn_of_folder(path: str) -> None:
+    print(f"warning: the file system of {path} does not flush folders: a power cut may lose the latest checkpoint")
+
+
+def _acquire(lock: FileLock, timeout: float = 0.0) -> None:
+    """Take a lock within `timeout` seconds, or raise `Timeout`; say so where the file system has no locks."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        lock.acquire(timeout=timeout)
+    if caught:
+        print(f"warning: the file system of {lock.lock_file} has no locks; the file itself is taken as one")
 
 
 def is_taken(path: Path) -> bool:
     """Whether a process is training in a run folder now."""
-    try:
-        descriptor = os.open(path / LOCK, os.O_RDONLY)
-    except FileNotFoundError:
+    if not (path / LOCK).exists():
         return False
+    lock = FileLock(path / LOCK)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except OSError:
+        _acquire(lock)
+    except (Timeout, OSError):
         return True
-    finally:
-        os.close(descriptor)
+    lock.release()
     return False
 
 
@@ -86,7 +105,7 @@ class RunFolder:
         self.path = Path(path)
         self.label = ""  # before every line on the terminal, where several runs print there
         self._events: SummaryWriter | None = None
-        self._lock: int | None = None
+        self._lock = FileLock(self.path / LOCK)
 
     def lock(self) -> "RunFolder":
         """Claim the folder until `close`; raises `UserError` where another process writes to it.
@@ -96,12 +115,12 @@ class RunFolder:
         for name in os.listdir(self.path):
             if (self.path / name).is_symlink():
                 raise UserError(f"--resume: {self.path / name} is a link; a run's files must be its own")
-        with writing(self.path / LOCK):
-            self._lock = os.open(self.path / LOCK, os.O_RDWR | os.O_CREAT)
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            self.close()
+            with writing(self.path / LOCK):
+                _acquire(self._lock, timeout=1.0)  # a plan that looks whether the run is over holds it for a moment
+                for left in self.path.glob(f"*{PART}"):  # of a process that was killed
+                    left.unlink(missing_ok=True)
+        except Timeout:
             raise UserError(
                 f"--resume: another process is training in {self.path}; wait for it, or start a run of its own"
             ) from None
@@ -109,24 +128,23 @@ class RunFolder:
 
     @classmethod
     def create(cls, root: str, name: str) -> "RunFolder":
-        """A new folder `root/name`, or `root/name-2` and so on where that exists."""
-        for candidate in run_candidates(root, name):
+        """A new folder `root/name`, or `root/name-2` and so on, behind the latest that exists."""
+        while True:
+            candidate = next_folder(root, name)
             try:
                 candidate.mkdir(parents=True)
                 return cls(candidate).lock()
-            except FileExistsError:
-                continue
+            except FileExistsError:  # another process was faster
+                if not candidate.is_dir():
+                    raise UserError(f"--save_dir: {candidate} cannot be made: a file is in its place") from None
             except OSError as error:
                 raise UserError(f"--save_dir: {candidate} cannot be made: {error.strerror}") from None
-        raise AssertionError("there is always a next number")
 
     @classmethod
     def find(cls, root: str, name: str) -> "RunFolder | None":
         """The latest folder that `create` made for this name and that has a checkpoint."""
-        made = list(itertools.takewhile(Path.exists, run_candidates(root, name)))
-        return next(
-            (cls(path) for path in reversed(made) if (path / LAST).exists() or (path / PREVIOUS).exists()), None
-        )
+        made = reversed(folders_of(root, name))
+        return next((cls(path) for path in made if (path / LAST).exists() or (path / PREVIOUS).exists()), None)
 
     @contextmanager
     def discarded_on_error(self) -> Iterator[None]:
@@ -178,17 +196,22 @@ class RunFolder:
                 continue
             try:
                 checkpoint = read_checkpoint(self.path / name, "--resume")
-            except UserError as error:
+            except DamagedFile as error:  # what the system refuses to read is not damaged, and ends the script
                 refusals.append(str(error))
                 continue
             if name == PREVIOUS:
-                self.log(f"{refusals[0] if refusals else f'{LAST} is missing'}; going on with {name}")
+                self.log(f"{refusals[0] if refusals else f'{LAST} is missing'}; resuming with {name}")
                 if refusals:  # the next checkpoint must not take it for the one before
                     os.replace(self.path / LAST, self.path / DAMAGED)
             return checkpoint
         if refusals:
             raise UserError(refusals[0])
         raise UserError(f"--resume: {self.path} has no checkpoint yet; start the run again without --resume")
+
+    def remove(self, name: str) -> None:
+        """Remove a file, if it is there."""
+        with writing(self.path / name):
+            (self.path / name).unlink(missing_ok=True)
 
     def append_metrics(self, record: dict, epochs_over: int) -> None:
         """One epoch's numbers: a line of `metrics.jsonl`, and TensorBoard's scalars by epochs of the whole run."""
@@ -199,7 +222,16 @@ class RunFolder:
             self._events = self._events or SummaryWriter(self.path)
             for key, value in record.items():
                 if key not in ("stage", "epoch"):
-                    self._events.add_scalar(key, value, epochs_over)
+                    self._events.add_scalar(tag_of(key), value, epochs_over)
+            self._events.flush()
+
+    def append_outcome(self, settings: dict, result: dict) -> None:
+        """TensorBoard's table of runs: settings and the accuracies of the result."""
+        values = {name: value for name, value in settings.items() if isinstance(value, bool | str | float | int)}
+        numbers = {tag_of(name): value for name, value in result.items() if name.startswith("accuracy")}
+        with writing(self.path / "events.out.tfevents"):
+            self._events = self._events or SummaryWriter(self.path)
+            self._events.add_hparams(values, numbers, run_name=".")
             self._events.flush()
 
     def keep_metrics_until(self, epochs_over: int) -> None:
@@ -220,9 +252,7 @@ class RunFolder:
         if self._events is not None:
             with suppress(OSError):  # a full disk: what could not be written is lost, and was named before
                 self._events.close()
-        if self._lock is not None:
-            os.close(self._lock)
-            self._lock = None
+        self._lock.release()
 
 
 class FolderElsewhere(RunFolder):
@@ -231,7 +261,19 @@ class FolderElsewhere(RunFolder):
     def _ignore(self, *arguments, **named) -> None:
         pass
 
-    log = log_quietly = write_json = save = append_metrics = keep_metrics_until = _ignore
+    log = log_quietly = write_json = save = append_metrics = append_outcome = keep_metrics_until = remove = close = (
+        _ignore
+    )
+
+
+def tag_of(name: str) -> str:
+    """The name of a number in TensorBoard, grouped by what it is: accuracy/test, loss/ce, speed/images_per_s."""
+    split, _, rest = name.partition("_")
+    if split in ("train", "test", "holdout"):
+        return f"{rest}/{split}"
+    if split in ("loss", "accuracy"):
+        return f"{split}/{rest or 'total'}"
+    return f"speed/{name}" if name.endswith("_s") else f"schedule/{name}"
 
 
 def _append(path: Path, line: str) -> None:
@@ -251,7 +293,7 @@ def save(checkpoint: dict, path: str) -> None:
     try:
         torch.save(checkpoint, path)
     except RuntimeError as error:  # torch's word for a file that cannot be written
-        raise OSError(f"the disk takes no more ({str(error).splitlines()[0][:100]})") from None
+        raise OSError(errno.ENOSPC, f"the disk is full ({str(error).splitlines()[0][:100]})") from None
 
 
 def _is_record(line: str) -> bool:
@@ -266,10 +308,20 @@ def _or_null(value):
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def run_candidates(root: str, name: str) -> Iterator[Path]:
-    """root/name, root/name-2, ...: the folders of runs of one name, in the order in which they are made."""
-    yield Path(root, name)
-    number = 2
-    while True:
-        yield Path(root, f"{name}-{number}")
-        number += 1
+def folders_of(root: str | os.PathLike, name: str) -> list[Path]:
+    """The folders of runs of one name, root/name, root/name-2, ..., in the order in which they were made."""
+    try:
+        found = [path for path in Path(root).iterdir() if re.fullmatch(rf"{re.escape(name)}(-\d+)?", path.name)]
+    except OSError:
+        return []
+    return sorted(found, key=lambda path: _number(path, name))
+
+
+def next_folder(root: str | os.PathLike, name: str) -> Path:
+    """The folder that a new run of this name gets."""
+    made = folders_of(root, name)
+    return Path(root, name if not made else f"{name}-{_number(made[-1], name) + 1}")
+
+
+def _number(path: Path, name: str) -> int:
+    return int(path.name[len(name) + 1 :] or 1)

@@ -83,6 +83,10 @@ def find_builder(name: str) -> Callable[..., Backbone]:
     return builder
 
 
-def build_model(name: str, num_classes: int) -> Backbone:
-    """A freshly initialised network; raises `UserError` for an unknown name."""
-    return find_builder(name)(num_classes=num_classes)
+def build_model(name: str, num_classes: int, image_size: int | None = None) -> Backbone:
+    """A freshly initialised network; raises `UserError` for an unknown name.
+
+    `image_size` is that of the images it will read: some networks of other libraries are built for one size.
+    """
+    options = {"image_size": image_size} if is_external(name) else {}
+    return find_builder(name)(num_classes=num_classes, **options)

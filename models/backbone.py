@@ -6,7 +6,7 @@ width, K classes.
 """
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -21,10 +21,10 @@ class Output(NamedTuple):
     """What one forward pass shows of a network."""
 
     maps: list[Tensor]  # stage outputs, shallow to deep, each (B, C_i, H_i, W_i)
-    final: Tensor  # (B, C, H, W), the map that the head reads
+    final: Tensor  # (B, C, H, W), the map that the head reads; of a transformer's tokens the patches, as a map
     activated: Tensor  # (B, C, H, W), the map that is pooled: `final` behind the head's own BatchNorm and ReLU, if any
     pooled: Tensor  # (B, D), what the classifier reads
-    logits: Tensor  # (B, K)
+    logits: Tensor  # (B, K); K is 0 in an encoder without a classifier
 
 
 class Shapes(NamedTuple):
@@ -43,6 +43,13 @@ class Backbone(nn.Module):
     activates_final = False
     #: True where the classifier reads the average of the activated map over its pixels, and nothing else.
     classifies_average = True
+    #: True where the classifier reads a weighted mean of the activated map's positions, so that one affine map of every
+    #: position can be folded into it.
+    classifies_mean = True
+    #: Why the final map cannot be changed before the head reads it; empty where it can.
+    cannot_change = ""
+    #: Whether the stage outputs can be shown before their last ReLU.
+    shows_preactivations = True
     #: Names of the sub-modules below the last stage.
     trunk: tuple[str, ...] = ()
     #: Names of the sub-modules between the last stage output and the classifier.
@@ -59,7 +66,10 @@ class Backbone(nn.Module):
         raise NotImplementedError
 
     def forward_maps(self, x: Tensor, preact: bool = False) -> tuple[list[Tensor], Tensor]:
-        """Images (B, 3, H, W) -> (stage outputs, final map); with `preact` stage outputs before their last ReLU."""
+        """Images (B, 3, H, W) -> (stage outputs, final map); with `preact` stage outputs before their last ReLU.
+
+        Where the head reads tokens, they stand in the final map's place, as (B, C, T, 1); `to_map` finds the map.
+        """
         maps, x = self.forward_trunk(x, preact)
         last_map, final = self.forward_last_stage(x, preact)
         return [*maps, last_map], final
@@ -67,6 +77,19 @@ class Backbone(nn.Module):
     def get_classifier(self) -> nn.Linear:
         """The last linear layer, (D -> K)."""
         raise NotImplementedError
+
+    @property
+    def num_classes(self) -> int:
+        """K, the number of logits."""
+        return self.get_classifier().out_features
+
+    def describe(self, image_size: int) -> str:
+        """One sentence that a run on images of this size says of the network; empty where its name says enough."""
+        return self.note
+
+    def to_map(self, final: Tensor) -> Tensor:
+        """What the head reads -> the map (B, C, H, W) of its pixels: the same, except among tokens (B, C, T, 1)."""
+        return final
 
     def activate(self, final: Tensor) -> Tensor:
         """What stands between the final map and the pooling: nothing, except in pre-activation networks."""
@@ -81,7 +104,7 @@ class Backbone(nn.Module):
         """Images (B, 3, H, W) -> everything that a distillation method may look at."""
         maps, final = self.forward_maps(x, preact)
         activated = self.activate(final)
-        return Output(maps, final, activated, *self.classify(activated))
+        return Output(maps, self.to_map(final), self.to_map(activated), *self.classify(activated))
 
     def forward(self, x: Tensor, is_feat: bool = False, preact: bool = False):
         """Logits (B, K); with `is_feat` (list of features, logits) in RepDistiller's order, the pooled vector last."""
@@ -134,7 +157,7 @@ def probe_shapes(network: Backbone, image_size: int) -> Shapes:
         with evaluating(network):
             output = network.outputs(torch.zeros(1, 3, image_size, image_size).to(parameter))
     except (AssertionError, RuntimeError, ValueError) as error:
-        name, reason = getattr(network, "name", type(network).__name__), str(error).splitlines()[0]
+        name, reason = getattr(network, "name", type(network).__name__), first_line(error)
         raise UserError(f"--image_size: {name} cannot read images of {image_size}x{image_size} ({reason})") from None
     return Shapes(
         maps=[tuple(feature_map.shape[1:]) for feature_map in output.maps],
@@ -142,6 +165,25 @@ def probe_shapes(network: Backbone, image_size: int) -> Shapes:
         pooled=output.pooled.shape[1],
         num_classes=output.logits.shape[1],
     )
+
+
+@torch.no_grad()
+def select_classes(network: Backbone, columns: Sequence[int]) -> Backbone:
+    """A copy of a network whose logits (B, len(columns)) are these columns of the network's own, in this order.
+
+    Raises `UserError` where a column does not exist, or occurs twice, or the network's head ends in no linear layer.
+    """
+    copied = copy.deepcopy(network)
+    own = copied.get_classifier()
+    if len(set(columns)) != len(columns) or not all(0 <= column < own.out_features for column in columns):
+        raise UserError(f"the classes must be different numbers from 0 to {own.out_features - 1}")
+    name = next(name for name, module in copied.named_modules() if module is own)
+    selected = nn.Linear(own.in_features, len(columns), bias=own.bias is not None).to(own.weight)
+    selected.weight.copy_(own.weight[list(columns)])
+    if own.bias is not None:
+        selected.bias.copy_(own.bias[list(columns)])
+    copied.set_submodule(name, selected.train(own.training))
+    return copied
 
 
 def normalises_single_values(network: Backbone, image_size: int) -> bool:
@@ -161,8 +203,14 @@ def normalises_single_values(network: Backbone, image_size: int) -> bool:
     return any(single)
 
 
+def first_line(error: Exception) -> str:
+    """What an exception says, on one line; its kind where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 class Wrapper(Backbone):
-    """Base of networks that hold another one, whose stage outputs are theirs (models/wrappers.py lists them)."""
+    """Base of networks that hold another one, whose stage outputs, head and properties are theirs unless they write
+    their own (models/wrappers.py lists those that are shipped)."""
 
     #: The constructor's arguments behind the network.
     sizes: dict[str, int]
@@ -170,6 +218,32 @@ class Wrapper(Backbone):
     def __init__(self, network: Backbone):
         super().__init__()
         self.network = network
+        self.name = getattr(network, "name", type(network).__name__)
+        self.activates_final, self.cannot_change = network.activates_final, network.cannot_change
+        self.classifies_average, self.classifies_mean = network.classifies_average, network.classifies_mean
+        self.shows_preactivations = network.shows_preactivations
+
+    def forward_maps(self, x, preact=False):
+        return self.network.forward_maps(x, preact)
+
+    def get_classifier(self):
+        return self.network.get_classifier()
+
+    @property
+    def num_classes(self):
+        return self.network.num_classes
+
+    def describe(self, image_size):
+        return self.network.describe(image_size)
+
+    def to_map(self, final):
+        return self.network.to_map(final)
+
+    def activate(self, final):
+        return self.network.activate(final)
+
+    def classify(self, activated):
+        return self.network.classify(activated)
 
     def get_bn_before_relu(self):
         return self.network.get_bn_before_relu()
@@ -179,28 +253,17 @@ class Wrapper(Backbone):
 
 
 class FinalConv(Wrapper):
-    """A network with one 1x1 convolution between its final map and its head: the folded form of a transform that the
-    head's own BatchNorm and ReLU keep from disappearing into the classifier."""
+    """A network with one 1x1 convolution between its final map, or its tokens, and its head: the folded form of a
+    transform that the head's own layers keep from disappearing into the classifier."""
 
     def __init__(self, network: Backbone, channels: int):
         super().__init__(network)
         self.sizes = {"channels": channels}
         self.final_conv = nn.Conv2d(channels, channels, 1)
-        self.activates_final = network.activates_final
-        self.classifies_average = network.classifies_average
 
     def forward_maps(self, x, preact=False):
         maps, final = self.network.forward_maps(x, preact)
         return maps, self.final_conv(final)
-
-    def get_classifier(self):
-        return self.network.get_classifier()
-
-    def activate(self, final):
-        return self.network.activate(final)
-
-    def classify(self, activated):
-        return self.network.classify(activated)
 
 
 def forward_stage(stage: nn.Sequential, x: Tensor, preact: bool) -> tuple[Tensor, Tensor]:

@@ -3,27 +3,25 @@
 A checkpoint is a dictionary. Where the weights lie in it, and what they are called, is all that this file knows.
 """
 
-import argparse
-import os
+import hashlib
 import re
-import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
-import numpy
 import torch
 from torch import Tensor, nn
 
 from errors import UserError
 from models import build_model, imagenet_model_dict, model_dict
-from models.backbone import Backbone
+from models.backbone import Backbone, Wrapper
 from models.external import is_external
+from models.files import read_checkpoint as read_checkpoint  # also found here
+from models.found import Found, Weights, locate_weights
+from models.record import check_record
 from models.wrappers import wrap
 
-Weights = dict[str, Tensor]
-
-#: RepDistiller's names -> ours, where one class here serves several of its families: (pattern, replacement).
-REPDISTILLER_RENAMES = {
-    "ResNet50": ((r"\.shortcut\.", ".downsample."), (r"^linear\.", "fc.")),
+#: Names of earlier versions of this toolbox -> today's, which are RepDistiller's: (pattern, replacement).
+EARLIER_NAMES = {
+    "ResNet50": ((r"\.downsample\.", ".shortcut."), (r"(^|\.)fc\.", r"\1linear.")),
 }
 
 #: The official NORM code's feature transform -> (expand, contract); its transform stands under one of these pairs.
@@ -31,69 +29,60 @@ OFFICIAL_TRANSFORMS = (("layer31", "layer32"), ("layer41", "layer42"))
 #: Parameters that the official code constructs and never uses.
 OFFICIAL_UNUSED = re.compile(r"^(alpha$|layer2[12]\.)")
 
-# What a plain-weights file may hold besides tensors: RepDistiller's and NORM's store the argparse Namespace and numpy
-# scalars. All of these only hold data.
-_HARMLESS = [
-    argparse.Namespace,
-    numpy.dtype,
-    numpy.ndarray,
-    type(numpy.dtype(numpy.float32)),
-    type(numpy.dtype(numpy.float64)),
-    type(numpy.dtype(numpy.int64)),
-    numpy._core.multiarray.scalar,
-    (numpy._core.multiarray.scalar, "numpy.core.multiarray.scalar"),
-]
-
-
-def read_checkpoint(path: str | os.PathLike, flag: str = "checkpoint") -> dict:
-    """The dictionary in a checkpoint file, on the CPU; no code in the file is run.
-
-    Raises `UserError`, naming `flag` and the file, for anything that is not a whole checkpoint.
-    """
-    if os.path.isdir(path):
-        raise UserError(f"{flag}: {path} is a folder; name a checkpoint file in it, for example {path}/best.pth")
-    if not os.path.exists(path):
-        raise UserError(f"{flag}: {path} does not exist; check the path (train_teacher.py makes such files)")
-    try:
-        _check_archive(path)
-        with torch.serialization.safe_globals(_HARMLESS):
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch.load raises whatever its parsers do: pickle, zip, EOF, struct, value errors
-        reason = str(error).strip().split("\n")[0][:200] or type(error).__name__
-        raise UserError(
-            f"{flag}: {path} cannot be read as a checkpoint (damaged, cut off or not one): {reason}"
-        ) from None
-    if not isinstance(checkpoint, Mapping):
-        raise UserError(f"{flag}: {path} holds a {type(checkpoint).__name__}, not a dictionary of weights")
-    return dict(checkpoint)
-
-
-def _check_archive(path: str | os.PathLike) -> None:
-    """Raise `ValueError` where a part of a zip archive differs from its CRC-32: torch.load reads it all the same."""
-    with open(path, "rb") as file:
-        is_archive = file.read(2) == b"PK"
-    if is_archive:  # the oldest torch files are none, and carry no sums
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()
-        if damaged is not None:
-            raise ValueError(f"the sum of {damaged} is wrong")
-
-
-def _unwrapped(key: str) -> str:
-    """A key without what DataParallel, DDP and torch.compile put before it."""
-    return key.removeprefix("module.").removeprefix("_orig_mod.").removeprefix("module.")
-
 
 def find_weights(checkpoint: Mapping, source: str) -> Weights:
-    """The state_dict in a checkpoint: under `model` (RepDistiller, NORM) or `state_dict`, or the dictionary itself."""
-    for key in ("model", "state_dict"):
-        if isinstance(checkpoint.get(key), Mapping):
-            checkpoint = checkpoint[key]
-            break
-    weights = {_unwrapped(key): value for key, value in checkpoint.items() if isinstance(value, Tensor)}
-    if not weights:
-        raise UserError(f"{source} holds no weights")
-    return weights
+    """The weights of `locate_weights`, for who has nothing to say of them."""
+    return locate_weights(checkpoint, source).weights
+
+
+def fit_weights(model_name: str, weights: Weights) -> Found:
+    """Weights under this project's names of a network: without a prefix that all keys share, where the rest fits it.
+
+    Counters of batches that old versions of torch did not write are filled in with 0. What does not fit is returned
+    with its own names, for `load_weights` to refuse.
+    """
+    return _fit(build_model(model_name, 1), model_name, weights)
+
+
+def _fit(model: Backbone, model_name: str, weights: Weights) -> Found:
+    expected = set(model.state_dict())
+    for prefix, candidate in _without_prefixes(weights):
+        renamed = rename_for(model_name, name_for(model_name, candidate))
+        missing = expected - set(renamed)
+        if set(renamed) <= expected and all(_can_be_filled(key, renamed) for key in missing):
+            notes = [f"the prefix {prefix} of all its keys is left out"] if prefix else []
+            if missing:
+                notes.append(f"its {len(missing)} missing num_batches_tracked are filled in with 0")
+            return Found(renamed | {key: torch.tensor(0, device="cpu") for key in missing}, notes)
+    return Found(rename_for(model_name, name_for(model_name, weights)), [])
+
+
+def _can_be_filled(key: str, weights: Weights) -> bool:
+    return key.endswith(".num_batches_tracked") and key.replace("num_batches_tracked", "running_mean") in weights
+
+
+def _without_prefixes(weights: Weights) -> Iterator[tuple[str, Weights]]:
+    """(what was left out, the weights): as they are, without the wrappers' names within keys, and then without one
+    shared first part after the other."""
+    yield "", weights
+    stripped, prefix = {re.sub(r"\b(module|_orig_mod)\.", "", key): value for key, value in weights.items()}, ""
+    if len(stripped) == len(weights) and stripped.keys() != weights.keys():
+        yield "module.", stripped
+    while len(first := {key.partition(".")[0] for key in stripped}) == 1 and all("." in key for key in stripped):
+        prefix += f"{first.pop()}."
+        stripped = {key.partition(".")[2]: value for key, value in stripped.items()}
+        yield prefix, stripped
+
+
+def build_with(model_name: str, weights: Weights, source: str) -> tuple[Backbone, list[str]]:
+    """A network of these weights, in as many classes as they have, and `fit_weights`' notes; `UserError` like
+    `load_weights`."""
+    probe = build_model(model_name, 1)
+    fitted, notes = _fit(probe, model_name, weights)
+    num_classes = count_classes(probe, fitted) or 1
+    network = build_model(model_name, num_classes)
+    load_weights(network, model_name, fitted, source)
+    return network, notes
 
 
 def name_for(model_name: str, weights: Weights) -> Weights:
@@ -107,28 +96,31 @@ def rename_for(model_name: str, weights: Weights) -> Weights:
     """The same weights under this project's key names."""
     renamed = {}
     for key, value in weights.items():
-        for pattern, replacement in REPDISTILLER_RENAMES.get(model_name, ()):
+        for pattern, replacement in EARLIER_NAMES.get(model_name, ()):
             key = re.sub(pattern, replacement, key)
         renamed[key] = value
     return renamed
 
 
 def _differences(expected: Mapping[str, Tensor], weights: Weights) -> list[str]:
-    missing = [f"no {key}" for key in expected if key not in weights]
-    unknown = [f"unknown {key}" for key in weights if key not in expected]
+    """What does not agree, the first of each kind first: shapes, missing and unexpected keys, kinds of number."""
     both = [(key, value, weights[key]) for key, value in expected.items() if key in weights]
-    shapes = [
-        f"{key} is {tuple(found.shape)} instead of {tuple(value.shape)}"
-        for key, value, found in both
-        if found.shape != value.shape
-    ]
-    # Floats of another width are fine; they are converted.
     kinds = [
-        f"{key} is {found.dtype} instead of {value.dtype}"
-        for key, value, found in both
-        if found.dtype != value.dtype and not (found.is_floating_point() and value.is_floating_point())
+        [
+            f"{key} is {tuple(found.shape)} instead of {tuple(value.shape)}"
+            for key, value, found in both
+            if found.shape != value.shape
+        ],
+        [f"no {key}" for key in expected if key not in weights],
+        [f"unexpected {key}" for key in weights if key not in expected],
+        # Floats of another width are fine; they are converted.
+        [
+            f"{key} is {found.dtype} instead of {value.dtype}"
+            for key, value, found in both
+            if found.dtype != value.dtype and not (found.is_floating_point() and value.is_floating_point())
+        ],
     ]
-    return shapes + missing + unknown + kinds
+    return [kind[0] for kind in kinds if kind] + [difference for kind in kinds for difference in kind[1:]]
 
 
 def _is_plain(value: object) -> bool:
@@ -142,10 +134,10 @@ def load_weights(model: nn.Module, model_name: str, weights: Weights, source: st
     weights = rename_for(model_name, weights)
     differences = _differences(model.state_dict(), weights)
     if differences:
-        more = f" and {len(differences) - 2} more" if len(differences) > 2 else ""
+        more = f" and {len(differences) - 3} more" if len(differences) > 3 else ""
         raise UserError(
-            f"{source} holds another architecture than {model_name}: {'; '.join(differences[:2])}{more}"
-            f"{_suggestion(weights)}"
+            f"{source} holds another architecture than {model_name}: {'; '.join(differences[:3])}{more}"
+            f"{_describe(weights)}"
         )
     for key, value in weights.items():
         if not value.isfinite().all():
@@ -153,9 +145,27 @@ def load_weights(model: nn.Module, model_name: str, weights: Weights, source: st
     model.load_state_dict(weights)
 
 
-def _suggestion(weights: Weights) -> str:
+def _describe(weights: Weights) -> str:
+    """What weights that do not fit are: the beginnings of their keys, and the nearest networks."""
     names = identify(weights)
-    return f" (the weights fit {' or '.join(names)})" if names else ""
+    if names:
+        return f" (the weights fit {' or '.join(names)})"
+    beginnings = list(dict.fromkeys(key.partition(".")[0] for key in weights))
+    text = ", ".join(beginnings[:6]) + (", ..." if len(beginnings) > 6 else "")
+    shares = {name: _resemblance(name, weights) for name in (*model_dict, *imagenet_model_dict)}
+    nearest = max(shares, key=shares.get)
+    near = f"; nearest is {nearest}, {100 * shares[nearest]:.0f} % of it" if shares[nearest] > 0.2 else ""
+    return f" (its keys begin with {text}{near})"
+
+
+def _resemblance(model_name: str, weights: Weights) -> float:
+    """The share, 0 to 1, of the keys of both that are in both, with the same shape."""
+    with torch.device("meta"):
+        expected = {key: value.shape for key, value in build_model(model_name, 1).state_dict().items()}
+    _, stripped = list(_without_prefixes(weights))[-1] if weights else ("", {})
+    found = {key: value.shape for key, value in rename_for(model_name, stripped).items()}
+    same = sum(found.get(key) == shape for key, shape in expected.items())
+    return same / len(expected.keys() | found.keys())
 
 
 def count_classes(model: Backbone, weights: Weights) -> int | None:
@@ -168,29 +178,50 @@ def _name_of_classifier(model: Backbone) -> str:
     return next(name for name, module in model.named_modules() if module is model.get_classifier())
 
 
-def load_initial(model: Backbone, model_name: str, network: Backbone, source: str) -> bool:
-    """Give `model` the weights of `network`, as strictly as `load_weights`; where the numbers of classes differ, its
-    classifier stays as it is initialised.
+def load_initial(model: Backbone, model_name: str, network: Backbone, source: str, same_classes: bool = True) -> bool:
+    """Give `model` the weights of `network`, as strictly as `load_weights`; its classifier stays as it is initialised
+    where the classes are not the same, or where a wrapper had one of its own.
 
     Returns whether the classifier was taken too; raises `UserError` for another architecture.
     """
-    weights, own = network.state_dict(), model.state_dict()
-    takes_classifier = network.get_classifier().out_features == model.get_classifier().out_features
+    plain = network
+    while isinstance(plain, Wrapper):
+        plain = plain.network
+    weights, own = plain.state_dict(), model.state_dict()
+    takes_classifier = same_classes and plain is network and plain.num_classes == model.num_classes
     if not takes_classifier:
         prefix = f"{_name_of_classifier(model)}."
-        weights |= {key: value for key, value in own.items() if key in weights and key.startswith(prefix)}
+        new = {
+            key: value
+            for key, value in own.items()
+            if key.startswith(prefix) or (plain is not network and key not in weights)
+        }
+        weights = {key: value for key, value in weights.items() if not key.startswith(prefix)} | new
     load_weights(model, model_name, weights, source)
     return takes_classifier
+
+
+def weights_digest(weights: Mapping[str, Tensor]) -> str:
+    """The first 16 hex digits of the SHA-256 over keys, kinds of number, shapes and bytes, in the order of the keys.
+
+    Of a `network.state_dict()` it is the same however the file that the network was read from wraps and names it.
+    """
+    digest = hashlib.sha256()
+    for key, value in sorted(weights.items()):
+        digest.update(f"{key} {value.dtype} {tuple(value.shape)}\n".encode())
+        digest.update(value.detach().cpu().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()[:16]
 
 
 def identify(weights: Weights) -> list[str]:
     """Names of the models whose keys and shapes these weights have, whatever the number of classes."""
     fitting = []
     for name in (*model_dict, *imagenet_model_dict):
-        renamed = rename_for(name, weights)
         with torch.device("meta"):
-            num_classes = count_classes(build_model(name, 1), renamed)
-            if num_classes and not _differences(build_model(name, num_classes).state_dict(), renamed):
+            probe = build_model(name, 1)
+            fitted = _fit(probe, name, weights).weights
+            num_classes = fitted.keys() == probe.state_dict().keys() and count_classes(probe, fitted)
+            if num_classes and not _differences(build_model(name, num_classes).state_dict(), fitted):
                 fitting.append(name)
     return fitting
 
@@ -215,13 +246,26 @@ def split_official_norm(weights: Weights) -> tuple[Weights, Weights]:
 
 
 def load_exported(checkpoint: Mapping, source: str) -> tuple[Backbone, dict]:
-    """The content of a file by `scripts/export_student.py` -> (the network in eval mode, the file's other entries)."""
-    if "model_name" not in checkpoint or "num_classes" not in checkpoint:
-        raise UserError(f"{source} was not written by scripts/export_student.py")
-    name, weights = checkpoint["model_name"], find_weights(checkpoint, source)
-    wrapper = checkpoint.get("wrapper")
-    if wrapper is None and checkpoint.get("final_conv"):  # files from before there were several kinds of wrappers
+    """A run's checkpoint or an exported network -> (the network in eval mode, its record: what is known of it).
+
+    Raises `UserError`, naming `source`, where an entry is missing, of another kind or out of its range.
+    """
+    record = checkpoint.get("record", checkpoint)  # files from before there was `record`
+    if not isinstance(record, Mapping) or record.get("model_name") is None or record.get("num_classes") is None:
+        raise UserError(f"{source} does not say which network it holds; was it written by this toolbox?")
+    record = check_record({key: value for key, value in record.items() if key != "model"}, source)
+    weights = find_weights(checkpoint, source)
+    wrapper = record.get("wrapper")
+    if wrapper is None and record.get("final_conv"):  # files from before there were several kinds of wrappers
         wrapper = {"kind": "final_conv", "channels": len(weights.get("final_conv.bias", ()))}
-    network = wrap(build_model(name, checkpoint["num_classes"]), wrapper, source)
-    load_weights(network, name, weights, source)
-    return network.eval(), {key: value for key, value in checkpoint.items() if key != "model"}
+    # No network is built that is larger than its weights: sizes may be anything.
+    largest = max(size for value in weights.values() for size in (1, *value.shape))
+    sizes = [record["num_classes"], *(wrapper.values() if isinstance(wrapper, Mapping) else ())]
+    if not isinstance(wrapper, Mapping | None) or any(isinstance(size, int) and size > largest for size in sizes):
+        raise UserError(f"{source} is damaged: its weights are of another size than it says")
+    try:
+        network = wrap(build_model(record["model_name"], record["num_classes"]), wrapper, source)
+    except (RuntimeError, ValueError, ZeroDivisionError) as error:
+        raise UserError(f"{source} is damaged: its network cannot be built: {error}") from None
+    load_weights(network, record["model_name"], weights, source)
+    return network.eval(), record

@@ -54,6 +54,7 @@ class BasicBlock(_Block):
 
 class Bottleneck(_Block):
     expansion = 4
+    shortcut_name = "downsample"  # torchvision's
 
     def __init__(self, in_channels: int, width: int, stride: int = 1):
         super().__init__()
@@ -63,17 +64,22 @@ class Bottleneck(_Block):
         self.bn2 = nn.BatchNorm2d(width)
         self.conv3 = nn.Conv2d(width, width * self.expansion, 1, bias=False)
         self.bn3 = nn.BatchNorm2d(width * self.expansion)
-        self.downsample = _shortcut(in_channels, width * self.expansion, stride)
+        setattr(self, self.shortcut_name, _shortcut(in_channels, width * self.expansion, stride))
 
     @property
     def last_bn(self) -> nn.BatchNorm2d:
         return self.bn3
 
     def preactivation(self, x):
-        residual = x if self.downsample is None else self.downsample(x)
+        shortcut = getattr(self, self.shortcut_name)
+        residual = x if shortcut is None else shortcut(x)
         x = F.relu(self.bn1(self.conv1(x)))
         x = F.relu(self.bn2(self.conv2(x)))
         return self.bn3(self.conv3(x)) + residual
+
+
+class RepDistillerBottleneck(Bottleneck):
+    shortcut_name = "shortcut"
 
 
 class ResNet(Backbone):
@@ -90,6 +96,7 @@ class ResNet(Backbone):
         stem_width: int,
         num_classes: int = 100,
         imagenet_stem: bool = False,
+        classifier: str = "fc",
     ):
         super().__init__()
         if imagenet_stem:
@@ -106,7 +113,8 @@ class ResNet(Backbone):
             channels = width * block.expansion
             blocks += [block(channels, width) for _ in range(depth - 1)]
             setattr(self, name, nn.Sequential(*blocks))
-        self.fc = nn.Linear(channels, num_classes)
+        self.classifier_name = classifier
+        setattr(self, classifier, nn.Linear(channels, num_classes))
         self.initialise()
 
     def initialise(self):
@@ -132,7 +140,7 @@ class ResNet(Backbone):
         return forward_stage(self.stages[-1], x, preact)
 
     def get_classifier(self):
-        return self.fc
+        return getattr(self, self.classifier_name)
 
     def get_bn_before_relu(self):
         return [stage[-1].last_bn for stage in self.stages]
@@ -184,7 +192,8 @@ def resnet32x4(num_classes=100):
 
 def ResNet50(num_classes=100):
     """RepDistiller's ResNet50 for 32x32 images: a 3x3 stride-1 stem, no max-pooling."""
-    return ResNet(Bottleneck, (3, 4, 6, 3), (64, 128, 256, 512), 64, num_classes)
+    widths = (64, 128, 256, 512)
+    return ResNet(RepDistillerBottleneck, (3, 4, 6, 3), widths, 64, num_classes, classifier="linear")
 
 
 def resnet18_imagenet(num_classes=1000):

@@ -1,42 +1,85 @@
-"""A network of another library in two parts, before and behind its last feature map."""
+"""A network of another library in two parts, before and behind what its head reads."""
 
 import copy
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from errors import UserError
+from models.backbone import first_line
 
 #: Sides of the blank images that are tried in turn; some networks read only one size.
 PROBE_SIZES = (224, 256, 299, 384, 448, 512, 160)
+#: How many maps are taken from a network whose blocks all have one resolution: equally spaced, the last included.
+STAGES = 4
 
 
 class Split(NamedTuple):
-    """The parts as functions of the network, whose layers may be exchanged meanwhile, and where it is cut."""
+    """The parts as functions of the network, whose layers may be exchanged meanwhile, and where it is cut.
 
-    features: Callable[[nn.Module, Tensor], tuple[list[Tensor], Tensor]]  # images -> maps by resolution, final map
-    head: Callable[[nn.Module, Tensor], tuple[Tensor, Tensor]]  # final map -> what the classifier reads, logits
-    classifier: str  # name of the last linear layer
+    What the head reads is a map (B, C, H, W); or tokens, held as (B, C, T, 1) so that a 1x1 convolution acts on each of
+    them, class tokens and the like before the patches; or, where `cannot_change` says why, something else.
+    """
+
+    features: Callable[[nn.Module, Tensor], tuple[list[Tensor], Any]]  # images -> stage maps, what the head reads
+    head: Callable[[nn.Module, Any], tuple[Tensor, Tensor]]  # what the head reads -> pooled vector, logits
+    classifier: str | None  # name of the last linear layer; None where the head does not end in one
     final_name: str  # what gives the final map
     final: tuple[int, int, int]  # its channels, height and width for an image of `image_size`
     image_size: int
+    prefix: int | None = None  # tokens before the patches; None where the head reads a map
+    cannot_change: str = ""  # why the last map cannot be changed before the head reads it; empty where it can
 
 
 def no_map(name: str, reason: str) -> UserError:
-    """The error for a network without a last feature map."""
-    return UserError(f"{name} cannot be a teacher or a student here: {reason}; choose a convolutional network")
+    """The error for a network that cannot be read at all."""
+    return UserError(f"{name} cannot be a teacher or a student here: {reason}; choose another network")
 
 
-def probe(name: str, network: nn.Module, run: Callable[[nn.Module, Tensor], None]) -> int:
-    """Call `run(copy of the network without values, blank image)` at the first size that works; returns the size."""
+def probe(
+    name: str, network: nn.Module, run: Callable[[nn.Module, Tensor], None], sizes: Sequence[int | None] = ()
+) -> int:
+    """Call `run(copy of the network without values, blank image)` at the first size that works; returns the size.
+
+    `sizes` are tried before `PROBE_SIZES`; raises `UserError` where none works.
+    """
     blank, reason = copy.deepcopy(network).to("meta").eval(), ""
-    for size in PROBE_SIZES:
+    tried = list(dict.fromkeys(filter(None, (*sizes, *PROBE_SIZES))))
+    for size in tried:
         try:
             with torch.no_grad():
                 run(blank, torch.zeros(1, 3, size, size, device="meta"))
             return size
         except (RuntimeError, AssertionError, ValueError, TypeError, IndexError) as error:
-            reason = str(error).split("\n")[0]
-    raise no_map(name, f"it reads images of none of the sizes {', '.join(map(str, PROBE_SIZES))} ({reason})")
+            reason = reason or first_line(error)
+    raise no_map(name, f"it reads images of none of the sizes {', '.join(map(str, tried))} ({reason})")
+
+
+def equally_spaced(number: int, count: int = STAGES) -> list[int]:
+    """Positions of at most `count` of `number` things, equally spaced, the last included: 12 -> 2, 5, 8, 11."""
+    count = min(number, count)
+    return [(number * (position + 1)) // count - 1 for position in range(count)]
+
+
+def tokens_to_columns(tokens: Tensor) -> Tensor:
+    """(B, T, C) -> (B, C, T, 1)."""
+    return tokens.mT.unsqueeze(3)
+
+
+def columns_to_tokens(columns: Tensor) -> Tensor:
+    """(B, C, T, 1) -> (B, T, C)."""
+    return columns.squeeze(3).mT
+
+
+def patches_to_map(columns: Tensor, prefix: int) -> Tensor:
+    """Tokens (B, C, T, 1) -> the map (B, C, H, W) of the patches, which are H x W behind `prefix` other tokens."""
+    patches = columns[:, :, prefix:, 0]
+    side = int(patches.shape[2] ** 0.5 + 0.5)
+    return patches.unflatten(2, (side, side))
+
+
+def ramp(*shape: int) -> Tensor:
+    """Values that differ everywhere and need no generator."""
+    return torch.arange(float(torch.Size(shape).numel())).sin().view(shape)

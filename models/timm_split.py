@@ -1,13 +1,34 @@
-"""Splits a network of timm at its own seam, between `forward_features` and `forward_head`."""
+"""Splits a network of timm at its own seam, between `forward_features` and `forward_head`.
 
+Maps are read where timm says that a convolutional network's stages end, and by timm's `forward_intermediates` from
+networks whose features are tokens.
+"""
+
+import math
+from collections.abc import Callable
+from inspect import Parameter, signature
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from errors import UserError
 from models.backbone import evaluating
-from models.split import Split, no_map, probe
+from models.preprocessing import INTERPOLATIONS, Preprocessing
+from models.split import (
+    Split,
+    columns_to_tokens,
+    equally_spaced,
+    no_map,
+    patches_to_map,
+    probe,
+    ramp,
+    tokens_to_columns,
+)
+
+Features = Callable[[nn.Module, Tensor], tuple[list[Tensor], Any]]
+Head = Callable[[nn.Module, Any], tuple[Tensor, Tensor]]
 
 
 def _timm() -> ModuleType:
@@ -23,15 +44,16 @@ def list_names() -> list[str]:
     return _timm().list_models()
 
 
-def build(architecture: str, num_classes: int) -> nn.Module:
+def build(architecture: str, num_classes: int, image_size: int | None = None) -> nn.Module:
     """A network without trained weights."""
-    return _timm().create_model(architecture, pretrained=False, num_classes=num_classes)
+    options = _size_options(architecture, image_size)
+    return _timm().create_model(architecture, pretrained=False, num_classes=num_classes, **options)
 
 
-def build_pretrained(architecture: str) -> nn.Module:
+def build_pretrained(architecture: str, image_size: int | None = None) -> nn.Module:
     """A network with trained weights, which timm downloads and keeps; `UserError` where it cannot."""
     try:
-        return _timm().create_model(architecture, pretrained=True)
+        return _timm().create_model(architecture, pretrained=True, **_size_options(architecture, image_size))
     except UserError:
         raise
     except Exception as error:  # timm, huggingface_hub and its network libraries have their own errors each
@@ -42,21 +64,80 @@ def build_pretrained(architecture: str) -> nn.Module:
         ) from None
 
 
-def split(name: str, network: nn.Module, num_classes: int) -> Split:
-    """Take the network apart; raises `UserError` where it has no last feature map or no linear classifier."""
-    linear = network.get_classifier()
-    if not isinstance(linear, nn.Linear) or linear.out_features != num_classes:
-        raise no_map(name, "its last layer is no linear classifier")
-    seen: list[Tensor] = []
-    size = probe(name, network, lambda blank, image: seen.append(blank.forward_features(image)))
-    shape = tuple(seen[-1].shape) if isinstance(seen[-1], Tensor) else ()
-    channels = network.num_features
-    if len(shape) != 4 or channels not in (shape[1], shape[3]):
-        raise no_map(name, "its features are no map of pixels")
+def _size_options(architecture: str, image_size: int | None) -> dict[str, object]:
+    """What makes a network read images of this size: all sizes with the same weights where timm can, else this one."""
+    with torch.device("meta"):
+        kind = type(_timm().create_model(architecture.partition(".")[0]))
+    accepted: set[str] = set()
+    for base in kind.__mro__:
+        parameters = signature(base.__init__).parameters
+        accepted |= parameters.keys()
+        if all(parameter.kind != Parameter.VAR_KEYWORD for parameter in parameters.values()):
+            break  # nothing is handed on to what it inherits from
+    if "dynamic_img_size" in accepted:
+        return {"dynamic_img_size": True}
+    return {"img_size": image_size} if image_size and "img_size" in accepted else {}
+
+
+def read_preprocessing(weights: str) -> Preprocessing | None:
+    """What timm says of weights, by `NAME[.TAG]`; None where it has none."""
+    timm = _timm()
+    from timm.data import ImageNetInfo, infer_imagenet_subset, resolve_data_config
+
+    if not timm.is_model_pretrained(weights):
+        return None
+    entry = timm.get_pretrained_cfg(weights).to_dict()
+    trained, tested = (resolve_data_config(pretrained_cfg=entry, use_test_size=each) for each in (False, True))
+    size, mode = tested["input_size"][-1], tested["interpolation"]
+    subset = infer_imagenet_subset(entry)
+    return Preprocessing(
+        mean=tuple(tested["mean"]),
+        std=tuple(tested["std"]),
+        image_size=trained["input_size"][-1],
+        test_size=size,
+        test_resize=math.floor(size / tested["crop_pct"]),
+        interpolation=mode if mode in INTERPOLATIONS else "bilinear",
+        squashes=tested["crop_mode"] == "squash",
+        categories=tuple(ImageNetInfo(subset).label_names()) if subset else (),
+    )
+
+
+def split(name: str, network: nn.Module, num_classes: int, image_size: int | None = None) -> Split:
+    """Take the network apart; raises `UserError` where it shows no maps at any image size."""
+    seen: list[tuple[object, list[Tensor]]] = []
+    own_size = network.default_cfg["input_size"][-1]
+
+    def look(blank, image):
+        last = blank.forward_features(image)
+        is_map = isinstance(last, Tensor) and last.ndim == 4
+        seen.append((last, [] if is_map else blank.forward_intermediates(image)[1]))
+
+    size = probe(name, network, look, (image_size, own_size))
+    last, maps = seen[-1]
+    shape = tuple(last.shape) if isinstance(last, Tensor) else ()
+    if len(shape) == 4 and network.num_features in (shape[1], shape[3]):
+        return _split_map(network, num_classes, shape, size)
+    if not maps or any(each.ndim != 4 for each in maps):
+        raise no_map(name, "timm shows no maps of it")
+    return _split_tokens(network, num_classes, shape, [tuple(each.shape[1:]) for each in maps], size)
+
+
+def _split_map(network: nn.Module, num_classes: int, shape: tuple[int, ...], size: int) -> Split:
+    channels_last = shape[1] != network.num_features
+    final = (shape[3], *shape[1:3]) if channels_last else shape[1:]
     told, modules = getattr(network, "feature_info", None) or (), dict(network.named_modules())
     stages = {stage["module"]: stage["num_chs"] for stage in told if stage["module"] in modules}
-    channels_last = shape[1] != channels
-    final = (channels, *shape[1:3]) if channels_last else shape[1:]
+
+    def restore(final: Tensor) -> Tensor:
+        return final.movedim(1, 3) if channels_last else final
+
+    classifier, head = _make_head(network, num_classes, restore, ramp(1, *final))
+    features = _map_features(stages, channels_last)
+    return Split(features, head, classifier, "the output of forward_features", final, size)
+
+
+def _map_features(stages: dict[str, int], channels_last: bool) -> Features:
+    """Maps where the stages end, by the module's name, in channels; the last map too where none has its size."""
 
     def features(module: nn.Module, images: Tensor) -> tuple[list[Tensor], Tensor]:
         maps: list[Tensor] = []
@@ -80,20 +161,72 @@ def split(name: str, network: nn.Module, num_classes: int) -> Split:
             maps.append(last)
         return maps, last
 
-    def head(module: nn.Module, activated: Tensor) -> tuple[Tensor, Tensor]:
-        activated = activated.movedim(1, 3) if channels_last else activated
-        pooled = module.forward_head(activated, pre_logits=True)
+    return features
+
+
+def _split_tokens(
+    network: nn.Module, num_classes: int, shape: tuple[int, ...], maps: list[tuple[int, ...]], size: int
+) -> Split:
+    channels, height, width = maps[-1]
+    prefix = shape[1] - height * width if len(shape) == 3 and shape[2] == channels else -1
+    indices = equally_spaced(len(maps))
+    if prefix < 0 or height != width:
+        with evaluating(network):
+            features = network.forward_features(ramp(1, 3, size, size))
+        classifier, head = _make_head(network, num_classes, lambda features: features, features)
+        return Split(
+            lambda module, images: module.forward_intermediates(images, indices=indices)[::-1],
+            head,
+            classifier,
+            "the last map of forward_intermediates",
+            maps[-1],
+            size,
+            cannot_change="its head does not read that map",
+        )
+
+    def features(module: nn.Module, images: Tensor) -> tuple[list[Tensor], Tensor]:
+        tokens, maps = module.forward_intermediates(images, indices=indices)
+        columns = tokens_to_columns(tokens)
+        return [*maps[:-1], patches_to_map(columns, prefix)], columns  # the last map behind the last norm
+
+    classifier, head = _make_head(network, num_classes, columns_to_tokens, ramp(1, channels, shape[1], 1))
+    name = f"the {height * width} patch tokens of forward_features, behind {prefix} other{'' if prefix == 1 else 's'}"
+    return Split(features, head, classifier, name, maps[-1], size, prefix)
+
+
+def _make_head(
+    network: nn.Module, num_classes: int, restore: Callable[[Any], Any], example: Any
+) -> tuple[str | None, Head]:
+    """The classifier's name, if a linear layer ends the head, and the head; `restore` gives it what timm's own reads.
+
+    `example` is what the head may read, on which that is tried.
+    """
+
+    def pool(module: nn.Module, final: Any) -> Tensor:
+        return module.forward_head(restore(final), pre_logits=True).flatten(1)
+
+    def ends_linearly(module: nn.Module, final: Tensor) -> tuple[Tensor, Tensor]:
+        pooled = pool(module, final)
         return pooled, module.get_classifier()(pooled)
 
-    _check_head(name, network, head, final, channels_last)
-    classifier = next(layer for layer, module in network.named_modules() if module is linear)
-    return Split(features, head, classifier, "the output of forward_features", final, size)
+    def ends_otherwise(module: nn.Module, final: Any) -> tuple[Tensor, Tensor]:
+        logits = module.forward_head(restore(final))
+        return pool(module, final), logits.flatten(1)
 
+    def ends_early(module: nn.Module, final: Any) -> tuple[Tensor, Tensor]:
+        pooled = pool(module, final)
+        return pooled, pooled[:, :0]
 
-def _check_head(name: str, network: nn.Module, head, final: tuple[int, int, int], channels_last: bool) -> None:
-    activated = torch.arange(float(torch.Size(final).numel())).sin().view(1, *final)
-    with evaluating(network):
-        _, logits = head(network, activated)
-        expected = network.forward_head(activated.movedim(1, 3) if channels_last else activated)
+    if num_classes == 0:
+        return None, ends_early
+    linear = network.get_classifier()
+    if not isinstance(linear, nn.Linear) or linear.out_features != num_classes:
+        return None, ends_otherwise
+    try:
+        with evaluating(network):
+            logits, expected = (head(network, example)[1] for head in (ends_linearly, ends_otherwise))
+    except RuntimeError:  # the layer reads something else than the pooled vector
+        return None, ends_otherwise
     if not torch.allclose(logits, expected, atol=1e-5):
-        raise no_map(name, "its classifier is not the last step of its head")
+        return None, ends_otherwise
+    return next(name for name, module in network.named_modules() if module is linear), ends_linearly

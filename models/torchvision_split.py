@@ -1,14 +1,22 @@
 """Splits a network of torchvision in its traced graph.
 
 A cut is a node that everything behind it depends on alone. The last cut with more than one pixel is the final map; the
-last cut of each resolution before it is a stage output.
+last cut of each resolution before it is a stage output. Where the last cut holds tokens, the head reads these, and the
+stage outputs are sums of a block and its residual, equally spaced.
 """
 
+import math
+import operator
+import warnings
+from collections.abc import Callable
+
+import torch
 import torchvision
 from torch import Tensor, fx, nn
 from torchvision.ops import StochasticDepth
 
-from models.split import Split, no_map, probe
+from models.preprocessing import INTERPOLATIONS, Preprocessing
+from models.split import Split, columns_to_tokens, equally_spaced, no_map, patches_to_map, probe, tokens_to_columns
 
 #: What may stand behind the final map. Anything else works on features, so the map before it is not the last.
 HEAD_LAYERS = (
@@ -17,16 +25,48 @@ HEAD_LAYERS = (
     + (nn.ReLU, nn.ReLU6, nn.Hardswish, nn.SiLU, nn.GELU, nn.Tanh)
 )
 
+#: torchvision's transformers have a class token before the patches.
+PREFIX = 1
+
 
 def list_names() -> list[str]:
     """The classification networks."""
     return torchvision.models.list_models(module=torchvision.models)
 
 
-def build(architecture: str, num_classes: int) -> nn.Module:
+def build(architecture: str, num_classes: int, image_size: int | None = None) -> nn.Module:
     """A network without trained weights, and without the auxiliary classifiers that change what it returns."""
-    plain = {"aux_logits": False, "init_weights": True} if architecture in ("googlenet", "inception_v3") else {}
-    return torchvision.models.get_model(architecture, weights=None, num_classes=num_classes, **plain)
+    options = {"aux_logits": False, "init_weights": True} if architecture in ("googlenet", "inception_v3") else {}
+    options |= {"weights": None, "num_classes": num_classes}
+    with warnings.catch_warnings(action="ignore", category=UserWarning):  # of a classifier without classes
+        if image_size:
+            try:
+                return torchvision.models.get_model(architecture, image_size=image_size, **options)
+            except TypeError:  # its weights belong to no image size
+                pass
+        return torchvision.models.get_model(architecture, **options)
+
+
+def read_preprocessing(weights: str) -> Preprocessing | None:
+    """What torchvision says of weights, by `NAME[@WEIGHTS]`, its first ones by default; None where it has none."""
+    architecture, _, wanted = weights.partition("@")
+    if architecture not in list_names():
+        return None
+    members = torchvision.models.get_model_weights(architecture).__members__
+    if not members or (wanted and wanted not in members):
+        return None
+    entry = members[wanted or next(iter(members))]
+    transform, mode = entry.transforms(), entry.transforms().interpolation.value
+    (size,), (resize,) = transform.crop_size, transform.resize_size
+    return Preprocessing(
+        mean=tuple(transform.mean),
+        std=tuple(transform.std),
+        image_size=size,
+        test_size=size,
+        test_resize=resize,
+        interpolation=mode if mode in INTERPOLATIONS else "bilinear",
+        categories=tuple(entry.meta["categories"]),
+    )
 
 
 class _Tracer(fx.Tracer):
@@ -50,8 +90,11 @@ class _ShapeReader(fx.Interpreter):
         return result
 
 
-def split(name: str, network: nn.Module, num_classes: int) -> Split:
-    """Cut the network; raises `UserError` where it has no last feature map or no linear classifier."""
+def split(name: str, network: nn.Module, num_classes: int, image_size: int | None = None) -> Split:
+    """Cut the network; raises `UserError` where it has no last feature map or no linear classifier.
+
+    `image_size` decides nothing here: at small ones the last map has one pixel, and could not be found.
+    """
     graphs = {mode: _Tracer().trace(network.train(mode)) for mode in (False, True)}
     graph, shapes = graphs[False], {}
 
@@ -60,29 +103,46 @@ def split(name: str, network: nn.Module, num_classes: int) -> Split:
         reader.run(image)
         shapes.update(reader.shapes)
 
-    size = probe(name, network, read_shapes)
-    by_resolution = {
-        shapes[node.name][2:]: node
-        for node in _find_cuts(graph)
-        if node.op != "placeholder" and _is_square_map(shapes.get(node.name, ()))
-    }
-    if not by_resolution:
-        raise no_map(name, "it has no feature map that all of it passes through")
-    *_, final = by_resolution.values()
+    size = probe(name, network, read_shapes, (getattr(network, "image_size", None),))
+    stages, is_tokens = _find_stages(name, graph, shapes)
+    *_, final = stages
     classifier = _check_head(name, network, graph, final, num_classes)
-    stages = [node.name for node in by_resolution.values()]
     features, heads = {}, {}
     for mode, traced in graphs.items():
-        features[mode] = _compile(network, _cut_features(traced, stages))
+        features[mode] = _compile(network, _cut_features(traced, [node.name for node in stages]))
         heads[mode] = _compile(network, _cut_head(traced, final.name, classifier))
-    return Split(
-        features=lambda module, images: features[module.training](module, images),
-        head=lambda module, activated: heads[module.training](module, activated),
-        classifier=classifier,
-        final_name=_describe(final),
-        final=shapes[final.name][1:],
-        image_size=size,
-    )
+    layouts = [_layout(shapes[node.name]) for node in stages]
+
+    def show(module: nn.Module, images: Tensor) -> tuple[list[Tensor], Tensor]:
+        maps, last = features[module.training](module, images)
+        maps = [layout(each) for layout, each in zip(layouts, maps, strict=True)]
+        return maps, tokens_to_columns(last) if is_tokens else last
+
+    def head(module: nn.Module, activated: Tensor) -> tuple[Tensor, Tensor]:
+        return heads[module.training](module, columns_to_tokens(activated) if is_tokens else activated)
+
+    _, *shape = layouts[-1](torch.empty(shapes[final.name], device="meta")).shape
+    classifier = classifier if num_classes else None
+    return Split(show, head, classifier, _describe(final), tuple(shape), size, PREFIX if is_tokens else None)
+
+
+def _find_stages(name: str, graph: fx.Graph, shapes: dict[str, tuple[int, ...]]) -> tuple[list[fx.Node], bool]:
+    """The stage outputs, the final map last, and whether they are tokens."""
+    cuts = [
+        node
+        for node in _find_cuts(graph)
+        if node.op != "placeholder" and _layout(shapes.get(node.name, ())) is not None
+    ]
+    if not cuts:
+        raise no_map(name, "it has no feature map that all of it passes through")
+    *_, last = cuts
+    if len(shapes[last.name]) == 3:
+        sums = [node for node in cuts if node.target is operator.add and shapes[node.name] == shapes[last.name]]
+        blocks = sums[1:]  # the first adds the positions; two follow in each block
+        return [*(blocks[position] for position in equally_spaced(len(blocks))[:-1]), last], True
+    # The second side is a side in both layouts of a map.
+    by_resolution = {shapes[node.name][2]: node for node in cuts if len(shapes[node.name]) == 4}
+    return list(by_resolution.values()), False
 
 
 def _find_cuts(graph: fx.Graph) -> list[fx.Node]:
@@ -96,9 +156,18 @@ def _find_cuts(graph: fx.Graph) -> list[fx.Node]:
     return cuts
 
 
-def _is_square_map(shape: tuple[int, ...]) -> bool:
-    # The blank image is square, so a map whose last two sides differ has its channels last.
-    return len(shape) == 4 and shape[2] == shape[3] > 1
+def _layout(shape: tuple[int, ...]) -> Callable[[Tensor], Tensor] | None:
+    """How a tensor of this shape becomes a map (B, C, H, W); None where it is no map of more than one pixel.
+
+    The blank image is square, so of four sides the two that are equal are height and width.
+    """
+    if len(shape) == 3 and shape[1] == PREFIX + math.isqrt(shape[1] - PREFIX) ** 2 > PREFIX:
+        return lambda tokens: patches_to_map(tokens_to_columns(tokens), PREFIX)
+    if len(shape) == 4 and shape[2] == shape[3] > 1:
+        return lambda channels_first: channels_first
+    if len(shape) == 4 and shape[1] == shape[2] > 1:
+        return lambda channels_last: channels_last.movedim(3, 1)
+    return None
 
 
 def _check_head(name: str, network: nn.Module, graph: fx.Graph, final: fx.Node, num_classes: int) -> str:

@@ -24,17 +24,17 @@ import torch
 
 from dataset import Batch, ImageData, Loader, load_data
 from distiller_zoo import Progress, Task
-from distiller_zoo.base import count, whole
 from errors import run_script
-from helper.device import find_device
-from helper.fast import COMPILE, OFF, PRECISIONS, Fast, choose
-from helper.options import Parser, pairs
+from helper.command_line import Parser, pairs
+from helper.distributed import find_device
+from helper.fast import COMPILE, PRECISIONS, Fast
+from helper.loops import begin, train_step
+from helper.networks import FrozenTeacher
 from helper.recipes import CIFAR_PAIRS
-from helper.stage_training import begin, train_step
-from helper.teacher import FrozenTeacher
+from helper.settings import SETTINGS
 from models import build_model
 from models.backbone import Output
-from scripts.benchmark_parts import (
+from scripts.benchmarks.parts import (
     count_bytes,
     count_flops,
     matrix_rate,
@@ -45,23 +45,29 @@ from scripts.benchmark_parts import (
     report,
     wait_for,
 )
-from scripts.plain_losses import PlainTransform
+from scripts.benchmarks.plain_losses import PlainTransform
+from setting import count, whole
 
 PROGRESS = Progress(120, 240)
+
+
+def choose(device: torch.device) -> Fast:
+    """What `--fast auto` enables on a device."""
+    return Fast(**{setting.argument: setting.auto(device) for setting in SETTINGS if setting.auto is not None})
 
 
 class Contender:
     """One way of training a student with NORM: networks, optimizer, and the step."""
 
-    def __init__(self, pair: tuple[str, str], n: int, data: ImageData, args: Namespace, form: str, parts: dict):
-        self.device, self.fast = args.device, Fast(**parts)
+    def __init__(self, pair: tuple[str, str], n: int, data: ImageData, args: Namespace, form: str, fast: Fast):
+        self.device, self.fast = args.device, fast
         torch.manual_seed(0)
         teacher = build_model(pair[0], data.num_classes).eval()
         task = Task(data.num_classes, data.image_size, args.batch_size, data.train.targets)
         student = build_model(pair[1], data.num_classes)
         self.method = recipe_method("norm", student, teacher, pair, task, co_sponge=n, ft_form=form).to(self.device)
         if form == "direct":
-            self.method.transform.__class__ = PlainTransform
+            self.method.transform = PlainTransform.like(self.method.transform)
         self.fast.prepare_student(self.method, self.device)
         self.teacher = FrozenTeacher(self.fast.prepare_teacher(teacher.to(self.device), data.image_size))
         self.teacher_pass = self.fast.compiled(self.teacher.forward, outlives=True)
@@ -104,13 +110,10 @@ def _endless(loader: Loader) -> Iterator[Batch]:
 
 def measure(pair: tuple[str, str], n: int, data: ImageData, args: Namespace, rates: dict) -> dict:
     """One record: both contenders on one pair and N."""
-    plain = Contender(pair, n, data, args, "direct", OFF)
-    fast = Contender(pair, n, data, args, "auto", args.parts)
+    plain = Contender(pair, n, data, args, "direct", Fast())
+    fast = Contender(pair, n, data, args, "auto", args.fast)
     loader = Loader(data.train, data, args.batch_size, args.device, data.augmentation)
-    batches = {
-        plain: plain_batches(data, args.batch_size, args.workers, args.device),
-        fast: _endless(loader),
-    }
+    batches = {plain: plain_batches(data, args.batch_size, args.workers, args.device), fast: _endless(loader)}
     held = next(_endless(loader))
     first = {}
     for contender in (plain, fast):  # warm up: threads, caches, worker processes, compiler
@@ -143,7 +146,7 @@ def measure(pair: tuple[str, str], n: int, data: ImageData, args: Namespace, rat
         "flops": flops,
         "bytes": moved,
         "achieved_flops_per_s": flops / step[fast],
-        "fast": args.parts,
+        "fast": args.fast,
         "compile_s": first[fast] - step[fast] if fast.fast.compile != "off" else 0.0,
         **rates,
         **(measure_trials(pair, n, data, args) if args.trials > 1 else {}),
@@ -152,7 +155,7 @@ def measure(pair: tuple[str, str], n: int, data: ImageData, args: Namespace, rat
 
 def measure_trials(pair: tuple[str, str], n: int, data: ImageData, args: Namespace) -> dict:
     """How much faster `args.trials` students are trained on one teacher pass (`--trials`) than on one pass each."""
-    students = [Contender(pair, n, data, args, "auto", args.parts) for _ in range(args.trials)]
+    students = [Contender(pair, n, data, args, "auto", args.fast) for _ in range(args.trials)]
     held = next(_endless(Loader(data.train, data, args.batch_size, args.device, data.augmentation)))
 
     def apart() -> None:
@@ -207,7 +210,7 @@ def loader_rate(data: ImageData, args: Namespace) -> float:
 
 def profile(pair: tuple[str, str], n: int, data: ImageData, args: Namespace) -> None:
     """Print the fast step's most expensive operations and write a trace for chrome://tracing or Perfetto."""
-    contender = Contender(pair, n, data, args, "auto", args.parts)
+    contender = Contender(pair, n, data, args, "auto", args.fast)
     batch = next(_endless(Loader(data.train, data, args.batch_size, args.device, data.augmentation)))
     contender.step(batch)
     with torch.profiler.profile(acc_events=True) as profiler:
@@ -264,12 +267,12 @@ def main(argv=None) -> list[dict]:
     parser.add_argument("--profile", metavar="FILE", help="instead: one pair's kernels, and a trace in FILE")
     args = parser.parse_args(argv)
     data = load_data(args.dataset, args.data)
-    args.parts = choose(args.device) | {"compile": args.compile}
+    args.fast = choose(args.device)._replace(compile=args.compile)
     if args.profile:
         profile(args.pairs[0], args.n[0], data, args)
         return []
     rates = {
-        "flops_per_s": matrix_rate(args.device, PRECISIONS[args.parts["precision"]]),
+        "flops_per_s": matrix_rate(args.device, PRECISIONS[args.fast.precision]),
         "bytes_per_s": memory_rate(args.device),
         "loader_images_per_s": loader_rate(data, args),
     }

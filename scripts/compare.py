@@ -9,13 +9,15 @@ accuracy (two-sided; scipy.stats.ttest_ind with unequal variances).
 import itertools
 import statistics
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from errors import UserError, run_script
-from helper.options import Parser
-from helper.tables import ACCURACIES, SAME_ROW, Row, read_rows, spread
+from helper.command_line import Parser
+from helper.tables.pages import describe_left
+from helper.tables.rows import ACCURACIES, Row, differences, read_rows, shortened, spread
 
 #: Below this probability of so large a difference by seeds alone, accuracies are said to differ.
 SIGNIFICANCE = 0.05
@@ -23,11 +25,10 @@ SIGNIFICANCE = 0.05
 FEW_SEEDS = 3
 
 
-def differences(rows: list[Row]) -> dict[str, list]:
-    """Setting -> its value in every group, for those that are not the same in all; None where it does not exist."""
-    names = dict.fromkeys(name for row in rows for name in row.config if name not in SAME_ROW)
-    values = {name: [row.config.get(name) for row in rows] for name in names}
-    return {name: of_rows for name, of_rows in values.items() if any(value != of_rows[0] for value in of_rows)}
+def describe_teachers(rows: Sequence[Row]) -> list[str]:
+    """Who taught every row: the file, and the digest of its weights."""
+    named = [(row.config["path_t"], row.config["teacher_digest"]) for row in rows]
+    return [f"{path or 'no teacher'}{f' (digest {shortened(digest)})' if digest else ''}" for path, digest in named]
 
 
 def judge(first: list[float], second: list[float]) -> str:
@@ -55,21 +56,23 @@ def letters(count: int) -> list[str]:
 def main(argv=None) -> None:
     parser = Parser(__doc__.split("\n")[0])
     parser.add_argument("folders", nargs="+", type=Path, metavar="RUN")
-    rows, unfinished = read_rows(parser.parse_args(argv).folders)
-    for folder in unfinished:
-        print(f"{folder}: not finished, left out", file=sys.stderr)
+    rows, left = read_rows(parser.parse_args(argv).folders)
+    for one in left:
+        print(describe_left(one), file=sys.stderr)
     if len(rows) == 1:
         raise UserError(
-            f"RUN: the {len(rows[0].folders)} runs differ in nothing but trial and seed; name runs of two settings"
+            f"RUN: the {len(rows[0].records)} runs differ in nothing but trial and seed; name runs of two settings"
         )
     names = letters(len(rows))
     for name, row in zip(names, rows, strict=True):
-        seeds = ", ".join(str(result["seed"]) for result in row.results)
+        seeds = ", ".join(str(record.config["seed"]) for record in row.records)
         print(f"{name}: {row.config['dataset']}, {row.pair}: {row.label}; {row.protocol}; seeds {seeds}")
         print("   " + ", ".join(f"{title} {spread(row.values(key))}" for key, title in ACCURACIES.items()))
     print("\nwhat differs:")
     for setting, values in differences(rows).items():
-        print(f"  {setting:<18} {', '.join(f'{name} {value}' for name, value in zip(names, values, strict=True))}")
+        is_teacher = setting == "teacher_digest"
+        title, texts = ("teacher", describe_teachers(rows)) if is_teacher else (setting, list(map(str, values)))
+        print(f"  {title:<18} {', '.join(f'{name} {text}' for name, text in zip(names, texts, strict=True))}")
     for (first, row), (second, other) in itertools.combinations(zip(names, rows, strict=True), 2):
         print(f"\n{second} - {first}:")
         for key, title in ACCURACIES.items():

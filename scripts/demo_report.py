@@ -3,7 +3,6 @@
 Three run folders and an exported student.
 """
 
-import json
 import sys
 from pathlib import Path
 
@@ -15,10 +14,11 @@ import torch
 from dataset import Loader, load_data
 from distiller_zoo import Predictor
 from errors import run_script
-from helper.metrics import evaluate
-from helper.options import Parser
-from helper.run_folder import LAST, METRICS
-from helper.run_state import rebuild
+from helper.checkpoint import rebuild, upgrade
+from helper.command_line import Parser
+from helper.loops import evaluate
+from helper.run_folder import LAST
+from helper.tables.rows import read_record
 from models.checkpoints import load_exported, read_checkpoint
 from models.cost import count_parameters, measure_latency
 
@@ -32,8 +32,8 @@ def draw_curves(folders: list[Path], path: Path) -> None:
 
     figure, axes = pyplot.subplots(figsize=(6, 3.5), layout="constrained")
     for title, folder in zip(TITLES, folders, strict=False):
-        records = [json.loads(line) for line in (folder / METRICS).read_text().splitlines()]
-        axes.plot([record["epoch"] for record in records], [record["test_accuracy"] for record in records], label=title)
+        curve = read_record(folder).curve
+        axes.plot(range(1, len(curve) + 1), curve, label=title)
     axes.set(xlabel="epoch", ylabel="test accuracy (%)", title="digits, one seed")
     axes.legend()
     figure.savefig(path, dpi=150)
@@ -44,7 +44,8 @@ def main(argv=None) -> None:
     parser.add_argument("folders", nargs=3, type=Path, metavar="RUN")
     parser.add_argument("folded", type=Path)
     args = parser.parse_args(argv)
-    networks = [Predictor(rebuild(read_checkpoint(folder / LAST), str(folder))[0]).eval() for folder in args.folders]
+    checkpoints = [upgrade(read_checkpoint(folder / LAST), str(folder)) for folder in args.folders]
+    networks = [Predictor(rebuild(checkpoint, "RUN")[0]).eval() for checkpoint in checkpoints]
     exported, record = load_exported(read_checkpoint(args.folded), str(args.folded))
     networks.append(exported)
     data = load_data(record["dataset"], record["data"], record["image_size"], may_download=False)

@@ -22,10 +22,10 @@ from torch.nn import functional as F
 from dataset import Loader, load_data
 from distiller_zoo import Distiller, Predictor
 from errors import UserError, run_script
-from helper.deployment import FORMATS
-from helper.options import Parser
+from helper.checkpoint import network_of, rebuild, rebuild_official, upgrade
+from helper.command_line import Parser
+from helper.export import FORMATS
 from helper.run_folder import replacing
-from helper.run_state import rebuild, rebuild_official
 from models import imagenet_model_dict
 from models.backbone import Backbone
 from models.checkpoints import read_checkpoint
@@ -40,23 +40,20 @@ class Trained(NamedTuple):
     """A checkpoint's student as it was trained, and what its file says of it."""
 
     method: Distiller
-    model_name: str
-    record: dict  # dataset, classes, mean, std, image_size, accuracy; None where unknown
+    record: dict  # model_name, image_size, and where they are known data set, classes, normalisation, accuracy, ...
 
 
 def read_trained(path: str, model_s: str | None, ft: str) -> Trained:
     """Read CKPT: a run's checkpoint, or a student of the official NORM code with or without its transform."""
-    checkpoint = read_checkpoint(path, "CKPT")
-    if "distiller" not in checkpoint:
-        method, model_name = rebuild_official(checkpoint, f"CKPT: {path}", model_s, ft)
-        return Trained(method, model_name, {"image_size": 224 if model_name in imagenet_model_dict else 32})
-    method, config = rebuild(checkpoint, f"CKPT: {path}")
+    source = f"CKPT: {path}"
+    checkpoint = upgrade(read_checkpoint(path, "CKPT"), source)
+    if "training" not in checkpoint:
+        method, name = rebuild_official(checkpoint, source, model_s, ft)
+        return Trained(method, {"model_name": name, "image_size": 224 if name in imagenet_model_dict else 32})
+    method, config = rebuild(checkpoint, source)
     if model_s not in (None, config["model_s"]):
         raise UserError(f"--model_s: {path} holds {config['model_s']}, not {model_s}")
-    record = {key: checkpoint["data"][key] for key in ("classes", "mean", "std", "image_size")}
-    record["margin"] = checkpoint["data"].get("margin", 0)
-    record |= {"dataset": config["dataset"], "data": config["data"], "accuracy": checkpoint["accuracy"]}
-    return Trained(method, config["model_s"], record)
+    return Trained(method, dict(checkpoint["record"]))
 
 
 def real_images(record: dict, dataset: str | None, folder: str | None) -> tuple[Tensor, str]:
@@ -147,14 +144,14 @@ def main(argv=None) -> Path:
     files = _files(out, args.format, source)
     images, name = real_images(trained.record, args.dataset, args.data)
     network, predictor = trained.method.export(), Predictor(trained.method).eval()
-    sizes = {"model_name": trained.model_name, "num_classes": network.get_classifier().out_features}
-    record = {**sizes, **trained.record}
+    _, of_network = network_of(trained.method)
+    record = trained.record | of_network
     for kind, file in files.items():
         write, read = FORMATS[kind]
         with replacing(file) as temporary:
             write(network, record, temporary)
             compare(predictor, read(temporary, "--out").predict, images, name)
-        print(f"exported {trained.model_name}: {file}")
+        print(f"exported {record['model_name']}: {file}")
     with replacing(out.with_suffix(".json")) as temporary:
         Path(temporary).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     describe(predictor, network, images.shape[-1])

@@ -10,7 +10,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from distiller_zoo import DISTILLERS, Distiller
 from errors import run_script
-from helper.options import Parser
+from helper.command_line import Parser
 from helper.recipes import resolve
 
 HEAD = ("`--distill` and its recipe", "what it is", "source", "needs", "ships")

@@ -14,10 +14,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 
 from dataset import read_normalised
-from distiller_zoo.base import count
 from errors import UserError, run_script
-from helper.deployment import NEEDED, Deployed, read_deployed
-from helper.options import Parser
+from helper.command_line import Parser
+from helper.export import NEEDED, Deployed, read_deployed
+from setting import count
 
 BATCH = 64
 

@@ -1,40 +1,46 @@
-"""The runs of a table, or of your own choice of pairs and methods: listed, estimated, and trained where missing.
+"""The runs of a table, or of your own choice of pairs and methods: listed, and trained where missing.
 
 python scripts/reproduce.py --table 1 --dry_run
 python scripts/reproduce.py --pairs resnet32x4:resnet8x4 --methods kd,norm --trials 3 -- --dataset folder --data PATH
 
-What stands behind -- goes to every training run. Started again, it goes on where it was stopped.
+What follows -- goes to every training run. Started again, it resumes where it was stopped; several may work on one
+folder of runs.
 """
 
 import argparse
+import re
 import shlex
 import sys
-import tempfile
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from distiller_zoo.base import count
 from errors import UserError, run_script
-from helper.cluster import submit
-from helper.costs import Estimate, Rates, estimate, format_seconds
-from helper.options import Parser, pairs
-from helper.plan import (
-    IMAGENET_TABLES,
-    TABLES,
-    Job,
-    Plan,
-    Variant,
-    all_variants,
-    by_state,
-    read_variants,
-)
-from helper.run_folder import LAST, RESULT, replacing
-from helper.running import LOGS, command_line, find_places, run_jobs
+from helper.command_line import Parser
+from helper.run_folder import replacing
+from helper.tables.jobs import LOGS, Speeds, command_line, find_places, format_seconds, ready, run_jobs, submit
+from helper.tables.plan import IMAGENET_TABLES, TABLES, Job, Plan, Variant, all_variants, by_state, read_variants
+from models import find_builder
+from setting import count
 
-MEASURED_STEPS = "20"
+
+def pairs(text: str) -> list[tuple[str, str]]:
+    """(teacher, student) names, read from a flag like resnet32x4:resnet8x4,wrn_40_2:ShuffleV1."""
+    name = "((?:timm:|torchvision:)?[^:]+)"
+    matches = [re.fullmatch(f"{name}:{name}", part) for part in text.split(",")]
+    found = [(match[1], match[2]) for match in matches if match]
+    if len(found) < len(matches):
+        raise argparse.ArgumentTypeError(f"must be pairs like resnet32x4:resnet8x4,wrn_40_2:ShuffleV1, not {text}")
+    for network in {network for pair in found for network in pair}:
+        find_builder(network)
+    return found
+
+
+def gpus(text: str) -> list[int]:
+    """0,1 -> numbers of GPUs, read from a flag."""
+    return [int(part) for part in text.split(",")]
 
 
 def read_rows(methods: str | None, variants: str | None) -> list[Variant]:
@@ -56,65 +62,26 @@ def choose_pairs(args: argparse.Namespace) -> Sequence[tuple[str, str]]:
     return chosen
 
 
-def show(plan: Plan, jobs: Sequence[Job], rates: Rates, places: int) -> None:
-    """Print every row: its seeds by state, and what is left of them will cost."""
-    estimates = [estimate(job, rates) for job in jobs]
+def show(plan: Plan, jobs: Sequence[Job], speeds: Speeds, places: int) -> None:
+    """Print every row: its seeds by state, and how long what is left of them will take."""
     rows = defaultdict(list)
-    for job, cost in zip(jobs, estimates, strict=True):
-        rows[job.row].append((job, cost))
+    for job in jobs:
+        rows[job.row].append(job)
+    total, unknown = 0.0, 0
     for row, of_row in rows.items():
-        states = ", ".join(f"{n} {state}" for state, n in by_state([job for job, _ in of_row]) if n)
-        left = [cost for job, cost in of_row if job.state != "finished"]
-        print(f"{states:<24} {row}{f'  ({_describe_cost(left)})' if left else ''}")
+        states = ", ".join(f"{n} {state}" for state, n in by_state(of_row) if n)
+        left = [job for job in of_row if job.state in ("begun", "missing")]
+        speed = speeds.estimate(of_row[0].config) if left else None
+        about = "" if speed is None else f"  (about {format_seconds(len(left) * speed[1])}, {speed[0]:.0f} images/s)"
+        total, unknown = total + (len(left) * speed[1] if speed else 0), unknown + (0 if speed else len(left))
+        print(f"{states:<24} {row}{about}")
     for title, reason in plan.inapplicable:
         print(f"{'does not apply':<24} {title}: {reason}")
-    known = [cost.seconds for cost in estimates if cost.seconds is not None]
-    unknown = len(estimates) - len(known)
     print(
         f"{len(jobs)} runs: {', '.join(f'{n} {state}' for state, n in by_state(jobs))}; left about "
-        f"{format_seconds(sum(known) / places)} with {places} at a time"
-        + (f", and {unknown} runs whose cost nothing tells yet (--measure)" if unknown else "")
+        f"{format_seconds(total / places)} with {places} at a time"
+        + (f", and {unknown} runs like which none was measured yet" if unknown else "")
     )
-
-
-def _describe_cost(left: Sequence[Estimate]) -> str:
-    if any(cost.seconds is None for cost in left):
-        return left[0].source
-    return f"about {format_seconds(sum(cost.seconds for cost in left))}, {left[0].source}"
-
-
-def measure(jobs: Sequence[Job], rates: Rates, places: list[dict[str, str]]) -> Rates:
-    """The same rates and those of a few steps of every run without one, as far as its teacher is there."""
-    unknown = [job for job in jobs if job.state == "missing" and (rates.find(job.config) or ("", ""))[1] != "measured"]
-    first = {(job.config.distill, job.config.model_t, job.config.model_s): job for job in reversed(unknown)}
-    with tempfile.TemporaryDirectory() as folder:
-        short = [
-            job._replace(
-                command=(*job.command, "--max_steps", MEASURED_STEPS, "--save_dir", folder),
-                row=f"{MEASURED_STEPS} steps of {job.row}",
-                teacher=None,
-            )
-            for job in first.values()
-            if job.teacher is None or (job.teacher / LAST).exists()
-        ]
-        run_jobs(short, places[:1], Path(folder, LOGS))
-        return Rates([*rates.folders, *Path(folder).iterdir()])
-
-
-def ready(jobs: Sequence[Job]) -> list[Job]:
-    """The jobs to hand on; names the students left out because another process is training their teacher.
-
-    A line of a list and a cluster's job know nothing of that process, so they would start without the teacher.
-    """
-    running = {job.folder for job in jobs if job.state == "running"}
-    chosen = [job for job in jobs if job.state in ("begun", "missing")]
-    for job in chosen:
-        if job.teacher in running:
-            print(
-                f"left out: {job.title}: another process is training its teacher in {job.teacher}; start the same "
-                "command again when that is finished"
-            )
-    return [job for job in chosen if job.teacher not in running]
 
 
 def write_job_list(path: Path, jobs: Sequence[Job]) -> None:
@@ -134,12 +101,11 @@ def make_parser() -> Parser:
     add("--methods", metavar="M,M", help="rows, each with its recipe; default: every method that applies")
     add("--variants", metavar="'M FLAGS; M FLAGS'", help="rows with flags of their own, like 'norm -c 0; norm -s 1'")
     add("--trials", type=count, default=3, metavar="K", help="seeds of every row and of the baseline (3)")
-    add("--save_dir", default="save", metavar="ROOT", help="where run folders and models/ lie (save)")
+    add("--save_dir", default="save", metavar="ROOT", help="where run folders and models/ are (save)")
     add("--teacher_flags", type=shlex.split, default=[], metavar="'FLAGS'", help="for teachers only: '--epochs 30'")
-    add("--student_flags", type=shlex.split, default=[], metavar="'FLAGS'", help="for distilled ones only")
+    add("--student_flags", type=shlex.split, default=[], metavar="'FLAGS'", help="for distilled students only")
     add("--dry_run", action="store_true", help="only list")
-    add("--measure", action="store_true", help="run a few steps of what was never measured, for the estimate")
-    add("--gpus", type=lambda text: [int(part) for part in text.split(",")], metavar="N,N", help="default: free ones")
+    add("--gpus", type=gpus, metavar="N,N", help="GPUs to train on; default: those that are free")
     add("--jobs", type=count, default=1, metavar="K", help="runs at a time on each GPU, or on the CPU (1)")
     add("--job_list", type=Path, metavar="FILE", help="write the missing runs' commands, one a line, and stop")
     add(
@@ -157,30 +123,31 @@ def main(argv=None) -> None:
     dataset = None if args.table is None else "imagenet" if args.table in IMAGENET_TABLES else "cifar100"
     plan = Plan(args.save_dir, dataset, argv[end + 1 :], args.teacher_flags, args.student_flags)
     jobs = plan.jobs(chosen, rows, args.trials)
-    missing = [job for job in jobs if job.state != "finished"]
     places = [{}] if args.dry_run or args.job_list or args.slurm is not None else find_places(args.gpus, args.jobs)
-    rates = Rates(sorted(Path(args.save_dir).glob("*/")))
-    show(plan, jobs, measure(missing, rates, places) if args.measure else rates, len(places))
+    show(plan, jobs, Speeds(args.save_dir), len(places))
+    logs = Path(args.save_dir, LOGS)
     if args.job_list:
         write_job_list(args.job_list, ready(jobs))
     elif args.slurm is not None and not args.dry_run:
-        Path(args.save_dir, LOGS).mkdir(parents=True, exist_ok=True)
-        for job, handle in submit(ready(jobs), Path(args.save_dir, LOGS), args.slurm, args.cluster):
+        logs.mkdir(parents=True, exist_ok=True)
+        for job, handle in submit(ready(jobs), logs, args.slurm, args.cluster):
             print(f"submitted {handle.job_id}: {job.title}")
     elif not args.dry_run:
-        failures = run_jobs(missing, places, Path(args.save_dir, LOGS))
-        report(jobs)
-        if failures:
-            raise UserError(f"{len(failures)} of {len(missing)} runs failed; their logs are in {args.save_dir}/{LOGS}")
+        train(plan, jobs, places)
 
 
-def report(jobs: Sequence[Job]) -> None:
-    """The table of what is finished."""
-    from scripts.report import make_report
+def train(plan: Plan, jobs: Sequence[Job], places: Sequence[dict[str, str]]) -> None:
+    """Train what is missing and print the table of what is finished; raises `UserError` where runs failed."""
+    from scripts.report import print_report
 
-    folders = [job.folder for job in jobs if (job.folder / RESULT).exists()]
-    if folders:
-        print(make_report(folders))
+    missing = [job for job in jobs if job.state != "finished"]
+    failures = run_jobs(missing, places, plan.shelf)
+    finished = [job.folder for job in map(plan.shelf.renew, jobs) if job.state == "finished"]
+    if finished:
+        print_report(finished)
+    if failures:
+        logs = Path(plan.save_dir, LOGS)
+        raise UserError(f"{len(failures)} of {len(missing)} runs failed; their logs are in {logs}")
 
 
 if __name__ == "__main__":

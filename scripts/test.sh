@@ -1,8 +1,13 @@
 #!/usr/bin/env bash
-# The tests, in the same environment as the demo. Arguments go to pytest: bash scripts/test.sh -k fold
+# The tests, in the same environment as the demo; the ten slowest are printed. --fast runs only those that take less than
+# 5 s each. Other arguments go to pytest: bash scripts/test.sh -k fold
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
+selected=()
+for argument in "$@"; do
+    if [ "$argument" = --fast ]; then selected+=(-m "not slow"); else selected+=("$argument"); fi
+done
 ruff check .
 ruff format --check .
 # One thread each: the tests' tensors are too small for more, and the processes share the cores.
-OMP_NUM_THREADS=1 python -m pytest --numprocesses auto --maxprocesses 4 "$@"
+OMP_NUM_THREADS=1 python -m pytest --numprocesses auto --maxprocesses 4 --durations=10 "${selected[@]}"

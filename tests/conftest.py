@@ -1,5 +1,7 @@
 """What the tests share: small runs on the embedded digits, and a command line that is called in process."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -9,11 +11,12 @@ import train_cifar_student
 import train_teacher
 from dataset import Batch, Images
 from errors import UserError
-from helper import inputs
+from helper import run
 from helper.recipes import CIFAR_PAIRS
 from models import build_model
 
-SHARED = Path(__file__).resolve().parent.parent.parent / "shared"
+ROOT = Path(__file__).resolve().parent.parent
+SHARED = ROOT.parent / "shared"
 #: Networks that train in a blink, on 32x32 images.
 TEACHER, STUDENT = "resnet14", "resnet8"
 
@@ -25,7 +28,7 @@ def _reproducible():
 
 def keep_images(monkeypatch, train: int | None = None, test: int | None = None) -> None:
     """Let runs read only the first so many images of each split; None: all of them."""
-    load_data = inputs.load_data
+    load_data = run.load_data
 
     def load_few(*arguments):
         data = load_data(*arguments)
@@ -33,7 +36,7 @@ def keep_images(monkeypatch, train: int | None = None, test: int | None = None) 
             train=Images(*(part[:train] for part in data.train)), test=Images(*(part[:test] for part in data.test))
         )
 
-    monkeypatch.setattr(inputs, "load_data", load_few)
+    monkeypatch.setattr(run, "load_data", load_few)
 
 
 @pytest.fixture
@@ -69,14 +72,20 @@ def distil(teacher_run, save_dir):
     return call
 
 
-def answer(execution, teacher):
-    """Run a generator of `TeacherRequest`s to its end, answered by a frozen teacher or None; returns its value."""
-    try:
-        request = next(execution)
-        while True:
-            request = execution.send(teacher(request.images, request.preact))
-    except StopIteration as end:
-        return end.value
+@contextmanager
+def killed(saved_epochs: int = 1) -> Iterator[None]:
+    """Within this block a run is killed as soon as so many of its epochs are saved."""
+    save, saved = run.Run._save, []
+
+    def save_then_stop(self, record):
+        save(self, record)
+        saved.append(record)
+        if len(saved) == saved_epochs:
+            raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(run.Run, "_save", save_then_stop)
+        yield
 
 
 def message_of(main, argv: list[str]) -> str:

@@ -13,7 +13,7 @@ from distiller_zoo import Progress, Task
 from distiller_zoo.feature_transform import norm_loss
 from distiller_zoo.kd import kl_divergence
 from distiller_zoo.norm import NORM, match_size, norm_weight, standardise_logits
-from helper.schedule import cosine_learning_rate, step_learning_rate
+from helper.optim import cosine_learning_rate, step_learning_rate
 from models import build_model
 from models.backbone import Backbone, probe_shapes
 from tests.golden_case import Difference

@@ -5,8 +5,7 @@ from pathlib import Path
 
 import torch
 
-from helper.configuration import foresee, run_name
-from helper.teacher import TeacherFile
+from helper.command_line import resolve
 
 #: What two runs that are alike may differ in.
 CLOCKS = ("images_per_s", "data_wait_s", "compute_s")
@@ -33,13 +32,29 @@ def same_state(a, b) -> bool:
     return a == b
 
 
+def state(run: Path, name: str = "last.pth") -> dict:
+    """What only resuming needs of a run's checkpoint."""
+    return load(run / name)["training"]
+
+
+def weights(run: Path, name: str = "last.pth") -> dict:
+    """The weights of a run's method: the student's and what it is trained with."""
+    return state(run, name)["distiller"]
+
+
+def without_clocks(record: dict) -> dict:
+    """An epoch's record without what two runs that are alike may differ in."""
+    return {key: value for key, value in record.items() if key not in CLOCKS}
+
+
 def assert_same_end(whole: Path, other: Path) -> None:
     """Two runs have ended in the same weights, momentum and logged numbers, bit for bit."""
-    a, b = load(whole / "last.pth"), load(other / "last.pth")
-    for key in ("distiller", "optimizer", "epoch", "step", "accuracies"):
+    assert same_state(load(whole / "last.pth")["model"], load(other / "last.pth")["model"])
+    a, b = state(whole), state(other)
+    for key in ("distiller", "optimizer", "epoch", "step"):
         assert same_state(a[key], b[key]), key
-    for ours, theirs in zip(metrics(whole), metrics(other), strict=True):
-        assert all(ours[key] == theirs[key] for key in ours if key not in CLOCKS)
+    assert list(map(without_clocks, a["records"])) == list(map(without_clocks, b["records"]))
+    assert list(map(without_clocks, metrics(whole))) == list(map(without_clocks, metrics(other)))
 
 
 def make_run(
@@ -47,12 +62,12 @@ def make_run(
 ) -> Path:
     """A finished run of so many epochs with this test accuracy (%) after each; `flags` are of the configuration."""
     given = {"distill": distill, "model_s": "resnet8", "trial": str(seed), "epochs": len(curve), **flags}
-    file = TeacherFile("t.pth", teacher, None, 0, given.get("dataset", "digits"), None, 32, None) if teacher else None
-    config = foresee(given, file)
+    of_teacher = {"path_t": "t.pth", "model_t": teacher, "teacher_digest": "0" * 64} if teacher else {}
+    config = resolve(given, of_teacher=of_teacher)
     label = "".join(str(value) for value in flags.values())
-    folder = root / f"{run_name(config)}{label}"
+    folder = root / f"{config.name}{label}"
     folder.mkdir(parents=True)
-    (folder / "config.json").write_text(json.dumps(vars(config)))
+    (folder / "config.json").write_text(json.dumps(config.as_json()))
     lines = [{"epoch": n, "test_accuracy": value, "images_per_s": 100.0} for n, value in enumerate(curve, 1)]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     result = {
@@ -66,3 +81,14 @@ def make_run(
     }
     (folder / "result.json").write_text(json.dumps(result))
     return folder
+
+
+def pretend(job, *files: str, **changed) -> Path:
+    """A run folder of a plan's job: its settings, but for what is `changed`, and these files."""
+    job.folder.mkdir(parents=True)
+    (job.folder / "config.json").write_text(json.dumps(job.config.as_json() | changed))
+    numbers = dict.fromkeys(("accuracy_last", "accuracy_best", "accuracy_mean_last_five"), 50.0)
+    result = numbers | {"epochs": 1, "best_epoch": 1, "parameters": 1}
+    for name in files:
+        (job.folder / name).write_text(json.dumps(result) if name == "result.json" else "")
+    return job.folder

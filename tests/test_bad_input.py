@@ -2,14 +2,12 @@
 
 import runpy
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 
 from models import build_model
-
-ROOT = Path(__file__).resolve().parent.parent
+from tests.conftest import ROOT
 
 
 @pytest.fixture
@@ -20,9 +18,9 @@ def place(tmp_path, teacher_run):
     whole = (teacher_run / "last.pth").read_bytes()
     (tmp_path / "truncated.pth").write_bytes(whole[: len(whole) // 2])
     (tmp_path / "page.pth").write_text("<html>404</html>")
-    train = tmp_path / "broken" / "train" / "cat"
-    train.mkdir(parents=True)
-    (train / "1.png").write_bytes(b"\x89PNG\r\n\x1a\n")
+    for name in ("cat", "dog"):
+        (train := tmp_path / "broken" / "train" / name).mkdir(parents=True)
+        (train / "1.png").write_bytes(b"\x89PNG\r\n\x1a\n")
     (tmp_path / "no_split" / "train" / "cat").mkdir(parents=True)
     val = tmp_path / "broken" / "val" / "cat"
     val.mkdir(parents=True)

@@ -118,3 +118,14 @@ def test_probing_leaves_every_mode_and_statistic_as_it_was():
     assert shapes.final == (64, 8, 8) and shapes.pooled == 64 and shapes.num_classes == 5
     assert network.training and not network.bn1.training
     assert all(torch.equal(value, network.state_dict()[key]) for key, value in before.items())
+
+
+def test_a_network_that_fails_without_a_word_is_named():
+    class Silent(torch.nn.Module):
+        def forward(self, x):
+            raise AssertionError
+
+    network = build_model("resnet8", 7)
+    network.conv1 = Silent()
+    with pytest.raises(UserError, match="cannot read images of 32x32 \\(AssertionError\\)"):
+        probe_shapes(network, 32)

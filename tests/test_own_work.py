@@ -13,11 +13,11 @@ import distiller_zoo
 import models
 import train_cifar_student
 import train_teacher
-from helper import pretrained
+from helper import download
 from scripts import compare, export_student, predict, report, reproduce
+from tests.conftest import ROOT
 from tests.test_reproduce import in_process
 
-ROOT = Path(__file__).resolve().parent.parent
 PAGE = (ROOT / "docs" / "own_work.md").read_text()
 MAINS = {
     "train_teacher.py": train_teacher.main,
@@ -53,12 +53,12 @@ def photographs(tmp_path, monkeypatch):
 def _downloads(tmp_path, monkeypatch):
     """Random weights in place of torchvision's."""
 
-    def make(file: pretrained.RemoteFile) -> Path:
+    def make(file: download.RemoteFile) -> Path:
         path = tmp_path / file.name
         torch.save(torchvision.models.get_model(file.name.partition("-")[0]).state_dict(), path)
         return path
 
-    monkeypatch.setattr(pretrained, "provide", make)
+    monkeypatch.setattr(download, "provide", make)
 
 
 def shortened(script: str, flags: list[str]) -> list[str]:

@@ -2,38 +2,68 @@
 
 import re
 import shlex
-from pathlib import Path
+from importlib import import_module
 
 import pytest
+import torch
 
 import train_cifar_student
 import train_teacher
-from helper import options
+from helper.command_line import imagenet_parser, student_parser, teacher_parser
 from models import model_dict
-from scripts import export_student, list_methods, report, reproduce
+from scripts import compare, draw_norm, export_student, list_methods, report, reproduce
+from tests.conftest import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
-README = (ROOT / "README.md").read_text()
+PAGES = {
+    path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8")
+    for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+}
+README, ARCHITECTURE = PAGES["README.md"], PAGES["docs/architecture.md"]
+#: Pages whose commands in bash blocks are run, in this order and in one folder; own_work.md has a test of its own.
+WALK = (
+    *("README.md", "docs/training.md", "docs/teachers_and_networks.md"),
+    *("docs/deployment.md", "docs/whole_tables.md"),
+)
 MAINS = {
     "train_teacher.py": train_teacher.main,
     "train_cifar_student.py": train_cifar_student.main,
     "scripts/export_student.py": export_student.main,
     "scripts/report.py": report.main,
     "scripts/reproduce.py": reproduce.main,
+    "scripts/compare.py": compare.main,
+}
+PARSERS = {
+    "train_teacher.py": teacher_parser,
+    "train_cifar_student.py": student_parser,
+    "train_imagenet_student.py": imagenet_parser,
 }
 
 
-def commands(language: str) -> list[str]:
-    """Lines of the fenced blocks of a language."""
-    blocks = re.findall(r"^```(\w*)\n(.*?)^```$", README, re.S | re.M)
-    return [line for name, block in blocks if name == language for line in block.splitlines() if line.strip()]
+def blocks(page: str, *languages: str) -> list[str]:
+    """The fenced blocks of these languages."""
+    found = re.findall(r"^```(\w*)\n(.*?)^```$", PAGES[page], re.S | re.M)
+    return [block for name, block in found if name in languages]
 
 
-def test_the_example_commands_run_in_their_order(tmp_path, monkeypatch, capsys):
-    """With a few steps added; `save/*` is spelled out, as a shell would."""
+def commands(page: str, *languages: str) -> list[str]:
+    return [line for block in blocks(page, *languages) for line in block.splitlines() if line.strip()]
+
+
+def named_commands() -> list[str]:
+    """Every command of the documents that starts one of our scripts, in blocks and in sentences."""
+    found = []
+    for page, text in PAGES.items():
+        sentences = re.sub(r"^```.*?^```$", "", text, flags=re.S | re.M)
+        lines = commands(page, "", "bash") + [" ".join(code.split()) for code in re.findall(r"`([^`]+)`", sentences)]
+        found += [line for line in lines if re.match(r"(\w+=\S+ )*(python|torchrun|bash) ", line)]
+    return sorted(set(found))
+
+
+def test_the_commands_run_in_their_order(tmp_path, monkeypatch, capsys):
+    """With a few steps added; `save/*` is spelled out, as a shell would. Then Python's blocks, which read the runs."""
     monkeypatch.chdir(tmp_path)
     ran = []
-    for command in commands("bash"):
+    for command in dict.fromkeys(command for page in WALK for command in commands(page, "bash")):
         program, *argv = shlex.split(command, comments=True)
         if program != "python":
             assert program in ("bash", "tensorboard")
@@ -44,46 +74,90 @@ def test_the_example_commands_run_in_their_order(tmp_path, monkeypatch, capsys):
             flags += ["--max_steps", "2"]
         MAINS[script](flags)
         ran.append(script)
+    for code in (code for page in WALK for code in blocks(page, "python")):
+        exec(compile(code, "a document", "exec"), {"images": torch.zeros(2, 3, 32, 32)})
     assert set(ran) == set(MAINS)
     printed = capsys.readouterr().out
-    assert "| digits | resnet20 | resnet8 | norm |" in printed and "exported resnet8" in printed
+    assert "| digits | resnet20 | resnet8 | norm --max_steps 2 |" in printed and "exported resnet8" in printed
 
 
-@pytest.mark.parametrize("command", [line for line in commands("") if line.startswith("python train_")])
-def test_commands_that_need_a_network_or_own_images_parse(command):
-    _, script, *argv = shlex.split(command)
-    parsers = {
-        "train_teacher.py": options.teacher_parser,
-        "train_cifar_student.py": options.student_parser,
-        "train_imagenet_student.py": options.imagenet_parser,
-    }
-    parsers[script]().parse_args(argv)
+def help_of(script: str, capsys) -> str:
+    module = import_module(script.removesuffix(".py").replace("/", "."))
+    with pytest.raises(SystemExit):
+        module.main(["--help"])
+    return capsys.readouterr().out
 
 
-def test_every_file_and_method_that_is_named_exists():
-    for path in re.findall(r"\[[^\]]+\]\(([\w./]+)\)", README):
-        assert (ROOT / path).exists(), path
-    tree = re.search(r"## The tree\n\n```\n(.*?)```", README, re.S)[1]
-    for line in tree.splitlines():
-        assert (ROOT / line.split()[0]).exists(), line
-    for path in re.findall(r"\b(?:scripts|docs|helper|tests)/[\w./]+\.(?:py|sh|md)", README):
-        assert (ROOT / path).exists(), path
-    for document in (ROOT / "docs").glob("*.md"):
-        for path in re.findall(
-            r"`((?:scripts|docs|helper|tests|models|dataset|distiller_zoo)/[\w./]+)`", document.read_text()
-        ):
-            assert (ROOT / path).exists(), f"{document.name}: {path}"
+@pytest.mark.parametrize("command", named_commands())
+def test_commands_that_are_not_run_are_legal(command, capsys):
+    """Training commands are parsed; of other scripts the flags must be in --help. ... stands for a value or flags."""
+    words = shlex.split(command.replace("mean_map", "hint"), comments=True)  # the example that own_work.md adds
+    words = [word for before, word in zip(["", *words], words, strict=False) if word != "..." or before[:2] == "--"]
+    script = next((word for word in words if word.endswith((".py", ".sh"))), None)
+    if script is None:  # python -m pytest and the like
+        return
+    assert (ROOT / script).is_file()
+    ours = words[words.index(script) + 1 :]
+    common = ours[ours.index("--") + 1 :] if "--" in ours else []
+    if script in PARSERS:
+        PARSERS[script]().parse_args(ours)
+    elif script.endswith(".py"):
+        flags = [word for word in ours[: len(ours) - len(common)] if re.match(r"--\w", word)]
+        known = help_of(script, capsys) if flags else ""
+        assert all(re.search(rf"{flag}\b", known) for flag in flags)
+    teacher_parser().parse_args(common)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_file_that_is_named_exists(page):
+    text, folder = PAGES[page], (ROOT / page).parent
+    for path in re.findall(r"\]\(([\w./]+)\)", text):
+        assert (folder / path).exists(), path
+    rooms = "scripts|docs|helper|tests|models|dataset|distiller_zoo|crd"
+    code = " ".join(re.findall(r"^```.*?^```$|`[^`\n]+`", text, re.S | re.M))
+    for path in re.findall(rf"\b((?:{rooms})/[\w./]+\.(?:py|sh|md|svg|json))\b", code):
+        assert (ROOT / path).exists() or (folder / path).exists() or path.endswith("mean_map.py"), path
+
+
+def tree() -> set[str]:
+    """The files and folders of the architecture page's tree."""
+    found, folder = set(), ""
+    for line in re.search(r"## The tree\n\n```\n(.*?)```", ARCHITECTURE, re.S)[1].splitlines():
+        name = line.split()[0]
+        if not line.startswith(" "):
+            folder = name if name.endswith("/") else ""
+            found.add(name)
+        else:
+            found.add(folder + name)
+    return found
+
+
+def test_the_tree_is_the_repositorys():
+    assert all((ROOT / name).exists() for name in tree()), tree()
+    modules = [*ROOT.glob("*.py"), *(ROOT / "helper").rglob("*.py"), *(ROOT / "dataset").glob("*.py")]
+    named = {path.relative_to(ROOT).as_posix() for path in modules if path.name != "__init__.py"}
+    assert named <= tree()
 
 
 def test_the_method_table_is_complete():
     table = README.split("<!-- methods -->\n")[1].split("<!-- end of methods -->")[0]
     assert table == list_methods.table("cifar100", "resnet32x4", "resnet8x4") + "\n"
-    families = README.split("## Networks")[1]
+    families = PAGES["docs/teachers_and_networks.md"]
     assert all(name.split("_")[0].rstrip("0123456789x") in families for name in model_dict)
 
 
 def test_the_results_in_the_documents_are_the_reports():
-    documents = [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
-    assert sum(report.fill_markers(path.read_text()).count("<!-- end of ") for path in documents) >= 2
-    for path in documents:
-        assert report.fill_markers(path.read_text()) == path.read_text(), "run python scripts/report.py --update_docs"
+    assert sum(report.fill_markers(text).count("<!-- end of ") for text in PAGES.values()) >= 2
+    for page, text in PAGES.items():
+        assert report.fill_markers(text) == text, f"{page}: run python scripts/report.py --update_docs"
+
+
+def test_the_readme_is_short_and_its_picture_is_drawn_by_the_script():
+    assert len(README.splitlines()) <= 180
+    first_screen = README.split("\n## ")[0]
+    assert all(part in first_screen for part in ("demo.sh", "test.sh", "docs/figures/norm.svg", "<!-- table "))
+    assert draw_norm.FILE.read_text() == draw_norm.draw(), "run python scripts/draw_norm.py"
+
+
+def test_every_page_is_listed_in_the_readme():
+    assert all(f"({page})" in README for page in PAGES if page != "README.md")

@@ -17,13 +17,12 @@ import train_cifar_student
 import train_teacher
 from dataset import Images, load_data
 from errors import UserError
-from helper import inputs
+from helper import run as run_module
 from helper.run_folder import PREVIOUS, RunFolder
 from models.checkpoints import read_checkpoint
-from tests.conftest import message_of
-from tests.run_folders import assert_same_end, load, metrics, same_state
+from tests.conftest import ROOT, message_of
+from tests.run_folders import assert_same_end, load, metrics, same_state, state, weights
 
-ROOT = Path(__file__).resolve().parent.parent
 KILLS = int(os.environ.get("KILLS", "3"))
 FLIPS = int(os.environ.get("FLIPS", "150"))
 
@@ -31,17 +30,17 @@ FLIPS = int(os.environ.get("FLIPS", "150"))
 def test_a_damaged_last_checkpoint_falls_back_to_the_one_before(distil, few_images, capsys):
     whole = distil("--batch_size", "64", "--epochs", "2")
     cut = distil("--batch_size", "64", "--epochs", "2", "--trial", "cut", "--seed", "1")
-    assert load(cut / PREVIOUS)["epoch"] == 1
+    assert state(cut, PREVIOUS)["epoch"] == 1
     content = bytearray((cut / "last.pth").read_bytes())
     content[len(content) // 2] ^= 1
     (cut / "last.pth").write_bytes(content)
     train_cifar_student.main(["--resume", str(cut)])
     assert f"going on with {PREVIOUS}" in capsys.readouterr().out
-    assert same_state(load(whole / "last.pth")["distiller"], load(cut / "last.pth")["distiller"])
+    assert same_state(weights(whole), weights(cut))
     assert len(metrics(cut)) == 2
     (cut / "last.pth").unlink()  # as between the two renames
     train_cifar_student.main(["--resume", str(cut)])
-    assert same_state(load(whole / "last.pth")["distiller"], load(cut / "last.pth")["distiller"])
+    assert same_state(weights(whole), weights(cut))
 
 
 @pytest.mark.parametrize("distill", ["norm", "norm_crd", "ofd"])
@@ -79,7 +78,7 @@ def test_a_signal_saves_and_stops(tmp_path, name, code):
     process.send_signal(getattr(signal, name))
     _, errors = process.communicate(timeout=60)
     assert process.returncode == code and f"stopped by {name} and saved" in errors and "Traceback" not in errors
-    assert load(run / "last.pth")["epoch"] < 50
+    assert state(run)["epoch"] < 50
     train_teacher.main(["--resume", str(run), "--max_steps", "1"])
 
 
@@ -171,8 +170,8 @@ class Runs:
 
 
 def test_a_pickle_that_runs_code_is_refused(tmp_path):
-    for weights in ({"model": Runs(tmp_path / "made")}, Runs(tmp_path / "made")):
-        torch.save(weights, tmp_path / "teacher.pth")
+    for content in ({"model": Runs(tmp_path / "made")}, Runs(tmp_path / "made")):
+        torch.save(content, tmp_path / "teacher.pth")
         argv = ["--model_s", "resnet8", "--path_t", str(tmp_path / "teacher.pth"), "--save_dir", str(tmp_path / "save")]
         assert "cannot be read as a checkpoint" in message_of(train_cifar_student.main, argv)
         assert not (tmp_path / "made").exists() and not (tmp_path / "save").exists()
@@ -182,7 +181,7 @@ def train_few(argv: list[str]) -> None:
     """`train_cifar_student.py` on few images, in a process of its own."""
     data = load_data("digits")
     few = data._replace(**{name: Images(*(part[:96] for part in getattr(data, name))) for name in ("train", "test")})
-    inputs.load_data = lambda *arguments: few
+    run_module.load_data = lambda *arguments: few
     torch.set_num_threads(1)
     train_cifar_student.main(argv)
 

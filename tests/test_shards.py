@@ -68,9 +68,3 @@ def test_a_broken_image_in_a_shard_is_named(shards, capsys):
     shown = torch.cat([batch.index for batch in loader_of(shards).batches(0)])
     assert 14 not in shown.tolist() and len(shown) == 15
     assert "bad in " in capsys.readouterr().out
-
-
-def test_without_the_library_it_says_what_to_install(shards, monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "webdataset.tariterators", None)
-    with pytest.raises(UserError, match="pip install webdataset"):
-        loader_of(shards)

@@ -1,8 +1,6 @@
 """Images that are read from a disk as the training goes."""
 
-import gc
 import json
-import multiprocessing
 import os
 import signal
 from pathlib import Path
@@ -11,19 +9,28 @@ import numpy
 import pytest
 import torch
 from PIL import Image
-from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 import train_imagenet_student
 import train_teacher
 from dataset import Augmentation, Loader, hold_out, load_data, read_normalised, sources
-from dataset.decoding import RandomCrops, decode, fit
-from dataset.single import read_square
-from dataset.stored import _fill
+from dataset.decoding import Centre, Place, RandomCrops, read_views
+from dataset.streaming import fill_gaps
 from errors import UserError
-from helper.metrics import evaluate
+from helper.loops import evaluate
 from tests.conftest import message_of
 
 CPU = torch.device("cpu")
+
+
+def read(path, crop, sample: int = 0) -> list[torch.Tensor]:
+    """Bytes (3, size, size) of each view of an image file."""
+    views = read_views(Place(os.fsencode(path)).read, crop, sample)
+    return [torch.tensor(pixels).permute(2, 0, 1) for pixels in views]
+
+
+def fit(path, size: int, cut: int = 0) -> torch.Tensor:
+    (pixels,) = read(path, Centre(size, cut))
+    return pixels
 
 
 def write_images(root, train: int = 7, test: int = 5, classes=("cat", "dog"), side: int = 40):
@@ -77,9 +84,9 @@ def test_an_image_keeps_its_crop_whatever_else_is_read(folder):
     (batch,) = part.batches(0)
     for sample, image in zip(batch.index, batch.images, strict=True):
         assert torch.equal(whole[int(sample)], image)
-    image, crops = decode((folder / "train/cat/3.JPEG").read_bytes()), RandomCrops(0, 0, 2, (0.08, 1.0))
-    first, second = crops.of(image, 5, 32)
-    for other in (second, *crops.of(image, 6, 32), *crops._replace(epoch=1).of(image, 5, 32)):
+    path, crops = folder / "train/cat/3.JPEG", RandomCrops(32, 0, 0, 2, (0.08, 1.0))
+    first, second = read(path, crops, 5)
+    for other in (second, *read(path, crops, 6), *read(path, crops._replace(epoch=1), 5)):
         assert first.shape == other.shape == (3, 32, 32) and not torch.equal(first, other)
     (other,) = loader_of(folder, subset=torch.tensor([1, 2, 9])).batches(1)
     assert not torch.equal(batch.images[batch.index == 2], other.images[other.index == 2])
@@ -95,21 +102,20 @@ def test_targets_are_the_folders_and_the_index_is_the_samples(folder):
 def test_the_test_crop_is_the_middle_of_the_resized_image(folder):
     (batch, *_) = loader_of(folder, split="test").batches()
     data = load_data("imagenet", str(folder), 32, 0)
-    image = decode((folder / "val/cat/2.JPEG").read_bytes())
     with Image.open(folder / "val/cat/2.JPEG") as original:
         width, height = original.size
         side = 32 + 2 * 2
         small = original.resize((int(width * side / height), side), Image.BILINEAR)
     left, top = round((small.width - 32) / 2), round((side - 32) / 2)
     expected = torch.from_numpy(numpy.array(small)).permute(2, 0, 1)[:, top : top + 32, left : left + 32]
-    ours = fit(image, 32, 2)
+    ours = fit(folder / "val/cat/2.JPEG", 32, 2)
     assert (ours.float() - expected.float()).abs().max() <= 3
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (data.mean, data.std))
     assert torch.allclose(batch.images[2], (ours / 255 - mean) / std, atol=1e-5)
     assert load_data("imagenet", str(folder), 224, 0).margin == -16, "224 pixels from the middle of 256"
     record = {"image_size": 32, "mean": data.mean, "std": data.std, "margin": data.margin}
     alone = read_normalised(folder / "val/cat/2.JPEG", record)
-    assert (alone - batch.images[2]).abs().max() < 0.1, "a shipped network is shown the same"
+    assert torch.allclose(alone, batch.images[2], atol=1e-5), "a shipped network is shown the same"
 
 
 def test_images_may_be_kept_apart(folder):
@@ -119,7 +125,7 @@ def test_images_may_be_kept_apart(folder):
     names = [split.name_of(k) for split in (left, apart) for k in range(len(split.targets))]
     assert sorted(names) == sorted(data.train.name_of(k) for k in range(14))
     (batch,) = Loader(apart, data, 9, CPU).batches()
-    expected = fit(decode(Path(apart.name_of(2)).read_bytes()), 32, 2)
+    expected = fit(apart.name_of(2), 32, 2)
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (data.mean, data.std))
     assert torch.allclose(batch.images[2], (expected / 255 - mean) / std, atol=1e-5)
 
@@ -176,47 +182,80 @@ def test_a_split_without_a_whole_image_is_one_line(folder):
 
 
 def test_the_next_whole_image_of_a_batch_takes_a_broken_ones_place():
-    read = dict.fromkeys((1, 3, 4))
-    assert _fill([1, 2, 3, 4], read) == [1, 3, 3, 4]
-    assert _fill([1, 3, 4, 5], read) == [1, 3, 4, 1], "after the last comes the first"
-    assert _fill([7, 8], {}) == []
+    assert fill_gaps(4, [0, 2, 3]) == [0, 2, 2, 3]
+    assert fill_gaps(4, [0, 1, 2]) == [0, 1, 2, 0], "after the last comes the first"
 
 
-def test_signals_to_all_processes_leave_the_readers_alone(folder):
-    batches = loader_of(folder, workers=1).batches(0)
+def workers_of(loader) -> list[int]:
+    """The process numbers of a loader's workers."""
+    return [worker.pid for worker in loader.images.reading.pool.workers]
+
+
+def test_signals_to_all_processes_leave_the_workers_alone(folder):
+    loader = loader_of(folder, workers=2)
+    batches = loader.batches(0)
     first = next(batches)
-    for reader in multiprocessing.active_children():
-        os.kill(reader.pid, signal.SIGTERM)
-        os.kill(reader.pid, signal.SIGINT)
+    for worker in workers_of(loader):
+        os.kill(worker, signal.SIGTERM)
+        os.kill(worker, signal.SIGINT)
     assert len([first, *batches]) == 4
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # torch leaves a socket open then
-def test_a_reader_that_is_ended_from_outside_is_one_line(folder, monkeypatch):
-    let_go = []  # torch's own end waits for a lock that the reader may have held
-    torchs = _MultiProcessingDataLoaderIter
-    monkeypatch.setattr(torchs, "_shutdown_workers", lambda iterator: let_go.append(iterator._shutdown))
-    batches = loader_of(folder, workers=1, batch_size=1).batches(0)
+def test_a_worker_that_is_ended_from_outside_is_one_line(folder):
+    loader = loader_of(folder, workers=2, batch_size=1)
+    batches = loader.batches(0)
     next(batches)
-    (reader,) = multiprocessing.active_children()
-    os.kill(reader.pid, signal.SIGKILL)
+    os.kill(workers_of(loader)[1], signal.SIGKILL)
     with pytest.raises(UserError, match="--num_workers"):
         list(batches)  # what was read before may still come
-    del batches
-    gc.collect()
-    assert let_go and all(let_go)
+    assert same(loader.batches(0), loader_of(folder, batch_size=1).batches(0)), "others are started when needed"
+
+
+def test_workers_live_over_epochs_and_tests_and_as_long_as_their_data(folder):
+    data = load_data("imagenet", str(folder), 32, 2)
+    pool = data.train.reading.pool
+    list(Loader(data.train, data, 4, CPU, data.augmentation).batches(0))
+    first = [worker.pid for worker in pool.workers]
+    list(Loader(data.test, data, 3, CPU).batches())
+    list(Loader(data.train, data, 4, CPU, data.augmentation).batches(1))
+    assert [worker.pid for worker in pool.workers] == first and len(first) == 2
+    workers = list(pool.workers)
+    del data, pool
+    assert [worker.poll() for worker in workers] == [-signal.SIGKILL] * 2
+
+
+def test_workers_start_without_torch_and_without_the_runs_files(folder):
+    loader = loader_of(folder, workers=1)
+    with open(folder / "lock", "w") as lock:
+        os.set_inheritable(lock.fileno(), True)
+        list(loader.batches(0))
+        (worker,) = workers_of(loader)
+        assert "torch" not in Path(f"/proc/{worker}/maps").read_text()
+        opened = {os.readlink(path) for path in Path(f"/proc/{worker}/fd").iterdir()}
+    assert str(folder / "lock") not in opened
+
+
+def test_several_passes_share_the_workers(folder):
+    loader = loader_of(folder, workers=2)
+    alone = list(loader.batches(1))
+    left = loader.batches(0)
+    next(left)
+    left.close()
+    pairs = list(zip(loader.batches(1), loader.batches(1), strict=True))
+    for side in zip(*pairs, strict=True):
+        assert same(alone, side)
 
 
 def test_usual_formats_and_modes_are_read(tmp_path):
     image = Image.fromarray(numpy.full((9, 9, 3), 200, numpy.uint8))
     for name in ("a.bmp", "a.tif", "a.png", "a.webp"):
         image.save(tmp_path / name)
-        assert (decode((tmp_path / name).read_bytes()).float() - 200).abs().max() <= 2
+        assert (fit(tmp_path / name, 9).float() - 200).abs().max() <= 2
     for mode, kind in (("L", "png"), ("LA", "png"), ("RGBA", "png"), ("P", "png"), ("CMYK", "jpeg"), ("1", "png")):
         seen = image.convert(mode)
-        seen.save(tmp_path / f"b.{kind}", **({"transparency": bytes(range(200))} if mode == "P" else {}))
+        seen.save(tmp_path / f"b.{kind}", **({"transparency": bytes([255] * 256)} if mode == "P" else {}))
         expected = 255 if mode == "1" else 200
-        shown = decode((tmp_path / f"b.{kind}").read_bytes()).float()
+        shown = fit(tmp_path / f"b.{kind}", 9).float()
         assert shown.shape == (3, 9, 9) and (shown.mean() - expected).abs() <= (55 if mode == "1" else 8), mode
 
 
@@ -225,8 +264,7 @@ def test_greys_of_16_bits_are_scaled_to_8(tmp_path, name):
     greys = numpy.arange(0, 2**16, 2**6, dtype=numpy.uint16).reshape(32, 32)
     Image.fromarray(greys).save(tmp_path / name)
     expected = torch.from_numpy((greys >> 8).astype(numpy.uint8)).expand(3, -1, -1)
-    assert torch.equal(decode((tmp_path / name).read_bytes()), expected)
-    assert torch.equal(read_square(tmp_path / name, 32).permute(2, 0, 1), expected)
+    assert torch.equal(fit(tmp_path / name, 32), expected)
 
 
 def test_a_folder_that_does_not_fit_into_memory_is_read_as_it_goes(folder, monkeypatch, capsys):
@@ -234,7 +272,7 @@ def test_a_folder_that_does_not_fit_into_memory_is_read_as_it_goes(folder, monke
     monkeypatch.setattr(sources, "MEMORY_LIMIT", 10_000)
     monkeypatch.setattr(sources, "BATCH", 3)
     outside = load_data("folder", str(folder), 32, 0)
-    assert "read as it goes" in capsys.readouterr().out
+    assert "streamed from the disk" in capsys.readouterr().out
     assert outside.augmentation == inside.augmentation == Augmentation()
     assert numpy.allclose(inside.mean, outside.mean, atol=0.01) and numpy.allclose(inside.std, outside.std, atol=0.01)
     kwargs = {"batch_size": 4, "device": CPU, "augmentation": inside.augmentation, "seed": 1}
@@ -245,7 +283,7 @@ def test_a_folder_that_does_not_fit_into_memory_is_read_as_it_goes(folder, monke
     )
     for a, b in pairs:
         assert torch.equal(a.index, b.index)
-        assert (a.images - b.images).abs().max() < 0.1, "the same crops; libraries resize with other roundings"
+        assert torch.equal(a.images, b.images), "one reader makes the same bytes"
 
 
 def run_of(save_dir, known=()):

@@ -4,27 +4,30 @@ import ast
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from helper import options
+from distiller_zoo import DISTILLERS
+from helper.settings import all_settings
+from tests.conftest import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 #: Who may import whom, beside libraries and modules of the same room.
 ROOMS = {
     "errors": set(),
+    "setting": set(),
     "models": {"errors"},
     "dataset": {"errors"},
     "crd": {"errors"},
-    "distiller_zoo": {"errors", "models", "crd"},
-    "helper": {"errors", "models", "dataset", "distiller_zoo"},
-    "scripts": {"errors", "models", "dataset", "distiller_zoo", "crd", "helper"},
+    "distiller_zoo": {"errors", "setting", "models", "crd"},
+    "helper": {"errors", "setting", "models", "dataset", "distiller_zoo"},
+    "scripts": {"errors", "setting", "models", "dataset", "distiller_zoo", "crd", "helper"},
     "train_teacher": {"errors", "helper"},
     "train_cifar_student": {"errors", "helper"},
     "train_imagenet_student": {"errors", "helper"},
 }
-FILES = sorted(path for room in ROOMS for path in (*ROOT.glob(f"{room}.py"), *ROOT.glob(f"{room}/*.py")))
+FILES = sorted(path for room in ROOMS for path in (*ROOT.glob(f"{room}.py"), *ROOT.glob(f"{room}/**/*.py")))
 
 
 def imported_modules(path: Path) -> list[str]:
@@ -80,8 +83,8 @@ def test_no_copies_of_students_and_no_feature_by_number():
 
 
 def test_loops_know_no_method_by_name():
-    loops = ("engine", "stage_training", "lockstep", "inputs", "guard", "metrics", "distributed")
-    for name in (*loops, "run_folder", "run_state", "teacher", "schedule"):
+    loops = ("run", "loops", "optim", "guard", "metrics", "distributed", "log", "fast", "signals")
+    for name in (*loops, "run_folder", "checkpoint", "networks", "export"):
         text = (ROOT / "helper" / f"{name}.py").read_text()
         assert not re.search(r"""distill\s*(==|in)\s|["'](norm|kd|crd|ft|ce)["']""", text), name
 
@@ -94,7 +97,7 @@ def test_weights_are_only_ever_read_as_weights():
 
 def test_flags_of_one_name_mean_one_thing():
     flags = {}
-    for method in options.DISTILLERS.values():
+    for method in DISTILLERS.values():
         for flag in method.flags:
             known = flags.setdefault(flag.names, flag)
             assert (known.type, known.help) == (flag.type, flag.help)
@@ -117,3 +120,90 @@ def test_every_public_function_and_class_is_described():
                 )
                 module_part = isinstance(node, ast.ClassDef) and path.parent.name == "models"
                 assert ast.get_docstring(node) or plain_builder or module_part, f"{path}: {node.name}"
+
+
+#: Collections that name settings because they are fields of something else: (module, function) -> what.
+RECORDS = {
+    ("helper.networks", "settings_as_teacher"): "a network's fields, as the settings that they decide",
+    ("helper.networks", "read_network"): "entries of a file's record",
+    ("helper.networks", "_check_record"): "entries of a file's record",
+}
+
+
+def parts_with_function(tree: ast.AST, function: str = "") -> Iterator[tuple[ast.AST, str]]:
+    """Every node, with the name of the innermost function around it."""
+    for node in ast.iter_child_nodes(tree):
+        yield node, function
+        inner = node.name if isinstance(node, ast.FunctionDef) else function
+        yield from parts_with_function(node, inner)
+
+
+def names_in(node: ast.AST) -> list[str]:
+    """The texts in a literal collection; of a dictionary its keys."""
+    parts = node.keys if isinstance(node, ast.Dict) else getattr(node, "elts", [])
+    return [part.value.lstrip("-") for part in parts if isinstance(part, ast.Constant) and isinstance(part.value, str)]
+
+
+def test_settings_are_listed_in_their_table_alone():
+    """What concerns several settings is said in their rows: nowhere else is there a list of them."""
+    settings = set(all_settings())
+    for path in FILES:
+        name = module_name(path)
+        if name in ("helper.settings", "helper.recipes") or name.split(".")[0] in ("distiller_zoo", "crd"):
+            continue
+        for node, function in parts_with_function(ast.parse(path.read_text())):
+            names = names_in(node) if isinstance(node, ast.Tuple | ast.List | ast.Set | ast.Dict) else []
+            found = settings & set(names)
+            is_list = len(found) >= 3 and len(found) >= len(names) / 2
+            assert not is_list or (name, function) in RECORDS, f"{path}:{node.lineno} lists {sorted(found)}"
+
+
+def functions_of(path: Path) -> Iterator[ast.FunctionDef]:
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.FunctionDef):
+            yield node
+
+
+@pytest.mark.parametrize("name", ["loops", "optim", "guard", "metrics", "run"])
+def test_the_way_of_a_batch_is_calls_alone(name):
+    """No coroutine between a batch and the optimizer; only contexts and streams of batches are generators."""
+    for function in functions_of(ROOT / "helper" / f"{name}.py"):
+        yields = any(isinstance(node, ast.Yield | ast.YieldFrom) for node in ast.walk(function))
+        decorators = {ast.unparse(decorator) for decorator in function.decorator_list}
+        returns = "" if function.returns is None else ast.unparse(function.returns)
+        assert not yields or "contextmanager" in decorators or returns == "Iterator[Batch]", function.name
+
+
+@pytest.mark.parametrize("path", FILES, ids=module_name)
+def test_no_function_is_longer_than_a_screen(path):
+    for function in functions_of(path):
+        assert function.end_lineno - function.lineno < 45, f"{path}: {function.name}"
+
+
+def test_no_test_file_is_longer_than_three_hundred_lines():
+    for path in (ROOT / "tests").rglob("*.py"):
+        assert len(path.read_text().splitlines()) <= 300, path
+
+
+def test_the_rooms_are_small():
+    def count(pattern: str) -> int:
+        return len([path for path in ROOT.glob(pattern) if path.name != "__init__.py"])
+
+    assert count("helper/*.py") <= 17 and count("helper/tables/*.py") <= 6
+
+
+@pytest.mark.parametrize("path", FILES, ids=module_name)
+def test_libraries_are_used_by_what_they_promise(path):
+    """None of their private parts, and no object is turned into another kind of object."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Attribute):
+            text = ast.unparse(node)
+            assert node.attr not in ("_actions", "_option_string_actions", "_index_queues", "_workers"), text
+            assert not text.startswith("numpy._core"), text
+            assert not (node.attr == "__class__" and isinstance(node.ctx, ast.Store)), text
+
+
+def test_a_test_stands_where_the_tested_is():
+    """tests/ mirrors the tree: a folder of tests for every folder of the product that has tests."""
+    folders = {path.parent.relative_to(ROOT / "tests") for path in (ROOT / "tests").rglob("test_*.py")}
+    assert all((ROOT / folder).is_dir() for folder in folders)

@@ -1,7 +1,5 @@
 """The views of an image: what they show, in which order, and that they depend on (seed, epoch) alone."""
 
-from argparse import Namespace
-
 import pytest
 import torch
 
@@ -9,10 +7,10 @@ from dataset import VIEWS, Augmentation, ImageData, Images, Loader
 from dataset.images import Draws, augment, draw_augmentation
 from dataset.views import rotations, weak_strong
 from distiller_zoo import DISTILLERS, Progress, Task
-from helper.fast import OFF
-from helper.stage_training import StageTraining
-from helper.teacher import FrozenTeacher
-from tests.conftest import answer, pair_networks
+from helper.command_line import resolve
+from helper.loops import Training
+from helper.networks import FrozenTeacher
+from tests.conftest import pair_networks
 
 CPU = torch.device("cpu")
 PAD = Augmentation().pad
@@ -93,17 +91,20 @@ def images_seen(name: str, epochs_over: int, seed: int = 0, state=None) -> tuple
     teacher, student = pair_networks("resnet14", "resnet8", 12)
     data = image_data()
     method = DISTILLERS[name](student, teacher, Task(12, 32, 4, data.train.targets))
-    config = Namespace(**OFF, batch_size=4, learning_rate=0.01, lr_decay="step", lr_decay_epochs=(1,), seed=seed)
-    vars(config).update(lr_decay_rate=0.1, momentum=0.9, weight_decay=5e-4, print_freq=9, distill=name)
-    vars(config).update(data_seed=seed, accumulate=1)
+    given = {"distill": name, "model_s": "resnet8", "batch_size": 4, "seed": seed, "data_seed": seed}
+    config = resolve(given, of_teacher={"model_t": "resnet14"})
     seen, states = [], []
     *_, main = method.stages(240)
     stage = main._replace(respond=lambda images, teacher: seen.append(images) or method.respond(images, teacher))
-    training = StageTraining(stage, method, data, config, CPU)
+    training, frozen = Training(stage, method, data, config, CPU), FrozenTeacher(teacher)
     torch.manual_seed(torch.seed())  # what came before an epoch must not matter
-    progress = Progress(epochs_over, 240)
-    epoch = training.train_epoch(progress, epochs_over, None, print, lambda take, _: states.append(take()), state)
-    answer(epoch, FrozenTeacher(teacher))
+    training.begin_epoch(Progress(epochs_over, 240), epochs_over, state)
+    first = state["steps"] if state else 0
+    for number, batch in enumerate(training.loader.batches(epochs_over + 1, first), first + 1):
+        training.begin_step()
+        training.add_gradients(batch, batch, frozen(batch.images, method.teacher_preact), True)
+        training.finish_step(number)
+        states.append(training.state(number))
     return seen, states
 
 

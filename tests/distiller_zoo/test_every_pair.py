@@ -176,7 +176,7 @@ def test_a_new_method_is_one_new_file(tmp_path, teacher_run):
     (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "architecture.md").read_text(), re.DOTALL)
     for room in ("models", "distiller_zoo", "crd", "dataset", "helper"):
         shutil.copytree(ROOT / room, tmp_path / room, ignore=shutil.ignore_patterns("__pycache__"))
-    for script in ("errors.py", "train_cifar_student.py"):
+    for script in ("errors.py", "setting.py", "train_cifar_student.py"):
         shutil.copy(ROOT / script, tmp_path)
     (tmp_path / "distiller_zoo" / "mean_map.py").write_text(code)
 

@@ -191,17 +191,12 @@ def test_without_a_transform_the_raw_maps_are_matched():
         build("wrn_16_2", "resnet8", ft="none", co_sponge=1)
 
 
-@pytest.mark.parametrize(
-    ("teacher", "student", "size", "message"),
-    [
-        ("MobileNetV2", "resnet8", 32, "larger than the teacher's"),
-        ("resnet14", "MobileNetV2", 40, "not an integer"),
-    ],
-)
-def test_maps_that_cannot_be_matched_are_refused(teacher, student, size, message):
-    networks = pair_networks(teacher, student)
-    with pytest.raises(UserError, match=message):
-        NORM(networks[1], networks[0], TASK._replace(image_size=size))
+def test_a_larger_student_map_is_refused_unless_it_is_to_be_pooled():
+    teacher, student = pair_networks("MobileNetV2", "resnet8")
+    with pytest.raises(UserError, match=r"larger than the teacher's.*--map_size interpolate"):
+        NORM(student, teacher, TASK)
+    for way_out in ({"larger_student": "pool"}, {"map_size": "interpolate"}):
+        assert NORM(student, teacher, TASK, **way_out).notes()
 
 
 def test_a_larger_teacher_map_is_max_pooled():

@@ -1,0 +1,210 @@
+"""Folders of images: which files belong to which class of which split, in the layouts that data sets come in."""
+
+import os
+import re
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from dataset.decoding import endings
+from errors import UserError
+
+#: What the folder of the test images may be called; the first that exists is taken.
+TEST_NAMES = ("val", "valid", "validation", "test")
+#: Tiny ImageNet's test images: all in one folder, with a table of their classes.
+ANNOTATIONS, IMAGES = "val_annotations.txt", "images"
+#: How many names a message has.
+NAMED = 5
+
+
+class Listing(NamedTuple):
+    """The images of a split: paths below `root` and their classes' numbers, in order."""
+
+    root: str
+    names: list[str]
+    targets: list[int]
+
+
+class Folder(NamedTuple):
+    """The splits of a folder and its classes; `test` is None where it has none."""
+
+    train: Listing
+    test: Listing | None
+    classes: list[str]
+
+
+def printable(name: str) -> str:
+    """A file's name for messages and records: bytes that are no UTF-8 are escaped."""
+    return name.encode("utf-8", "backslashreplace").decode()
+
+
+def is_image_folder(path: str) -> bool:
+    """Whether a path is a folder that `list_folder` may read: class folders with images, in train/ or themselves."""
+    path = os.path.expanduser(path)
+    places = (os.path.join(path, "train"), path)
+    return any(_holds_image(folder) for place in places for folder in _class_folders(place).values())
+
+
+def _holds_image(folder: str) -> bool:
+    return any(_is_image(name) for _, _, names in os.walk(folder) for name in names)
+
+
+def list_folder(path: str, may_split: bool = False) -> Folder:
+    """What is in a folder of images; raises `UserError` for layouts that cannot be read, and says what they lack.
+
+    `may_split`: a folder without test images will do, also one with class folders instead of train/.
+    """
+    root = os.path.join(path, "train")
+    if not os.path.isdir(root):
+        if not os.path.isdir(path):
+            raise UserError(f"--data: there is no folder {printable(path)}")
+        if not _class_folders(path):
+            raise UserError(
+                f"--data: there is no folder {printable(root)}; expected train/ and val/ (or test/), with a "
+                "sub-folder per class"
+            )
+        if not may_split:
+            raise UserError(
+                f"--data: {printable(path)} has class folders, but neither train/ nor val/; split it with --split 0.2"
+            )
+        root = path
+    splits = [] if root == path else [name for name in TEST_NAMES if os.path.isdir(os.path.join(path, name))]
+    train, train_classes = _list_split(root)
+    if len(train_classes) == 1:
+        raise UserError(
+            f"--data: {printable(root)} has one class folder, {printable(train_classes[0])}, and nothing is to be told "
+            "apart; is it a level too deep or too high? Expected train/CLASS/IMAGE with two classes or more"
+        )
+    test = None
+    if splits and may_split and _lacks_classes(os.path.join(path, splits[0])):
+        print(f"left out {printable(os.path.join(path, splits[0]))}: its images have no class folders")
+    elif splits:
+        test = _list_test(os.path.join(path, splits[0]), train_classes)
+    elif not may_split:
+        raise UserError(
+            f"--data: there is no folder {printable(os.path.join(path, 'val'))} (or test/); take test images out of "
+            "the training images with --split 0.2"
+        )
+    return Folder(train, test, [printable(name) for name in train_classes])
+
+
+def _lacks_classes(path: str) -> bool:
+    return not _class_folders(path) and any(_is_image(entry.name) for entry in _entries(path))
+
+
+def _list_test(path: str, classes: list[str]) -> Listing:
+    """The test images, numbered by the classes of the training images."""
+    if os.path.exists(os.path.join(path, ANNOTATIONS)):
+        return _list_annotated(path, classes)
+    if _lacks_classes(path):
+        raise UserError(
+            f"--data: {printable(path)} holds images without class folders, so their classes are unknown; sort them "
+            f"into {printable(path)}/CLASS/, or take test images out of the training images with --split 0.2"
+        )
+    listing, found = _list_split(path, allow_empty=True)
+    unknown = sorted(set(found) - set(classes))
+    if unknown:
+        raise UserError(
+            f"--data: {printable(path)} has classes that train/ has not: {_some(unknown)}; both need the same ones"
+        )
+    numbers = [classes.index(name) for name in found]
+    listing = listing._replace(targets=[numbers[target] for target in listing.targets])
+    _warn_of_missing(path, classes, listing.targets)
+    return listing
+
+
+def _list_annotated(path: str, classes: list[str]) -> Listing:
+    """Test images in images/ and a table with lines of file name, class and more, separated by tabs."""
+    table, names, targets = os.path.join(path, ANNOTATIONS), [], []
+    numbers = {name: number for number, name in enumerate(classes)}
+    try:
+        with open(table, encoding="utf-8", errors="surrogateescape") as file:
+            rows = [line.rstrip("\n").split("\t") for line in file if line.strip()]
+    except OSError as error:
+        raise UserError(f"--data: {printable(table)} cannot be read: {error.strerror}") from None
+    for row in rows:
+        if len(row) < 2 or row[1] not in numbers:
+            raise UserError(
+                f"--data: {printable(table)} has a line without a class of train/: {printable(row[0])[:80]}"
+            )
+        names.append(os.path.join(IMAGES, os.path.basename(row[0])))
+        targets.append(numbers[row[1]])
+    if not names:
+        raise UserError(f"--data: {printable(table)} names no images")
+    _warn_of_missing(path, classes, targets)
+    return Listing(path, names, targets)
+
+
+def _warn_of_missing(path: str, classes: list[str], targets: list[int]) -> None:
+    found = set(targets)
+    missing = [name for number, name in enumerate(classes) if number not in found]
+    if missing:
+        print(f"warning: {printable(path)} has no images of {len(missing)} classes: {_some(missing)}")
+
+
+def _list_split(path: str, allow_empty: bool = False) -> tuple[Listing, list[str]]:
+    """The images below each class folder -> (listing, class folders' names in alphabetical order)."""
+    folders = _class_folders(path)
+    if not folders:
+        raise UserError(f"--data: {printable(path)} has no images: it has no class folders")
+    listing, left_out, seen = Listing(path, [], []), [], {os.path.realpath(folder) for folder in folders.values()}
+    if len(seen) < len(folders):
+        raise UserError(f"--data: two class folders of {printable(path)} are links to one folder; remove one of them")
+    empty = []
+    for number, (name, folder) in enumerate(folders.items()):
+        before = len(listing.names)
+        for file in _walk(folder, seen, left_out):
+            listing.names.append(os.path.relpath(file, path))
+            listing.targets.append(number)
+        if len(listing.names) == before:
+            empty.append(name)
+    if left_out:
+        where, some = printable(path), _some(left_out)
+        print(f"left out {len(left_out)} files below {where} that are no images by their names: {some}")
+    if len(empty) == len(folders) or (empty and not allow_empty):
+        raise UserError(f"--data: {printable(path)} has no images, or classes without any: {_some(empty)}")
+    return listing, list(folders)
+
+
+def _walk(folder: str, seen: set[str], left_out: list[str]) -> Iterator[str]:
+    """The images below a folder in alphabetical order; no folder is entered twice, through whatever links."""
+    shown = sorted((entry for entry in _entries(folder) if not entry.name.startswith(".")), key=lambda one: one.name)
+    inside = [entry.path for entry in shown if entry.is_dir()]
+    for entry in shown:
+        if entry.is_dir():
+            continue
+        if _is_image(entry.name):
+            yield entry.path
+        else:
+            left_out.append(entry.name)
+    for path in inside:
+        place = os.path.realpath(path)
+        if place in seen:
+            print(f"left out {printable(path)}: a link to a folder that is read already")
+            continue
+        seen.add(place)
+        yield from _walk(path, seen, left_out)
+
+
+def _entries(folder: str) -> list[os.DirEntry]:
+    try:
+        with os.scandir(folder) as entries:
+            return list(entries)
+    except OSError as error:
+        raise UserError(f"--data: {printable(folder)} cannot be read: {error.strerror}") from None
+
+
+def _class_folders(path: str) -> dict[str, str]:
+    """Paths of the sub-folders by name, in alphabetical order; names with a dot in front are no classes."""
+    if not os.path.isdir(path):
+        return {}
+    found = {entry.name: entry.path for entry in _entries(path) if entry.is_dir() and not entry.name.startswith(".")}
+    return dict(sorted(found.items()))
+
+
+def _is_image(name: str) -> bool:
+    return not name.startswith(".") and os.path.splitext(name)[1].lower() in endings()
+
+
+def _some(names: list[str]) -> str:
+    shown = ", ".join(printable(name) for name in names[:NAMED])
+    return re.sub(r"\s+", " ", shown) + (", ..." if len(names) > NAMED else "")

@@ -1,0 +1,57 @@
+"""What a worker process does: fill rows of a shared piece of memory with images. It starts without torch."""
+
+import mmap
+import os
+import queue
+import threading
+import traceback
+from collections.abc import Sequence
+from multiprocessing.connection import Connection
+
+import numpy
+
+from dataset.decoding import BrokenImage, Crop, Place, read_views
+
+
+def fill(rows: numpy.ndarray, places: Sequence[Place], samples: Sequence[int], crop: Crop) -> dict[int, str]:
+    """Read images into rows (views, n, size, size, 3); returns why, by row, for each that cannot be read."""
+    broken = {}
+    for row, (place, sample) in enumerate(zip(places, samples, strict=True)):
+        try:
+            for view, pixels in enumerate(read_views(place.read, crop, sample)):
+                rows[view, row] = pixels
+        except BrokenImage as error:
+            broken[row] = str(error)
+    return broken
+
+
+def shape_of(count: int, crop: Crop) -> tuple[int, int, int, int, int]:
+    """The shape of a batch of images in memory: (views, n, size, size, 3)."""
+    return crop.views, count, crop.size, crop.size, 3
+
+
+def main(connection: int, memory: int) -> None:
+    """Answer requests until the connection closes; both arguments are file descriptors."""
+    run, requests = Connection(connection), queue.SimpleQueue()
+    threading.Thread(target=_receive, args=(run, requests), daemon=True).start()
+    mapped = mmap.mmap(memory, os.fstat(memory).st_size)
+    while True:
+        number, offset, count, first, places, samples, crop = requests.get()
+        try:
+            shape = shape_of(count, crop)
+            if offset + numpy.prod(shape, dtype=int) > len(mapped):
+                mapped = mmap.mmap(memory, os.fstat(memory).st_size)
+            batch = numpy.ndarray(shape, numpy.uint8, mapped, offset)
+            broken = fill(batch[:, first : first + len(places)], places, samples, crop)
+            run.send((number, {first + row: reason for row, reason in broken.items()}, None))
+        except Exception:  # a mistake in the code: the run shows it
+            run.send((number, {}, traceback.format_exc()))
+
+
+def _receive(run: Connection, requests: queue.SimpleQueue) -> None:
+    """Take requests at once, so that the run never waits; end where it has ended, also in the middle of a read."""
+    while True:
+        try:
+            requests.put(run.recv())
+        except (EOFError, OSError):
+            os._exit(0)

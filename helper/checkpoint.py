@@ -1,0 +1,224 @@
+"""What a checkpoint holds: `model`, the plain weights to ship; `record`, what is known of them; `training`, the rest.
+
+`torch.load(file, weights_only=True)["model"]` fits `model_dict[name]` for every method that ships the plain student.
+"""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dataset import ImageData
+from distiller_zoo import Distiller, Task, find_distiller
+from distiller_zoo.ce import CrossEntropy
+from distiller_zoo.feature_transform import FeatureTransform
+from distiller_zoo.norm import FTBaseline
+from errors import UserError
+from helper.settings import Configuration, read_stored
+from models import build_model
+from models.backbone import Backbone
+from models.checkpoints import (
+    Weights,
+    build_with,
+    find_weights,
+    identify,
+    load_weights,
+    split_official_norm,
+    weights_digest,
+)
+from models.wrappers import describe_wrapper, wrap
+
+#: More training images are a damaged number.
+MOST_IMAGES = 10**8
+
+
+@contextmanager
+def contained(source: str) -> Iterator[None]:
+    """Turn whatever an entry of the wrong kind causes into a `UserError` that begins with `source`."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # an entry may be of any kind, so it may raise anything
+        reason = str(error).strip().split("\n")[0][:200]
+        raise UserError(
+            f"{source}: {type(error).__name__} {reason}; an entry is missing or of the wrong kind"
+        ) from None
+
+
+def build_distiller(
+    config: Mapping[str, Any],
+    student: Backbone,
+    teacher: Backbone | None,
+    num_classes: int,
+    image_size: int,
+    train_targets: Tensor,
+) -> Distiller:
+    """The method `config["distill"]` around a student, with the hyper-parameters that it names."""
+    method = find_distiller(config["distill"])
+    # A flag may be newer than the configuration.
+    hyper_parameters = {flag.argument: config.get(flag.argument, flag.default) for flag in method.flags}
+    batch_size = config.get("images_per_pass", config["batch_size"])
+    return method(student, teacher, Task(num_classes, image_size, batch_size, train_targets), **hyper_parameters)
+
+
+def data_record(data: ImageData) -> dict:
+    """What a trained network must know of its images."""
+    return {
+        "classes": data.classes,
+        "mean": list(data.mean),
+        "std": list(data.std),
+        "image_size": data.image_size,
+        "margin": data.margin,
+        "train_images": len(data.train.targets),
+    }
+
+
+def network_of(method: Distiller) -> tuple[Weights, dict]:
+    """What a method ships: (its plain weights, the entries of the record that build a network for them).
+
+    Weights that are the student's own share its memory, so that a checkpoint holds them once.
+    """
+    network = method.export()
+    own = method.student.state_dict()
+    weights = {
+        key: own[key] if key in own and own[key].shape == value.shape and torch.equal(own[key], value) else value
+        for key, value in network.state_dict().items()
+    }
+    record = {"num_classes": network.num_classes, "wrapper": describe_wrapper(network)}
+    return weights, record | {"digest": weights_digest(weights)}
+
+
+def make_checkpoint(
+    method: Distiller, config: Configuration, data: Mapping[str, Any], training: Mapping[str, Any], **known: Any
+) -> dict:
+    """A checkpoint of a run; `known` are further entries of the record, `training` what only resuming needs."""
+    weights, record = network_of(method)
+    record = {"model_name": config.model_s, **record, **data, "dataset": config.dataset, "data": config.data, **known}
+    record["distill"] = config.distill
+    return {
+        "model": weights,
+        "record": record,
+        "training": {"config": dict(config), "distiller": method.state_dict(), **training},
+    }
+
+
+def upgrade(checkpoint: Mapping, source: str) -> dict:
+    """A run's checkpoint of any version as this one writes it; others are left as they are."""
+    if "distiller" not in checkpoint:
+        return dict(checkpoint)
+    with contained(f"{source} is not a whole checkpoint of a run"):
+        state = {key: value for key, value in checkpoint.items() if key not in ("data", "accuracy")}
+        if "accuracies" in state:  # of every epoch; now there are the epochs' whole records
+            test, chosen = state.pop("accuracies"), state.pop("choices", None)
+            chosen = test if chosen is None else chosen
+            state["records"] = [
+                {"epoch": number, "test_accuracy": one, "holdout_accuracy": other}
+                for number, (one, other) in enumerate(zip(test, chosen, strict=True), 1)
+            ]
+        whole = {"record": dict(checkpoint["data"]), "training": state}
+        method, config = rebuild(whole, source)
+        weights, record = network_of(method)
+        known = {"dataset": config["dataset"], "data": config.get("data"), "accuracy": checkpoint["accuracy"]}
+        known["epoch"] = checkpoint["epoch"]
+        record = {"model_name": config["model_s"], **record, **checkpoint["data"], **known}
+        return {"model": weights, "record": record | {"distill": config["distill"]}, "training": state}
+
+
+def rebuild(checkpoint: Mapping, source: str) -> tuple[Distiller, dict]:
+    """A run's checkpoint -> (the method as it was trained, its settings); needs neither teacher file nor data.
+
+    Only for what the shipped network does not show; reading a network is `networks.read_network`.
+    """
+    with contained(f"{source} is not a whole checkpoint of a run"):
+        training, data = checkpoint["training"], checkpoint["record"]
+        config = read_stored(training["config"], source)
+        num_classes = len(data["classes"])
+        if not num_classes <= data["train_images"] <= MOST_IMAGES:
+            raise ValueError(f"{data['train_images']} training images")
+        targets = torch.arange(data["train_images"]) % num_classes  # only their number matters here
+        student = build_model(config["model_s"], num_classes)
+        teacher = None
+        if config.get("model_t"):
+            teacher = wrap(build_model(config["model_t"], num_classes), config.get("wrapper_t"), source)
+        method = build_distiller(config, student, teacher, num_classes, data["image_size"], targets)
+        weights = training["distiller"]
+    load_weights(method, config["model_s"], weights, source)
+    return method.eval(), config
+
+
+def rebuild_official(checkpoint: Mapping, source: str, model_s: str | None, ft: str) -> tuple[Distiller, str]:
+    """A student of the official NORM code, or plain weights, as a method: (method, model's name).
+
+    Where `model_s` is None the model is recognised by its weights. N is not needed: only N * Ct shows in a prediction.
+    """
+    network_weights, transform_weights = split_official_norm(find_weights(checkpoint, source))
+    name = model_s or _recognise(network_weights, bool(transform_weights), source)
+    network, _ = build_with(name, network_weights, source)
+    task = Task(network.num_classes, 32, 2, torch.zeros(1, dtype=torch.int64))
+    if not transform_weights:
+        return CrossEntropy(network, None, task).eval(), name
+    method = FTBaseline(network, None, task, ft=ft)
+    expanded, channels = transform_weights["expand.0.weight"].shape[:2]
+    method.transform = FeatureTransform(channels, expanded, 1, residual=ft == "default")
+    load_weights(method.transform, "a feature transform", transform_weights, source)
+    return method.eval(), name
+
+
+def _recognise(weights: Weights, has_transform: bool, source: str) -> str:
+    names = identify(weights)
+    if has_transform and "MobileNetV2_norm" in names:
+        return "MobileNetV2_norm"  # the official students are the variant; the weights have the same shapes
+    if not names:
+        raise UserError(f"{source} fits none of the models; was it trained by another code?")
+    return names[0]
+
+
+def check_progress(training: Mapping, in_main_stage: bool) -> None:
+    """Raise `ValueError` where the numbers of a run's checkpoint cannot have been written by a run."""
+    counters = ("stage_number", "epoch", "stage_step", "step", "epochs_over", "skipped_steps")
+    for name in counters:
+        if type(training[name]) is not int or not 0 <= training[name] < 2**40:
+            raise ValueError(f"{name} is {str(training[name])[:40]}")
+    seconds, records = training["seconds"], training["records"]
+    if type(seconds) is not float or not 0 <= seconds < 2**40:
+        raise ValueError(f"seconds is {str(seconds)[:40]}")
+    if len(records) != (training["epoch"] if in_main_stage else 0):
+        raise ValueError(f"there are {len(records)} records of {training['epoch']} epochs")
+    if training["stage_step"] and not training["epoch"]:
+        raise ValueError("there are steps and no epoch")
+    for record in records:
+        values = [value for name, value in record.items() if name.endswith("_accuracy")]
+        if not values or not all(type(value) is float and math.isfinite(value) for value in values):
+            raise ValueError("an accuracy is no number")
+
+    if training["epoch_state"] is not None:
+        _check_epoch_state(training["epoch_state"])
+
+
+def _check_epoch_state(state: Mapping) -> None:
+    counts = state["meter"]["counts"]
+    sums, numbers = state["meter"]["losses"].values(), (state["steps"], state["meter"]["correct"], *counts)
+    kinds = [type(value) for value in numbers]
+    if kinds != [int, int, int, bool, float, float] or not all(0 <= value < math.inf for value in numbers):
+        raise ValueError("the state within the epoch is of another kind")
+    if not all(type(value) is float and math.isfinite(value) for value in sums):
+        raise ValueError("the sums within the epoch are not finite")
+    torch.Generator().set_state(state["random"]["cpu"])
+
+
+def check_optimizer(state: Mapping, parameters: Sequence[Tensor]) -> dict:
+    """An optimizer's state by the number of its parameter; raises `ValueError` where it does not fit."""
+    for number, entry in state["state"].items():
+        for name, value in entry.items():
+            if not isinstance(value, Tensor):
+                continue
+            parameter = parameters[number]
+            if value.dim() and (value.shape, value.dtype) != (parameter.shape, parameter.dtype):
+                raise ValueError(f"{name} of parameter {number} has another shape or type")
+            if not value.isfinite().all():
+                raise ValueError(f"{name} of parameter {number} is not finite")
+    return dict(state["state"])

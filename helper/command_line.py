@@ -1,0 +1,399 @@
+"""From the command line to the resolved configuration of every run, without opening a file or a socket.
+
+`parse` reads what was given; `resolve` lays it over a resumed run, what the teacher's file says, recipes and defaults,
+in this order.
+"""
+
+import argparse
+import difflib
+import itertools
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from distiller_zoo import DISTILLERS, find_distiller, refuse_without_effect
+from distiller_zoo.base import ALPHA, BETA, GAMMA, KD_T
+from errors import UserError
+from helper import settings
+from helper.distributed import by_main, find_device, images_per_pass
+from helper.optim import stretch
+from helper.recipes import resolve as resolve_recipe
+from helper.recipes import run_length
+from helper.settings import Configuration
+from setting import RECIPE, Setting, as_text, count
+
+#: A value of `--resume`: the latest run of the same name, if there is one.
+LATEST = "auto"
+
+
+class Given(NamedTuple):
+    """What a command line says: argument -> value for every run, and the run folder to resume (or `LATEST`), if any."""
+
+    runs: list[dict[str, Any]]
+    resume: str | None
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are `UserError`s, one line without the usage, with a suggestion for a typo."""
+
+    def __init__(self, description: str | None):
+        formatter = argparse.RawDescriptionHelpFormatter
+        super().__init__(
+            usage="%(prog)s [flags]", description=description, allow_abbrev=False, formatter_class=formatter
+        )
+        self.names: list[str] = []
+        self.aliases: dict[str, str] = {}  # what this script calls a setting -> its argument
+
+    def add_argument_group(self, *arguments, **named):
+        group = super().add_argument_group(*arguments, **named)
+        add = group.add_argument
+
+        def add_and_note(*names, **options):
+            self.names += names
+            return add(*names, **options)
+
+        group.add_argument = add_and_note
+        return group
+
+    def error(self, message):
+        unknown = re.match(r"unrecognized arguments: (--?[\w-]+)", message)
+        hint = suggest(unknown[1], self.names) if unknown else None
+        raise UserError(f"{message}; did you mean {hint}?" if hint else f"{message} (--help lists the flags)")
+
+
+def suggest(word: str, names: Iterable[str]) -> str | None:
+    """The flag that a misspelt one stands for: --lr, --epoch, --batch-size, --modle; None where none is close."""
+    wanted = word.lstrip("-").replace("-", "_").lower()
+    known = {name.lstrip("-").lower(): name for name in names if name.startswith("--")}
+    initials = {"".join(part[:1] for part in name.split("_")): flag for name, flag in known.items() if "_" in name}
+    begins = [flag for name, flag in known.items() if name.startswith(wanted) and len(wanted) > 2]
+    close = difflib.get_close_matches(wanted, known, n=1)
+    return known.get(wanted) or (begins or [initials.get(wanted)])[0] or (known[close[0]] if close else None)
+
+
+def pairs(text: str) -> list[tuple[str, str]]:
+    """(teacher, student) names, read from a flag like resnet32x4:resnet8x4,wrn_40_2:ShuffleV1."""
+    name = "((?:timm:|torchvision:)?[^:]+)"
+    matches = [re.fullmatch(f"{name}:{name}", part) for part in text.split(",")]
+    if not all(matches):
+        raise argparse.ArgumentTypeError(f"must be pairs like resnet32x4:resnet8x4,wrn_40_2:ShuffleV1, not {text}")
+    return [(settings.model_name(match[1]), settings.model_name(match[2])) for match in matches if match]
+
+
+def _add(group, setting: Setting) -> None:
+    """One flag with its help and default."""
+    if setting.type is bool:
+        help_text = f"{setting.help} ({'on' if setting.default else 'off'})"
+        group.add_argument(*setting.names, action=argparse.BooleanOptionalAction, default=None, help=help_text)
+        return
+    default = f" ({as_text(setting.default)})" if setting.default not in (None, RECIPE, "") else ""
+    if setting.default is not RECIPE and default and default.strip(" ()") in setting.help:
+        default = ""
+    metavar = setting.metavar or (None if setting.choices else setting.argument.upper())
+    group.add_argument(
+        *setting.names, type=setting.type, choices=setting.choices, metavar=metavar, help=f"{setting.help}{default}"
+    )
+
+
+def _add_settings(parser: Parser, groups: Iterable[str]) -> None:
+    for title in groups:
+        group = parser.add_argument_group(title)
+        for setting in settings.SETTINGS:
+            if setting.group == title:
+                _add(group, setting)
+
+
+def _add_run_flags(parser: Parser) -> None:
+    """What decides which runs there are; no setting of a run."""
+    add = parser.add_argument_group("several runs, and resuming").add_argument
+    add(
+        "--trials",
+        type=count,
+        metavar="K",
+        help="train K students in one process, with consecutive trial numbers and seeds",
+    )
+    add(
+        "--sweep",
+        nargs="+",
+        metavar="FLAG=V,V",
+        help="train students of every combination together: --sweep b=0.5,1 s=4,8, or distill=kd,norm; "
+        "values that hold commas are separated by ;",
+    )
+    add(
+        "--resume",
+        nargs="?",
+        const=LATEST,
+        metavar="RUN",
+        help="resume a run folder; without a value: the latest run of this name, if there is one",
+    )
+
+
+GROUPS = (settings.INITIAL, settings.DATA, settings.TRAINING, settings.SPEED, settings.RUN)
+
+
+def _list_methods() -> str:
+    """One line per method under its group's heading: name, what it is, source."""
+    lines = []
+    for group in dict.fromkeys(method.group for method in DISTILLERS.values()):
+        lines.append(f"{group}:")
+        for name, method in DISTILLERS.items():
+            if method.group == group:
+                source = f" ({method.source})" if method.source else ""
+                lines.append(f"  {name:<12} {method.summary}{source}")
+    return "\n".join(lines)
+
+
+def _add_method_flags(parser: Parser) -> None:
+    """Flags that most methods share, then every method's own under the names of those that read them."""
+    weights = (GAMMA, ALPHA, BETA, KD_T)
+    group = parser.add_argument_group("loss weights (defaults: helper/recipes.py)")
+    for flag in weights:
+        _add(group, flag)
+    groups = {}
+    for argument, flag in settings.method_settings().items():
+        if argument not in {weight.argument for weight in weights}:
+            users = [name for name, method in DISTILLERS.items() if argument in {one.argument for one in method.flags}]
+            title = f"flags of --distill {' '.join(users)}"
+            groups[title] = groups.get(title) or parser.add_argument_group(title)
+            _add(groups[title], flag)
+
+
+def student_parser(images: str = "small images") -> Parser:
+    """The flags of the scripts that train students: the official NORM code's, and ours."""
+    parser = Parser(f"Distil a student on {images}.\n\nmethods (--distill NAME, in any case):\n{_list_methods()}")
+    _add_settings(parser, (settings.TEACHER, settings.NETWORK, *GROUPS))
+    _add_run_flags(parser)
+    _add_method_flags(parser)
+    return parser
+
+
+def imagenet_parser() -> Parser:
+    """The flags of `train_imagenet_student.py`: the same, with ImageNet as the data set."""
+    parser = student_parser("ImageNet, or on a folder like it")
+    parser.set_defaults(dataset="imagenet")
+    return parser
+
+
+def teacher_parser() -> Parser:
+    """The flags of `train_teacher.py`."""
+    parser = Parser("Train a network with labels alone: a teacher, or a baseline.")
+    model = next(setting for setting in settings.SETTINGS if setting.group == settings.NETWORK)
+    group = parser.add_argument_group(settings.NETWORK)
+    group.add_argument("--model", type=model.type, dest=model.argument, metavar="NAME", help="the network to train")
+    parser.aliases["model"] = model.argument
+    _add_settings(parser, GROUPS)
+    _add_run_flags(parser)
+    parser.set_defaults(distill="ce")
+    return parser
+
+
+def parse(parser: Parser, argv: Sequence[str] | None = None) -> Given:
+    """The command line -> what it says of every run; raises `UserError` for anything illegal."""
+    return by_main(lambda: _parse(parser, argv))  # of several processes one prints --help
+
+
+def _parse(parser: Parser, argv: Sequence[str] | None) -> Given:
+    given = {argument: value for argument, value in vars(parser.parse_args(argv)).items() if value is not None}
+    resume = given.pop("resume", None)
+    runs = _expand(given, parser.aliases)
+    for run in runs:
+        _refuse_unused(run)
+    if len(runs) > 1 and resume not in (None, LATEST):
+        raise UserError("--resume: with --trials or --sweep leave its value out, each run finds its own folder")
+    return Given(runs, resume)
+
+
+def _refuse_unused(given: Mapping[str, Any]) -> None:
+    """Raise `UserError` for a given flag that the given method, if one is, does not read."""
+    if "distill" not in given:
+        return
+    method = find_distiller(given["distill"])
+    used = {flag.argument for flag in method.flags}
+    for argument, flag in settings.method_settings().items():
+        if argument in given and argument not in used and not (flag.is_weight and given[argument] == 0):
+            raise UserError(f"{'/'.join(flag.names)}: not used by --distill {method.name}; leave it out")
+    of_teacher = [setting for setting in settings.SETTINGS if setting.group == settings.TEACHER]
+    for setting in of_teacher:
+        if not method.needs_teacher and setting.argument in given and setting.argument != "distill":
+            raise UserError(f"--{setting.argument}: --distill {method.name} reads no teacher; leave it out")
+
+
+# --trials and --sweep.
+
+
+def _expand(given: dict[str, Any], aliases: Mapping[str, str]) -> list[dict[str, Any]]:
+    """The values of every run: trials of each combination of the swept values."""
+    trials, swept = given.pop("trials", 1), [_read_sweep(text, aliases) for text in given.pop("sweep", ())]
+    names = [argument for values in swept for argument in values[0][1]]
+    for name in names:
+        if name in given or names.count(name) > 1:
+            raise UserError(f"--sweep: {name} is given twice; leave one out")
+    runs: list[dict[str, Any]] = []
+    unread = set(names)
+    for combination in itertools.product(*swept):
+        varied = {argument: value for _, values in combination for argument, value in values.items()}
+        used = settings.settings_of((given | varied).get("distill", _default("distill")))
+        varied = {argument: value for argument, value in varied.items() if argument in used}
+        unread -= set(varied)
+        in_name = ("distill", "model_s")  # of the run folder anyway
+        label = "_".join(
+            text for text, values in combination if not set(values) & set(in_name) and set(values) <= set(varied)
+        )
+        for number in range(trials):
+            run = given | varied | _trial(given, number, trials, label)
+            if run not in runs:  # a value that this method does not read
+                runs.append(run)
+    if unread:
+        raise UserError(f"--sweep: {', '.join(sorted(unread))}: not used by any of the methods; leave it out")
+    return runs
+
+
+def _read_sweep(text: str, aliases: Mapping[str, str]) -> list[tuple[str, dict[str, Any]]]:
+    """b=0.5,1 -> [(label, {argument: the value as its flag reads it}), ...]; values with commas are separated by ;."""
+    name, _, values = text.partition("=")
+    known, wanted = settings.all_settings().values(), aliases.get(name, name)
+    setting = next((one for one in known if {f"-{wanted}", f"--{wanted}"} & set(one.names)), None)
+    if setting is None or not values:
+        raise UserError(f"--sweep: {text} must be a flag's name and values, like b=0.5,1 or co_sponge=4,8")
+    if setting.shared or setting.identity != "row":
+        raise UserError(f"--sweep: {name} is the same for all runs of one process; start several commands for it")
+    parser, read = Parser(None), []
+    _add(parser.add_argument_group(setting.group), setting)
+    for value in values.split(";" if ";" in values else ","):
+        flag = setting.names[0]
+        words = [flag, value] if setting.type is not bool else _switch(setting, value)
+        label = re.sub(r"[^A-Za-z0-9.-]", "", f"{name}{value}".replace(",", "-"))
+        read.append((label, {setting.argument: getattr(parser.parse_args(words), setting.argument)}))
+    return read
+
+
+def _switch(setting: Setting, value: str) -> list[str]:
+    if value not in ("true", "false"):
+        raise UserError(f"--sweep: {setting.argument} is true or false, not {value}")
+    return [setting.names[-1] if value == "true" else f"--no-{setting.argument}"]
+
+
+def _trial(given: Mapping[str, Any], number: int, trials: int, label: str) -> dict[str, Any]:
+    """Consecutive names and seeds of trials; the label of a swept combination is added to the name."""
+    name = given.get("trial", _default("trial"))
+    if trials > 1:
+        if not name.isdecimal():
+            raise UserError(f"--trials counts up from --trial, which must be a number then, not {name}")
+        name = str(int(name) + number)
+    seed = given["seed"] + number if "seed" in given else _seed_of(name)
+    if trials == 1 and not label:
+        return {}
+    return {"trial": f"{name}_{label}" if label else name, "seed": seed}
+
+
+def _seed_of(trial: str) -> int:
+    return int(trial) % 2**63 if trial.isdecimal() else 0
+
+
+def share_order(configs: Sequence[Configuration], given: Given) -> list[Configuration]:
+    """Give new runs that read the same teacher one order of images and one augmentation: they share its passes."""
+    if len(configs) == 1 or "data_seed" in given.runs[0]:
+        return list(configs)
+    shared = configs[0].data_seed
+    return [
+        config
+        if config.path_t is None or config.folder
+        else config.replace("shared with the other runs", data_seed=shared)
+        for config in configs
+    ]
+
+
+# One run.
+
+
+def _default(argument: str) -> Any:
+    return settings.all_settings()[argument].default
+
+
+def teacher_of(values: Mapping[str, Any]) -> str | None:
+    """The teacher's file of a run with these given and stored values; None where the method reads none."""
+    method = find_distiller(values.get("distill", _default("distill")))
+    if not method.needs_teacher:
+        return None
+    if values.get("path_t") is None:
+        raise UserError(
+            f"--path_t: --distill {method.name} needs a teacher's checkpoint; train one with train_teacher.py"
+        )
+    return values["path_t"]
+
+
+def resolve(
+    given: Mapping[str, Any],
+    stored: Mapping[str, Any] | None = None,
+    of_teacher: Mapping[str, Any] | None = None,
+    of_initial: Mapping[str, Any] | None = None,
+    folder: str | None = None,
+) -> Configuration:
+    """The configuration of a run: what is given, over the resumed run in `folder` that has `stored`, over what the
+    files of the teacher and of the initial weights say, over recipes, over defaults."""
+    stored, of_teacher, of_initial = dict(stored or {}), dict(of_teacher or {}), dict(of_initial or {})
+    given = dict(given)
+    if folder is not None:
+        settings.check_resumed(given, stored, folder)
+        digests = {name: of_teacher[name] for name in ("teacher_digest",) if of_teacher.get(name)}
+        stored = settings.accept_found(digests, stored, given.get("accept_changes", False), folder)
+    told = of_initial | stored | given
+    distill = told.get("distill", _default("distill"))
+    _refuse_unused(given | {"distill": distill})
+    if told.get("model_s") is None:
+        raise UserError("name the network to train: --model_s NAME (in train_teacher.py: --model NAME)")
+    dataset = given.get("dataset", stored.get("dataset", of_teacher.get("dataset") or _default("dataset")))
+    if dataset != of_teacher.get("dataset"):
+        of_teacher = {name: value for name, value in of_teacher.items() if not _is_of_data(name)}
+    known = settings.settings_of(distill)
+    chosen = {argument: value for argument, value in (stored | given).items() if argument in known}
+    recipe = resolve_recipe(dataset, of_teacher.get("model_t"), told["model_s"], distill, chosen)
+    layers = (
+        {name: (one.default, "default") for name, one in known.items() if one.default is not RECIPE},
+        recipe,
+        {name: (value, "from --init") for name, value in of_initial.items()},
+        {name: (value, "teacher's record") for name, value in of_teacher.items() if value is not None},
+        {name: (value, "resumed run") for name, value in stored.items() if name in known},
+        {name: (value, "command line") for name, value in given.items() if name in known},
+    )
+    merged = {name: pair for layer in layers for name, pair in layer.items()}
+    _scale_epochs(merged, known, {*given, *stored}, recipe)
+    _derive(merged, known, stored)
+    if "image_size" in given and merged["dataset"][0] not in ("folder", "imagenet"):
+        raise UserError(f"--image_size: only --dataset folder and imagenet have a choice; {dataset} is 32 pixels wide")
+    values = {name: value for name, (value, _) in merged.items()}
+    refuse_without_effect(find_distiller(distill), values, given)
+    return Configuration(values, {name: origin for name, (_, origin) in merged.items()}, folder)
+
+
+def _is_of_data(argument: str) -> bool:
+    setting = settings.all_settings().get(argument)
+    return setting is not None and setting.group == settings.DATA
+
+
+def _scale_epochs(merged: dict, known: Mapping[str, Setting], chosen: set[str], recipe: Mapping) -> None:
+    """Scale numbers of epochs that belong to a run of another length, unless they were chosen."""
+    for name, setting in known.items():
+        if setting.full_run is None or name in chosen or name not in merged or not merged[name][0]:
+            continue
+        length = run_length(setting, merged["dataset"][0], merged["distill"][0], recipe)
+        value, source = merged[name]
+        scaled = stretch(value if isinstance(value, tuple) else (value,), length, merged["epochs"][0])
+        scaled = scaled if isinstance(value, tuple) else scaled[0]
+        if scaled != value:
+            merged[name] = (scaled, f"{source}, stretched")
+
+
+def _derive(merged: dict, known: Mapping[str, Setting], stored: Mapping[str, Any]) -> None:
+    """Fill in what follows from other settings: the parts of --fast, seeds, the size of a forward pass."""
+    fast = merged["fast"][0]
+    if fast == "auto":
+        device = find_device(merged["device"][0])
+        for name, setting in known.items():
+            if setting.auto is not None and merged[name][1] == "default":
+                merged[name] = (setting.auto(device), "--fast auto")
+    trial = merged["trial"][0]
+    merged.setdefault("seed", (_seed_of(trial), "from --trial"))
+    merged.setdefault("data_seed", (merged["seed"][0], "from --seed"))
+    images = images_per_pass(merged["batch_size"][0], merged["accumulate"][0])
+    merged["images_per_pass"] = (images, "batch_size over processes and --accumulate")

@@ -1,0 +1,76 @@
+"""What a run says of itself: lines for terminal and log, and progress bars."""
+
+import sys
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from dataset import ImageData
+from distiller_zoo import Distiller, Stage
+from helper.distributed import is_main
+from models.cost import count_multiply_adds, count_parameters
+
+
+def progress_bar(items: Iterable, title: str, total: int, over: int = 0) -> tqdm:
+    """The items, with a bar that is only drawn on a terminal and goes when it is full; `over` of `total` are done."""
+    return tqdm(
+        items, title, total, leave=False, disable=not (is_main() and sys.stderr.isatty()), unit="step", initial=over
+    )
+
+
+def describe_data(data: ImageData, device: torch.device) -> str:
+    """One line on the data set."""
+    return (
+        f"{data.name}: {len(data.train.targets)} training and {len(data.test.targets)} test images, "
+        f"{data.num_classes} classes, {data.image_size}x{data.image_size}; device {device}"
+    )
+
+
+def describe_method(distiller: Distiller, stages: Sequence[Stage], model_name: str, image_size: int) -> str:
+    """What the student costs, what is trained in each stage, and what is shipped beside the student."""
+    student = distiller.student
+    trained = [f"{count_parameters(nn.ModuleList(stage.trained)):,} parameters in {stage.name}" for stage in stages]
+    note = distiller.export_note()
+    return (
+        (f"{student.note}\n" if student.note else "") + f"{model_name}: {count_parameters(student):,} parameters, "
+        f"{count_multiply_adds(student, image_size) / 1e6:.1f} M multiply-adds; trained: {', then '.join(trained)}"
+        + (f"; to be shipped: {note}" if note else "")
+        + "".join(f"\n{line}" for line in distiller.notes())
+    )
+
+
+def describe_protocol(holdout: int | None) -> str:
+    """Which images the best epoch of a run is chosen on, as `result.json` and tables say it."""
+    return f"best on {holdout} held-out" if holdout else "best on test"
+
+
+def format_losses(means: dict[str, float]) -> str:
+    """The loss, its weighted terms by name, and the training accuracy, on one line."""
+    terms = " + ".join(f"{name.removeprefix('loss_')} {means[name]:.3f}" for name in means if name.startswith("loss_"))
+    accuracy = f", train {means['train_accuracy']:.2f} %" if "train_accuracy" in means else ""
+    return f"loss {means['loss']:.3f} = {terms}{accuracy}"
+
+
+def format_epoch(record: dict, title: str) -> str:
+    """An epoch's line in the log."""
+    seconds = record["data_wait_s"] + record["compute_s"]
+    tests = {name: record[f"{name}_accuracy"] for name in ("holdout", "test") if f"{name}_accuracy" in record}
+    test = "".join(f", {name} {accuracy:.2f} %" for name, accuracy in tests.items())
+    return (
+        f"{title}: {format_losses(record)}{test}, "
+        f"lr {record['learning_rate']:.3g}, {seconds:.1f} s ({record['data_wait_s']:.1f} s waiting for data), "
+        f"{record['images_per_s']:.0f} images/s"
+    )
+
+
+def format_result(result: dict) -> str:
+    """The three accuracies, each by its name, and what was left out of them."""
+    lost = result.get("test_unreadable")
+    return (
+        f"test accuracy: last {result['accuracy_last']:.2f} %, best {result['accuracy_best']:.2f} % (epoch "
+        f"{result['best_epoch']}, {result['protocol']}), mean of the last five epochs "
+        f"{result['accuracy_mean_last_five']:.2f} %"
+        + (f"; {lost} of {result['test_images']} test images unreadable, left out" if lost else "")
+    )

@@ -1,0 +1,350 @@
+"""The training loop: an epoch of the runs that see the same batches, one step of theirs, and testing.
+
+The teacher's outputs are computed once per batch, then every student makes its step.
+"""
+
+import functools
+import itertools
+import operator
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor, distributed
+
+from dataset import Batch, ImageData, Loader, epoch_seed
+from distiller_zoo import Distiller, Progress, Stage
+from distiller_zoo.base import ALPHA, BETA, GAMMA
+from errors import UserError
+from helper.distributed import Replica, count_processes, images_per_pass, rank, total_of
+from helper.fast import Fast
+from helper.guard import Guard
+from helper.log import progress_bar
+from helper.metrics import METRICS, EpochMeter
+from helper.networks import Teacher
+from helper.optim import SCHEDULES, make_optimizer, parameters_of, step_learning_rate
+from helper.settings import Configuration
+from models.backbone import Output
+
+#: Number of epochs between two passes over the held-out images in one epoch, so that no two are alike.
+PASSES_APART = 100_000
+
+
+class Training:
+    """One stage of one run: what it trains, its optimizer, its batches; `step` is one step on a batch."""
+
+    def __init__(
+        self,
+        stage: Stage,
+        method: Distiller,
+        data: ImageData,
+        config: Configuration,
+        device: torch.device,
+        guard: Guard | None = None,
+    ):
+        self.stage, self.method, self.config, self.device = stage, method, config, device
+        self.guard, self.fast = guard or Guard(), Fast.of(config)
+        self._compiled_stage = stage._replace(respond=self.fast.compiled(stage.respond))
+        begin(stage, method)
+        self.optimizer = make_optimizer(method, config)
+        self.replica = Replica(method, method.uses_everything and _uses_all_weights(method))
+        if stage.before_step is not None and config.accumulate > 1:
+            raise UserError(f"--accumulate: stage {stage.name} of --distill {config.distill} needs whole batches")
+        if self.fast.compile == "reduce-overhead" and config.accumulate > 1:
+            # The gradients of one micro-batch would be where the next one's graph writes.
+            raise UserError("--accumulate: --compile reduce-overhead needs whole batches; take --compile default")
+        kept, held_out = _split(len(data.train.targets), stage.holdout, config.data_seed)
+        self.loader = self._loader(data, kept, config.data_seed)
+        self._held_out = self._loader(data, held_out, config.data_seed + 1) if stage.holdout else None
+        self._held_out_batches: Iterator[Batch] | None = None
+        self.meter = EpochMeter(device)
+        self._outcomes: list[tuple[dict[str, Tensor], Tensor | None, Tensor]] = []  # of the step's micro-batches
+
+    def _loader(self, data: ImageData, subset: Tensor, seed: int) -> Loader:
+        config, method = self.config, self.method
+        loader = Loader(
+            data.train,
+            data,
+            config.batch_size,
+            self.device,
+            augmentation=data.augmentation,
+            seed=seed,
+            views=method.views,
+            min_batch=method.min_batch,
+            subset=subset,
+            rank=rank(),
+            world_size=count_processes(),
+        )
+        if not len(loader):
+            raise UserError(f"--data: {len(subset)} training images are too few for --distill {config.distill}")
+        return loader
+
+    @property
+    def batch_key(self) -> tuple:
+        """Equal for two runs of one process exactly if their batches and micro-batches of an epoch are."""
+        config, method = self.config, self.method
+        shown = (config.data_seed, method.views, self.stage.holdout, self.loader.min_batch)
+        return (*shown, method.min_batch, config.batch_size, config.accumulate)
+
+    def learning_rate(self, epoch: int) -> float:
+        """Of an epoch of this stage, counted from 1."""
+        config, stage = self.config, self.stage
+        base = stage.learning_rate or config.learning_rate
+        if stage.milestones is not None:
+            return step_learning_rate(base, epoch, stage.milestones, config.lr_decay_rate)
+        return SCHEDULES[config.lr_decay](base, epoch, config, stage.epochs, len(self.loader))
+
+    def begin_epoch(self, progress: Progress, epochs_over: int, state: dict | None) -> None:
+        """Prepare an epoch of this stage; `state` is where an interrupted one stopped. What is random depends on the
+        seed and on the epochs of the whole run that are over."""
+        self.progress, epoch = progress, epochs_over + 1
+        torch.manual_seed(epoch_seed(self.config.seed, epoch))
+        rate, first = self.learning_rate(progress.epoch + 1), state["steps"] if state else 0
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        if self.config.drop_momentum and not first and rate != self.learning_rate(max(progress.epoch, 1)):
+            self.optimizer.state.clear()
+        begin(self.stage, self.method)
+        self.title = format_title(self.stage.name, progress)
+        self.guard.begin_epoch(self.title, self.stage.learning_rate is not None)
+        self._held_out_batches = None if self._held_out is None else _endless(self._held_out, epoch, first)
+        self.meter = EpochMeter(self.device)
+        if state:
+            self.meter.load_state(state["meter"])
+            set_random_state(state["random"])
+
+    def parts(self, batch: Batch) -> list[Batch]:
+        """The micro-batches of this process's batch; a short batch may have fewer."""
+        smallest = (batch.whole or len(batch.targets) * count_processes()) // count_processes()
+        parts = batch.parts(max(min(self.config.accumulate, smallest // self.method.min_batch), 1))
+        return [part._replace(images=self.fast.lay_out(part.images)) for part in parts]
+
+    def is_whole(self, part: Batch) -> bool:
+        """Whether this is a micro-batch of a batch as all but the last are."""
+        return len(part.targets) == images_per_pass(self.config.batch_size, self.config.accumulate)
+
+    def begin_step(self) -> None:
+        """Forget the gradients of the step before."""
+        self.optimizer.zero_grad(set_to_none=True)
+        self._outcomes = []
+
+    def add_gradients(self, batch: Batch, part: Batch, teacher_output: Output | None, is_last: bool) -> None:
+        """Forward and backward of one micro-batch of a batch."""
+        if self.stage.before_step is not None:
+            held_out = None if self._held_out_batches is None else next(self._held_out_batches)
+            held_out = held_out and held_out._replace(images=self.fast.lay_out(held_out.images))
+            self.stage.before_step(self.optimizer, part, teacher_output, held_out, self.progress)
+        if not self._outcomes:
+            self.guard.begin_step(self.method)
+        # Gradients are added over the micro-batches and averaged over the processes; this makes them the batch's mean.
+        share = len(part.targets) * count_processes() / (batch.whole or len(batch.targets) * count_processes())
+        stage = self._compiled_stage if self.is_whole(part) else self.stage
+        with self.replica.only_adding(not is_last), self.fast.naming_compiler():
+            losses, logits = add_gradients(
+                self.replica, stage, part, teacher_output, self.progress, self.fast.autocast(self.device), share
+            )
+        self._outcomes.append((losses, logits, part.targets))
+
+    def finish_step(self, number: int) -> bool:
+        """The optimizer's step of this number; returns False where it was skipped."""
+        sums: dict[str, Tensor] = {}
+        for losses, _, _ in self._outcomes:
+            sums |= {name: sums.get(name, 0) + value.detach() for name, value in losses.items()}
+        if not self.guard.judge(sums, parameters_of(self.optimizer), number):
+            return False
+        self.optimizer.step()
+        for losses, logits, targets in self._outcomes:
+            self.meter.update(losses, logits, targets)
+        return True
+
+    def state(self, number: int) -> dict:
+        """Where the epoch is after its step of this number, to resume from."""
+        self.guard.look()
+        return {"steps": number, "meter": self.meter.state(), "random": random_state()}
+
+    def end_epoch(self) -> dict[str, float]:
+        """The means of the epoch."""
+        if self.stage.after_epoch is not None:
+            self.stage.after_epoch(self.progress)
+        self.guard.look()
+        if not self.meter.has_images:
+            raise UserError(f"--max_bad_steps: every step of {self.title} was skipped; the training diverged")
+        return self.meter.summary()
+
+
+def train_epoch(
+    runs: Sequence,
+    teacher: Teacher | None,
+    finishing: Callable[[], AbstractContextManager],
+    after_step: Callable[[int], None],
+) -> None:
+    """An epoch of runs whose batches are the same; `after_step(number)` is called after every step but the last.
+
+    A run is what helper/run.py calls so. One that fails ends alone, the others continue. Within `finishing()` a step is
+    not interrupted by a request to stop; waiting for a batch may be.
+    """
+    lead = runs[0]
+    for run in runs:
+        with run.own_turn():
+            run.begin_epoch()
+    if all(run.error is not None for run in runs):
+        return
+    first, last = lead.first_step, lead.last_step
+    batches = itertools.islice(lead.training.loader.batches(lead.epochs_over + 1, first), last - first)
+    bar = progress_bar(batches, lead.training.title, last, first)
+    waited_from = time.perf_counter()
+    for number, batch in enumerate(bar, first + 1):
+        waiting = [run for run in runs if run.error is None]
+        for run in waiting:
+            run.training.meter.waited(time.perf_counter() - waited_from)
+        with finishing():
+            step(waiting, batch, teacher, number)
+        bar.set_postfix_str(lead.latest, refresh=False)
+        if all(run.error is not None for run in runs):
+            return
+        if number < last:
+            after_step(number)
+        waited_from = time.perf_counter()
+    for run in runs:
+        with run.own_turn():
+            run.end_epoch()
+
+
+def step(runs: Sequence, batch: Batch, teacher: Teacher | None, number: int) -> None:
+    """One step of every run on one batch: the teacher once for each micro-batch, then the students."""
+    if not runs:
+        return
+    for run in runs:
+        run.training.begin_step()
+    parts = runs[0].training.parts(batch)
+    for part_number, part in enumerate(parts, 1):
+        outputs: dict[bool, Output] = {}  # with maps before their last ReLU, or behind it
+        for run in runs:
+            with run.own_turn():
+                training = run.training
+                output, preact = None, training.method.teacher_preact
+                if teacher is not None and training.stage.needs_teacher:
+                    if preact not in outputs:
+                        outputs[preact] = teacher(part.images, preact, training.is_whole(part))
+                    output = outputs[preact]
+                training.add_gradients(batch, part, output, part_number == len(parts))
+                if part_number == len(parts):
+                    run.finish_step(number)
+
+
+@torch.no_grad()
+def evaluate(predict: Callable[[Tensor], Tensor], loader: Loader, title: str = "testing") -> dict[str, float]:
+    """Every one of `METRICS` of `predict(images) -> logits` over a whole split, as test_<name>; the number of
+    unreadable images, which are left out, as test_unreadable where there are any.
+
+    Of several processes each goes through its own part of the split, in `loader`. Raises `UserError` where no image of
+    the split can be read.
+    """
+    logits, targets = [], []
+    for batch in progress_bar(loader.batches(), title, len(loader)):
+        logits.append(predict(batch.images).float())
+        targets.append(batch.targets)
+    found = [part for part in _of_all_processes([logits, targets]) if sum(map(len, part[1]))]
+    if not found:
+        raise UserError(f"--data: {title}: no readable image; repair or remove the files")
+    all_logits, all_targets = (torch.cat([values for part in found for values in part[side]]) for side in (0, 1))
+    measured = {f"test_{name}": measure(all_logits, all_targets) for name, measure in METRICS.items()}
+    (images,) = total_of([len(loader.subset)])
+    unreadable = int(images) - len(all_targets)
+    return measured | ({"test_unreadable": unreadable} if unreadable else {})
+
+
+def _of_all_processes(values: list[list[Tensor]]) -> list[list[list[Tensor]]]:
+    """Lists of tensors of every process, by rank, on the CPU."""
+    here = [[value.cpu() for value in some] for some in values]
+    if count_processes() == 1:
+        return [here]
+    gathered: list = [None] * count_processes()
+    distributed.all_gather_object(gathered, here)
+    return gathered
+
+
+def random_state() -> dict[str, Tensor]:
+    """The state of torch's global generators."""
+    state = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def set_random_state(state: dict[str, Tensor]) -> None:
+    """Restore a `random_state`, as far as this machine has the generators."""
+    torch.set_rng_state(state["cpu"])
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
+
+
+def begin(stage: Stage, method: Distiller) -> None:
+    """Put what the stage trains into train mode, with gradients, and everything else of the method into neither."""
+    method.requires_grad_(False).eval()
+    for module in stage.trained:
+        module.requires_grad_(True).train()
+
+
+def train_step(
+    method: Distiller,
+    stage: Stage,
+    optimizer: torch.optim.Optimizer,
+    batch: Batch,
+    teacher_output: Output | None,
+    progress: Progress,
+    autocast: AbstractContextManager | None = None,
+) -> tuple[dict[str, Tensor], Tensor | None]:
+    """Forward (in the context `autocast`, if any), backward, step -> (named weighted losses, student's logits)."""
+    optimizer.zero_grad(set_to_none=True)
+    losses, logits = add_gradients(method, stage, batch, teacher_output, progress, autocast)
+    optimizer.step()
+    return losses, logits
+
+
+def add_gradients(
+    method: Callable[..., tuple[Tensor | None, dict[str, Tensor]]],
+    stage: Stage,
+    batch: Batch,
+    teacher_output: Output | None,
+    progress: Progress,
+    autocast: AbstractContextManager | None = None,
+    share: float = 1.0,
+) -> tuple[dict[str, Tensor], Tensor | None]:
+    """Forward and backward of the losses times `share` -> (named weighted losses, student's logits)."""
+    with autocast or nullcontext():
+        logits, losses = method(batch, teacher_output, progress, stage)
+    if not losses:
+        raise UserError("every loss weight is 0: there is nothing to train; set -r, -a or -b")
+    total = functools.reduce(operator.add, losses.values())
+    (total if share == 1 else share * total).backward()
+    return losses, logits
+
+
+def format_title(stage: str, progress: Progress) -> str:
+    """The name of an epoch on a progress bar and in the log."""
+    prefix = "" if stage == "main" else f"{stage} "
+    return f"{prefix}epoch {progress.epoch + 1}/{progress.epochs}"
+
+
+def _uses_all_weights(method: Distiller) -> bool:
+    """Whether some term reads the logits, and the method's own term is not switched off."""
+    of_logits = [getattr(method, flag.argument) for flag in (GAMMA, ALPHA) if flag in method.flags]
+    return any(of_logits or [True]) and bool(getattr(method, BETA.argument, True))
+
+
+def _split(n: int, holdout: float, seed: int) -> tuple[Tensor, Tensor]:
+    """Sample indices that are trained on, and a random share of them that is held out."""
+    if not holdout:
+        return torch.arange(n), torch.arange(0)
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
+    return order[round(n * holdout) :], order[: round(n * holdout)]
+
+
+def _endless(loader: Loader, epoch: int, first: int) -> Iterator[Batch]:
+    """Batches of an epoch from the one with number `first` on, in passes that are shuffled and cropped anew."""
+    passes_over, first = divmod(first, len(loader))
+    for number in itertools.count(passes_over):
+        yield from loader.batches(epoch + number * PASSES_APART, first)
+        first = 0

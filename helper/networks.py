@@ -1,0 +1,244 @@
+"""Networks from files: teachers and initial weights, read by one function, checked, frozen."""
+
+import copy
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from errors import UserError
+from helper.checkpoint import contained, upgrade
+from helper.download import published_name, read_timm, read_torchvision
+from helper.fast import Fast
+from helper.recipes import PUBLISHED_TEACHERS
+from models.backbone import Backbone, Output
+from models.checkpoints import (
+    build_with,
+    find_weights,
+    identify,
+    load_exported,
+    load_initial,
+    read_checkpoint,
+    weights_digest,
+)
+from models.classes import compare_classes
+from models.external import is_external
+from models.found import locate_weights, recorded_accuracy
+from models.wrappers import describe_wrapper
+
+#: How far, in points of accuracy, a teacher may be from its recorded or published accuracy.
+TEACHER_TOLERANCE = 0.5
+INIT, INIT_NAME = "--init", "--model_s (in train_teacher.py: --model)"
+
+
+class Network(NamedTuple):
+    """A network as its file describes it; fields are None where the file does not say."""
+
+    path: str
+    name: str
+    network: Backbone
+    num_classes: int
+    dataset: str | None = None
+    data: str | None = None
+    image_size: int | None = None
+    accuracy: float | None = None
+    digest: str = ""
+    record: Mapping[str, Any] = MappingProxyType({})  # everything that the file says
+    notes: Sequence[str] = ()  # what was chosen or converted in reading it
+
+    def settings_as_teacher(self) -> dict[str, Any]:
+        """The settings that this network decides where it teaches: what it is, and its data set."""
+        return {
+            "path_t": self.path,
+            "model_t": self.name,
+            "wrapper_t": describe_wrapper(self.network),
+            "teacher_digest": self.digest,
+            "dataset": self.dataset,
+            "data": self.data,
+            "image_size": self.image_size,
+        }
+
+
+def read_teacher(path: str, model_t: str | None, ema: bool = False) -> Network:
+    """What `--path_t` and `--model_t` name."""
+    return read_network(path, model_t, "--path_t", "--model_t", ema)
+
+
+def read_initial(source: str, model_s: str | None, ema: bool = False) -> Network:
+    """What `--init` names."""
+    return read_network(source, model_s, INIT, INIT_NAME, ema)
+
+
+def read_network(path: str, name: str | None, flag: str, name_flag: str, ema: bool = False) -> Network:
+    """Read a run's checkpoint, an exported network, weights of any other code (of which `ema` takes the moving
+    average), or published weights by name, `torchvision:NAME` or `timm:NAME`.
+
+    `name` is the model's, where it is known. Raises `UserError`, naming `flag`, or `name_flag` where that would help.
+    """
+    if is_external(path):
+        with naming(flag):
+            return _with_digest(_read_published(path, name, name_flag))
+    source = f"{flag}: {path}"
+    checkpoint = upgrade(read_checkpoint(path, flag), source)
+    with contained(f"{source} cannot be used"):
+        notes: list[str] = []
+        if not ema and ("record" in checkpoint or "model_name" in checkpoint):
+            network, record = load_exported(checkpoint, source)
+            found = record["model_name"]
+        else:
+            found, network, record, notes = _read_foreign(path, source, name, name_flag, checkpoint, ema)
+    if name not in (None, found):
+        raise UserError(f"{source} holds another architecture, {found}, than {name_flag} {name}")
+    known: dict[str, Any] = {key: record.get(key) for key in ("dataset", "data", "image_size", "accuracy")}
+    notes = [f"{path}: {note}" for note in notes]
+    return _with_digest(Network(path, found, network, network.num_classes, record=record, notes=notes, **known))
+
+
+def _with_digest(network: Network) -> Network:
+    return network._replace(digest=weights_digest(network.network.state_dict()))
+
+
+@contextmanager
+def naming(flag: str) -> Iterator[None]:
+    """Let a `UserError` of what knows no flags begin with the flag."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{flag}: {error}") from None
+
+
+def _read_foreign(
+    path: str, source: str, name: str | None, name_flag: str, checkpoint: Mapping[str, Any], ema: bool
+) -> tuple[str, Backbone, dict[str, Any], list[str]]:
+    """Weights of another code -> (the model's name, the network, what is known of it, what was converted)."""
+    weights, notes = locate_weights(checkpoint, source, ema)
+    name = name or _folder_model(path)
+    if name is None:
+        fitting = identify(weights)
+        if len(fitting) != 1:
+            raise UserError(f"{name_flag}: {path} does not say which model it holds; name it")
+        name, notes = fitting[0], [*notes, f"it is recognised as {fitting[0]} by its weights"]
+    network, more = build_with(name, weights, source)
+    # RepDistiller's files do not name their data set; the ones with 100 classes are CIFAR-100's.
+    record: dict[str, Any] = {"dataset": "cifar100" if network.num_classes == 100 else None}
+    published = PUBLISHED_TEACHERS.get((record["dataset"], name))
+    recorded, converted = recorded_accuracy(checkpoint)
+    # Only in RepDistiller's folder is it the published file; elsewhere it may be somebody's own.
+    is_published = published is not None and (recorded is None or _folder_model(path) == name)
+    record["accuracy"] = published if is_published else recorded
+    return name, network, record, [*notes, *more, *converted]
+
+
+def _read_published(source: str, model: str | None, name_flag: str) -> Network:
+    library, _, weights_name = source.partition(":")
+    name = published_name(source)
+    if library == "timm":
+        if model not in (None, name):
+            raise UserError(f"{source} is another architecture, {name}, than {name_flag} {model}")
+        network, record = read_timm(weights_name)
+    else:
+        checkpoint, record = read_torchvision(weights_name)
+        name = model or name
+        network, _ = build_with(name, find_weights(checkpoint, source), source)
+    known: dict[str, Any] = {key: record.get(key) for key in ("dataset", "image_size", "accuracy")}
+    return Network(source, name, network, network.num_classes, record=record, **known)
+
+
+def _folder_model(path: str) -> str | None:
+    """What RepDistiller's folders of published teachers say: they are called <model>_vanilla."""
+    match = re.fullmatch(r"(.+)_vanilla", os.path.basename(os.path.dirname(os.path.abspath(path))))
+    return None if match is None else match[1]
+
+
+# Initial weights.
+
+
+def name_of_published(source: str) -> str:
+    """The model whose published weights `--init` names, found without a download."""
+    with naming(INIT):
+        return published_name(source)
+
+
+def start_from(initial: Network, student: Backbone, model_s: str, classes: Sequence[str], dataset: str) -> str:
+    """Give a new network its initial weights; returns lines on what was taken."""
+    others = compare_classes(initial.record.get("classes"), classes)
+    source = f"{INIT}: {initial.path}"
+    takes_classifier = load_initial(student, model_s, initial.network, source, same_classes=others is None)
+    counts = f"{initial.num_classes} classes there, {len(classes)} here"
+    new = f" but the classifier's, which is new: {others or counts}"
+    line = (
+        f"{INIT} {initial.path}: all weights{'' if takes_classifier else new}; images are normalised with the mean and "
+        f"deviation of {dataset}, whatever these weights were trained with"
+    )
+    return "\n".join([*initial.notes, line])
+
+
+# The teacher of a run.
+
+
+class FrozenTeacher(nn.Module):
+    """A copy of a network that cannot be trained: in memory of its own, without parameters, always in eval mode."""
+
+    def __init__(self, network: Backbone):
+        super().__init__()
+        self.network = copy.deepcopy(network)
+        for module in self.network.modules():
+            for name, parameter in list(module.named_parameters(recurse=False)):
+                delattr(module, name)
+                module.register_buffer(name, parameter.detach())
+        self.eval()
+
+    def train(self, mode: bool = True):
+        return super().train(False)
+
+    @torch.no_grad()
+    def forward(self, images: Tensor, preact: bool = False) -> Output:
+        return self.network.outputs(images, preact)
+
+
+class Teacher:
+    """A teacher as runs compute it: frozen, in the chosen precision and layout, its pass on whole batches compiled."""
+
+    def __init__(self, source: Network, image_size: int, fast: Fast, device: torch.device):
+        self.source, self.fast, self.device = source, fast, device
+        self.network = source.network.eval().to(device)  # as its file holds it, for methods to read and copy parts from
+        self.frozen = FrozenTeacher(fast.prepare_teacher(self.network, image_size))
+        self._compiled = fast.compiled(self.frozen.forward, outlives=True)
+        self.accuracy: float | None = None  # (%), as measured on the test images
+        self.note = ""  # a line on what it is and how accurate
+
+    def __call__(self, images: Tensor, preact: bool, is_whole: bool) -> Output:
+        """The outputs for images (B, 3, H, W) of a batch that may be whole."""
+        compute = self._compiled if is_whole else self.frozen
+        with self.fast.autocast(self.device), self.fast.naming_compiler():
+            return compute(images, preact)
+
+    def predict(self, images: Tensor) -> Tensor:
+        """Logits (B, K) for images (B, 3, H, W)."""
+        return self(images, False, False).logits
+
+
+def check_accuracy(teacher: Network, dataset: str, accuracy: float, allow_gap: bool) -> str:
+    """One line on the measured accuracy (%) and the recorded one; raises `UserError` where they are far apart."""
+    if teacher.accuracy is None or teacher.dataset != dataset:
+        return f"teacher {teacher.name}: {accuracy:.2f} % (no accuracy recorded for {dataset})"
+    gap = abs(accuracy - teacher.accuracy)
+    if gap > TEACHER_TOLERANCE and not allow_gap:
+        raise UserError(
+            f"--path_t: {teacher.path} tests at {accuracy:.2f} % on {dataset}, {gap:.2f} points off the "
+            f"{teacher.accuracy:.2f} % on record; get the right file, or accept it with --allow_teacher_gap"
+        )
+    return f"teacher {teacher.name}: {accuracy:.2f} % (on record: {teacher.accuracy:.2f} %)"
+
+
+def check_apart(student: nn.Module, teacher: nn.Module, distill: str) -> None:
+    """Raise `UserError` where a method or its student would train or change what is the teacher's."""
+    theirs = {tensor.untyped_storage().data_ptr() for tensor in teacher.state_dict().values() if tensor.numel()}
+    for name, tensor in student.state_dict().items():
+        if tensor.numel() and tensor.untyped_storage().data_ptr() in theirs:
+            raise UserError(f"--distill {distill}: its {name} is the teacher's own; the method must copy it")

@@ -1,0 +1,604 @@
+"""The story of a run, top to bottom: files, data, student, method, stages, epochs, result.
+
+Nothing here knows the name of a method; what a method needs it says itself (distiller_zoo/base.py).
+"""
+
+import json
+import signal
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from dataset import ImageData, Images, Loader, StreamedImages, hold_out, load_data
+from distiller_zoo import Progress
+from errors import Stopped, StoppedAtOnce, UserError
+from helper import command_line
+from helper.checkpoint import (
+    build_distiller,
+    check_optimizer,
+    check_progress,
+    contained,
+    data_record,
+    make_checkpoint,
+    upgrade,
+)
+from helper.command_line import Given
+from helper.distributed import (
+    average_statistics,
+    by_main,
+    count_processes,
+    describe_batch,
+    device_of,
+    is_main,
+    main_first,
+    one_by_one_here,
+    rank,
+)
+from helper.fast import Fast
+from helper.guard import Guard
+from helper.log import (
+    describe_data,
+    describe_method,
+    describe_protocol,
+    format_epoch,
+    format_losses,
+    format_result,
+)
+from helper.loops import Training, evaluate, format_title, random_state, set_random_state, train_epoch
+from helper.networks import (
+    Network,
+    Teacher,
+    check_accuracy,
+    check_apart,
+    name_of_published,
+    read_initial,
+    read_teacher,
+    start_from,
+)
+from helper.optim import parameters_of
+from helper.run_folder import BEST, CONFIG, LAST, RESULT, FolderElsewhere, RunFolder
+from helper.settings import Configuration, check_shared, identity, read_stored
+from helper.signals import StopRequest
+from models import build_model
+from models.backbone import probe_shapes
+from models.checkpoints import load_weights
+from models.classes import compare_classes
+from models.cost import count_parameters
+from models.external import is_external
+from models.synchronised import synchronise
+
+#: Images per batch when testing; where they are wider than SMALL pixels, as many as in training.
+EVALUATION_BATCH, SMALL = 512, 64
+#: What a resumed run takes up besides weights, optimizer and skipped steps.
+STATE = ("stage_number", "epoch", "stage_step", "step", "epochs_over", "seconds", "records", "epoch_state")
+
+
+# Files.
+
+
+class Opened(NamedTuple):
+    """The configurations of the runs of a command line, and the networks that their files hold."""
+
+    configs: list[Configuration]
+    teacher: Network | None
+    initial: Network | None
+
+
+def open_runs(given: Given) -> Opened:
+    """Read what a command line names, each file once whatever the number of runs, and resolve every run."""
+    folder = given.resume if given.resume not in (None, command_line.LATEST) else None
+    stored = by_main(lambda: _read_settings(folder) if folder else {})
+    first = stored | given.runs[0]
+    ema = first.get("ema", False)
+    path, *_ = [command_line.teacher_of(stored | run) for run in given.runs]
+    teacher = None if path is None else main_first(lambda: read_teacher(path, first.get("model_t"), ema))
+    of_teacher = {} if teacher is None else teacher.settings_as_teacher()
+    source, initial, of_initial = None if folder else first.get("init"), None, {}
+    if source is not None and "model_s" not in first:
+        initial = None if is_external(source) else main_first(lambda: read_initial(source, None, ema))
+        of_initial = {"model_s": name_of_published(source) if initial is None else initial.name}
+
+    def resolve(run: Mapping[str, Any]) -> Configuration:
+        if given.resume == command_line.LATEST:
+            return _resolve_latest(run, of_teacher, of_initial)
+        return command_line.resolve(run, stored, of_teacher, of_initial, folder)
+
+    configs = by_main(lambda: command_line.share_order([resolve(run) for run in given.runs], given))
+    check_shared(configs)
+    if source is not None and any(config.folder is None for config in configs):
+        initial = initial or main_first(lambda: read_initial(source, configs[0].model_s, ema))
+        found = {"init_digest": initial.digest}
+        configs = [config if config.folder else config.replace("initial weights", **found) for config in configs]
+    return Opened(configs, teacher, initial)
+
+
+def _resolve_latest(run: Mapping[str, Any], of_teacher: Mapping, of_initial: Mapping) -> Configuration:
+    """`--resume` without a value: the latest run of this name where there is one, else a new run."""
+    config = command_line.resolve(run, {}, of_teacher, of_initial)
+    folder = RunFolder.find(config.save_dir, config.name)
+    if folder is None:
+        return config
+    path = str(folder.path)
+    return command_line.resolve(run, _read_settings(path), of_teacher, of_initial, path)
+
+
+def _read_settings(path: str) -> dict[str, Any]:
+    """The settings of the run folder to resume."""
+    folder = RunFolder(path)
+    if not folder.path.is_dir():
+        raise UserError(f"--resume: {path} is not a run folder")
+    return read_stored(folder.read_json(CONFIG), f"--resume: {folder.path / CONFIG}")
+
+
+# Data and teacher.
+
+
+class Inputs(NamedTuple):
+    """The data set on the device, and how it is tested on."""
+
+    device: torch.device
+    data: ImageData
+    test_loader: Loader
+    choosing_loader: Loader | None  # held-out training images for choosing; `data` lacks them
+
+
+def load_inputs(config: Configuration) -> Inputs:
+    """Load the data set of the runs; raises `UserError` where that is impossible."""
+    device = device_of(config.device)
+    # Only a folder that was named on the command line is written to.
+    may_download = config.data is None or config.origins["data"] == "command line"
+    reading = (config.data, config.image_size, config.num_workers, config.max_broken, may_download)
+    with one_by_one_here():
+        data = load_data(config.dataset, *reading)
+    data = data._replace(train=data.train.to(device), test=data.test.to(device))
+    batch_size = EVALUATION_BATCH if data.image_size <= SMALL else config.batch_size
+    choosing_loader = None
+    if config.holdout:
+        try:
+            train, held_out = hold_out(data.train, config.holdout)
+        except ValueError as error:
+            raise UserError(f"--holdout: {error}; choose another number") from None
+        data = data._replace(train=train)
+        choosing_loader = _part_loader(held_out, data, batch_size, device)
+    return Inputs(device, data, _part_loader(data.test, data, batch_size, device), choosing_loader)
+
+
+def _part_loader(images: Images | StreamedImages, data: ImageData, batch_size: int, device: torch.device) -> Loader:
+    """Batches of this process's part of a split: every image once in all of them."""
+    mine = torch.arange(len(images.targets)).tensor_split(count_processes())[rank()]
+    return Loader(images, data, batch_size, device, subset=mine)
+
+
+def prepare_teacher(source: Network | None, inputs: Inputs, config: Configuration) -> Teacher | None:
+    """The frozen teacher, its accuracy measured; raises `UserError` where it does not fit the data or its record."""
+    if source is None:
+        return None
+    data = inputs.data
+    probe_shapes(source.network.eval().to(inputs.device), data.image_size)
+    teacher = Teacher(source, data.image_size, Fast.of(config), inputs.device)
+    if source.num_classes == data.num_classes:
+        others = compare_classes(source.record.get("classes"), data.classes)
+        if others is not None and not config.allow_teacher_gap:
+            raise UserError(f"--path_t: {others}; use the data that the teacher knows, or --allow_teacher_gap")
+        measured = evaluate(teacher.predict, inputs.test_loader, "checking the teacher")
+        teacher.accuracy = measured["test_accuracy"]
+        note = check_accuracy(source, data.name, teacher.accuracy, config.allow_teacher_gap)
+    else:
+        note = (
+            f"teacher {source.name}: its {source.num_classes} classes are not those of the data; its maps alone teach"
+        )
+    steps = source.record.get("max_steps")
+    warning = f"warning: this teacher was trained for {steps} steps only (--max_steps)" if steps else ""
+    teacher.note = "\n".join(filter(None, (*source.notes, teacher.network.note, note, warning)))
+    return teacher
+
+
+# Runs.
+
+
+@contextmanager
+def prepared(opened: Opened, inputs: Inputs, teacher: Teacher | None) -> Iterator[list["Run"]]:
+    """The runs, each in its claimed folder; new folders are removed again where a run turns out impossible."""
+    with ExitStack() as folders:
+        with ExitStack() as preparations:
+            runs: list[Run] = []
+            for config, label in zip(opened.configs, _labels(opened.configs), strict=True):
+                folder = _open_folder(config, preparations)
+                folders.callback(folder.close)
+                folder.label = f"[{label}] " if len(opened.configs) > 1 else ""
+                if is_main():
+                    print(f"{folder.label}run folder: {folder.path}", flush=True)
+                if config.folder is None:
+                    _record_settings(config, folder, known=opened.configs[0] if runs else None)
+                if teacher is not None:
+                    folder.log(teacher.note)
+                run = Run(config, inputs, teacher, opened.initial, folder, alone=len(opened.configs) == 1)
+                if config.folder is not None:
+                    run.restore()
+                    _record_changes(run)
+                runs.append(run)
+        yield runs
+
+
+def _labels(configs: Sequence[Configuration]) -> list[str]:
+    """What runs of one process are called: by their trials, or by their folders where trials do not tell them apart."""
+    trials = [f"trial {config.trial}" for config in configs]
+    return trials if len(set(trials)) == len(trials) else [config.name for config in configs]
+
+
+def _open_folder(config: Configuration, preparations: ExitStack) -> RunFolder:
+    """The folder to resume, or a new one, which is removed where the preparations fail; the main process's."""
+
+    claimed: list[RunFolder] = []
+
+    def claim() -> str:
+        resumed = config.folder and RunFolder(config.folder).lock()
+        claimed.append(resumed or RunFolder.create(config.save_dir, config.name))
+        return str(claimed[0].path)
+
+    path = by_main(claim)
+    if not is_main():
+        return FolderElsewhere(path)
+    if config.folder is None:
+        preparations.enter_context(claimed[0].discarded_on_error())
+    return claimed[0]
+
+
+def _record_settings(config: Configuration, folder: RunFolder, known: Configuration | None) -> None:
+    """Write every setting and its origin; on the terminal only what differs from the run `known`, if there is one."""
+    for argument, value in sorted(config.items()):
+        if value is not None:
+            log = folder.log_quietly if known is not None and known.get(argument) == value else folder.log
+            log(f"  {argument:<18} {value!s:<24} ({config.origins[argument]})")
+    folder.write_json(CONFIG, config.as_json())
+
+
+def _record_changes(run: "Run") -> None:
+    """Write down which settings a resumed run has changed, so that it is continued and tabulated as what it is now."""
+    if not is_main():
+        return
+    folder = run.folder
+    stored, now = folder.read_json(CONFIG), json.loads(json.dumps(run.config.as_json()))
+    origins = now.pop("origins")
+    changed = {name: value for name, value in now.items() if name not in stored or stored[name] != value}
+    if not run.is_over:
+        folder.remove(RESULT)  # of a shorter run: it is not finished any more
+    for name, value in sorted(changed.items()):
+        folder.log(f"  {name:<18} {value!s:<24} (was {stored.get(name, 'unknown')})")
+    if changed:
+        kept = stored.get("origins", {}) | {name: origins[name] for name in changed if name in origins}
+        folder.write_json(CONFIG, stored | changed | {"origins": kept})
+
+
+def train(runs: Sequence["Run"], teacher: Teacher | None) -> list[dict]:
+    """Train the runs to their ends; returns the content of every `result.json`.
+
+    Those whose next epochs show the same batches go through them together, the furthest behind first. One that fails
+    ends alone; its error is raised when the others are over.
+    """
+    with StopRequest() as stop:
+        for run in runs:
+            run.finishing = stop.finishing
+            with run.own_turn():
+                run.begin()
+        while waiting := [run for run in runs if not run.is_over]:
+            first = min(waiting, key=lambda run: run.epochs_over)
+            group = [run for run in waiting if run.epoch_key == first.epoch_key]
+
+            def after_step(number: int, group=group) -> None:
+                """Save within an epoch where that is due, or before the runs stop."""
+                stopping = stop.heard_by_any() is not None
+                for run in group:
+                    with run.own_turn():
+                        run.save_within_epoch(number, stopping)
+                _stop_if(stop, runs)
+
+            try:
+                train_epoch(group, teacher, stop.finishing, after_step)
+            except UserError as error:  # the images are unreadable: none of the group can go on
+                for run in group:
+                    run.fail(error)
+                if count_processes() > 1:
+                    raise
+            _stop_if(stop, runs)
+    _raise_failures(runs)
+    return [run.result for run in runs if run.result is not None]
+
+
+def _stop_if(stop: StopRequest, runs: Sequence["Run"]) -> None:
+    number = stop.heard_by_any()
+    if number is not None:
+        paths = ", ".join(str(run.folder.path) for run in runs if run.result is None)
+        if paths:
+            name = signal.Signals(number).name
+            raise Stopped(number, f"stopped by {name} and saved; resume with --resume {paths}")
+
+
+def _raise_failures(runs: Sequence["Run"]) -> None:
+    failed = [(run, run.error) for run in runs if run.error is not None]
+    for _, error in failed if len(runs) == 1 else []:
+        raise error
+    if failed:
+        raise UserError("; ".join(f"{run.folder.label.strip(' []')}: {error}" for run, error in failed))
+
+
+class Run:
+    """Everything that one training run holds; `train` goes through its stages and their epochs."""
+
+    def __init__(
+        self,
+        config: Configuration,
+        inputs: Inputs,
+        teacher: Teacher | None,
+        initial: Network | None,
+        folder: RunFolder,
+        alone: bool,
+    ):
+        self.config, self.inputs, self.folder, self.data = config, inputs, folder, inputs.data
+        self.teacher, self._alone = teacher, alone
+        torch.manual_seed(config.seed)
+        student = build_model(config.model_s, self.data.num_classes)
+        probe_shapes(student, self.data.image_size)
+        if initial is not None and config.folder is None:
+            folder.log(start_from(initial, student, config.model_s, self.data.classes, config.dataset))
+        self.method = build_distiller(
+            config,
+            student,
+            None if teacher is None else teacher.network,
+            num_classes=self.data.num_classes,
+            image_size=self.data.image_size,
+            train_targets=self.data.train.targets,
+        ).to(inputs.device)
+        if teacher is not None:
+            check_apart(self.method, teacher.network, config.distill)
+        if config.sync_bn and count_processes() > 1:
+            synchronise(self.method)
+        Fast.of(config).prepare_student(self.method, inputs.device)
+        self.stages = self.method.stages(config.epochs)
+        self.guard = Guard(config.max_bad_steps)
+        self.step, self.epochs_over, self.seconds = 0, 0, 0.0  # what is over, in all stages
+        self.records: list[dict] = []  # of every epoch of the main stage
+        self.epoch_state: dict | None = None  # where a resumed run is within an epoch
+        self.error: UserError | None = None
+        self.result: dict | None = None
+        self.latest = ""  # the losses, as the progress bar shows them
+        self.finishing: Callable[[], AbstractContextManager] = nullcontext  # what a stop does not interrupt
+        self._enter(0)
+        self._random = random_state()  # used where several runs share the process
+
+    def _enter(self, number: int, epoch: int = 0, stage_step: int = 0) -> None:
+        """Begin the stage of this number, or take it up after some of its epochs and steps."""
+        self.stage_number, self.epoch, self.stage_step = number, epoch, stage_step
+        self.training = Training(
+            self.stages[number], self.method, self.data, self.config, self.inputs.device, self.guard
+        )
+
+    @contextmanager
+    def own_turn(self) -> Iterator[None]:
+        """Within this block the run has the random generators to itself, and a failure ends it alone."""
+        if not self._alone:
+            set_random_state(self._random)
+        try:
+            yield
+        except UserError as error:
+            self.fail(error)
+            if count_processes() > 1:
+                raise  # this process may be the only one: it cannot leave the run and go on with the others
+        finally:
+            if not self._alone:
+                self._random = random_state()
+
+    def fail(self, error: UserError) -> None:
+        """End this run; why is in its log. Alone it ends the script, which prints it; else it is printed now."""
+        if self.error is None:
+            self.error = error
+            with suppress(UserError):  # a full disk
+                (self.folder.log_quietly if self._alone else self.folder.log)(f"failed: {error}")
+
+    # Where the run is.
+
+    @property
+    def in_main_stage(self) -> bool:
+        return self.stage_number == len(self.stages) - 1
+
+    @property
+    def is_over(self) -> bool:
+        """Whether there is nothing left to train."""
+        return self.error is not None or self.result is not None or (self.in_main_stage and self._stage_is_over())
+
+    def _stage_is_over(self) -> bool:
+        return self.epoch >= self.stages[self.stage_number].epochs or self._steps_left() == 0
+
+    def _steps_left(self) -> int | None:
+        """How many steps `--max_steps` leaves of the stage; None where there is no limit."""
+        return None if self.config.max_steps is None else max(self.config.max_steps - self.stage_step, 0)
+
+    @property
+    def first_step(self) -> int:
+        """Steps of the next epoch that are over."""
+        return self.epoch_state["steps"] if self.epoch_state else 0
+
+    @property
+    def last_step(self) -> int:
+        """The number of the next epoch's last step."""
+        steps, left = len(self.training.loader), self._steps_left()
+        return max(self.first_step, steps if left is None else min(steps, left))
+
+    @property
+    def epoch_key(self) -> tuple:
+        """Equal for runs whose next epochs show the same batches."""
+        return (self.epochs_over, self.first_step, self.last_step, *self.training.batch_key)
+
+    # Epochs and steps, called by the loop.
+
+    def begin(self) -> None:
+        """Say what is trained; go to the stage of the next epoch."""
+        self.folder.log(describe_data(self.data, self.inputs.device))
+        self.folder.log(describe_method(self.method, self.stages, self.config.model_s, self.data.image_size))
+        if division := describe_batch(self.config):
+            self.folder.log(division)
+        self._go_to_next_stage()
+
+    def _go_to_next_stage(self) -> None:
+        """Where a stage is over, begin the next; after the last write the result."""
+        while self._stage_is_over() and not self.in_main_stage:
+            self._enter(self.stage_number + 1)
+        if self._stage_is_over():
+            self._finish()
+
+    def begin_epoch(self) -> None:
+        """Prepare the next epoch."""
+        self._started = time.perf_counter()
+        progress = Progress(self.epoch, self.stages[self.stage_number].epochs)
+        self.training.begin_epoch(progress, self.epochs_over, self.epoch_state)
+
+    def finish_step(self, number: int) -> None:
+        """The optimizer's step, and a line in the log where one is due."""
+        training, last = self.training, self.last_step
+        if not training.finish_step(number):
+            self.folder.log_quietly(f"{training.title} step {number}/{last} skipped: a number in it was not finite")
+        if number % self.config.print_freq == 0 and training.meter.has_images:
+            self.guard.look()
+            self.latest = format_losses(training.meter.summary())
+            self.folder.log_quietly(f"{training.title} step {number}/{last}: {self.latest}")
+
+    def save_within_epoch(self, number: int, stopping: bool) -> None:
+        """Save after a step of an epoch where that is due or the run stops."""
+        every = self.config.save_every_steps
+        if self.error is None and (stopping or (every and number % every == 0)):
+            with self.finishing():
+                average_statistics(self.method)
+                epoch_state = self.training.state(number)  # names a bad step, before its weights are looked at
+                self._save_last(self._checkpoint(None), epoch_state)
+
+    def end_epoch(self) -> None:
+        """Test, record and save; begin the next stage or finish where this one is over."""
+        if self.error is not None:
+            return
+        means = self.training.end_epoch()
+        average_statistics(self.method)
+        self.method.eval()
+        try:
+            # The student of an earlier stage is not yet what is tested.
+            test = self._test() if self.in_main_stage else {}
+        except StoppedAtOnce:  # the steps of the epoch are not lost
+            self.save_within_epoch(self.last_step, stopping=True)
+            raise
+        with self.finishing():
+            self._record_epoch(means | test)
+        self._go_to_next_stage()
+
+    def _record_epoch(self, measured: dict[str, float]) -> None:
+        """Count the epoch, log it and save."""
+        stage, progress, steps = self.stages[self.stage_number], self.training.progress, self.last_step
+        self.epoch_state = None
+        self.epoch, self.stage_step, self.step = self.epoch + 1, self.stage_step + steps, self.step + steps
+        self.epochs_over, self.seconds = self.epochs_over + 1, self.seconds + time.perf_counter() - self._started
+        rate = self.training.learning_rate(self.epoch)
+        skipped = {"skipped_steps": self.guard.skipped} if self.config.max_bad_steps else {}
+        record = {"epoch": self.epoch, "step": self.step, "learning_rate": rate, **measured, **skipped}
+        if self.in_main_stage:
+            self.records.append(record)
+        else:
+            record = {"stage": stage.name, **record}
+        self.folder.append_metrics(record, self.epochs_over)
+        self.folder.log(format_epoch(record, format_title(stage.name, progress)))
+        self._save(record)
+
+    def _test(self) -> dict[str, float]:
+        """Accuracies on the test images, and on the held-out ones where there are any."""
+        test = evaluate(self.method.predict, self.inputs.test_loader, "testing")
+        if self.inputs.choosing_loader is not None:
+            held_out = evaluate(self.method.predict, self.inputs.choosing_loader, "held-out images")
+            test |= {name.replace("test", "holdout"): value for name, value in held_out.items()}
+        return test
+
+    # Checkpoints.
+
+    def _checkpoint(self, accuracy: float | None) -> dict:
+        """The networks and what is known of them; never of diverged ones."""
+        self.guard.check_weights(self.method)
+        teacher = None
+        if self.teacher is not None:
+            source = self.teacher.source
+            teacher = {"name": source.name, "digest": source.digest, "accuracy": self.teacher.accuracy}
+        known = {"accuracy": accuracy, "epoch": self.epoch, "teacher": teacher, "max_steps": self.config.max_steps}
+        return make_checkpoint(self.method, self.config, data_record(self.data), {}, **known)
+
+    def _save_last(self, checkpoint: dict, epoch_state: dict | None) -> None:
+        state = {name: getattr(self, name) for name in STATE} | {"epoch_state": epoch_state}
+        state |= {"skipped_steps": self.guard.skipped, "optimizer": self.training.optimizer.state_dict()}
+        self.folder.save(LAST, checkpoint | {"training": checkpoint["training"] | state})
+
+    def _save(self, record: dict) -> None:
+        checkpoint = self._checkpoint(record.get("test_accuracy"))
+        if self.in_main_stage:
+            # The first of equals is kept, so the last epoch does not overwrite the best for a tie.
+            if self._best_epoch() == self.epoch:
+                self.folder.save(BEST, checkpoint)
+            if self.config.save_freq and self.epoch % self.config.save_freq == 0:
+                self.folder.save(f"epoch_{self.epoch}.pth", checkpoint)
+        self._save_last(checkpoint, None)  # the last of them: a run that is killed before it makes the others again
+
+    def restore(self) -> None:
+        """Take up the state of the folder's last checkpoint."""
+        source = f"--resume: {self.folder.path} does not fit this run"
+        with contained(source):
+            training = by_main(lambda: upgrade(self.folder.read_last(), source))["training"]
+            self._enter(training["stage_number"], training["epoch"], training["stage_step"])
+            check_progress(training, self.in_main_stage)
+            load_weights(self.method, self.config.model_s, training["distiller"], source)
+            optimizer = self.training.optimizer
+            state = check_optimizer(training["optimizer"], parameters_of(optimizer))
+            optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
+            for name in STATE:
+                setattr(self, name, training[name])
+            self.guard.skipped = training["skipped_steps"]
+        self.folder.keep_metrics_until(self.epochs_over)
+        stage = self.stages[self.stage_number]
+        title = format_title(stage.name, Progress(self.epoch - 1, stage.epochs))
+        within = f" and {self.epoch_state['steps']} steps" if self.epoch_state else ""
+        self.folder.log(f"resumed after {title}{within}")
+        before, now = training["config"].get("epochs"), self.config.epochs
+        if self.records and before != now and not self.is_over:
+            rates = self.training.learning_rate(self.epoch), self.training.learning_rate(self.epoch + 1)
+            old, new = (f"{rate:.4g}" for rate in (self.records[-1].get("learning_rate", rates[0]), rates[1]))
+            self.folder.log(f"--epochs was {before} and is {now}: the learning rate was {old} and is {new} next")
+
+    # The result.
+
+    def _best_epoch(self) -> int:
+        """Counted from 1; the first of equals."""
+        chosen_by = [record.get("holdout_accuracy", record["test_accuracy"]) for record in self.records]
+        return chosen_by.index(max(chosen_by)) + 1
+
+    def _finish(self) -> None:
+        accuracies, best_epoch = [record["test_accuracy"] for record in self.records], self._best_epoch()
+        last_five = accuracies[-5:]
+        self.result = {
+            "accuracy_last": accuracies[-1],
+            "accuracy_best": accuracies[best_epoch - 1],
+            "accuracy_mean_last_five": sum(last_five) / len(last_five),
+            "best_epoch": best_epoch,
+            "protocol": describe_protocol(self.config.holdout),
+            "epochs": self.epoch,
+            "steps": self.step,
+            "teacher_accuracy": None if self.teacher is None else self.teacher.accuracy,
+            "test_images": len(self.data.test.targets),
+            "test_unreadable": self.records[-1].get("test_unreadable", 0),
+            "parameters": count_parameters(self.method.export()),
+            "parameters_trained": count_parameters(nn.ModuleList(self.stages[-1].trained)),
+            "seed": self.config.seed,
+            "seconds": self.seconds,
+            "processes": count_processes(),
+            "torch": torch.__version__,
+            "device": str(self.inputs.device),
+            "threads": torch.get_num_threads(),
+        }
+        self.folder.append_outcome(identity(self.config, ("row", "run")), self.result)
+        self.folder.write_json(RESULT, self.result)
+        self.folder.log(format_result(self.result))

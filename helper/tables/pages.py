@@ -1,0 +1,292 @@
+"""Rows on pages: Markdown lists and grids like the paper's, CSV, and one HTML page with everything."""
+
+import csv
+import io
+import itertools
+import re
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from jinja2 import Environment, FileSystemLoader
+from markupsafe import Markup
+
+from errors import UserError
+from helper.tables import figures
+from helper.tables.rows import ACCURACIES, Left, Record, Row, command_of, read_rows, spread, written
+from models import build_model
+from models.cost import measure_latency
+
+NOT_RUN, ALONE = "not run", "student alone"
+#: The columns of lists; those that say nothing of any row are left out.
+HEADER = (
+    "data set",
+    "teacher",
+    "student",
+    "method",
+    "epochs",
+    *ACCURACIES.values(),
+    "seeds",
+    "protocol",
+    "paper",
+    "ours is",
+)
+NOTE = (
+    "Test accuracy in percent, mean ± standard deviation over seeds. Best: the epoch chosen as the protocol says; "
+    "chosen on the\ntest images it is optimistically biased."
+)
+#: With these a spreadsheet would take a cell for a formula.
+FORMULA = ("=", "+", "-", "@", "\t", "\r")
+TEMPLATE = "report.html.j2"
+
+
+# Markdown.
+
+
+def in_markdown(text: str) -> str:
+    """A text as a table's cell: a bar would begin the next one, a new line end the table."""
+    return " ".join(text.split()).replace("|", "\\|")
+
+
+def markdown_table(lines: Sequence[Sequence[str]]) -> str:
+    """Header and rows of cells as Markdown."""
+    marked = [lines[0], ["--"] * len(lines[0]), *lines[1:]]
+    return "\n".join(f"| {' | '.join(map(in_markdown, cells))} |" for cells in marked)
+
+
+def list_cells(row: Row) -> list[str]:
+    """A row's cells under `HEADER`."""
+    config, paper = row.config, row.published
+    names = [config["dataset"], config["model_t"] or "-", config["model_s"], row.label, str(row.epochs)]
+    accuracies = [spread(row.values(name)) for name in ACCURACIES]
+    published = ["-", "-"] if paper is None else [f"{paper.accuracy:.2f}", row.verdict]
+    return [*names, *accuracies, str(len(row.records)), row.protocol, *published]
+
+
+def make_table(rows: Sequence[Row]) -> str:
+    """One line per row; columns that say nothing of any row are left out."""
+    lines = [HEADER, *map(list_cells, rows)]
+    kept = [number for number in range(len(HEADER)) if any(line[number] != "-" for line in lines[1:])]
+    return markdown_table([[line[number] for number in kept] for line in lines])
+
+
+def make_report(rows: Sequence[Row]) -> str:
+    """The table and the rows' settings as Markdown."""
+    commands = "\n".join(f"    {command_of(row.records[0])}" for row in rows)
+    return f"{make_table(rows)}\n\n{NOTE} Row by row, the settings were:\n\n{commands}\n"
+
+
+def summary(folders: Iterable[Path]) -> str:
+    """The table of a few run folders, as a sweep ends with; empty where none of them is finished."""
+    try:
+        rows, left = read_rows(folders)
+    except UserError:
+        return ""
+    return "\n".join([make_table(rows), *map(describe_left, left)])
+
+
+def describe_left(left: Left) -> str:
+    """A line on a folder that is in no table."""
+    return f"{left.folder}: {left.reason}; left out"
+
+
+# Grids.
+
+
+class Grid(NamedTuple):
+    """A table like the paper's, of one setting: rows methods, columns pairs; no cell where nothing was run."""
+
+    setting: tuple[str, int, str]
+    pairs: list[str]
+    methods: list[str]
+    cells: dict[tuple[str, str], Row]
+
+
+def make_grids(rows: Sequence[Row]) -> list[Grid]:
+    """One grid per data set, number of epochs and protocol that has a distilled row."""
+    settings = dict.fromkeys(row.setting for row in rows if row.config["model_t"])
+    return [_make_grid(rows, setting) for setting in settings]
+
+
+def _make_grid(rows: Sequence[Row], setting: tuple[str, int, str]) -> Grid:
+    """Teachers, students alone, then methods; what has no teacher is in every column of its network."""
+    of_setting = [row for row in rows if row.setting == setting]
+    pairs = list(dict.fromkeys(row.pair for row in of_setting if row.config["model_t"]))
+    teachers, alone, distilled = {}, {}, {}
+    for pair in pairs:
+        teachers |= {(label, pair): row for label, row in _teachers(rows, pair, setting)}
+        for row in of_setting:
+            if row.pair == pair:
+                distilled[row.label, pair] = row
+            elif not row.config["model_t"] and row.config["model_s"] == pair.split(" -> ")[1]:
+                is_baseline = row.config["distill"] == "ce"
+                label = f"{ALONE}{row.label.removeprefix('ce')}" if is_baseline else row.label
+                (alone if is_baseline else distilled).setdefault((label, pair), row)
+    cells = teachers | alone | distilled
+    return Grid(setting, pairs, list(dict.fromkeys(label for label, _ in cells)), cells)
+
+
+def _teachers(rows: Sequence[Row], pair: str, setting: tuple) -> list[tuple[str, Row]]:
+    """(label, row) of what taught a pair; where no run says which that was, of every row that may have.
+
+    A teacher may have been trained for longer, so its setting may be another.
+    """
+    name = pair.split(" -> ")[0]
+    alone = [row for row in rows if not row.config["model_t"] and row.dataset == setting[0]]
+    alone = [row for row in alone if row.config["model_s"] == name and row.config["distill"] == "ce"]
+    paths = [row.config.get("path_t") for row in rows if row.pair == pair and row.setting == setting]
+    # By the folder's name: runs may have been moved here from another machine.
+    taught_by = {Path(path).parent.name for path in paths if path}
+    chosen = [row for row in alone if taught_by & {record.folder.name for record in row.records}] or alone
+    return [(f"teacher {text}".strip(), row) for row, text in zip(chosen, written(chosen), strict=True)]
+
+
+def cell_lines(row: Row | None) -> list[str]:
+    """What a cell of a grid says, line by line."""
+    if row is None:
+        return [NOT_RUN]
+    seeds = len(row.records)
+    lines = [f"{title} {spread(row.values(name))}" for name, title in ACCURACIES.items()]
+    lines.append(f"{seeds} seed{'s' if seeds > 1 else ''}")
+    if row.published is not None:
+        lines.append(f"paper {row.published.accuracy:.2f}: {row.verdict}")
+    return lines
+
+
+def title_of(setting: tuple[str, int, str]) -> str:
+    """Data set, epochs and protocol of a table."""
+    dataset, epochs, protocol = setting
+    return f"{dataset}, {epochs} epoch{'s' if epochs != 1 else ''}; {protocol}"
+
+
+def grid_markdown(grid: Grid) -> str:
+    """The grid with every accuracy in its cells."""
+    lines = [["", *grid.pairs]]
+    for method in grid.methods:
+        lines.append([method, *("<br>".join(cell_lines(grid.cells.get((method, pair)))) for pair in grid.pairs)])
+    return f"**{title_of(grid.setting)}**\n\n{markdown_table(lines)}"
+
+
+def make_grid_report(rows: Sequence[Row]) -> str:
+    """The tables with methods as rows and pairs as columns, as Markdown."""
+    return "\n\n".join(map(grid_markdown, make_grids(rows))) + "\n"
+
+
+# CSV.
+
+
+def in_csv(cell: Any) -> Any:
+    """A cell that no spreadsheet takes for a formula."""
+    return f"'{cell}" if isinstance(cell, str) and cell.startswith(FORMULA) else cell
+
+
+def as_csv(rows: Sequence[Row]) -> str:
+    """One line per run, unrounded, with what the paper reports."""
+    output = io.StringIO()
+    writer = csv.writer(output, lineterminator="\n")
+    networks, training = ["dataset", "teacher", "student", "method"], ["epochs", "protocol", "seed"]
+    writer.writerow([*networks, *training, *ACCURACIES, "paper", "source", "run"])
+    for row in rows:
+        paper = ["", ""] if row.published is None else [row.published.accuracy, row.published.source]
+        for record in row.records:
+            writer.writerow(map(in_csv, [*_csv_cells(row, record), *paper, record.folder.name]))
+    return output.getvalue()
+
+
+def _csv_cells(row: Row, record: Record) -> list[Any]:
+    config, result = row.config, record.result
+    names = [config["dataset"], config["model_t"] or "", config["model_s"], row.label, result["epochs"], row.protocol]
+    return [*names, record.config["seed"], *(result[name] for name in ACCURACIES)]
+
+
+# HTML.
+
+
+class Interval(NamedTuple):
+    """Mean and standard deviation of a row on the axis of its table, in percent of the axis' length."""
+
+    mean: float
+    low: float
+    high: float
+
+
+def as_html(rows: Sequence[Row], pictures: Mapping[str, str]) -> str:
+    """One self-contained page: a table for every data set with settings and curves, figures, and `pictures` (name ->
+    SVG) of networks. It needs no network, and scripts for sorting alone."""
+    folder = Path(__file__).parent
+    environment = Environment(loader=FileSystemLoader(folder), autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    sections = [
+        _section(number, title, of_title) for number, (title, of_title) in enumerate(figures.groups(rows).items(), 1)
+    ]
+    names = [(name.replace("_", " "), Markup(svg)) for name, svg in pictures.items()]
+    return environment.get_template(TEMPLATE).render(sections=sections, pictures=names, titles=ACCURACIES, note=NOTE)
+
+
+def _section(number: int, title: str, rows: Sequence[Row]) -> dict[str, Any]:
+    """What the template shows of the rows of one data set."""
+    drawn = figures.learning_curves(rows, legend=False) or ""
+    prefix = f"s{number}-"
+    curves = [
+        {"name": name, **figures.line_style(place)}
+        for place, name in enumerate(figures.names_of(figures.with_curves(rows)))
+    ]
+    others = (figures.accuracy_against_n(rows), figures.accuracy_against_cost(rows))
+    return {
+        "prefix": prefix,
+        "title": title,
+        "lines": _lines(rows),
+        "has_paper": any(row.published for row in rows),
+        "curves": curves,
+        "drawing": Markup(re.sub(r'id="(curve|band)-', rf'id="{prefix}\1-', drawn)),
+        "figures": [Markup(svg) for svg in others if svg],
+    }
+
+
+def _lines(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """What the template shows of every row; the best of a student's rows are marked."""
+    costs, latencies, axis = figures.multiply_adds(rows), _latencies(rows), _axis(rows)
+    best: dict[tuple[str, str], float] = {}
+    for row, name in itertools.product(rows, ACCURACIES):
+        key = row.config["model_s"], name
+        best[key] = max(best.get(key, 0.0), statistics.mean(row.values(name)))
+    return [
+        {
+            "row": row,
+            "accuracies": [
+                (spread(row.values(name)), mean := statistics.mean(row.values(name)), mean == best[student, name])
+                for name in ACCURACIES
+            ],
+            "interval": _interval(row.values("accuracy_last"), *axis),
+            "parameters": row.records[0].result["parameters"],
+            "multiply_adds": costs.get(student),
+            "latency": latencies.get(student),
+            "speed": row.images_per_s,
+            "command": command_of(row.records[0]),
+        }
+        for row in rows
+        for student in [row.config["model_s"]]
+    ]
+
+
+def _axis(rows: Sequence[Row]) -> tuple[float, float]:
+    """The ends of the axis of all intervals of a table."""
+    values = [value for row in rows for value in row.values("accuracy_last")]
+    room = max(0.05 * (max(values) - min(values)), 0.5)
+    return min(values) - room, max(values) + room
+
+
+def _interval(values: Sequence[float], start: float, end: float) -> Interval:
+    mean, deviation = statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0
+    places = [100 * (value - start) / (end - start) for value in (mean, mean - deviation, mean + deviation)]
+    return Interval(*(min(max(place, 0.0), 100.0) for place in places))
+
+
+def _latencies(rows: Sequence[Row]) -> dict[str, float]:
+    """Student -> milliseconds for one image on this machine's CPU; without those that cannot be built here."""
+    found = {}
+    for name, size in {row.config["model_s"]: row.config["image_size"] for row in rows}.items():
+        with suppress(UserError, RuntimeError, ValueError):  # named where its multiply-adds are counted
+            [found[name]] = measure_latency([build_model(name, 10).eval()], size)
+    return found

@@ -1,0 +1,383 @@
+"""The runs of a table: which there are, which exist, which command trains each that does not."""
+
+import itertools
+import json
+import re
+import shlex
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from distiller_zoo import DISTILLERS, find_distiller
+from errors import UserError
+from helper.checkpoint import build_distiller
+from helper.command_line import parse, resolve, student_parser, teacher_parser
+from helper.networks import Network, read_teacher
+from helper.recipes import CIFAR_PAIRS
+from helper.run_folder import CONFIG, LAST, PREVIOUS, is_taken, next_folder
+from helper.settings import FOUND, SETTINGS, Configuration, identity
+from helper.tables.rows import read_config, read_result
+from models import build_model
+from models.backbone import Backbone
+from models.checkpoints import read_checkpoint
+from models.external import is_external
+
+#: The pairs of the NORM paper's tables: CIFAR-100 within a family, across families; ImageNet.
+TABLES = {
+    "1": CIFAR_PAIRS[:7],
+    "2": CIFAR_PAIRS[7:],
+    "3": (("resnet34", "resnet18"), ("resnet50", "MobileNet")),
+    "6": (("resnet50", "resnet50_4"),),
+}
+IMAGENET_TABLES = ("3", "6")
+#: What a table has besides one row per method: (method, flags).
+COMBINATIONS = (("ft", "--ft plain"), ("ft", "--ft default"), ("crd", "-a 1"), ("norm", "-a 1"))
+PUBLISHED_TEACHER = "{teacher}_vanilla/ckpt_epoch_240.pth"
+#: Of a job; of several runs with its settings the first of these is the one that counts.
+STATES = ("finished", "running", "begun", "missing")
+#: Characters of flags in a trial's name, where a path may be among them: systems take names of 255.
+LONGEST_TRIAL = 80
+#: Flags of the training scripts that a plan sets itself, and what to use instead.
+SET_BY_PLAN = {
+    "--trials K of reproduce.py trains seeds 1 to K of every row": "--trial --trials --seed",
+    "--variants 'METHOD FLAGS; METHOD FLAGS' of reproduce.py lists such rows": "--sweep",
+    "leave it out, a run that was begun is resumed anyway": "--resume",
+    "give reproduce.py --save_dir itself, before any --": "--save_dir",
+    "--pairs TEACHER:STUDENT of reproduce.py names networks": "--model --model_s --model_t",
+    "leave it out, reproduce.py trains or finds the teachers of --pairs": "--path_t",
+    "--methods or --variants of reproduce.py name methods": "--distill",
+}
+#: What only the run itself finds out.
+FOUND_OUT = {setting.argument for setting in SETTINGS if setting.group == FOUND}
+DIGEST = "teacher_digest"
+
+
+class Variant(NamedTuple):
+    """A row of a table: a method, and the flags in which it differs from its recipe."""
+
+    distill: str
+    flags: tuple[str, ...] = ()
+
+    @property
+    def label(self) -> str:
+        return " ".join((self.distill, *self.flags))
+
+
+class Job(NamedTuple):
+    """One run of a table."""
+
+    row: str  # networks and method
+    config: Configuration
+    flags: tuple[str, ...]  # of the script, but for --trial and --path_t
+    teacher: "Job | None" = None  # what must be finished first; None where that is no run of the plan
+    folder: Path = Path()  # where it is, or will be
+    state: str = "missing"  # one of `STATES`; running is in another process
+
+    @property
+    def title(self) -> str:
+        return f"{self.row}, seed {self.config.seed}"
+
+    @property
+    def key(self) -> str:
+        """Equal for two jobs that would train the same run."""
+        if self.teacher is None:
+            return _as_key(self.config)
+        return f"{_as_key(self.config, with_teacher=False)} {self.teacher.key}"
+
+    @property
+    def command(self) -> tuple[str, ...]:
+        """Script and flags that train what is left of it."""
+        distill, dataset = self.config.distill, self.config.dataset
+        of_student = "train_imagenet_student.py" if dataset == "imagenet" else "train_cifar_student.py"
+        script = "train_teacher.py" if distill == "ce" else of_student
+        if self.state == "begun":
+            return script, "--resume", str(self.folder)
+        path = self.config.path_t
+        trial = ("--trial", self.config.trial)
+        return (script, *self.flags, *(("--path_t", path) if path else ()), *trial)
+
+
+def _identity(config: Mapping[str, Any], with_teacher: bool = True) -> dict[str, Any]:
+    """What a plan can know of what tells a run from others. A teacher of another library is its name."""
+    told = identity(config, ("row", "run"))
+    told = {name: value for name, value in told.items() if name == DIGEST or name not in FOUND_OUT}
+    if not with_teacher:
+        told.pop(DIGEST, None)
+    elif is_external(config.get("path_t") or ""):
+        told[DIGEST] = config["path_t"]
+    return told
+
+
+def _as_key(config: Mapping[str, Any], with_teacher: bool = True) -> str:
+    return json.dumps(_identity(config, with_teacher), sort_keys=True, default=str)
+
+
+def trial_name(number: int, flags: Sequence[str]) -> str:
+    """The name of a trial in the run folder's name: 1; with `-b 11` 1_b_11."""
+    words = [re.sub(r"[^A-Za-z0-9_.-]", "-", re.sub(r"^--?(?=[A-Za-z])", "", word)) for word in flags]
+    name = "_".join(words)
+    if len(name) > LONGEST_TRIAL:
+        name = f"{name[:LONGEST_TRIAL]}_{zlib.crc32(' '.join(flags).encode()):08x}"
+    return f"{number}_{name}" if name else str(number)
+
+
+def refuse_flags_of_plan(flags: Sequence[str], place: str) -> None:
+    """Raise `UserError` for flags that the plan sets itself: they would be lost, or make all seeds one."""
+    for name in (word.partition("=")[0] for word in flags):
+        for instead, names in SET_BY_PLAN.items():
+            if name in names.split():
+                raise UserError(f"{name}: does not belong {place}, the plan sets it; {instead}")
+
+
+def read_variants(text: str) -> list[Variant]:
+    """norm -c 0; norm -s 1 -> the rows; raises `UserError` for an unknown method."""
+    words = [shlex.split(part) for part in text.split(";") if part.strip()]
+    for _, *flags in words:
+        refuse_flags_of_plan(flags, "in --variants")
+    return [Variant(find_distiller(distill).name, tuple(flags)) for distill, *flags in words]
+
+
+def all_variants() -> list[Variant]:
+    """Every method with its recipe, and the combinations that tables list; `ce` is the baseline, which is no row."""
+    combined = [Variant(distill, tuple(flags.split())) for distill, flags in COMBINATIONS]
+    spelled_out = {"ft", "ce"}
+    return [*(Variant(name) for name in DISTILLERS if name not in spelled_out), *combined]
+
+
+class Shelf:
+    """The runs of a folder, found by their settings whatever their folders are called; read again where they change."""
+
+    def __init__(self, save_dir: str):
+        self.save_dir = save_dir
+        self._read: dict[tuple, dict | None] = {}  # a config.json as it was -> its settings
+        self._digests: dict[tuple, str] = {}
+        self._runs: dict[str, list[Path]] = {}
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Look for what has changed."""
+        self._runs = {}
+        try:
+            folders = sorted(Path(self.save_dir).iterdir())
+        except OSError:
+            return
+        for folder in folders:
+            config = self._config(folder)
+            if config is not None:
+                self._runs.setdefault(_as_key(config), []).append(folder)
+
+    def _config(self, folder: Path) -> dict | None:
+        version = _version(folder / CONFIG)
+        if version is None:
+            return None
+        if version not in self._read:
+            try:
+                self._read[version] = read_config(folder)
+            except UserError:
+                self._read[version] = None  # report.py names it
+        return self._read[version]
+
+    def find(self, config: Configuration) -> tuple[Path, str]:
+        """(the folder of a run with these settings, its state), or (the folder that a new one gets, missing)."""
+        found = [(folder, _state(folder)) for folder in self._runs.get(_as_key(config), ())]
+        found = [one for one in found if one[1] != "missing"]
+        if not found:
+            return next_folder(self.save_dir, config.name), "missing"
+        return min(found, key=lambda one: STATES.index(one[1]))
+
+    def digest(self, path: Path, name: str) -> str:
+        """Of a teacher's weights; raises `UserError` where the file is gone or none."""
+        version = _version(path)
+        if version is None:
+            raise UserError(f"--save_dir: {path} is gone, which the students of {name} read")
+        if version not in self._digests:
+            record = read_checkpoint(path, "--save_dir").get("record")
+            known = record.get("digest") if isinstance(record, Mapping) else None
+            self._digests[version] = known if isinstance(known, str) else read_teacher(str(path), name).digest
+        return self._digests[version]
+
+    def renew(self, job: Job) -> Job:
+        """The job as it is by now: another process may have begun or finished it, or its teacher."""
+        if job.teacher is None:
+            folder, state = self.find(job.config)
+            return job._replace(folder=folder, state=state)
+        teacher = self.renew(job.teacher)
+        if teacher.state != "finished":  # whatever exists has learnt from another
+            return job._replace(teacher=teacher, folder=next_folder(self.save_dir, job.config.name), state="missing")
+        path = teacher.folder / LAST
+        found = {"path_t": str(path), DIGEST: self.digest(path, teacher.config.model_s)}
+        config = job.config.replace("teacher", **found)
+        folder, state = self.find(config)
+        return job._replace(config=config, teacher=teacher, folder=folder, state=state)
+
+
+def _version(path: Path) -> tuple | None:
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return str(path), status.st_mtime_ns, status.st_size, status.st_ino
+
+
+def _state(folder: Path) -> str:
+    """What has become of the run of a folder; a result that no report would show is none."""
+    try:
+        read_result(folder)
+        return "finished"
+    except UserError:
+        if is_taken(folder):
+            return "running"
+        has_checkpoint = (folder / LAST).exists() or (folder / PREVIOUS).exists()
+        return "begun" if has_checkpoint else "missing"
+
+
+class Plan:
+    """Lists the jobs of pairs, rows and seeds; `common` are flags of every run, `of_teacher` those of teachers,
+    `of_student` those of what a teacher teaches."""
+
+    def __init__(
+        self,
+        save_dir: str,
+        dataset: str | None = None,
+        common: Sequence[str] = (),
+        of_teacher: Sequence[str] = (),
+        of_student: Sequence[str] = (),
+    ):
+        refuse_flags_of_plan(common, "behind --")
+        refuse_flags_of_plan(of_teacher, "in --teacher_flags")
+        refuse_flags_of_plan(of_student, "in --student_flags")
+        self.save_dir, self.shelf = save_dir, Shelf(save_dir)
+        self.of_teacher, self.of_student = tuple(of_teacher), tuple(of_student)
+        names_dataset = any(word.partition("=")[0] == "--dataset" for word in common)
+        self.common = (*common, *(("--dataset", dataset) if dataset and not names_dataset else ()))
+        self.inapplicable: list[tuple[str, str]] = []  # (title, reason)
+        self._parsers = {"--model": teacher_parser(), "--distill": student_parser()}
+        self._given: dict[tuple[str, ...], dict[str, Any]] = {}
+        self._networks: dict[tuple[str, str], Backbone] = {}
+
+    def jobs(self, pairs: Sequence[tuple[str, str]], variants: Sequence[Variant], trials: int) -> list[Job]:
+        """Teachers and baselines first, then every row of every pair, seed by seed."""
+        self.shelf.refresh()
+        self.inapplicable.clear()
+        students = dict.fromkeys(student for _, student in pairs)
+        sources = {name: self._source(name) for name in dict.fromkeys(teacher for teacher, _ in pairs)}
+        jobs = [source for source in sources.values() if isinstance(source, Job)]
+        jobs += [self._network(student, number) for student in students for number in range(1, trials + 1)]
+        for (teacher, student), variant in itertools.product(pairs, variants):
+            source = sources[teacher]
+            first = self._student(source, teacher, student, variant, 1)
+            reason = self._refusal(teacher, student, first.config)
+            if reason:
+                self.inapplicable.append((first.row, reason))
+                continue
+            rest = range(2, trials + 1)
+            jobs += [first, *(self._student(source, teacher, student, variant, number) for number in rest)]
+        listed: dict[str, Job] = {}
+        for job in jobs:  # of a network that is teacher and baseline the teacher's job stays, with its --save_freq
+            listed.setdefault(job.key, job)
+        return [self.shelf.renew(job) for job in listed.values()]
+
+    def _source(self, name: str) -> Job | str:
+        """The job of a teacher, or what --path_t says of a published one, where there is one."""
+        job = self._network(name, 1, self.of_teacher)
+        if job.config.dataset == "imagenet":
+            return name if is_external(name) else f"torchvision:{name}"
+        published = Path(self.save_dir, "models", PUBLISHED_TEACHER.format(teacher=name))
+        if job.config.dataset == "cifar100" and published.exists():
+            return str(published)
+        return self.shelf.renew(job)
+
+    def _network(self, name: str, number: int, flags: Sequence[str] = ()) -> Job:
+        own = self._job(f"{name} with labels alone", ("--model", name, *self.common, *flags), number, flags)
+        if not flags:
+            return own
+        usual = self._network(name, number)
+        if own.key == usual.key:  # the flags change no result
+            return own._replace(config=own.config.replace("--trial", trial=usual.config.trial))
+        return own._replace(row=f"{own.row} {' '.join(flags)}")
+
+    def _student(self, source: Job | str, teacher: str, student: str, variant: Variant, number: int) -> Job:
+        words = ("--distill", variant.distill, "--model_s", student, *variant.flags, *self.common)
+        if not DISTILLERS[variant.distill].needs_teacher:
+            return self._job(f"{student}: {variant.label}", words, number, variant.flags)
+        words += self.of_student
+        known: dict[str, Any] = {"model_t": teacher}
+        if isinstance(source, Job):
+            known["path_t"] = str(source.folder / LAST)
+            known |= {name: source.config[name] for name in Network._fields if name in source.config}
+        else:
+            known["path_t"] = source
+            if is_external(source):  # torchvision's weights of a name fit our network and theirs
+                words += ("--model_t", teacher)
+            else:
+                known[DIGEST] = self.shelf.digest(Path(source), teacher)
+        job = self._job(f"{teacher} -> {student}: {variant.label}", words, number, variant.flags, known)
+        return job._replace(teacher=source if isinstance(source, Job) else None)
+
+    def _job(
+        self,
+        row: str,
+        words: tuple[str, ...],
+        number: int,
+        flags: Sequence[str],
+        of_teacher: Mapping[str, Any] | None = None,
+    ) -> Job:
+        """The job of a seed, whose flags are `words`; those that its trial is named by are `flags`."""
+        if words not in self._given:
+            [self._given[words]] = parse(self._parsers[words[0]], words).runs
+        trial = trial_name(number, flags)
+        given = self._given[words] | {"seed": number, "save_dir": self.save_dir, "trial": trial}
+        config = resolve(given, of_teacher=of_teacher)
+        return Job(row, config, (*words, "--seed", str(number), "--save_dir", self.save_dir))
+
+    def _network_of_shapes(self, name: str, role: str) -> Backbone:
+        """A network without values, whose passes cost nothing from the second on."""
+        if (name, role) not in self._networks:
+            network = build_model(name, 10)
+            network.forward_maps = _remembering(network.forward_maps)
+            self._networks[name, role] = network
+        return self._networks[name, role]
+
+    def _refusal(self, teacher: str, student: str, config: Configuration) -> str:
+        """Why the method cannot be built on the pair; empty where it can."""
+        targets = torch.arange(50_000) % 10
+        try:
+            with torch.device("meta"):  # shapes alone, so that hundreds of rows are listed in seconds
+                of_student = self._network_of_shapes(student, "student")
+                of_teacher = self._network_of_shapes(teacher, "teacher") if config.model_t else None
+                parts = list(of_student.modules())
+                try:
+                    build_distiller(config, of_student, of_teacher, 10, config.image_size, targets)
+                finally:
+                    if list(of_student.modules()) != parts:  # a method that replaces parts of its student
+                        del self._networks[student, "student"]
+        except UserError as error:
+            return str(error)
+        except (NotImplementedError, RuntimeError):
+            pass  # it reads numbers, which a network without weights does not have; its shapes were fine so far
+        return ""
+
+
+def _remembering(forward: Callable) -> Callable:
+    """A pass without values, computed once for every shape."""
+    known: dict[tuple, Any] = {}
+
+    def call(images: torch.Tensor, preact: bool = False):
+        key = images.shape, preact
+        if key not in known:
+            known[key] = forward(images, preact)
+        return known[key]
+
+    return call
+
+
+def by_state(jobs: Sequence[Job]) -> Iterator[tuple[str, int]]:
+    """How many jobs are in which state."""
+    counts = Counter(job.state for job in jobs)
+    for state in STATES:
+        if counts[state] or state != "running":
+            yield state, counts[state]

@@ -1,0 +1,380 @@
+"""The rows of tables: runs that differ in nothing but their seeds, read from run folders that anybody may have written.
+
+Nothing in a folder is taken as it is: what cannot have been written by a run leaves its folder out, by name.
+"""
+
+import json
+import math
+import re
+import statistics
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from distiller_zoo import Distiller, find_distiller, refuse_without_effect
+from errors import UserError
+from helper import command_line
+from helper.log import describe_protocol
+from helper.recipes import resolve as resolve_recipe
+from helper.run_folder import CONFIG, METRICS, RESULT
+from helper.settings import FOUND, INITIAL, SPEED, TRAINING, identity, read_stored, settings_of
+from helper.tables.published import PUBLISHED, Published, judge
+from setting import RECIPE, Setting, as_text
+
+#: The accuracies of `result.json` and their titles. "Best" is chosen as the protocol says.
+ACCURACIES = {"accuracy_last": "last", "accuracy_best": "best", "accuracy_mean_last_five": "mean of last five"}
+#: How deep below a folder that is no run's its runs are searched for.
+DEEPEST = 3
+#: No record is longer; a longer file is another thing.
+LARGEST_RECORD = 2**26
+#: Epochs whose speed counts as a run's.
+LAST_EPOCHS = 5
+
+
+# Reading.
+
+
+class Record(NamedTuple):
+    """A finished run, as its folder tells it."""
+
+    folder: Path
+    config: dict[str, Any]  # every setting of its method; a setting that is newer than the run has its default
+    result: dict[str, Any]
+    epochs: list[dict[str, Any]]  # the lines of metrics.jsonl
+    stored: frozenset[str]  # the settings that the run knew
+
+    @property
+    def curve(self) -> list[float]:
+        """Test accuracy (%) after every epoch of the main stage."""
+        return [epoch["test_accuracy"] for epoch in self.epochs if "test_accuracy" in epoch]
+
+    @property
+    def images_per_s(self) -> float | None:
+        """The median over the last epochs; None where none was measured."""
+        speeds = [epoch["images_per_s"] for epoch in self.epochs[-LAST_EPOCHS:] if "images_per_s" in epoch]
+        return statistics.median(speeds) if speeds else None
+
+
+def _text(path: Path) -> str:
+    """The content of a record; raises `UserError` that names it."""
+    try:
+        if not path.is_file():  # a pipe would be waited for
+            raise UserError(f"{path} is missing")
+        if path.stat().st_size > LARGEST_RECORD:
+            raise UserError(f"{path} is too long for a record")
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from None
+
+
+def _json(text: str, source: object) -> dict:
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{source} is not JSON: {str(error)[:100]}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{source} holds no record")
+    return content
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The settings of a run; those that are newer than it have their defaults. Raises `UserError`."""
+    return _completed(_read_settings(folder), folder)
+
+
+def _read_settings(folder: Path) -> dict[str, Any]:
+    path = folder / CONFIG
+    return read_stored(_json(_text(path), path), str(path))
+
+
+def _completed(stored: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    try:
+        defaults = {name: one.default for name, one in settings_of(stored["distill"]).items()}
+        config = {name: value for name, value in defaults.items() if value is not RECIPE} | dict(stored)
+        identity(config)
+    except KeyError as error:
+        raise UserError(f"{folder / CONFIG} does not say {error}") from None
+    if config.get("model_s") is None or config.get("seed") is None:
+        raise UserError(f"{folder / CONFIG} does not say which network was trained, or with which seed")
+    return config
+
+
+def read_result(folder: Path) -> dict[str, Any]:
+    """What a finished run ended with. Raises `UserError`, also for a run that is not finished."""
+    path = folder / RESULT
+    if not path.exists():
+        raise UserError("not finished")
+    result = _json(_text(path), path)
+    for name in ACCURACIES:
+        _check(result, name, path, most=100)
+    for name in ("epochs", "best_epoch", "parameters"):
+        _check(result, name, path, least=1 if name == "epochs" else 0, kinds=(int,))
+    return result
+
+
+def _check(record: Mapping, name: str, path: Path, least=0, most=2**53, kinds=(int, float)) -> None:
+    value = record.get(name)
+    if type(value) not in kinds or not math.isfinite(value) or not least <= value <= most:
+        raise UserError(f"{path}: its {name} is {str(value)[:40]}")
+
+
+def read_record(folder: Path) -> Record:
+    """A finished run; raises `UserError` where the folder holds none."""
+    result, stored, epochs = read_result(folder), _read_settings(folder), []
+    path = folder / METRICS
+    for line in _text(path).splitlines() if path.exists() else ():
+        epoch = _json(line, path)
+        for name in ("test_accuracy", "images_per_s", "data_wait_s", "compute_s"):
+            if name in epoch:
+                _check(epoch, name, path, most=100 if name == "test_accuracy" else 2**53)
+        epochs.append(epoch)
+    return Record(folder, _completed(stored, folder), result, epochs, frozenset(stored))
+
+
+def find_folders(paths: Iterable[Path]) -> Iterator[Path]:
+    """The run folders among the paths, and those in folders that are no run's, as sweeps have; each once."""
+    seen = set()
+    for path in paths:
+        for folder in _below(path, DEEPEST):
+            if folder.resolve() not in seen:
+                seen.add(folder.resolve())
+                yield folder
+
+
+def _below(path: Path, depth: int) -> Iterator[Path]:
+    try:
+        if not path.is_dir():
+            if not path.exists():
+                raise UserError(f"RUN: there is no folder {path}")
+            return  # a file, as save/* may match
+        if (path / CONFIG).exists() or (path / RESULT).exists():
+            yield path
+        elif depth:
+            inner = sorted(one for one in path.iterdir() if one.is_dir() and not one.is_symlink())
+            for one in inner:
+                yield from _below(one, depth - 1)
+    except PermissionError as error:
+        raise UserError(f"RUN: {path} cannot be read: {error.strerror}") from None
+
+
+# Rows.
+
+
+class Row(NamedTuple):
+    """Runs that differ in nothing but their seeds."""
+
+    records: list[Record]
+    apart: str = ""  # the settings that tell it from rows of the same pair, setting and method
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """Of the first run."""
+        return self.records[0].config
+
+    @property
+    def epochs(self) -> int:
+        """Of the main stage."""
+        return self.records[0].result["epochs"]
+
+    def values(self, accuracy: str) -> list[float]:
+        """One accuracy (%) of every run."""
+        return [record.result[accuracy] for record in self.records]
+
+    @property
+    def images_per_s(self) -> float | None:
+        """The median of its runs."""
+        speeds = [record.images_per_s for record in self.records]
+        known = [speed for speed in speeds if speed is not None]
+        return statistics.median(known) if known else None
+
+    @property
+    def pair(self) -> str:
+        return f"{self.config['model_t'] or '-'} -> {self.config['model_s']}"
+
+    @property
+    def protocol(self) -> str:
+        return describe_protocol(self.config["holdout"])
+
+    @property
+    def dataset(self) -> str:
+        """The data set; of a folder with its name."""
+        folder = Path(self.config["data"] or "").name if self.config["dataset"] == "folder" else ""
+        return f"{self.config['dataset']} {folder}".strip()
+
+    @property
+    def setting(self) -> tuple[str, int, str]:
+        """What rows of one table have in common: data set, epochs, protocol."""
+        return self.dataset, self.epochs, self.protocol
+
+    @property
+    def label(self) -> str:
+        """The method, and what tells the row from others of it."""
+        return f"{self.method} {self.apart}".strip()
+
+    @property
+    def method(self) -> str:
+        """The method, and the flags in which it differs from its recipe."""
+        config, known = self.config, settings_of(self.config["distill"])
+        flags = find_distiller(config["distill"]).flags
+        chosen = {flag.argument: config.get(flag.argument) for flag in flags}
+        recipe = resolve_recipe(config["dataset"], config["model_t"], config["model_s"], config["distill"], chosen)
+        label = [config["distill"]]
+        # A run that started from other weights or was cut short is not what a paper reports.
+        label += [known[name].written(config[name]) for name in ("init", "max_steps") if config[name] is not None]
+        for flag in flags:
+            usual = recipe.get(flag.argument, (flag.default, ""))[0]
+            value = config.get(flag.argument, usual)
+            if flag.full_run is None and flag.written(value) != flag.written(usual):
+                label.append(flag.written(value))
+        return " ".join(filter(None, label))
+
+    @property
+    def published(self) -> Published | None:
+        """What a paper reports of this row, if it is known."""
+        config = self.config
+        teacher = config["model_t"] if find_distiller(config["distill"]).needs_teacher else None
+        return PUBLISHED.get((config["dataset"], teacher, config["model_s"], self.method))
+
+    @property
+    def verdict(self) -> str:
+        """Whether ours lies within the published band; empty where nothing is published."""
+        paper = self.published
+        if paper is None:
+            return ""
+        return f"{judge(paper, self.values(paper.compared))} ({ACCURACIES[paper.compared]})"
+
+
+class Left(NamedTuple):
+    """A folder that is in no row, and why."""
+
+    folder: Path
+    reason: str
+
+
+def read_rows(folders: Iterable[Path]) -> tuple[list[Row], list[Left]]:
+    """Run folders -> (rows of finished runs, what is left out); raises `UserError` where nothing is left.
+
+    A folder that is given twice is one run. Of runs of one row with the same seed the newest counts.
+    """
+    runs: dict[str, Record] = {}
+    left = []
+    for folder in find_folders(folders):
+        try:
+            record = read_record(folder)
+            key = _key(record.config, ("row", "run"))
+            older = runs.get(key)
+            if older is not None:
+                older, record = sorted((older, record), key=_age)
+                left.append(Left(older.folder, f"the same settings and seed as {record.folder}, which is newer"))
+            runs[key] = record
+        except UserError as error:
+            left.append(Left(folder, str(error)))
+    if not runs:
+        reasons = f"; {left[0].folder}: {left[0].reason}" if left else ""
+        raise UserError(f"RUN: none of the folders holds a finished run{reasons}")
+    rows = defaultdict(list)
+    for record in runs.values():
+        rows[_key(record.config, ("row",))].append(record)
+    return _in_order(_tell_apart([Row(records) for records in rows.values()])), left
+
+
+def _age(record: Record) -> tuple:
+    return (record.folder / RESULT).stat().st_mtime_ns, _natural(record.folder.name)
+
+
+def _key(config: Mapping[str, Any], kinds: tuple[str, ...]) -> str:
+    return json.dumps(identity(config, kinds), sort_keys=True, default=str)
+
+
+def _tell_apart(rows: Sequence[Row]) -> list[Row]:
+    """The same rows; where several of one pair and setting have the same label, with what differs between them."""
+    groups = defaultdict(list)
+    for row in rows:
+        groups[row.pair, row.setting, row.method].append(row)
+    texts = {id(row): text for group in groups.values() for row, text in zip(group, written(group), strict=True)}
+    return [row._replace(apart=texts[id(row)]) for row in rows]
+
+
+def differences(rows: Sequence[Row]) -> dict[str, list[Any]]:
+    """Setting -> its value in every row, for those that are not the same in all; None where it does not exist."""
+    identities = [identity(row.config) for row in rows]
+    names = dict.fromkeys(name for one in identities for name in one)
+    values = {name: [one.get(name) for one in identities] for name in names}
+    return {name: of_rows for name, of_rows in values.items() if any(value != of_rows[0] for value in of_rows)}
+
+
+def written(rows: Sequence[Row]) -> list[str]:
+    """The settings that are not the same in all of the rows, as flags; of every row its own."""
+    texts: list[list[str]] = [[] for _ in rows]
+    for name, values in differences(rows).items():
+        for row, text, value in zip(rows, texts, values, strict=True):
+            if value is not None:
+                text.append(_written(settings_of(row.config["distill"])[name], value))
+    return [" ".join(text) for text in texts]
+
+
+def _written(setting: Setting, value: Any) -> str:
+    if setting.group == FOUND:
+        return f"{setting.argument.removesuffix('_digest')} {shortened(value)}"
+    return setting.written(value) or f"--no-{setting.argument}"
+
+
+def shortened(value: Any) -> str:
+    """A value for people: of a digest the first characters."""
+    text = as_text(value)
+    return text[:8] if re.fullmatch(r"[0-9a-f]{32,}", text) else text
+
+
+def _natural(text: str) -> list:
+    """A key that sorts -s 2 before -s 16."""
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", text)]
+
+
+def _in_order(rows: Sequence[Row]) -> list[Row]:
+    """Baselines first; then as given, but a method's rows of one pair together, -s 2 before -s 16."""
+    places = {}
+    for row in rows:
+        places.setdefault((row.pair, row.config["distill"]), len(places))
+
+    def place(row: Row) -> tuple:
+        return row.config["distill"] != "ce", places[row.pair, row.config["distill"]], _natural(row.label)
+
+    return sorted(rows, key=place)
+
+
+def spread(values: Sequence[float]) -> str:
+    """mean ± standard deviation (n - 1), or the one value."""
+    if len(values) == 1:
+        return f"{values[0]:.2f}"
+    return f"{statistics.mean(values):.2f} ± {statistics.stdev(values):.2f}"
+
+
+def command_of(record: Record) -> str:
+    """The flags that tell a run's row from others: networks, method, its hyper-parameters, length, what is unusual."""
+    config = record.config
+    known, method = settings_of(config["distill"]), find_distiller(config["distill"])
+    of_teacher = {"model_t": config["model_t"], "path_t": ""} if config["model_t"] else {}
+    given = {name: config[name] for name in ("distill", "model_s")} | {"dataset": config["dataset"]}
+    usual = command_line.resolve(given | {"epochs": config["epochs"]}, of_teacher=of_teacher)
+    always = [known["epochs"], known["batch_size"], known["learning_rate"]]
+    unusual = [
+        one
+        for one in known.values()
+        if one.group in (TRAINING, SPEED, INITIAL) and one.identity == "row" and one not in always
+        if config.get(one.argument) not in (None, usual.get(one.argument))
+    ]
+    flags = [flag for flag in method.flags if _has_effect(method, config, flag)]
+    networks = f"--model_t {config['model_t']} " if config["model_t"] else ""
+    shown = [one.written(config[one.argument]) for one in (*flags, *always, *unusual) if one.argument in record.stored]
+    return " ".join(filter(None, (f"--distill {config['distill']} {networks}--model_s {config['model_s']}", *shown)))
+
+
+def _has_effect(method: type[Distiller], config: Mapping[str, Any], flag: Setting) -> bool:
+    """Whether a method's flag changes anything; one that does not could not be given again."""
+    values = dict.fromkeys(other.argument for other in method.flags) | dict(config)
+    try:
+        refuse_without_effect(method, values, {flag.argument: config.get(flag.argument)})
+    except UserError:
+        return False
+    return True

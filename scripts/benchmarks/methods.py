@@ -1,0 +1,99 @@
+"""Time of a training step of every method, relative to KD on the same pair.
+
+python scripts/benchmarks/methods.py [--pairs resnet32x4:resnet8x4,wrn_40_2:ShuffleV1] [--json FILE]
+
+Steps of a method and of KD alternate, on the same images, so that what else the machine does falls on both; the ratio
+is that of the medians. Only the main stage is timed.
+"""
+
+import itertools
+import statistics
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
+
+import torch
+
+from dataset import VIEWS, Batch
+from distiller_zoo import DISTILLERS, Progress, Task
+from errors import UserError, run_script
+from helper.command_line import Parser, pairs
+from helper.distributed import find_device
+from helper.loops import begin, train_step
+from helper.networks import FrozenTeacher
+from models import build_model
+from scripts.benchmarks.parts import recipe_method, report
+from setting import count
+
+IMAGES, CLASSES, SIZE = 50_000, 100, 32
+
+
+class Stepper:
+    """A method with its optimizer, ready to take training steps on one batch of random images."""
+
+    def __init__(self, name: str, pair: tuple[str, str], batch_size: int, device: torch.device):
+        needs_teacher = DISTILLERS[name].needs_teacher
+        network = build_model(pair[0], CLASSES) if needs_teacher else None
+        targets = torch.arange(IMAGES) % CLASSES
+        task = Task(CLASSES, SIZE, batch_size, targets)
+        self.method = recipe_method(name, build_model(pair[1], CLASSES), network, pair, task).to(device)
+        *_, self.stage = self.method.stages(240)
+        self.teacher = FrozenTeacher(network.to(device)) if self.stage.needs_teacher else None
+        begin(self.stage, self.method)
+        trained = [parameter for parameter in self.method.parameters() if parameter.requires_grad]
+        self.optimizer = torch.optim.SGD(trained, lr=1e-4, momentum=0.9)
+        views, _ = VIEWS[self.method.views]
+        index = torch.arange(batch_size, device=device)
+        images = torch.randn(views * batch_size, 3, SIZE, SIZE, device=device)
+        self.batch = Batch(images, targets.to(device)[index], index)
+
+    def seconds(self) -> float:
+        """Take one step, teacher included, and time it."""
+        start = time.perf_counter()
+        output = None if self.teacher is None else self.teacher(self.batch.images, self.method.teacher_preact)
+        losses, _ = train_step(self.method, self.stage, self.optimizer, self.batch, output, Progress(120, 240))
+        sum(losses.values()).item()  # waits for the device
+        return time.perf_counter() - start
+
+
+def compare(name: str, pair: tuple[str, str], batch_size: int, steps: int, device: torch.device) -> dict:
+    """One record: the method's step beside KD's; `refused` holds the reason where the pair is not supported."""
+    record = {"method": name, "teacher": pair[0], "student": pair[1], "batch_size": batch_size, "device": str(device)}
+    try:
+        steppers = [Stepper(each, pair, batch_size, device) for each in (name, "kd")]
+    except UserError as refusal:
+        return record | {"refused": str(refusal)}
+    rounds = [[stepper.seconds() for stepper in steppers] for _ in range(steps + 1)][1:]  # the first one warms up
+    step, kd_step = (statistics.median(times) for times in zip(*rounds, strict=True))
+    return record | {"step_s": step, "kd_step_s": kd_step, "ratio": step / kd_step}
+
+
+def table(records: list[dict]) -> str:
+    """A row per method, a column per pair; the ratio to KD's step."""
+    columns = list(dict.fromkeys((record["teacher"], record["student"]) for record in records))
+    rows = [["method", *(" -> ".join(pair) for pair in columns)], ["--"] * (len(columns) + 1)]
+    by_key = {(record["method"], record["teacher"], record["student"]): record for record in records}
+    for name in dict.fromkeys(record["method"] for record in records):
+        cells = (by_key[name, *pair] for pair in columns)
+        rows.append([name, *("not supported" if "refused" in cell else f"{cell['ratio']:.2f}" for cell in cells)])
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+
+def main(argv=None) -> list[dict]:
+    parser = Parser(__doc__.split("\n")[0])
+    parser.add_argument("--pairs", type=pairs, default="resnet32x4:resnet8x4,wrn_40_2:ShuffleV1", metavar="T:S,...")
+    parser.add_argument("--methods", default=",".join(DISTILLERS), metavar="NAME,...", help="all by default")
+    parser.add_argument("--batch_size", type=count, default=64)
+    parser.add_argument("--steps", type=count, default=5, help="timed steps of each (5)")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--json", metavar="FILE", help="write the records there")
+    args = parser.parse_args(argv)
+    device = find_device(args.device)
+    cases = itertools.product(args.methods.split(","), args.pairs)
+    return report((compare(*case, args.batch_size, args.steps, device) for case in cases), table, args.json)
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,191 @@
+"""What works with the networks of other libraries, tried: `python scripts/list_networks.py [--out FILE] [NAME...]`.
+
+Of each family the smallest network, with random weights, is a teacher (KD, NORM, AT) and a student (NORM) for two steps
+and is exported with the transform folded in. A refusal is shown by its reason. The result is a Markdown table.
+"""
+
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+from helper.options import Parser
+
+from dataset import Batch
+from distiller_zoo import DISTILLERS, Distiller, Predictor, Progress, Task
+from errors import UserError, run_script
+from models import build_model
+from models.backbone import Backbone, FinalConv, first_line
+from models.cost import count_parameters
+
+CLASSES, IMAGES, STEPS = 7, 4, 2
+#: Image sizes that are tried in turn: some networks read only one.
+SIZES = (64, 224, 240)
+HEAD = ("family", "smallest network", "images", "teacher: KD", "NORM", "AT", "student: NORM", "ships", "remarks")
+#: How far the exported network may be from the trained one, relative to the largest logit.
+TOLERANCE = 1e-3
+
+
+class Tried(NamedTuple):
+    """A cell of the table and a remark on it."""
+
+    cell: str
+    remark: str = ""
+
+
+def family_of(name: str) -> str:
+    """The library and the file of it that defines a network."""
+    library, _, architecture = name.partition(":")
+    if library == "timm":
+        from timm.models import model_entrypoint as find
+    else:
+        from torchvision.models import get_model_builder as find
+    return f"{library} {find(architecture).__module__.rpartition('.')[2]}"
+
+
+def families(library: str) -> dict[str, list[str]]:
+    """Names of a library's networks by the file that defines them."""
+    if library == "timm":
+        import timm
+
+        return {
+            family: timm.list_models(module=family) for family in timm.list_modules() if timm.list_models(module=family)
+        }
+    import torchvision
+
+    found: dict[str, list[str]] = {}
+    for name in torchvision.models.list_models(module=torchvision.models):
+        family = torchvision.models.get_model_builder(name).__module__.rpartition(".")[2]
+        found.setdefault(family, []).append(name)
+    return found
+
+
+def smallest(library: str, names: list[str]) -> str:
+    """The network with the fewest parameters."""
+    if library == "timm":
+        from timm import create_model as build
+    else:
+        from torchvision.models import get_model as build
+    sizes = {}
+    for name in names:
+        try:
+            with torch.device("meta"):
+                sizes[name] = count_parameters(build(name))
+        except Exception:  # a library's constructors raise anything; what cannot be built here is not the smallest
+            continue
+    return f"{library}:{min(sizes, key=sizes.get, default=names[0])}"
+
+
+def steps(method: Distiller, teacher: Backbone, size: int) -> None:
+    """Train a method for some steps on random images; raises what its parts raise, and `ValueError` for bad losses."""
+    optimizer = torch.optim.SGD(method.parameters(), lr=1e-3)
+    batch = Batch(torch.randn(IMAGES, 3, size, size), torch.arange(IMAGES) % CLASSES, torch.arange(IMAGES))
+    with torch.no_grad():
+        seen = teacher.eval().outputs(batch.images)
+    for _ in range(STEPS):
+        _, losses = method.train()(batch, seen, Progress(0, STEPS))
+        total = sum(losses.values())
+        if not total.isfinite():
+            raise ValueError("the loss is not finite")
+        optimizer.zero_grad()
+        total.backward()
+        optimizer.step()
+
+
+def build_method(distill: str, student: Backbone, teacher: Backbone, size: int) -> Distiller:
+    """A method with every term that it has."""
+    weights = {"alpha": 1.0} | ({"co_sponge": 2, "larger_student": "pool"} if distill == "norm" else {})
+    return DISTILLERS[distill](student, teacher, Task(CLASSES, size, IMAGES, torch.arange(IMAGES) % CLASSES), **weights)
+
+
+def attempt(what: str, run: Callable[[], str]) -> Tried:
+    """What `run` returns, or why it refuses; a fault of ours is named as one."""
+    try:
+        return Tried(run())
+    except UserError as error:
+        return Tried("no", f"{what}: {error}")
+    except Exception as error:  # the table is to show what is wrong
+        return Tried("FAULT", f"{what}: {type(error).__name__} {first_line(error)[:120]}")
+
+
+def try_teacher(distill: str, network: Backbone, size: int) -> str:
+    """Whether a small student is trained by `network`."""
+    steps(build_method(distill, build_model("resnet8", CLASSES), network, size), network, size)
+    return "yes"
+
+
+def try_student(network: Backbone, size: int) -> str:
+    """What is shipped of `network`, trained with NORM."""
+    teacher = build_model("resnet14", CLASSES)
+    method = build_method("norm", network, teacher, size)
+    steps(method, teacher, size)
+    images, exported = torch.randn(2, 3, size, size), method.eval().export()
+    with torch.no_grad():
+        expected, folded = Predictor(method)(images), exported(images)
+    if not (folded - expected).abs().max() <= TOLERANCE * expected.abs().max():
+        raise ValueError("the exported network differs from the trained one")
+    torch.export.export(exported, (images,))
+    return "plain" if not isinstance(exported, FinalConv) else "+ linear layer"
+
+
+def row(family: str, name: str) -> tuple[str, ...]:
+    """The results of one network."""
+    torch.manual_seed(0)
+    for size in SIZES:
+        network, built = None, Tried("no")
+        try:
+            network = build_model(name, CLASSES, size)
+            network.describe(size)
+            break
+        except UserError as error:
+            built = Tried("no", str(error))
+        except Exception as error:  # the table is to show what is wrong
+            built = Tried("FAULT", f"{type(error).__name__} {first_line(error)[:120]}")
+    else:
+        return family, f"`{name}`", "-", *[built.cell] * 4, "-", built.remark
+    tried = [
+        attempt(distill.upper(), lambda distill=distill: try_teacher(distill, network, size))
+        for distill in ("kd", "norm", "attention")
+    ]
+    tried.append(attempt("student", lambda: try_student(network, size)))
+    remarks = "; ".join(dict.fromkeys(each.remark for each in tried if each.remark))
+    *cells, ships = (each.cell for each in tried)
+    trained = ships if ships in ("no", "FAULT") else "yes"
+    return family, f"`{name}`", str(size), *cells, trained, "-" if trained != "yes" else ships, remarks
+
+
+def rows(names: list[str]) -> Iterator[tuple[str, ...]]:
+    """The results of the named networks, or of the smallest of every family."""
+    if names:
+        yield from (row(family_of(name), name) for name in names)
+        return
+    for library in ("torchvision", "timm"):
+        for family, members in families(library).items():
+            yield row(f"{library} {family}", smallest(library, members))
+
+
+def main(argv=None) -> None:
+    parser = Parser(__doc__.split("\n")[0])
+    parser.add_argument(
+        "names", nargs="*", metavar="NAME", help="networks to try; default: the smallest of each family"
+    )
+    parser.add_argument("--out", type=Path, metavar="FILE", help="write the table there too")
+    args = parser.parse_args(argv)
+    warnings.simplefilter("ignore")
+    lines = []
+    for cells in (HEAD, ("--",) * len(HEAD)):
+        lines.append("| " + " | ".join(cells) + " |")
+    print("\n".join(lines), flush=True)
+    for cells in rows(args.names):
+        lines.append("| " + " | ".join(cells) + " |")
+        print(lines[-1], flush=True)
+    if args.out:
+        args.out.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,112 @@
+"""A setting of a run or of a method: everything that the toolbox knows of it is said once, in its row."""
+
+from argparse import ArgumentTypeError
+from collections.abc import Callable, Collection
+from typing import Any, NamedTuple
+
+#: The largest number that a flag may have: float32, in which it is used, ends at 3.4e38.
+LARGEST = 1e30
+#: As a default: a recipe, or what the run reads, fills it in.
+RECIPE = object()
+
+
+def number(text: str) -> float:
+    """A number from 0 to `LARGEST`, read from a flag."""
+    value = float(text)
+    if not 0 <= value <= LARGEST:
+        raise ArgumentTypeError(f"must be a number from 0 to {LARGEST:g}, not {text}")
+    return value
+
+
+def positive(text: str) -> float:
+    """A number above 0 and up to `LARGEST`, read from a flag."""
+    if number(text) == 0:
+        raise ArgumentTypeError("must be above 0")
+    return float(text)
+
+
+def count(text: str) -> int:
+    """A whole number from 1 on, read from a flag."""
+    if not 1 <= int(text) < 2**31:
+        raise ArgumentTypeError(f"must be 1 to {2**31 - 1}, not {text}")
+    return int(text)
+
+
+def whole(text: str) -> int:
+    """A whole number from 0 on, of 63 bits as seeds have, read from a flag."""
+    if not 0 <= int(text) < 2**63:
+        raise ArgumentTypeError(f"must be a whole number from 0 on, not {text}")
+    return int(text)
+
+
+class Setting(NamedTuple):
+    """A value of a run's configuration and, where its names have dashes, its flag.
+
+    The last of `names` is its argument: the key in `config.json` and, for a method's, in the constructor.
+    """
+
+    names: tuple[str, ...]
+    type: Callable[[str], Any]  # reads the text of a flag; bool for a switch
+    default: Any  # None: it may be absent; RECIPE: filled in when the run is resolved
+    help: str
+    choices: Collection[str] | None = None
+    is_weight: bool = False  # a weight of 0 may be given to methods that have no such term
+    #: A number of epochs that belongs to a run of so many epochs (RECIPE: of the recipe's); it scales with --epochs.
+    full_run: Any = None
+    group: str = ""  # the heading in --help
+    metavar: str | None = None
+    resume: str = "fixed"  # "free": a resumed run may change it
+    #: What a difference makes: another "row" of a table, another "run" of the same row, or "none", the same run.
+    identity: str = "row"
+    shared: bool = False  # runs of one process have it in common
+    auto: Callable[[Any], Any] | None = None  # device -> the value under --fast auto
+
+    @property
+    def argument(self) -> str:
+        return self.names[-1].lstrip("-")
+
+    @property
+    def is_flag(self) -> bool:
+        return self.names[0].startswith("-")
+
+    @property
+    def is_optional(self) -> bool:
+        return self.default is None
+
+    def written(self, value: Any) -> str:
+        """The flag with a value, as a command line has it; nothing for a switch that is off."""
+        if self.type is bool:
+            return self.names[0] if value else ""
+        return f"{self.names[0]} {as_text(value)}"
+
+    def read(self, value: Any) -> Any:
+        """A stored value, of JSON or a checkpoint, as its flag would have been read; raises `ValueError`."""
+        if value is None and self.is_optional:
+            return None
+        try:
+            read = _read(self.type, value) if self.is_flag else self.type(value)
+        except (ArgumentTypeError, TypeError, OverflowError, ValueError) as error:
+            raise ValueError(f"{self.names[-1]} cannot be {str(value)[:100]!r} ({error})") from None
+        if self.choices is not None and read not in self.choices:
+            raise ValueError(f"{self.names[-1]} must be one of {', '.join(map(str, self.choices))}, not {value!r}")
+        return read
+
+
+def _read(kind: Callable[[str], Any], value: Any) -> Any:
+    if kind is bool:
+        if not isinstance(value, bool):
+            raise ValueError("it must be true or false")
+        return value
+    values = value if isinstance(value, list | tuple) else [value]
+    if not values or not all(isinstance(part, str | int | float) and not isinstance(part, bool) for part in values):
+        raise ValueError("it is of another kind")
+    text = ",".join(map(str, values))
+    if "\0" in text:
+        raise ValueError("it holds a zero byte")
+    return kind(text)
+
+
+def as_text(value: Any) -> str:
+    """A value as a command line has it: 2 and 30000 where Python writes 2.0 and 30000.0, lists with commas."""
+    parts = value if isinstance(value, list | tuple) else (value,)
+    return ",".join(f"{part:.15g}" if isinstance(part, float) else str(part) for part in parts)

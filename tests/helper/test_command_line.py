@@ -1,0 +1,202 @@
+"""The command line: what is given, what it becomes, what is refused; without a file or a socket."""
+
+import builtins
+import io
+import os
+import socket
+
+import pytest
+import torch
+
+from distiller_zoo import DISTILLERS
+from errors import UserError
+from helper.command_line import parse, resolve, share_order, student_parser, teacher_parser
+from helper.optim import stretch
+from helper.recipes import resolve as resolve_recipe
+
+
+def parse_teacher(*argv):
+    return resolve(*parse(teacher_parser(), argv).runs)
+
+
+#: What the file of a small teacher says.
+OF_TEACHER = {"path_t": "t.pth", "model_t": "resnet14", "teacher_digest": "0" * 64, "dataset": "digits"}
+
+
+def parse_student(*argv):
+    [run] = parse(student_parser(), ["--path_t", "t.pth", *argv]).runs
+    return resolve(run, of_teacher=OF_TEACHER)
+
+
+def test_a_flag_beats_the_recipe_and_the_origin_is_told():
+    config = parse_teacher("--model", "resnet8", "--learning_rate", "0.02")
+    assert config.learning_rate == 0.02 and config.origins["learning_rate"] == "command line"
+    assert config.weight_decay == 5e-4 and config.origins["weight_decay"] == "data set digits"
+    assert parse_teacher("--model", "ShuffleV1").learning_rate == 0.01
+    assert parse_teacher("--model", "ShuffleV1", "--learning_rate", "0.05").learning_rate == 0.05
+
+
+def test_the_official_command_line_is_understood():
+    config = parse_student(
+        *[
+            "--distill",
+            "NORM",
+            "--model_s",
+            "resnet8",
+            "--model_t",
+            "resnet14",
+            "-r",
+            "0.1",
+            "-a",
+            "0",
+            "-b",
+            "1.0",
+            "-c",
+            "2.5",
+            "-s",
+            "8",
+            "--trial",
+            "2",
+        ]
+    )
+    assert (config.distill, config.gamma, config.alpha, config.beta) == ("norm", 0.1, 0.0, 1.0)
+    assert (config.ceta, config.co_sponge, config.trial, config.seed) == (2.5, 8, "2", 2)
+    assert config.dataset == "digits" and config.origins["dataset"] == "teacher's record"
+    long = parse_student(
+        *["--model_s", "resnet8", "--gamma", "0.1", "--co_sponge", "4", "-b1", "0.5", "--kd_T", "2", "-a", "1"]
+    )
+    assert (long.gamma, long.co_sponge, long.beta1, long.kd_T, long.distill) == (0.1, 4, 0.5, 2.0, "norm")
+
+
+def test_the_crd_weight_is_a_flag_of_its_own():
+    config = parse_student(
+        *["--distill", "norm_crd", "--model_s", "resnet8", "-c", "2.5", "--crd_weight", "0.3", "--nce_k", "64"]
+    )
+    assert (config.ceta, config.crd_weight, config.nce_k) == (2.5, 0.3, 64)
+
+
+def test_standardised_logits_have_a_recipe_of_their_own():
+    raw = parse_student("--distill", "kd", "--model_s", "resnet8")
+    assert (raw.logit_standardization, raw.gamma, raw.alpha, raw.kd_T) == (False, 0.1, 0.9, 4.0)
+    config = parse_student("--distill", "kd", "--model_s", "resnet8", "--logit_standardization")
+    assert (config.logit_standardization, config.gamma, config.alpha, config.kd_T) == (True, 0.1, 9.0, 2.0)
+    assert parse_student("--distill", "kd", "--model_s", "resnet8", "--logit_standardization", "-a", "3").alpha == 3.0
+    dkd = [resolve_recipe("cifar100", "vgg13", "vgg8", "dkd", {"logit_standardization": on}) for on in (False, True)]
+    assert [[row[name][0] for name in ("dkd_alpha", "dkd_beta")] for row in dkd] == [[1.0, 6.0], [15.0, 30.0]]
+    srrl = ("--distill", "srrl", "--model_s", "resnet8")
+    assert [parse_student(*srrl, *flags).alpha for flags in ((), ("--srrl_form", "map"))] == [1.0, 0.0]
+
+
+def test_numbers_of_epochs_stretch_with_the_run_unless_they_are_given():
+    argv = ("--distill", "factor", "--model_s", "resnet8")
+    assert parse_student(*argv, "--epochs", "240").init_epochs == 30
+    config = parse_student(*argv, "--epochs", "24")
+    assert config.init_epochs == 3 and config.origins["init_epochs"] == "default, stretched"
+    assert parse_student(*argv, "--epochs", "2").init_epochs == 1
+    assert parse_student(*argv, "--epochs", "24", "--init_epochs", "30").init_epochs == 30
+
+
+@pytest.mark.parametrize("distill", ["dkd", "reviewkd"])
+def test_on_imagenet_nothing_warms_up(distill):
+    teacher = {"path_t": "t.pth", "model_t": "resnet34", "dataset": "imagenet", "image_size": 224}
+    config = resolve({"distill": distill, "model_s": "resnet18"}, of_teacher=teacher)
+    assert (config.epochs, config.warmup_epochs) == (100, 0)
+
+
+def test_milestones_stretch_with_the_epochs_unless_they_are_given():
+    assert stretch((150, 180, 210), 240, 24) == (15, 18, 21)
+    assert stretch((30, 60, 90), 100, 1) == (1, 1, 1), "the only epoch is at the full rate"
+    assert parse_teacher("--model", "resnet8", "--epochs", "32").lr_decay_epochs == (20, 24, 28)
+    given = parse_teacher("--model", "resnet8", "--epochs", "32", "--lr_decay_epochs", "5,6")
+    assert given.lr_decay_epochs == (5, 6)
+
+
+def test_the_seed_is_the_trial_unless_it_is_given():
+    assert parse_teacher("--model", "resnet8", "--trial", "7").seed == 7
+    assert parse_teacher("--model", "resnet8", "--trial", "night").seed == 0
+    assert parse_teacher("--model", "resnet8", "--trial", "7", "--seed", "3").seed == 3
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ("--model_s resnet8 --nce_k 5", "--nce_k: not used by --distill norm"),
+        ("--distill kd --model_s resnet8 -s 8", "-s/--co_sponge: not used by --distill kd"),
+        ("--distill kd --model_s resnet8 -b 2", "-b/--beta: not used by --distill kd"),
+        ("--distill ft --model_s resnet8", "--path_t: --distill ft reads no teacher"),
+        ("--distill norm", "--model_s NAME"),
+        ("--model_s resnet8 --image_size 64", "--image_size: only --dataset folder"),
+        ("--model_s resnet8 --hint_depth 2", "unrecognized arguments: --hint_depth 2"),
+        ("--model_s resnet8 -s 0", "-s/--co_sponge: must be at least 1"),
+        ("--model_s resnet8 -r -1", "must be a number from 0 to 1e+30"),
+        ("--model_s resnet8 -r nan", "must be a number from 0 to 1e+30"),
+        ("--model_s resnet8 --weight_decay 1e45", "must be a number from 0 to 1e+30"),
+        ("--model_s resnet8 --kd_T 0", "must be above 0"),
+        ("--model_s resnet8 -r much", "-r/--gamma: invalid number value"),
+        ("--model_s resnet8 --lr_decay_epochs 1,x", "must be epochs like"),
+        ("--model_s resnet8 --trial ../1", "--trial: must be a name of letters"),
+        ("--model_s resnet8 --seed 99999999999999999999", "--seed: must be a whole number"),
+        ("--model_s resnet8 --dataset folder --image_size 4", "--image_size: must be 8 to 10,000 pixels"),
+        ("--model_s resnet8 --dataset mnist", "--dataset: invalid choice: 'mnist'"),
+        ("--model_s resnet9000", "--model_s: unknown model 'resnet9000'"),
+        ("--distill nrom --model_s resnet8", "--distill: unknown method 'nrom'; choose from norm"),
+    ],
+)
+def test_what_is_wrong_is_named(argv, message):
+    with pytest.raises(UserError) as caught:
+        parse_student(*argv.split())
+    assert message in str(caught.value)
+
+
+def test_a_weight_of_zero_is_accepted_by_methods_without_that_term():
+    assert parse_student(*["--distill", "kd", "--model_s", "resnet8", "-r", "0.1", "-a", "0.9", "-b", "0"]).alpha == 0.9
+
+
+def test_help_has_one_line_for_every_method(capsys):
+    with pytest.raises(SystemExit):
+        student_parser().parse_args(["--help"])
+    text = capsys.readouterr().out
+    for name, method in DISTILLERS.items():
+        (line,) = [line for line in text.splitlines() if line.startswith(f"  {name} ")]
+        assert method.summary in line and method.source in line
+
+
+# Without a file or a socket.
+
+
+@pytest.fixture
+def sealed(monkeypatch):
+    """Within the test no file is opened, no checkpoint loaded, no connection made."""
+
+    def forbidden(*arguments, **named):
+        raise AssertionError(f"opened: {arguments[:1]}")
+
+    monkeypatch.setattr(builtins, "open", forbidden)
+    monkeypatch.setattr(io, "open", forbidden)
+    monkeypatch.setattr(os, "open", forbidden)
+    monkeypatch.setattr(torch, "load", forbidden)
+    monkeypatch.setattr(socket, "socket", forbidden)
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["--path_t", "torchvision:resnet34", "--model_s", "resnet18", "--dataset", "imagenet", "--data", "nowhere"],
+        ["--path_t", "none.pth", "--init", "timm:resnet18", "--model_s", "resnet8"],
+        ["--path_t", "none.pth", "--model_s", "resnet8", "--trials", "2", "--sweep", "distill=kd,hint", "a=0.5,1"],
+        ["--distill", "ce", "--model_s", "resnet8", "--fast", "auto", "--epochs", "3"],
+    ],
+)
+def test_a_command_line_is_resolved_without_a_file_or_a_socket(argv, sealed):
+    given = parse(student_parser(), argv)
+    configs = share_order([resolve(run, {}, OF_TEACHER if run.get("path_t") else {}) for run in given.runs], given)
+    assert len(configs) == (8 if "--sweep" in argv else 1)
+    assert len({config.name for config in configs}) == len(configs)
+
+
+def test_a_resumed_run_is_resolved_without_a_file(sealed):
+    [run] = parse(student_parser(), ["--epochs", "7", "--resume", "folder"]).runs
+    stored = {"distill": "kd", "model_s": "resnet8", "epochs": 3, "learning_rate": 0.2, "path_t": "t.pth"}
+    config = resolve(run, stored, OF_TEACHER, folder="folder")
+    assert (config.epochs, config.learning_rate, config.folder) == (7, 0.2, "folder")
+    assert config.origins["learning_rate"] == "resumed run"

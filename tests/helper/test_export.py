@@ -1,0 +1,161 @@
+"""Exported networks of every format: the same predictions, the record inside, and images read as in training."""
+
+import json
+
+import pytest
+import torch
+from PIL import Image
+
+import train_teacher
+from dataset import read_normalised
+from dataset.sources import digits, load_data
+from errors import UserError
+from helper import export
+from helper.export import FORMATS, read_deployed
+from scripts import export_student, predict
+from tests.conftest import message_of
+
+SHORT = ("--batch_size", "256", "--max_steps", "4")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A small folder of images of 40x48 pixels, two classes."""
+    root = tmp_path_factory.mktemp("photographs")
+    generator = torch.Generator().manual_seed(0)
+    for split, n in (("train", 16), ("val", 6)):
+        for name, colour in (("cold", 2), ("warm", 0)):
+            (root / split / name).mkdir(parents=True)
+            for number in range(n):
+                pixels = torch.randint(0, 120, (40, 48, 3), generator=generator, dtype=torch.uint8)
+                pixels[..., colour] += 120
+                Image.fromarray(pixels.numpy()).save(root / split / name / f"{number}.png")
+    return root
+
+
+@pytest.fixture(scope="module")
+def exported(folder, tmp_path_factory):
+    """A trained network of that folder in all formats; the path of the .pth."""
+    root = tmp_path_factory.mktemp("save")
+    argv = ["--model", "resnet8", "--dataset", "folder", "--data", str(folder), "--image_size", "16", "--epochs", "4"]
+    train_teacher.main([*argv, "--batch_size", "8", "--save_dir", str(root)])
+    (run,) = root.iterdir()
+    return export_student.main([str(run / "last.pth"), "--format", "pth,pt2,onnx"])
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_every_format_predicts_the_same_for_any_batch_and_carries_its_record(exported, kind):
+    reference, other = read_deployed(str(exported)), read_deployed(str(exported.with_suffix(f".{kind}")))
+    with torch.inference_mode():
+        for batch in (1, 3, 8):
+            images = torch.randn(batch, 3, 16, 16)
+            torch.testing.assert_close(reference.predict(images), other.predict(images), atol=1e-5, rtol=1e-4)
+    assert other.record["classes"] == ["cold", "warm"] and other.record["image_size"] == 16
+    beside = json.loads(exported.with_suffix(".json").read_text())
+    assert all(other.record[name] == beside[name] for name in beside)
+
+
+def test_a_network_is_compared_at_its_size_where_its_images_are_gone(exported, tmp_path, capsys):
+    checkpoint = exported.with_name("last.pth")
+    argv = [str(checkpoint), "--dataset", "digits", "--format", "pth,pt2", "--out", str(tmp_path / "x.pth")]
+    export_student.main(argv)  # digits have 32 pixels, the network's images 16
+    assert "364 test images of digits" in capsys.readouterr().out and (tmp_path / "x.pt2").exists()
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_photographs_are_predicted(exported, folder, kind, capsys):
+    images = [str(path) for path in sorted((folder / "val").glob("*/*.png"))]
+    predict.main([str(exported.with_suffix(f".{kind}")), *images, "--top", "2"])
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 12
+    for path, line in zip(images, lines, strict=True):
+        assert line.startswith(f"{path}: {'cold' if 'cold' in path else 'warm'} ")
+        assert sum(float(part.split()[-2]) for part in line.split(": ")[1].split(", ")) == pytest.approx(100, abs=0.2)
+
+
+def test_an_image_file_is_read_as_the_folder_was(folder):
+    data = load_data("folder", str(folder), 16)
+    record = {"mean": data.mean, "std": data.std, "image_size": 16, "margin": data.margin}
+    first = sorted((folder / "val" / "cold").iterdir())[0]
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (data.mean, data.std))
+    expected = (data.test.pixels[0] / 255 - mean) / std
+    torch.testing.assert_close(read_normalised(first, record), expected)
+
+
+def test_an_image_with_a_margin_is_framed(tmp_path):
+    Image.new("L", (28, 28), 255).save(tmp_path / "white.png")
+    record = {"mean": [0.0] * 3, "std": [1.0] * 3, "image_size": 32, "margin": 2}
+    image = read_normalised(tmp_path / "white.png", record)
+    assert image.shape == (3, 32, 32) and image[:, 2:-2, 2:-2].min() == 1 and image.sum() == 3 * 28 * 28
+
+
+def test_a_digit_of_8x8_pixels_is_enlarged_as_the_data_set_does(tmp_path):
+    from sklearn.datasets import load_digits
+
+    data, source = digits(None, 32, 0), load_digits()
+    Image.fromarray((source.images[0] / 16 * 255).round().astype("uint8")).save(tmp_path / "digit.png")
+    record = {"mean": [0.0] * 3, "std": [1.0] * 3, "image_size": 32}
+    expected = data.test.pixels[0] / 255
+    assert (read_normalised(tmp_path / "digit.png", record) - expected).abs().max() < 0.01
+
+
+def test_the_difference_to_the_trained_network_is_printed_per_file(distil, capsys):
+    run = distil(*SHORT)
+    capsys.readouterr()
+    out = export_student.main([str(run / "last.pth"), "--out", str(run / "student.onnx")])
+    printed = capsys.readouterr().out
+    assert out == run / "student.onnx" and printed.count("largest difference of a logit") == 1
+    assert "same class on 364 of 364" in printed and not (run / "student.pth").exists()
+
+
+def test_an_onnx_file_that_differs_is_not_written(distil, monkeypatch):
+    run = distil(*SHORT)
+    write, read = FORMATS["onnx"]
+
+    def shifted(path, flag):
+        model = read(path, flag)
+        return model._replace(predict=lambda images: model.predict(images) + 1)
+
+    monkeypatch.setitem(FORMATS, "onnx", (write, shifted))
+    assert "differs" in message_of(export_student.main, [str(run / "last.pth"), "--out", str(run / "student.onnx")])
+    assert not list(run.glob("student*"))
+
+
+def test_a_missing_library_is_named(distil, monkeypatch):
+    run = distil(*SHORT)
+    monkeypatch.setitem(__import__("sys").modules, "onnxscript", None)
+    argv = [str(run / "last.pth"), "--format", "onnx"]
+    assert "onnxscript is not installed; pip install" in message_of(export_student.main, argv)
+    assert not list(run.glob("*.onnx*"))
+
+
+def test_what_cannot_be_predicted_is_one_line(exported, folder, tmp_path, monkeypatch):
+    image = str(next((folder / "val" / "warm").iterdir()))
+    assert "there is no file" in message_of(predict.main, [str(tmp_path / "none.pth"), image])
+    assert "cannot be read as an image" in message_of(predict.main, [str(exported), str(exported)])
+    assert "IMAGE" in message_of(predict.main, [str(exported), str(tmp_path / "none.png")])
+    (tmp_path / "model.txt").write_text("x")
+    assert "is no .pth, .pt2, .onnx file" in message_of(predict.main, [str(tmp_path / "model.txt"), image])
+    for kind in FORMATS:
+        whole = exported.with_suffix(f".{kind}").read_bytes()
+        cut = tmp_path / f"cut.{kind}"
+        cut.write_bytes(whole[: len(whole) // 2])
+        assert "cannot be read" in message_of(predict.main, [str(cut), image])
+    run = exported.parent
+    config = (run / "config.json").read_text()
+    argv = [str(run / "last.pth"), "--out", str(run / "config.pth")]
+    assert "config.json is another file" in message_of(export_student.main, argv)
+    assert (run / "config.json").read_text() == config
+    assert "must be of pth, pt2, onnx, not tar" in message_of(export_student.main, [image, "--format", "tar"])
+    monkeypatch.setattr(export, "RECORD", "another")
+    for kind in ("pt2", "onnx"):
+        with pytest.raises(UserError, match="does not say what it was trained on"):
+            read_deployed(str(exported.with_suffix(f".{kind}")))
+
+
+def test_a_network_without_classes_is_refused(exported, folder, tmp_path):
+    content = torch.load(exported, weights_only=True)
+    record = {key: value for key, value in content["record"].items() if key not in ("classes", "mean")}
+    torch.save(content | {"record": record}, tmp_path / "bare.pth")
+    image = str(next((folder / "val" / "warm").iterdir()))
+    assert "does not say classes, mean" in message_of(predict.main, [str(tmp_path / "bare.pth"), image])

@@ -1,0 +1,156 @@
+"""The fast path: what it chooses, that it is the same training, that it repeats itself."""
+
+import copy
+import functools
+import json
+
+import pytest
+import torch
+
+import train_cifar_student
+from errors import UserError
+from helper import fast, settings
+from helper.command_line import parse, resolve, teacher_parser
+from models import build_model
+from scripts import export_student
+from tests.conftest import killed, make_batch
+from tests.run_folders import load, metrics, same_state, weights
+
+FLAGS = ("--batch_size", "32", "--max_steps", "4")
+
+
+pytestmark = pytest.mark.usefixtures("few_images")
+
+
+def configure(*argv):
+    return resolve(*parse(teacher_parser(), ["--model", "resnet8", *argv]).runs)
+
+
+def test_auto_is_what_the_device_supports_and_a_flag_wins(monkeypatch):
+    off = configure()
+    assert fast.Fast.of(off) == fast.Fast() and off.origins["precision"] == "default"
+    monkeypatch.setattr(settings, "computes_bfloat16", lambda device: True)
+    auto = configure("--fast", "auto")
+    assert fast.Fast.of(auto) == fast.Fast("bfloat16", True, True, True, "off")
+    assert auto.origins["precision"] == "--fast auto"
+    some = configure("--fast", "auto", "--precision", "float32", "--no-channels_last")
+    assert fast.Fast.of(some) == fast.Fast("float32", False, True, True)
+    assert configure("--fold_teacher").fold_teacher and not configure("--fold_teacher").channels_last
+    monkeypatch.setattr(settings, "computes_bfloat16", lambda device: False)
+    assert configure("--fast", "auto").precision == "float32"
+
+
+@pytest.mark.parametrize("parts", [("--channels_last", "--fold_teacher", "--fused_optimizer"), ("--fast", "auto")])
+@pytest.mark.parametrize("distill", ["norm", "kd"])
+def test_fast_and_plain_learn_the_same(distil, distill, parts):
+    plain, quick = (metrics(distil(*FLAGS, *flags, distill=distill))[0] for flags in ((), parts))
+    closeness = 0.03 if "auto" in parts else 2e-3  # bfloat16 has eight bits
+    for name in plain:
+        if name.startswith("loss"):
+            assert quick[name] == pytest.approx(plain[name], rel=closeness), name
+
+
+def test_a_fast_run_repeats_itself_and_its_student_is_float32(distil):
+    runs = [distil(*FLAGS, "--fast", "auto") for _ in range(2)]
+    states = [weights(run) for run in runs]
+    assert same_state(*states)
+    for saved in (states[0], load(runs[0] / "last.pth")["model"]):
+        assert all(value.dtype != torch.bfloat16 for value in saved.values())
+    exported = load(export_student.main([str(runs[0] / "last.pth")]))
+    assert all(value.dtype in (torch.float32, torch.int64) for value in exported["model"].values())
+
+
+def test_a_fast_run_goes_on_as_it_was(distil):
+    flags = ("--batch_size", "32", "--epochs", "2", "--fast", "auto")
+    whole = distil(*flags)
+    with killed():
+        distil(*flags, "--trial", "cut", "--seed", "1")
+    cut = next(path for path in whole.parent.iterdir() if path.name.endswith("trialcut"))
+    train_cifar_student.main(["--resume", str(cut)])
+    assert same_state(weights(whole), weights(cut))
+    assert json.loads((cut / "config.json").read_text())["fast"] == "auto"
+
+
+def test_the_teacher_is_folded_in_the_run_only(distil, monkeypatch):
+    folded = []
+    monkeypatch.setattr(fast, "fold_batch_norms", lambda network, size: folded.append(network) or network)
+    distil(*FLAGS)
+    assert not folded
+    distil(*FLAGS, "--fold_teacher")
+    assert len(folded) == 1
+
+
+def test_depthwise_convolutions_stay_in_float32_on_a_cpu():
+    student, images = build_model("ShuffleV2", 10), torch.randn(2, 3, 32, 32)
+    keys, plain = list(student.state_dict()), student.eval()(images)
+    quick = fast.Fast(precision="bfloat16").prepare_student(copy.deepcopy(student), torch.device("cpu"))
+    types = {}
+    for name, layer in quick.named_modules():
+        if isinstance(layer, torch.nn.Conv2d):
+            layer.register_forward_hook(lambda layer, given, out, name=name: types.update({name: out.dtype}))
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = quick(images)
+    depthwise = {name for name in types if quick.get_submodule(name).groups > 1}
+    assert depthwise and all((types[name] == torch.float32) == (name in depthwise) for name in types)
+    assert torch.allclose(logits.float(), plain, atol=0.1 * plain.abs().max().item())
+    assert list(quick.state_dict()) == keys
+
+
+@pytest.fixture
+def graphs(monkeypatch):
+    """What torch.compile has made a graph of, one entry per compilation; graphs are run as they are."""
+    made = []
+
+    def backend(graph, _):
+        made.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
+    yield made
+    torch._dynamo.reset()
+
+
+@pytest.mark.filterwarnings("ignore:Guards may run slower:RuntimeWarning")  # of Python 3.13.0
+def test_a_compiled_run_is_the_same_and_compiles_each_pass_once(distil, graphs):
+    flags = ("--batch_size", "48", "--epochs", "3")  # the last batch is shorter, NORM's weight changes with the epoch
+    plain = distil(*flags)
+    assert not graphs
+    compiled = distil(*flags, "--compile", "default", "--trial", "compiled", "--seed", "1")
+    assert len(graphs) == 2, "the teacher's pass and the student's"
+    for expected, line in zip(metrics(plain), metrics(compiled), strict=True):
+        assert line["loss"] == pytest.approx(expected["loss"], rel=1e-3)
+    states = [weights(run) for run in (plain, compiled)]
+    assert list(states[0]) == list(states[1])
+
+
+@pytest.mark.filterwarnings("ignore:Guards may run slower:RuntimeWarning")
+def test_runs_side_by_side_and_stages_are_compiled(teacher_run, save_dir, graphs):
+    flags = ["--path_t", str(teacher_run / "last.pth"), "--save_dir", str(save_dir), "--compile", "default"]
+    flags += ["--batch_size", "64", "--max_steps", "2", "--epochs", "1", "--model_s", "resnet14"]
+    train_cifar_student.main([*flags, "--sweep", "distill=norm,fsp,simkd"])
+    assert len(graphs) >= 4
+
+
+def test_a_compiler_that_fails_is_one_line(distil, monkeypatch):
+    def fail(graph, inputs):
+        raise OSError("no compiler\nhere")
+
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=fail))
+    with pytest.raises(UserError, match=r"^--compile default: .*no compiler.* --compile off") as caught:
+        distil(*FLAGS, "--compile", "default")
+    assert "\n" not in str(caught.value)
+    torch._dynamo.reset()
+
+
+def test_replayed_graphs_begin_a_step_and_the_teachers_outputs_outlive_it(monkeypatch, distil):
+    begun = []
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", lambda: begun.append(True))
+    output = build_model("resnet8", 10).outputs(make_batch().images)
+    chosen = fast.Fast(compile="reduce-overhead")
+    kept, lent = (chosen.compiled(lambda: output, outlives)() for outlives in (True, False))
+    assert len(begun) == 2 and lent is output
+    for mine, graphs in zip((*kept.maps, *kept[1:]), (*output.maps, *output[1:]), strict=True):
+        assert torch.equal(mine, graphs) and mine.data_ptr() != graphs.data_ptr()
+    with pytest.raises(UserError, match="--accumulate"):
+        distil(*FLAGS, "--accumulate", "2", "--compile", "reduce-overhead")

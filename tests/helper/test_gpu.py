@@ -1,0 +1,104 @@
+"""A step of every method on a GPU: with fake tensors where there is none, so that nothing is left on the CPU unseen."""
+
+import itertools
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from crd.negatives import NegativeSampler
+from dataset import Augmentation, ImageData, Images, views
+from distiller_zoo import DISTILLERS, Progress
+from helper.loops import Training, step
+from helper.networks import FrozenTeacher
+from tests.conftest import pair_networks
+from tests.distiller_zoo.test_every_pair import CLASSES, CONFIG, build, data, with_statistics
+from tests.stages import StageRun, train_epoch
+
+__all__ = ["data"]  # a fixture
+CUDA = torch.device("cuda:0")
+
+
+class FakeGpu(FakeTensorMode):
+    """Within it tensors have a place and a shape, but no numbers: an operation on two places, or one that reads a
+    number, raises."""
+
+    def place(self, tensor: torch.Tensor, device: torch.device = CUDA) -> torch.Tensor:
+        """The fake of a tensor on a device."""
+        fake = self.from_tensor(tensor.detach())
+        with self:
+            return fake.to(device)
+
+    def move(self, module: torch.nn.Module) -> None:
+        """Replace all tensors of a module by fakes on the GPU."""
+        for part in module.modules():
+            for name, parameter in part.named_parameters(recurse=False):
+                part._parameters[name] = torch.nn.Parameter(self.place(parameter), parameter.requires_grad)
+            for name, buffer in part.named_buffers(recurse=False):
+                part._buffers[name] = self.place(buffer)
+
+
+@pytest.fixture(scope="module")
+def data() -> ImageData:
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randint(0, 256, (24, 3, 32, 32), dtype=torch.uint8, generator=generator)
+    images = Images(pixels, torch.arange(24) % CLASSES)
+    names = [str(number) for number in range(CLASSES)]
+    return ImageData("fake", images, images, names, (0.5,) * 3, (0.25,) * 3, Augmentation())
+
+
+@pytest.fixture
+def no_backward(monkeypatch):
+    """Gradients of zeros: the backward pass itself needs a real device."""
+
+    def gradients(outputs, inputs, *_, **__):
+        return [torch.zeros_like(each) for each in ([inputs] if isinstance(inputs, torch.Tensor) else inputs)]
+
+    def backward(method):
+        for parameter in method.parameters():
+            parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
+
+    monkeypatch.setattr(torch.autograd, "grad", gradients)
+    return lambda method: monkeypatch.setattr(torch.Tensor, "backward", lambda loss: backward(method))
+
+
+@pytest.mark.parametrize("name", DISTILLERS)
+def test_a_step_leaves_nothing_on_the_cpu_and_reads_nothing(name, data, no_backward, monkeypatch):
+    monkeypatch.setattr(
+        views, "random_operation", lambda pixels, generator: pixels
+    )  # its groups depend on what is drawn
+    network, student = pair_networks("resnet20", "resnet8", CLASSES)
+    method, teacher = build(name, network, student), FrozenTeacher(network)
+    no_backward(method)
+    stages, gpu = method.stages(240), FakeGpu()
+    gpu.move(method)
+    gpu.move(teacher)
+    images = Images(*(gpu.place(each, torch.device("cpu")) for each in data.train))
+    with gpu:
+        for stage in stages:
+            training = Training(stage, method, data._replace(train=images), CONFIG, CUDA)
+            run = StageRun(training, Progress(stage.epochs // 2, stage.epochs), 0, 2)
+            run.begin_epoch()
+            for number, batch in enumerate(itertools.islice(training.loader.batches(0), 2), 1):
+                step([run], batch, lambda images, preact, is_whole: teacher(images, preact), number)
+                outcomes = training._outcomes
+                assert all(losses and all(loss.device == CUDA for loss in losses.values()) for losses, _, _ in outcomes)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+@pytest.mark.parametrize("name", DISTILLERS)
+def test_two_steps_give_the_cpus_losses(name, data):
+    means = []
+    for device in (torch.device("cpu"), CUDA):
+        torch.manual_seed(0)
+        network, student = pair_networks("resnet20", "resnet8", CLASSES)
+        with_statistics(network)
+        method = build(name, network, student).to(device)
+        teacher = FrozenTeacher(network).to(device)
+        for stage in method.stages(240):
+            training = Training(stage, method, data, CONFIG, device)
+            means.append(train_epoch(training, teacher, Progress(stage.epochs // 2, stage.epochs), most_steps=2)[0])
+    for on_cpu, on_gpu in zip(means[: len(means) // 2], means[len(means) // 2 :], strict=True):
+        draws_there = any(isinstance(part, NegativeSampler) for part in method.modules())
+        for key in (key for key in on_cpu if key.startswith("loss")):
+            assert draws_there or on_gpu[key] == pytest.approx(on_cpu[key], rel=0.03, abs=1e-3), key

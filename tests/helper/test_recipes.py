@@ -1,0 +1,48 @@
+"""The recipes, and which of their rows wins."""
+
+from dataset import DATASETS
+from distiller_zoo import DISTILLERS
+from helper.recipes import CIFAR_PAIRS, IMAGENET_PAIRS, ROWS, resolve
+from helper.settings import SETTINGS as TABLE
+from helper.settings import all_settings
+from models import imagenet_model_dict, model_dict
+
+
+def test_the_rows_lie_over_each_other():
+    row = resolve("cifar100", "resnet32x4", "resnet8x4", "norm")
+    assert row["gamma"] == (0.1, "pair resnet32x4 -> resnet8x4")
+    assert row["co_sponge"] == (8, "pair resnet32x4 -> resnet8x4")
+    assert resolve("cifar100", "vgg13", "vgg8", "norm")["gamma"] == (0.125, "method norm")
+    assert resolve("cifar100", "vgg13", "MobileNetV2", "norm")["learning_rate"] == (0.01, "student MobileNetV2")
+    assert resolve("cifar100", None, "vgg8", "ce")["epochs"] == (240, "data set cifar100")
+    semckd = resolve("imagenet", "resnet34", "resnet18", "semckd")
+    assert [semckd[name][0] for name in ("epochs", "lr_decay", "lr_decay_epochs")] == [90, "step", (30, 60)]
+
+
+def test_the_recipe_table_names_only_what_exists():
+    networks = {*model_dict, *imagenet_model_dict}
+    for row in ROWS:
+        assert row.source and set(row.values) <= set(all_settings()), row
+        assert set(row.method or ()) <= set(DISTILLERS) and set(row.dataset or ()) <= set(DATASETS), row
+        assert {*(row.teacher or ()), *(row.student or ())} <= networks, row
+        assert row.chosen is None or row.chosen[0] in all_settings(), row
+        if row.method and not row.chosen:
+            known = [{flag.argument for flag in DISTILLERS[name].flags} for name in row.method]
+            own = {name for name in row.values if name not in {one.argument for one in TABLE}}
+            assert all(own <= flags for flags in known), row
+    assert all(name in model_dict for pair in CIFAR_PAIRS for name in pair) and len(CIFAR_PAIRS) == 13
+    assert all(name in imagenet_model_dict for pair in IMAGENET_PAIRS for name in pair)
+
+
+def test_rows_of_a_method_that_are_of_one_pair_or_data_set():
+    def value(name, *place, **chosen):
+        return resolve(*place, chosen)[name][0]
+
+    assert value("beta", "cifar100", "ResNet50", "MobileNetV2", "reviewkd") == 30
+    assert value("learning_rate", "imagenet", "resnet34", "resnet18", "mlkd") == 0.05
+    assert value("learning_rate", "cifar100", "vgg13", "MobileNetV2_norm", "mlkd") == 0.01
+    assert value("alpha", "cifar100", "resnet56", "resnet20", "kd", logit_standardization=True) == 9
+    assert value("alpha", "cifar100", "resnet110", "resnet20", "kd", logit_standardization=True) == 12
+    assert value("alpha", "imagenet", "resnet34", "resnet18", "srrl", srrl_form="pooled") == 1
+    sskd = resolve("imagenet", "resnet34", "resnet18", "sskd")
+    assert (sskd["init_learning_rate"][0], sskd["weight_decay"][0]) == (0.1, 5e-4)

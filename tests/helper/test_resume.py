@@ -1,0 +1,120 @@
+"""Runs that are resumed: they end as if they had never been stopped, and say what was changed."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import train_cifar_student
+import train_teacher
+from helper import run as run_module
+from helper.run_folder import RunFolder
+from tests.conftest import ROOT, killed, message_of
+from tests.run_folders import assert_same_end, load, metrics, same_state, state
+
+SHORT = ("--batch_size", "32", "--max_steps", "3")
+pytestmark = pytest.mark.usefixtures("few_images")
+
+
+@pytest.mark.parametrize("distill", ["norm", "norm_crd"])
+def test_one_epoch_and_its_resumption_equal_two_epochs(distil, distill, capsys):
+    flags = ("--batch_size", "32", "--epochs", "2", *(("--nce_k", "16") if distill == "norm_crd" else ()))
+    whole = distil(*flags, distill=distill)
+    with killed():
+        distil(*flags, "--trial", "cut", "--seed", "1", distill=distill)
+    cut = next(path for path in whole.parent.iterdir() if path.name.endswith("trialcut"))
+    assert load(cut / "last.pth")["record"]["epoch"] == 1 and not (cut / "result.json").exists()
+    with open(cut / "metrics.jsonl", "a") as file:
+        file.write('{"epoch": 2, "loss"')  # a line that the cut tore
+    if distill == "norm":
+        train_cifar_student.main(["--resume", str(cut)])
+    else:
+        distil(*flags, "--trial", "cut", "--seed", "1", "--resume", distill=distill)
+    assert "resumed after epoch 1" in capsys.readouterr().out
+    assert_same_end(whole, cut)
+    assert json.loads((cut / "result.json").read_text())["accuracy_last"] == state(cut)["records"][-1]["test_accuracy"]
+
+
+def test_a_finished_run_that_is_resumed_changes_nothing(distil):
+    run = distil("--batch_size", "64", "--epochs", "1")
+    before = load(run / "last.pth")
+    train_cifar_student.main(["--resume", str(run)])
+    assert same_state(before, load(run / "last.pth")) and len(metrics(run)) == 1
+
+
+def test_resuming_with_other_settings_is_refused(distil, save_dir):
+    run = distil(*SHORT)
+    message = message_of(train_cifar_student.main, ["--resume", str(run), "--learning_rate", "0.3"])
+    assert "--resume" in message and "learning_rate 0.05, not 0.3" in message
+    assert "not a run folder" in message_of(train_cifar_student.main, ["--resume", str(save_dir / "none")])
+    (run / "last.pth").write_bytes((run / "last.pth").read_bytes()[:1000])
+    assert "last.pth cannot be read" in message_of(train_cifar_student.main, ["--resume", str(run)])
+    (run / "last.pth").unlink()
+    assert "has no checkpoint yet" in message_of(train_cifar_student.main, ["--resume", str(run)])
+    assert (run / "config.json").exists()
+
+
+def test_a_run_that_is_killed_between_two_checkpoints_ends_with_the_same_best(tmp_path, monkeypatch):
+    accuracies, saves = iter([10.0, 20.0, 20.0]), []
+    save = RunFolder.save
+
+    def fake(predict, loader, title):
+        return {"test_accuracy": next(accuracies), "test_accuracy_top5": 0.0, "test_loss": 0.0}
+
+    def save_then_stop(self, name, checkpoint):
+        save(self, name, checkpoint)
+        saves.append(name)
+        if len(saves) == 3:  # two of the first epoch, and one of the second
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(run_module, "evaluate", fake)
+    monkeypatch.setattr(RunFolder, "save", save_then_stop)
+    with pytest.raises(KeyboardInterrupt):
+        train_teacher.main(["--model", "resnet8", "--epochs", "2", "--batch_size", "128", "--save_dir", str(tmp_path)])
+    run = next(tmp_path.iterdir())
+    [result] = train_teacher.main(["--resume", str(run)])
+    best, last = load(run / "best.pth"), load(run / "last.pth")
+    assert result["best_epoch"] == best["record"]["epoch"] == last["record"]["epoch"] == 2
+    assert same_state(best["training"]["distiller"], last["training"]["distiller"])
+    assert same_state(best["model"], last["model"])
+
+
+def test_an_interrupted_script_can_be_resumed(tmp_path):
+    argv = [sys.executable, "train_teacher.py", "--model", "resnet8", "--epochs", "50", "--save_dir", str(tmp_path)]
+    process = subprocess.Popen(argv, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    run = Path(process.stdout.readline().split("run folder: ")[1].strip())
+    while not (run / "last.pth").exists():
+        time.sleep(0.1)
+        assert process.poll() is None
+    os.kill(process.pid, signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130 and "Traceback" not in errors
+    done = load(run / "last.pth")["record"]["epoch"]
+    step = state(run)["step"]
+    train_teacher.main(["--resume", str(run), "--max_steps", str(step + 2)])
+    assert load(run / "last.pth")["record"]["epoch"] == done + 1
+
+
+def test_what_a_resumed_run_has_changed_is_what_it_goes_on_with(distil, capsys):
+    run = distil("--batch_size", "64", "--epochs", "1", "--max_steps", "1")
+    train_cifar_student.main(["--resume", str(run), "--epochs", "3", "--max_steps", "2"])
+    assert "  epochs             3                        (was 1)" in capsys.readouterr().out
+    config = json.loads((run / "config.json").read_text())
+    assert (config["epochs"], config["max_steps"]) == (3, 2) and "resume" not in config
+    assert config["origins"]["epochs"] == "command line" and config["origins"]["batch_size"] == "command line"
+    before = (run / "config.json").read_text()
+    train_cifar_student.main(["--resume", str(run)])
+    assert (run / "config.json").read_text() == before
+
+
+def test_a_teacher_that_has_moved_can_be_named_anew(distil, teacher_run, tmp_path):
+    run = distil(*SHORT)
+    moved = shutil.copy(teacher_run / "last.pth", tmp_path / "moved.pth")
+    train_cifar_student.main(["--resume", str(run), "--path_t", str(moved)])
+    assert json.loads((run / "config.json").read_text())["path_t"] == str(moved)

@@ -1,0 +1,174 @@
+"""The table of settings: one row is enough, and what tells runs apart follows from it."""
+
+import json
+
+import pytest
+
+import train_teacher
+from errors import UserError
+from helper import settings
+from helper.command_line import parse, resolve, student_parser, teacher_parser
+from helper.settings import SETTINGS, TRAINING, all_settings, check_shared, identity, read_stored
+from setting import RECIPE, Setting, count
+from tests.conftest import message_of
+
+SHORT = ("--model", "resnet8", "--batch_size", "32", "--max_steps", "1")
+ROW = Setting(("--warmth",), count, 3, "how warm the training is", group=TRAINING)
+pytestmark = pytest.mark.usefixtures("few_images")
+
+
+@pytest.fixture
+def add(monkeypatch):
+    """Add one row to the table of settings."""
+
+    def add_row(row: Setting = ROW) -> None:
+        monkeypatch.setattr(settings, "SETTINGS", (*SETTINGS, row))
+
+    return add_row
+
+
+@pytest.fixture
+def train(save_dir):
+    """Call `train_teacher.py`; returns the run folder, the newest."""
+
+    def call(*flags: str):
+        known = set(save_dir.iterdir()) if save_dir.exists() else set()
+        train_teacher.main([*SHORT, "--save_dir", str(save_dir), *flags])
+        return next(iter(set(save_dir.iterdir()) - known), None)
+
+    return call
+
+
+def config_of(run) -> dict:
+    return json.loads((run / "config.json").read_text())
+
+
+@pytest.mark.parametrize("make", [student_parser, teacher_parser])
+def test_a_new_row_is_a_flag_with_its_help_and_default(make, add):
+    assert "--warmth" not in make().format_help()
+    add()
+    line = make().format_help().split("--warmth")[1]
+    assert "how warm the training is (3)" in " ".join(line.split())
+
+
+def test_a_new_row_is_in_config_json_with_its_origin(add, train):
+    older = train()
+    add()
+    default, given = train(), train("--warmth", "5")
+    assert "warmth" not in config_of(older)
+    assert (config_of(default)["warmth"], config_of(default)["origins"]["warmth"]) == (3, "default")
+    assert (config_of(given)["warmth"], config_of(given)["origins"]["warmth"]) == (5, "command line")
+    assert "  warmth             5                        (command line)" in (given / "log.txt").read_text()
+
+
+def test_a_new_row_is_checked_when_a_run_is_resumed(add, train):
+    older = train()
+    add()
+    run = train("--warmth", "5")
+    message = message_of(train_teacher.main, ["--resume", str(run), "--warmth", "6"])
+    assert f"{run} was run with warmth 5, not 6" in message
+    train_teacher.main(["--resume", str(run), "--warmth", "5", "--max_steps", "2"])
+    # A run from before there was the row had its default.
+    train_teacher.main(["--resume", str(older), "--warmth", "3", "--max_steps", "2"])
+    assert config_of(older)["warmth"] == 3
+    add(ROW._replace(resume="free"))
+    train_teacher.main(["--resume", str(run), "--warmth", "6", "--max_steps", "3"])
+    assert config_of(run)["warmth"] == 6
+
+
+def test_a_new_row_is_validated_where_it_is_stored(add):
+    with pytest.raises(UserError, match="unknown setting 'warmth'"):
+        read_stored({"warmth": 4}, "config.json")
+    add()
+    assert read_stored({"warmth": 4}, "config.json") == {"warmth": 4}
+    for wrong in ("hot", 0, None, [], True):
+        with pytest.raises(UserError, match=r"config\.json: --warmth"):
+            read_stored({"warmth": wrong}, "config.json")
+
+
+def test_a_new_row_can_be_swept_unless_the_runs_share_it(add):
+    add()
+    runs = parse(teacher_parser(), ["--model", "resnet8", "--sweep", "warmth=2,4"]).runs
+    assert [run["warmth"] for run in runs] == [2, 4] and runs[0]["trial"] == "1_warmth2"
+    for row in (ROW._replace(shared=True), ROW._replace(identity="none")):
+        add(row)
+        message = message_of(lambda argv: parse(teacher_parser(), argv), ["--model", "resnet8", "--sweep", "warmth=2"])
+        assert "warmth is the same for all runs" in message
+
+
+def test_runs_of_one_process_agree_in_a_row_that_is_shared(add):
+    add(ROW._replace(shared=True))
+    configs = [resolve({"distill": "ce", "model_s": "resnet8", "warmth": warmth}) for warmth in (1, 2)]
+    with pytest.raises(UserError, match="warmth 1, a new run 2; they cannot train in one process"):
+        check_shared(configs)
+    check_shared(configs[:1] * 2)
+
+
+@pytest.mark.parametrize("kind", ["row", "run", "none"])
+def test_a_new_row_tells_rows_or_runs_apart_as_it_says(kind, add):
+    add(ROW._replace(identity=kind))
+    one, other, default = (
+        resolve({"distill": "ce", "model_s": "resnet8", "warmth": warmth}).as_json() for warmth in (1, 2, 3)
+    )
+    assert (identity(one) != identity(other)) == (kind == "row")
+    assert (identity(one, ("row", "run")) != identity(other, ("row", "run"))) == (kind != "none")
+    older = {name: value for name, value in default.items() if name != "warmth"}
+    assert identity(older) == identity(default), "a run from before there was the row had its default"
+
+
+# The table itself.
+
+
+def test_every_row_is_whole():
+    arguments = [setting.argument for setting in SETTINGS]
+    assert len(arguments) == len(set(arguments)) and not set(arguments) & {"trials", "sweep", "resume", "origins"}
+    for setting in SETTINGS:
+        assert setting.help and setting.group, setting.names
+        assert setting.resume in ("fixed", "free") and setting.identity in ("row", "run", "none"), setting.names
+        assert setting.is_flag == (setting.group != settings.FOUND)
+
+
+@pytest.mark.parametrize("name", [name for name, one in all_settings().items() if one.is_flag])
+def test_every_default_can_be_stored_and_read_again(name):
+    setting = all_settings()[name]
+    if setting.default is not RECIPE:
+        assert setting.read(json.loads(json.dumps(setting.default))) == setting.default
+
+
+def student(**values) -> dict:
+    of_teacher = {"path_t": "t.pth", "model_t": "resnet20", "teacher_digest": "a" * 64}
+    of_teacher |= {name: values.pop(name) for name in list(values) if name in of_teacher}
+    return resolve({"distill": "kd", "model_s": "resnet8", **values}, of_teacher=of_teacher).as_json()
+
+
+def test_students_of_two_teachers_of_one_architecture_are_two_rows():
+    assert identity(student()) != identity(student(teacher_digest="b" * 64))
+    assert identity(student()) == identity(student(path_t="moved.pth")), "the weights count, not where they are stored"
+
+
+def test_runs_from_before_digests_are_told_apart_by_their_teachers_files():
+    older = [{k: v for k, v in student(path_t=path).items() if k != "teacher_digest"} for path in ("a.pth", "b.pth")]
+    assert identity(older[0]) != identity(older[1]) and identity(older[0]) != identity(student())
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"max_broken": 20},
+        {"max_bad_steps": 4},
+        {"num_workers": 7},
+        {"channels_last": True},
+        {"save_every_steps": 3},
+        {"device": "cpu"},
+        {"trial": "2", "seed": 1},
+        {"trial": "2"},
+    ],
+    ids=str,
+)
+def test_what_does_not_change_the_result_splits_no_row(values):
+    assert identity(student()) == identity(student(**values))
+
+
+def test_seeds_are_runs_of_one_row():
+    kinds = ("row", "run")
+    assert identity(student(), kinds) != identity(student(seed=2), kinds)

@@ -1,0 +1,49 @@
+"""A stage of a method trained by itself, without a run folder and without tests of the student."""
+
+from collections.abc import Callable
+from contextlib import nullcontext
+
+from torch import Tensor
+
+from distiller_zoo import Progress
+from helper import loops
+from helper.loops import Training
+from models.backbone import Output
+
+
+class StageRun:
+    """What the loop asks of a run (helper/run.py), of one epoch of one stage; `means` are those of the epoch."""
+
+    first_step, error, latest = 0, None, ""
+
+    def __init__(self, training: Training, progress: Progress, epochs_over: int, most_steps: int | None):
+        self.training, self.progress, self.epochs_over = training, progress, epochs_over
+        steps = len(training.loader)
+        self.last_step = steps if most_steps is None else min(steps, most_steps)
+        self.means: dict[str, float] = {}
+
+    def own_turn(self):
+        return nullcontext()
+
+    def begin_epoch(self) -> None:
+        self.training.begin_epoch(self.progress, self.epochs_over, None)
+
+    def finish_step(self, number: int) -> None:
+        self.training.finish_step(number)
+
+    def end_epoch(self) -> None:
+        self.means = self.training.end_epoch()
+
+
+def train_epoch(
+    training: Training,
+    teacher: Callable[[Tensor, bool], Output] | None,
+    progress: Progress,
+    epochs_over: int = 0,
+    most_steps: int | None = None,
+) -> tuple[dict[str, float], int]:
+    """An epoch of a stage, of so many steps at most -> (its means, its steps); a `FrozenTeacher` may teach."""
+    run = StageRun(training, progress, epochs_over, most_steps)
+    teach = None if teacher is None else lambda images, preact, is_whole: teacher(images, preact)
+    loops.train_epoch([run], teach, nullcontext, lambda number: None)
+    return run.means, run.last_step

@@ -1,0 +1,16 @@
+"""What a script says when it ends: one line, and an exit code."""
+
+import pytest
+
+from errors import run_script
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("CUDA out of memory. Tried to allocate 2 GiB")])
+def test_out_of_memory_is_one_line(error, capsys):
+    def main():
+        raise error
+
+    with pytest.raises(SystemExit) as stop:
+        run_script(main)
+    message = capsys.readouterr().err
+    assert stop.value.code == 2 and "--batch_size" in message and message.count("\n") == 1
