@@ -14,9 +14,9 @@ import models
 import train_cifar_student
 import train_teacher
 from helper import pretrained
+from helper.tables import jobs
 from scripts import compare, export_student, predict, report, reproduce
 from tests.conftest import ROOT
-from tests.test_reproduce import in_process
 
 PAGE = (ROOT / "docs" / "own_work.md").read_text()
 MAINS = {
@@ -68,6 +68,17 @@ def shortened(script: str, flags: list[str]) -> list[str]:
     if script.startswith("train_") or "--" in flags:
         flags += ["--max_steps", "1", "--batch_size", "8"]
     return flags
+
+
+def in_process(monkeypatch) -> None:
+    """Have the jobs of plans run in this process."""
+
+    def start(job, place, log):
+        script, *flags = job.command
+        MAINS[script](flags)
+        return type("Process", (), {"wait": lambda self: 0})()
+
+    monkeypatch.setattr(jobs, "_start", start)
 
 
 def run_method_of_the_page() -> type:
