@@ -22,12 +22,10 @@ from models import build_model
 from models.backbone import Backbone
 from models.checkpoints import (
     Weights,
-    count_classes,
+    build_with,
     find_weights,
     identify,
     load_weights,
-    name_for,
-    rename_for,
     split_official_norm,
     weights_digest,
 )
@@ -90,7 +88,7 @@ def network_of(method: Distiller) -> tuple[Weights, dict]:
         key: own[key] if key in own and own[key].shape == value.shape and torch.equal(own[key], value) else value
         for key, value in network.state_dict().items()
     }
-    record = {"num_classes": network.get_classifier().out_features, "wrapper": describe_wrapper(network)}
+    record = {"num_classes": network.num_classes, "wrapper": describe_wrapper(network)}
     return weights, record | {"digest": weights_digest(weights)}
 
 
@@ -159,11 +157,8 @@ def rebuild_official(checkpoint: Mapping, source: str, model_s: str | None, ft: 
     """
     network_weights, transform_weights = split_official_norm(find_weights(checkpoint, source))
     name = model_s or _recognise(network_weights, bool(transform_weights), source)
-    network_weights = name_for(name, network_weights)
-    num_classes = count_classes(build_model(name, 1), rename_for(name, network_weights)) or 1
-    network = build_model(name, num_classes)
-    load_weights(network, name, network_weights, source)
-    task = Task(num_classes, 32, 2, torch.zeros(1, dtype=torch.int64))
+    network, _ = build_with(name, network_weights, source)
+    task = Task(network.num_classes, 32, 2, torch.zeros(1, dtype=torch.int64))
     if not transform_weights:
         return CrossEntropy(network, None, task).eval(), name
     method = FTBaseline(network, None, task, ft=ft)

@@ -66,6 +66,7 @@ from helper.signals import StopRequest
 from models import build_model
 from models.backbone import probe_shapes
 from models.checkpoints import load_weights
+from models.classes import compare_classes
 from models.cost import count_parameters
 from models.external import is_external
 from models.synchronised import synchronise
@@ -92,12 +93,13 @@ def open_runs(given: Given) -> Opened:
     folder = given.resume if given.resume not in (None, command_line.LATEST) else None
     stored = by_main(lambda: _read_settings(folder) if folder else {})
     first = stored | given.runs[0]
+    ema = first.get("ema", False)
     path, *_ = [command_line.teacher_of(stored | run) for run in given.runs]
-    teacher = None if path is None else main_first(lambda: read_teacher(path, first.get("model_t")))
+    teacher = None if path is None else main_first(lambda: read_teacher(path, first.get("model_t"), ema))
     of_teacher = {} if teacher is None else teacher.settings_as_teacher()
     source, initial, of_initial = None if folder else first.get("init"), None, {}
     if source is not None and "model_s" not in first:
-        initial = None if is_external(source) else main_first(lambda: read_initial(source, None))
+        initial = None if is_external(source) else main_first(lambda: read_initial(source, None, ema))
         of_initial = {"model_s": name_of_published(source) if initial is None else initial.name}
 
     def resolve(run: Mapping[str, Any]) -> Configuration:
@@ -108,7 +110,7 @@ def open_runs(given: Given) -> Opened:
     configs = by_main(lambda: command_line.share_order([resolve(run) for run in given.runs], given))
     check_shared(configs)
     if source is not None and any(config.folder is None for config in configs):
-        initial = initial or main_first(lambda: read_initial(source, configs[0].model_s))
+        initial = initial or main_first(lambda: read_initial(source, configs[0].model_s, ema))
         found = {"init_digest": initial.digest}
         configs = [config if config.folder else config.replace("initial weights", **found) for config in configs]
     return Opened(configs, teacher, initial)
@@ -176,19 +178,22 @@ def prepare_teacher(source: Network | None, inputs: Inputs, config: Configuratio
     if source is None:
         return None
     data = inputs.data
-    if source.num_classes != data.num_classes:
-        raise UserError(
-            f"--path_t: the teacher has {source.num_classes} classes, but --dataset {data.name} has "
-            f"{data.num_classes}; use a teacher of this data set"
-        )
     probe_shapes(source.network.eval().to(inputs.device), data.image_size)
     teacher = Teacher(source, data.image_size, Fast.of(config), inputs.device)
-    measured = evaluate(teacher.predict, inputs.test_loader, "checking the teacher")
-    teacher.accuracy = measured["test_accuracy"]
-    note = check_accuracy(source, data.name, teacher.accuracy, config.allow_teacher_gap)
+    if source.num_classes == data.num_classes:
+        others = compare_classes(source.record.get("classes"), data.classes)
+        if others is not None and not config.allow_teacher_gap:
+            raise UserError(f"--path_t: {others}; use the data that the teacher knows, or --allow_teacher_gap")
+        measured = evaluate(teacher.predict, inputs.test_loader, "checking the teacher")
+        teacher.accuracy = measured["test_accuracy"]
+        note = check_accuracy(source, data.name, teacher.accuracy, config.allow_teacher_gap)
+    else:
+        note = (
+            f"teacher {source.name}: its {source.num_classes} classes are not those of the data; its maps alone teach"
+        )
     steps = source.record.get("max_steps")
     warning = f"warning: this teacher was trained for {steps} steps only (--max_steps)" if steps else ""
-    teacher.note = "\n".join(filter(None, (teacher.network.note, note, warning)))
+    teacher.note = "\n".join(filter(None, (*source.notes, teacher.network.note, note, warning)))
     return teacher
 
 
@@ -339,7 +344,7 @@ class Run:
         student = build_model(config.model_s, self.data.num_classes)
         probe_shapes(student, self.data.image_size)
         if initial is not None and config.folder is None:
-            folder.log(start_from(initial, student, config.model_s, self.data.num_classes, config.dataset))
+            folder.log(start_from(initial, student, config.model_s, self.data.classes, config.dataset))
         self.method = build_distiller(
             config,
             student,

@@ -133,6 +133,15 @@ SETTINGS: tuple[Setting, ...] = (
         shared=True,
     ),
     Setting(
+        ("--ema",),
+        bool,
+        False,
+        "take the moving average (EMA) of the weights where the file of a teacher or of initial weights holds both",
+        group=INITIAL,
+        identity="none",  # the digests say which weights
+        shared=True,
+    ),
+    Setting(
         ("--dataset",),
         str,
         "digits",

@@ -7,7 +7,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from crd.negatives import NegativeSampler
-from dataset import Images, views
+from dataset import Augmentation, ImageData, Images, views
 from distiller_zoo import DISTILLERS, Progress
 from helper.loops import Training, step
 from helper.networks import FrozenTeacher
@@ -38,6 +38,15 @@ class FakeGpu(FakeTensorMode):
                 part._buffers[name] = self.place(buffer)
 
 
+@pytest.fixture(scope="module")
+def data() -> ImageData:
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randint(0, 256, (24, 3, 32, 32), dtype=torch.uint8, generator=generator)
+    images = Images(pixels, torch.arange(24) % CLASSES)
+    names = [str(number) for number in range(CLASSES)]
+    return ImageData("fake", images, images, names, (0.5,) * 3, (0.25,) * 3, Augmentation())
+
+
 @pytest.fixture
 def no_backward(monkeypatch):
     """Gradients of zeros: the backward pass itself needs a real device."""
@@ -59,7 +68,7 @@ def test_a_step_leaves_nothing_on_the_cpu_and_reads_nothing(name, data, no_backw
         views, "random_operation", lambda pixels, generator: pixels
     )  # its groups depend on what is drawn
     network, student = pair_networks("resnet20", "resnet8", CLASSES)
-    method, teacher = build(name, network, student, data), FrozenTeacher(network)
+    method, teacher = build(name, network, student), FrozenTeacher(network)
     no_backward(method)
     stages, gpu = method.stages(240), FakeGpu()
     gpu.move(method)
@@ -84,7 +93,7 @@ def test_two_steps_give_the_cpus_losses(name, data):
         torch.manual_seed(0)
         network, student = pair_networks("resnet20", "resnet8", CLASSES)
         with_statistics(network)
-        method = build(name, network, student, data).to(device)
+        method = build(name, network, student).to(device)
         teacher = FrozenTeacher(network).to(device)
         for stage in method.stages(240):
             training = Training(stage, method, data, CONFIG, device)

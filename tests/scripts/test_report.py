@@ -25,7 +25,6 @@ def test_everything_is_written(runs, tmp_path, capsys):
     assert "| norm -s 1 |" in capsys.readouterr().out
     assert page.read_text().startswith("<!doctype html>") and table.read_text().startswith("dataset,teacher,")
     assert sorted(path.name for path in folder.iterdir()) == [
-        "accuracy_against_cost.svg",
         "accuracy_against_n.svg",
         "learning_curves.svg",
     ]
