@@ -12,7 +12,7 @@ from distiller_zoo import DISTILLERS, Progress
 from helper.loops import Training, step
 from helper.networks import FrozenTeacher
 from tests.conftest import pair_networks
-from tests.distiller_zoo.test_every_pair import CLASSES, CONFIG, build, data, with_statistics
+from tests.distiller_zoo.test_every_pair import CLASSES, CONFIG, build, with_statistics
 from tests.stages import StageRun, train_epoch
 
 __all__ = ["data"]  # a fixture
