@@ -294,11 +294,11 @@ def train(runs: Sequence["Run"], teacher: Teacher | None) -> list[dict]:
 
             def after_step(number: int, group=group) -> None:
                 """Save within an epoch where that is due, or before the runs stop."""
-                stopping = stop.heard_by_any() is not None
+                heard = stop.heard_by_any()  # once: a signal that comes during the saves waits for the next step
                 for run in group:
                     with run.own_turn():
-                        run.save_within_epoch(number, stopping)
-                _stop_if(stop, runs)
+                        run.save_within_epoch(number, stopping=heard is not None)
+                _stop_if(heard, runs)
 
             try:
                 train_epoch(group, teacher, stop.finishing, after_step)
@@ -307,13 +307,13 @@ def train(runs: Sequence["Run"], teacher: Teacher | None) -> list[dict]:
                     run.fail(error)
                 if count_processes() > 1:
                     raise
-            _stop_if(stop, runs)
+            _stop_if(stop.heard_by_any(), runs)
     _raise_failures(runs)
     return [run.result for run in runs if run.result is not None]
 
 
-def _stop_if(stop: StopRequest, runs: Sequence["Run"]) -> None:
-    number = stop.heard_by_any()
+def _stop_if(number: int | None, runs: Sequence["Run"]) -> None:
+    """End the runs, which are saved, where a signal was heard."""
     if number is not None:
         paths = ", ".join(str(run.folder.path) for run in runs if run.result is None)
         if paths:

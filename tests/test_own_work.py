@@ -70,6 +70,17 @@ def shortened(script: str, flags: list[str]) -> list[str]:
     return flags
 
 
+def in_process(monkeypatch) -> None:
+    """Have the jobs of plans run in this process."""
+
+    def start(job, place, log):
+        script, *flags = job.command
+        MAINS[script](flags)
+        return type("Process", (), {"wait": lambda self: 0})()
+
+    monkeypatch.setattr(jobs, "_start", start)
+
+
 def run_method_of_the_page() -> type:
     """Save nothing: the page's file is executed, and the method found as the folder's files are."""
     [code] = [block for block in blocks("python") if "FeatureDistiller" in block]
@@ -103,8 +114,8 @@ def test_the_commands_run_in_their_order(photographs, _downloads, monkeypatch, c
         ran.append(script)
     assert set(ran) == set(MAINS)
     printed = capsys.readouterr().out
-    assert "| folder | resnet20 | resnet8 | mean_map -b 10 |" in printed
-    assert "| folder | - | resnet18 | ce --init torchvision:resnet18 |" in printed
+    assert "| folder | resnet20 | resnet8 | mean_map --max_steps 1 -b 10 |" in printed
+    assert "| folder | - | resnet18 | ce --init torchvision:resnet18 --max_steps 1 |" in printed
     assert "which is new: 1000 classes there, 2 here" in printed
     assert all(Path(name).exists() for name in ("report.html", "figures/learning_curves.svg", "student.onnx"))
     predictions = [line for line in printed.splitlines() if line.startswith("photographs/val/")]
