@@ -89,20 +89,6 @@ def run_method_of_the_page() -> type:
     return namespace["MeanMap"]
 
 
-def in_process(monkeypatch) -> None:
-    """Have the jobs of a plan run in this process, where the page's method is known."""
-
-    class Finished:
-        def __init__(self, job, place, log):
-            script, *flags = job.command
-            MAINS[script](flags)
-
-        def wait(self) -> int:
-            return 0
-
-    monkeypatch.setattr(jobs, "_start", Finished)
-
-
 def test_the_commands_run_in_their_order(photographs, _downloads, monkeypatch, capsys):
     monkeypatch.setitem(distiller_zoo.DISTILLERS, "mean_map", run_method_of_the_page())
     in_process(monkeypatch)
