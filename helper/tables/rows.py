@@ -114,7 +114,7 @@ def read_result(folder: Path) -> dict[str, Any]:
 
 
 def _check(record: Mapping, name: str, path: Path, least=0, most=2**53, kinds=(int, float)) -> None:
-    value = record.get(name)
+    value: Any = record.get(name)
     if type(value) not in kinds or not math.isfinite(value) or not least <= value <= most:
         raise UserError(f"{path}: its {name} is {str(value)[:40]}")
 
