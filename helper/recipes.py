@@ -300,7 +300,7 @@ IMAGENET = (
         "ReviewKD ImageNet/README.md",
         _MOBILENET,
     ),
-    _imagenet("srrl", {"alpha": 0.0, "srrl_form": "map"}, "KD_SRRL, which has no KL term"),
+    _imagenet("srrl", {"alpha": 0.0, "beta": 1, "srrl_form": "map"}, "KD_SRRL, which has no KL term"),
 )
 
 _LSKD = "logit-standardization-KD README and logs/KD"
