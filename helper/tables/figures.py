@@ -31,7 +31,7 @@ EMBEDDED_IMAGES = 1000
 NAMED_CLASSES = 40
 #: Drawn where the page's own colour for text belongs.
 INK = "#010203"
-STYLE = {
+STYLE: dict[Any, Any] = {
     **dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), INK),
     "svg.fonttype": "none",
     "svg.hashsalt": "figure",
@@ -199,7 +199,7 @@ def accuracy_against_cost(rows: Sequence[Row], title: str = "") -> str | None:
             colour = COLOURS[number % len(COLOURS)]
             axes.scatter(*point, color=colour, marker=marker, alpha=0.7, label=plain(name))
 
-    labels = {
+    labels: dict[str, Any] = {
         "xlabel": "multiply-adds of one image (M); in brackets: parameters",
         "ylabel": "test accuracy (%), last epoch",
     }
