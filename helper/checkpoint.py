@@ -29,6 +29,7 @@ from models.checkpoints import (
     split_official_norm,
     weights_digest,
 )
+from models.preprocessing import TeacherView
 from models.wrappers import describe_wrapper, wrap
 
 #: More training images are a damaged number.
@@ -143,7 +144,12 @@ def rebuild(checkpoint: Mapping, source: str) -> tuple[Distiller, dict]:
         student = build_model(config["model_s"], num_classes)
         teacher = None
         if config.get("model_t"):
-            teacher = wrap(build_model(config["model_t"], num_classes), config.get("wrapper_t"), source)
+            known = data.get("teacher") or {}
+            teacher = build_model(config["model_t"], known.get("num_classes", num_classes))
+            teacher = wrap(teacher, config.get("wrapper_t"), source)
+            if config.get("teacher_image_size"):
+                same = (0.5,) * 3, (0.5,) * 3
+                teacher = TeacherView(teacher, *same, *same, config["teacher_image_size"])
         method = build_distiller(config, student, teacher, num_classes, data["image_size"], targets)
         weights = training["distiller"]
     load_weights(method, config["model_s"], weights, source)

@@ -11,12 +11,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from dataset import ImageData
 from errors import UserError
 from helper.checkpoint import contained, upgrade
 from helper.download import published_name, read_timm, read_torchvision
 from helper.fast import Fast
 from helper.recipes import PUBLISHED_TEACHERS
-from models.backbone import Backbone, Output
+from models.backbone import Backbone, Output, probe_shapes
 from models.checkpoints import (
     build_with,
     find_weights,
@@ -29,6 +30,7 @@ from models.checkpoints import (
 from models.classes import compare_classes
 from models.external import is_external
 from models.found import locate_weights, recorded_accuracy
+from models.preprocessing import TeacherView, read_preprocessing
 from models.wrappers import describe_wrapper
 
 #: How far, in points of accuracy, a teacher may be from its recorded or published accuracy.
@@ -201,16 +203,37 @@ class FrozenTeacher(nn.Module):
         return self.network.outputs(images, preact)
 
 
+def as_it_was_trained(source: Network, data: ImageData, image_size: int | None) -> TeacherView | None:
+    """The network behind a view that shows it the student's images in its own normalisation, and in its own size or
+    `image_size`; None where that is how the images are, or where nobody says what is its own."""
+    own = read_preprocessing(source.path)
+    if own is not None:
+        (mean, std), size, interpolation = (own.mean, own.std), own.image_size, own.interpolation
+    else:
+        record = source.record
+        mean, std = tuple(record.get("mean") or data.mean), tuple(record.get("std") or data.std)
+        size, interpolation = record.get("image_size") or data.image_size, "bilinear"
+    size = image_size or size
+    if (mean, std, size) == (tuple(data.mean), tuple(data.std), data.image_size):
+        return None
+    return TeacherView(source.network, data.mean, data.std, mean, std, size, interpolation)
+
+
 class Teacher:
     """A teacher as runs compute it: frozen, in the chosen precision and layout, its pass on whole batches compiled."""
 
-    def __init__(self, source: Network, image_size: int, fast: Fast, device: torch.device):
+    def __init__(self, source: Network, data: ImageData, image_size: int | None, fast: Fast, device: torch.device):
         self.source, self.fast, self.device = source, fast, device
-        self.network = source.network.eval().to(device)  # as its file holds it, for methods to read and copy parts from
-        self.frozen = FrozenTeacher(fast.prepare_teacher(self.network, image_size))
+        view = as_it_was_trained(source, data, image_size)
+        self.image_size = data.image_size if view is None else view.image_size
+        # As its file holds it, for methods to read shapes and copy parts from.
+        self.network = (source.network if view is None else view).eval().to(device)
+        probe_shapes(self.network, data.image_size)
+        self.frozen = FrozenTeacher(fast.prepare_teacher(self.network, data.image_size))
         self._compiled = fast.compiled(self.frozen.forward, outlives=True)
         self.accuracy: float | None = None  # (%), as measured on the test images
-        self.note = ""  # a line on what it is and how accurate
+        self.note = ""  # lines on what it is and how accurate
+        self.seen = "" if view is None else f"the teacher sees {self.image_size}x{self.image_size}, as it was trained"
 
     def __call__(self, images: Tensor, preact: bool, is_whole: bool) -> Output:
         """The outputs for images (B, 3, H, W) of a batch that may be whole."""

@@ -178,8 +178,7 @@ def prepare_teacher(source: Network | None, inputs: Inputs, config: Configuratio
     if source is None:
         return None
     data = inputs.data
-    probe_shapes(source.network.eval().to(inputs.device), data.image_size)
-    teacher = Teacher(source, data.image_size, Fast.of(config), inputs.device)
+    teacher = Teacher(source, data, config.teacher_image_size, Fast.of(config), inputs.device)
     if source.num_classes == data.num_classes:
         others = compare_classes(source.record.get("classes"), data.classes)
         if others is not None and not config.allow_teacher_gap:
@@ -193,7 +192,9 @@ def prepare_teacher(source: Network | None, inputs: Inputs, config: Configuratio
         )
     steps = source.record.get("max_steps")
     warning = f"warning: this teacher was trained for {steps} steps only (--max_steps)" if steps else ""
-    teacher.note = "\n".join(filter(None, (*source.notes, teacher.network.note, note, warning)))
+    teacher.note = "\n".join(
+        filter(None, (*source.notes, teacher.network.describe(data.image_size), teacher.seen, note, warning))
+    )
     return teacher
 
 
@@ -207,6 +208,8 @@ def prepared(opened: Opened, inputs: Inputs, teacher: Teacher | None) -> Iterato
         with ExitStack() as preparations:
             runs: list[Run] = []
             for config, label in zip(opened.configs, _labels(opened.configs), strict=True):
+                if teacher is not None and teacher.image_size != inputs.data.image_size:
+                    config = config.replace("teacher's weights", teacher_image_size=teacher.image_size)
                 folder = _open_folder(config, preparations)
                 folders.callback(folder.close)
                 folder.label = f"[{label}] " if len(opened.configs) > 1 else ""
@@ -531,6 +534,7 @@ class Run:
         if self.teacher is not None:
             source = self.teacher.source
             teacher = {"name": source.name, "digest": source.digest, "accuracy": self.teacher.accuracy}
+            teacher["num_classes"] = source.num_classes
         known = {"accuracy": accuracy, "epoch": self.epoch, "teacher": teacher, "max_steps": self.config.max_steps}
         return make_checkpoint(self.method, self.config, data_record(self.data), {}, **known)
 

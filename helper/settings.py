@@ -123,6 +123,14 @@ SETTINGS: tuple[Setting, ...] = (
         shared=True,
     ),
     Setting(
+        ("--teacher_image_size",),
+        _image_size,
+        None,
+        "resolution at which the teacher sees the images; default: the one that its weights were trained with",
+        group=TEACHER,
+        shared=True,
+    ),
+    Setting(
         ("--init",),
         _path,
         None,

@@ -24,6 +24,7 @@ from dataset.decoding import (
 )
 from errors import UserError
 from tests.test_stored_images import CPU, write_images
+from tests.test_stored_images import fit as square
 
 
 def encoded(image: Image.Image, kind: str = "PNG", **options) -> bytes:
@@ -193,3 +194,24 @@ def test_streams_of_random_numbers_have_seeds_of_their_own():
     seeds += [epoch_seed(1, 2, *numbers, stream="crops") for numbers in ((), (0,), (0, 0))]
     assert len(set(seeds)) == len(seeds)
     assert epoch_seed(1, 2) == int(numpy.random.SeedSequence((1, 2)).generate_state(1)[0]), "the order of all versions"
+
+
+def test_usual_formats_and_modes_are_read(tmp_path):
+    image = Image.fromarray(numpy.full((9, 9, 3), 200, numpy.uint8))
+    for name in ("a.bmp", "a.tif", "a.png", "a.webp"):
+        image.save(tmp_path / name)
+        assert (square(tmp_path / name, 9).float() - 200).abs().max() <= 2
+    for mode, kind in (("L", "png"), ("LA", "png"), ("RGBA", "png"), ("P", "png"), ("CMYK", "jpeg"), ("1", "png")):
+        seen = image.convert(mode)
+        seen.save(tmp_path / f"b.{kind}", **({"transparency": bytes([255] * 256)} if mode == "P" else {}))
+        expected = 255 if mode == "1" else 200
+        shown = square(tmp_path / f"b.{kind}", 9).float()
+        assert shown.shape == (3, 9, 9) and (shown.mean() - expected).abs() <= (55 if mode == "1" else 8), mode
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.tif"])
+def test_greys_of_16_bits_are_scaled_to_8(tmp_path, name):
+    greys = numpy.arange(0, 2**16, 2**6, dtype=numpy.uint16).reshape(32, 32)
+    Image.fromarray(greys).save(tmp_path / name)
+    expected = torch.from_numpy((greys >> 8).astype(numpy.uint8)).expand(3, -1, -1)
+    assert torch.equal(square(tmp_path / name, 32), expected)

@@ -9,13 +9,17 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from crd.negatives import NegativeSampler
 from dataset import Augmentation, ImageData, Images, views
 from distiller_zoo import DISTILLERS, Progress
+from helper.command_line import resolve
 from helper.loops import Training, step
 from helper.networks import FrozenTeacher
 from tests.conftest import pair_networks
-from tests.distiller_zoo.test_every_pair import CLASSES, CONFIG, build, with_statistics
+from tests.distiller_zoo.test_every_pair import BATCH, CLASSES, build, with_statistics
 from tests.stages import StageRun, train_epoch
 
-__all__ = ["data"]  # a fixture
+CONFIG = resolve(
+    {"distill": "ce", "model_s": "resnet8", "batch_size": BATCH, "learning_rate": 0.01, "lr_decay_epochs": (150,)}
+)
+
 CUDA = torch.device("cuda:0")
 
 
