@@ -223,6 +223,7 @@ def prepared(opened: Opened, inputs: Inputs, teacher: Teacher | None) -> Iterato
                 if config.folder is not None:
                     run.restore()
                     _record_changes(run)
+                folders.callback(run.close)
                 runs.append(run)
         yield runs
 
@@ -401,6 +402,10 @@ class Run:
             self.error = error
             with suppress(UserError):  # a full disk
                 (self.folder.log_quietly if self._alone else self.folder.log)(f"failed: {error}")
+
+    def close(self) -> None:
+        """Let go of the other processes."""
+        self.training.replica.close()
 
     # Where the run is.
 
