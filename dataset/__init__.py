@@ -1,5 +1,7 @@
 """The data sets by name, in memory or read from a disk; a batch is always (images, targets, index)."""
 
+from dataset.folders import is_image_folder
+from dataset.identity import data_changes, data_digest, data_identity
 from dataset.images import Augmentation, ImageData, Images, hold_out
 from dataset.loader import Batch, Loader
 from dataset.prediction import read_normalised
@@ -17,8 +19,12 @@ __all__ = [
     "Images",
     "Loader",
     "StreamedImages",
+    "data_changes",
+    "data_digest",
+    "data_identity",
     "epoch_seed",
     "hold_out",
+    "is_image_folder",
     "load_data",
     "read_normalised",
 ]

@@ -63,6 +63,13 @@ class Place(NamedTuple):
     offset: int = 0
     size: int | None = None
 
+    def count_bytes(self) -> int:
+        """How many bytes the image has; 0 where there is none."""
+        try:
+            return os.stat(self.path).st_size if self.size is None else self.size
+        except OSError:
+            return 0
+
     def read(self) -> bytes:
         """The encoded image; raises `BrokenImage`."""
         try:
@@ -84,6 +91,7 @@ class Centre(NamedTuple):
     background: tuple[int, int, int] = WHITE  # under transparency
 
     views = 1
+    alone = False
 
     def boxes(self, width: int, height: int, sample: int) -> list[Box]:
         """What is shown of an image of this size, in its pixels, for each view."""
@@ -105,6 +113,8 @@ class RandomCrops(NamedTuple):
     views: int
     scale: tuple[float, float]  # share of the image's area
     background: tuple[int, int, int] = WHITE
+
+    alone = True  # cut out before they are resized
 
     def boxes(self, width: int, height: int, sample: int) -> list[Box]:
         """A box of whole pixels for each view."""
@@ -183,7 +193,7 @@ def _views(image: Image.Image, crop: Crop, sample: int) -> list[numpy.ndarray]:
         image.load()
         image = ImageOps.exif_transpose(image)
     image = convert_to_rgb(image, crop.background)
-    return [_cut_out(image, [edge / factor for edge in box], crop.size) for box in boxes]
+    return [_cut_out(image, [edge / factor for edge in box], crop.size, crop.alone) for box in boxes]
 
 
 def _orientation(image: Image.Image) -> int:
@@ -204,16 +214,17 @@ def _decode_reduced(image: Image.Image, boxes: list[Box], size: int) -> int:
     return round(width / image.size[0])
 
 
-def _cut_out(image: Image.Image, box: list[float], size: int) -> numpy.ndarray:
-    """A part of an image, resized: bytes (size, size, 3)."""
+def _cut_out(image: Image.Image, box: list[float], size: int, alone: bool) -> numpy.ndarray:
+    """A part of an image, resized: bytes (size, size, 3). What lies around it does not show in its edges if `alone`."""
     width, height = image.size
-    left, top, right, bottom = max(box[0], 0), max(box[1], 0), min(box[2], width), min(box[3], height)
-    if all(edge == int(edge) for edge in (left, top, right, bottom)):
-        # A crop of whole pixels ends there: what lies around it does not show in its edges.
-        image = image.crop((int(left), int(top), int(right), int(bottom)))
-        left, top, (right, bottom) = 0, 0, image.size
-    if (left, top, right, bottom) != (0, 0, size, size) or image.size != (size, size):
-        image = image.resize((size, size), Image.Resampling.BILINEAR, (left, top, right, bottom))
+    box = (max(box[0], 0), max(box[1], 0), min(box[2], width), min(box[3], height))
+    if alone and all(edge == int(edge) for edge in box):
+        image = image.crop(tuple(int(edge) for edge in box))
+        box = (0, 0, *image.size)
+    if box != (0, 0, size, size):
+        image = image.resize((size, size), Image.Resampling.BILINEAR, box)
+    elif image.size != (size, size):
+        image = image.crop(box)
     return numpy.asarray(image)
 
 

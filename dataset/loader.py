@@ -91,7 +91,7 @@ class Loader:
             else:
                 shown = self._augmented(views, [draw.of(index) for draw in draws], epoch, number)
                 pixels = torch.cat(shown) if len(shown) > 1 else shown[0]
-            images = pixels.to(torch.float32, memory_format=torch.contiguous_format).mul_(self._scale).add_(self._shift)
+            images = pixels.float().mul_(self._scale).add_(self._shift)
             batch = Batch(images, self.images.targets[index], index, len(whole))
             yield batch.parts(self.world_size)[self.rank] if self._draws_for_whole_batches() else batch
 

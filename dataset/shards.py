@@ -51,6 +51,9 @@ class Shards:
         offset, size = self.places[sample].tolist()
         return Place(os.fsencode(self.paths[self.shard[sample]]), offset, size)
 
+    def label_of(self, sample: int) -> bytes:
+        return bytes(self.keys[sample])
+
 
 def find_shards(folder: str) -> list[list[Path]]:
     """The shards of training and of test images in a folder or its sub-folders; empty where a split has none.

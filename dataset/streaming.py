@@ -54,6 +54,9 @@ class Source(Protocol):
     def place_of(self, sample: int) -> Place:
         """Where its bytes are."""
 
+    def label_of(self, sample: int) -> bytes:
+        """Its name wherever the data set is."""
+
 
 class Files:
     """Images in files below one folder."""
@@ -68,6 +71,9 @@ class Files:
 
     def place_of(self, sample: int) -> Place:
         return Place(os.path.join(os.fsencode(self.root), bytes(self.names[sample])))
+
+    def label_of(self, sample: int) -> bytes:
+        return bytes(self.names[sample])
 
 
 class StreamedImages:
@@ -95,6 +101,11 @@ class StreamedImages:
         """What messages call the image."""
         return self.source.name_of(int(self._numbers[sample]))
 
+    def stamp(self, sample: int, with_size: bool = True) -> bytes:
+        """Name and, if asked for, size in bytes of an image's file: what changes when it is exchanged."""
+        size = self._place(sample).count_bytes() if with_size else -1
+        return self.source.label_of(int(self._numbers[sample])) + b"\0%d\0" % size
+
     @property
     def unreadable(self) -> dict[str, str]:
         """Why, by name, for each image of the split that turned out unreadable so far."""
@@ -105,9 +116,8 @@ class StreamedImages:
     ) -> Iterator[tuple[Tensor, list[Tensor]]]:
         """Sample indices of the batches -> (indices (B,), pixels (B, 3, H, W) of each view, or one for all).
 
-        The pixels of a batch are valid until the next one is asked for. An image that cannot be read is named and left
-        out; with `fill` the next one of the batch takes its place. Raises `UserError` where there are more of them than
-        allowed.
+        An image that cannot be read is named and left out; with `fill` the next one of the batch takes its place.
+        Raises `UserError` where there are more of them than allowed.
         """
         device = self.targets.device
         for index, rows, broken in self._batches([part.cpu() for part in parts], crops):
@@ -121,7 +131,9 @@ class StreamedImages:
             views = rows.permute(0, 1, 4, 2, 3).unbind(0)
             if device.type == "cuda":
                 index, views = index.pin_memory(), [view.pin_memory() for view in views]
-            yield index.to(device, non_blocking=True), [view.to(device, non_blocking=True) for view in views]
+                views = [view.to(device, non_blocking=True) for view in views]
+            # The memory behind it is the workers' again when the next batch is asked for.
+            yield index.to(device, non_blocking=True), [view.to(device).contiguous() for view in views]
 
     def pixels(self) -> tuple[Tensor, dict[int, str]]:
         """All images in memory, (n, 3, H, W) bytes, and why, by sample, for each that cannot be read (it is black)."""

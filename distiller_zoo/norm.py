@@ -277,5 +277,8 @@ class FTBaseline(NORM):
     )
     needs = {}
 
+    def needs_teacher_logits(self):
+        return False
+
     def losses(self, student, teacher, targets, index, progress):
         return weighted_cross_entropy(self.gamma, standardise_logits(student.logits, self.scale), targets)

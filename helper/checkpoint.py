@@ -22,15 +22,14 @@ from models import build_model
 from models.backbone import Backbone
 from models.checkpoints import (
     Weights,
-    count_classes,
+    build_with,
     find_weights,
     identify,
     load_weights,
-    name_for,
-    rename_for,
     split_official_norm,
     weights_digest,
 )
+from models.preprocessing import TeacherView
 from models.wrappers import describe_wrapper, wrap
 
 #: More training images are a damaged number.
@@ -90,7 +89,7 @@ def network_of(method: Distiller) -> tuple[Weights, dict]:
         key: own[key] if key in own and own[key].shape == value.shape and torch.equal(own[key], value) else value
         for key, value in network.state_dict().items()
     }
-    record = {"num_classes": network.get_classifier().out_features, "wrapper": describe_wrapper(network)}
+    record = {"num_classes": network.num_classes, "wrapper": describe_wrapper(network)}
     return weights, record | {"digest": weights_digest(weights)}
 
 
@@ -145,7 +144,12 @@ def rebuild(checkpoint: Mapping, source: str) -> tuple[Distiller, dict]:
         student = build_model(config["model_s"], num_classes)
         teacher = None
         if config.get("model_t"):
-            teacher = wrap(build_model(config["model_t"], num_classes), config.get("wrapper_t"), source)
+            known = data.get("teacher") or {}
+            teacher = build_model(config["model_t"], known.get("num_classes", num_classes))
+            teacher = wrap(teacher, config.get("wrapper_t"), source)
+            if config.get("teacher_image_size"):
+                same = (0.5,) * 3, (0.5,) * 3
+                teacher = TeacherView(teacher, *same, *same, config["teacher_image_size"])
         method = build_distiller(config, student, teacher, num_classes, data["image_size"], targets)
         weights = training["distiller"]
     load_weights(method, config["model_s"], weights, source)
@@ -159,11 +163,8 @@ def rebuild_official(checkpoint: Mapping, source: str, model_s: str | None, ft: 
     """
     network_weights, transform_weights = split_official_norm(find_weights(checkpoint, source))
     name = model_s or _recognise(network_weights, bool(transform_weights), source)
-    network_weights = name_for(name, network_weights)
-    num_classes = count_classes(build_model(name, 1), rename_for(name, network_weights)) or 1
-    network = build_model(name, num_classes)
-    load_weights(network, name, network_weights, source)
-    task = Task(num_classes, 32, 2, torch.zeros(1, dtype=torch.int64))
+    network, _ = build_with(name, network_weights, source)
+    task = Task(network.num_classes, 32, 2, torch.zeros(1, dtype=torch.int64))
     if not transform_weights:
         return CrossEntropy(network, None, task).eval(), name
     method = FTBaseline(network, None, task, ft=ft)

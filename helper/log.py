@@ -32,9 +32,9 @@ def describe_method(distiller: Distiller, stages: Sequence[Stage], model_name: s
     """What the student costs, what is trained in each stage, and what is shipped beside the student."""
     student = distiller.student
     trained = [f"{count_parameters(nn.ModuleList(stage.trained)):,} parameters in {stage.name}" for stage in stages]
-    note = distiller.export_note()
+    note, about = distiller.export_note(), student.describe(image_size)
     return (
-        (f"{student.note}\n" if student.note else "") + f"{model_name}: {count_parameters(student):,} parameters, "
+        (f"{about}\n" if about else "") + f"{model_name}: {count_parameters(student):,} parameters, "
         f"{count_multiply_adds(student, image_size) / 1e6:.1f} M multiply-adds; trained: {', then '.join(trained)}"
         + (f"; to be shipped: {note}" if note else "")
         + "".join(f"\n{line}" for line in distiller.notes())

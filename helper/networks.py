@@ -3,7 +3,7 @@
 import copy
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -11,25 +11,26 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from dataset import ImageData
 from errors import UserError
 from helper.checkpoint import contained, upgrade
+from helper.download import published_name, read_timm, read_torchvision
 from helper.fast import Fast
-from helper.pretrained import published_name, read_timm, read_torchvision
 from helper.recipes import PUBLISHED_TEACHERS
-from models import build_model
-from models.backbone import Backbone, Output
+from models.backbone import Backbone, Output, probe_shapes
 from models.checkpoints import (
-    count_classes,
+    build_with,
     find_weights,
+    identify,
     load_exported,
     load_initial,
-    load_weights,
-    name_for,
     read_checkpoint,
-    rename_for,
     weights_digest,
 )
+from models.classes import compare_classes
 from models.external import is_external
+from models.found import locate_weights, recorded_accuracy
+from models.preprocessing import TeacherView, read_preprocessing
 from models.wrappers import describe_wrapper
 
 #: How far, in points of accuracy, a teacher may be from its recorded or published accuracy.
@@ -50,6 +51,7 @@ class Network(NamedTuple):
     accuracy: float | None = None
     digest: str = ""
     record: Mapping[str, Any] = MappingProxyType({})  # everything that the file says
+    notes: Sequence[str] = ()  # what was chosen or converted in reading it
 
     def settings_as_teacher(self) -> dict[str, Any]:
         """The settings that this network decides where it teaches: what it is, and its data set."""
@@ -64,19 +66,19 @@ class Network(NamedTuple):
         }
 
 
-def read_teacher(path: str, model_t: str | None) -> Network:
+def read_teacher(path: str, model_t: str | None, ema: bool = False) -> Network:
     """What `--path_t` and `--model_t` name."""
-    return read_network(path, model_t, "--path_t", "--model_t")
+    return read_network(path, model_t, "--path_t", "--model_t", ema)
 
 
-def read_initial(source: str, model_s: str | None) -> Network:
+def read_initial(source: str, model_s: str | None, ema: bool = False) -> Network:
     """What `--init` names."""
-    return read_network(source, model_s, INIT, INIT_NAME)
+    return read_network(source, model_s, INIT, INIT_NAME, ema)
 
 
-def read_network(path: str, name: str | None, flag: str, name_flag: str) -> Network:
-    """Read a run's checkpoint, an exported network, plain weights such as RepDistiller's, or published weights by name,
-    `torchvision:NAME` or `timm:NAME`.
+def read_network(path: str, name: str | None, flag: str, name_flag: str, ema: bool = False) -> Network:
+    """Read a run's checkpoint, an exported network, weights of any other code (of which `ema` takes the moving
+    average), or published weights by name, `torchvision:NAME` or `timm:NAME`.
 
     `name` is the model's, where it is known. Raises `UserError`, naming `flag`, or `name_flag` where that would help.
     """
@@ -86,17 +88,17 @@ def read_network(path: str, name: str | None, flag: str, name_flag: str) -> Netw
     source = f"{flag}: {path}"
     checkpoint = upgrade(read_checkpoint(path, flag), source)
     with contained(f"{source} cannot be used"):
-        if "record" in checkpoint or "model_name" in checkpoint:
+        notes: list[str] = []
+        if not ema and ("record" in checkpoint or "model_name" in checkpoint):
             network, record = load_exported(checkpoint, source)
             found = record["model_name"]
         else:
-            found = name or _name_from_folder(path, name_flag)
-            network, record = _read_foreign(path, source, found, checkpoint)
-        _check_record(record)
+            found, network, record, notes = _read_foreign(path, source, name, name_flag, checkpoint, ema)
     if name not in (None, found):
         raise UserError(f"{source} holds another architecture, {found}, than {name_flag} {name}")
     known: dict[str, Any] = {key: record.get(key) for key in ("dataset", "data", "image_size", "accuracy")}
-    return _with_digest(Network(path, found, network, network.get_classifier().out_features, record=record, **known))
+    notes = [f"{path}: {note}" for note in notes]
+    return _with_digest(Network(path, found, network, network.num_classes, record=record, notes=notes, **known))
 
 
 def _with_digest(network: Network) -> Network:
@@ -112,33 +114,26 @@ def naming(flag: str) -> Iterator[None]:
         raise UserError(f"{flag}: {error}") from None
 
 
-def _check_record(record: Mapping[str, Any]) -> None:
-    """Raise `ValueError` where what a file says of its network is of the wrong kind."""
-    kinds = {"dataset": str, "data": str, "image_size": int, "accuracy": float}
-    for name, kind in kinds.items():
-        value = record.get(name)
-        if value is not None and (
-            type(value) is not kind or "\0" in str(value) or (kind is not str and not value >= 0)
-        ):
-            raise ValueError(f"its {name} is {str(value)[:40]}")
-    if not 8 <= (record.get("image_size") or 32) <= 10_000:
-        raise ValueError(f"its image_size is {record['image_size']}")
-
-
-def _read_foreign(path: str, source: str, name: str, checkpoint: Mapping[str, Any]) -> tuple[Backbone, dict[str, Any]]:
-    weights = name_for(name, find_weights(checkpoint, source))
-    probe = build_model(name, 1)
-    num_classes = count_classes(probe, rename_for(name, weights)) or 1
-    network = build_model(name, num_classes)
-    load_weights(network, name, weights, source)
+def _read_foreign(
+    path: str, source: str, name: str | None, name_flag: str, checkpoint: Mapping[str, Any], ema: bool
+) -> tuple[str, Backbone, dict[str, Any], list[str]]:
+    """Weights of another code -> (the model's name, the network, what is known of it, what was converted)."""
+    weights, notes = locate_weights(checkpoint, source, ema)
+    name = name or _folder_model(path)
+    if name is None:
+        fitting = identify(weights)
+        if len(fitting) != 1:
+            raise UserError(f"{name_flag}: {path} does not say which model it holds; name it")
+        name, notes = fitting[0], [*notes, f"it is recognised as {fitting[0]} by its weights"]
+    network, more = build_with(name, weights, source)
     # RepDistiller's files do not name their data set; the ones with 100 classes are CIFAR-100's.
-    record: dict[str, Any] = {"dataset": "cifar100" if num_classes == 100 else None}
+    record: dict[str, Any] = {"dataset": "cifar100" if network.num_classes == 100 else None}
     published = PUBLISHED_TEACHERS.get((record["dataset"], name))
-    recorded = checkpoint.get("accuracy", checkpoint.get("best_acc"))
+    recorded, converted = recorded_accuracy(checkpoint)
     # Only in RepDistiller's folder is it the published file; elsewhere it may be somebody's own.
     is_published = published is not None and (recorded is None or _folder_model(path) == name)
-    record["accuracy"] = published if is_published else None if recorded is None else float(recorded)
-    return network, record
+    record["accuracy"] = published if is_published else recorded
+    return name, network, record, [*notes, *more, *converted]
 
 
 def _read_published(source: str, model: str | None, name_flag: str) -> Network:
@@ -151,18 +146,9 @@ def _read_published(source: str, model: str | None, name_flag: str) -> Network:
     else:
         checkpoint, record = read_torchvision(weights_name)
         name = model or name
-        weights = name_for(name, find_weights(checkpoint, source))
-        network = build_model(name, count_classes(build_model(name, 1), weights) or 1)
-        load_weights(network, name, weights, source)
+        network, _ = build_with(name, find_weights(checkpoint, source), source)
     known: dict[str, Any] = {key: record.get(key) for key in ("dataset", "image_size", "accuracy")}
-    return Network(source, name, network, network.get_classifier().out_features, record=record, **known)
-
-
-def _name_from_folder(path: str, name_flag: str) -> str:
-    name = _folder_model(path)
-    if name is None:
-        raise UserError(f"{name_flag}: {path} does not say which model it holds; name it")
-    return name
+    return Network(source, name, network, network.num_classes, record=record, **known)
 
 
 def _folder_model(path: str) -> str | None:
@@ -180,14 +166,18 @@ def name_of_published(source: str) -> str:
         return published_name(source)
 
 
-def start_from(initial: Network, student: Backbone, model_s: str, num_classes: int, dataset: str) -> str:
-    """Give a new network its initial weights; returns a line on what was taken."""
-    takes_classifier = load_initial(student, model_s, initial.network, f"{INIT}: {initial.path}")
-    new = f" but the classifier's, which is new: {initial.num_classes} classes there, {num_classes} here"
-    return (
+def start_from(initial: Network, student: Backbone, model_s: str, classes: Sequence[str], dataset: str) -> str:
+    """Give a new network its initial weights; returns lines on what was taken."""
+    others = compare_classes(initial.record.get("classes"), classes)
+    source = f"{INIT}: {initial.path}"
+    takes_classifier = load_initial(student, model_s, initial.network, source, same_classes=others is None)
+    counts = f"{initial.num_classes} classes there, {len(classes)} here"
+    new = f" but the classifier's, which is new: {others or counts}"
+    line = (
         f"{INIT} {initial.path}: all weights{'' if takes_classifier else new}; images are normalised with the mean and "
         f"deviation of {dataset}, whatever these weights were trained with"
     )
+    return "\n".join([*initial.notes, line])
 
 
 # The teacher of a run.
@@ -213,16 +203,37 @@ class FrozenTeacher(nn.Module):
         return self.network.outputs(images, preact)
 
 
+def as_it_was_trained(source: Network, data: ImageData, image_size: int | None) -> TeacherView | None:
+    """The network behind a view that shows it the student's images in its own normalisation, and in its own size or
+    `image_size`; None where that is how the images are, or where nobody says what is its own."""
+    own = read_preprocessing(source.path)
+    if own is not None:
+        (mean, std), size, interpolation = (own.mean, own.std), own.image_size, own.interpolation
+    else:
+        record = source.record
+        mean, std = tuple(record.get("mean") or data.mean), tuple(record.get("std") or data.std)
+        size, interpolation = record.get("image_size") or data.image_size, "bilinear"
+    size = image_size or size
+    if (mean, std, size) == (tuple(data.mean), tuple(data.std), data.image_size):
+        return None
+    return TeacherView(source.network, data.mean, data.std, mean, std, size, interpolation)
+
+
 class Teacher:
     """A teacher as runs compute it: frozen, in the chosen precision and layout, its pass on whole batches compiled."""
 
-    def __init__(self, source: Network, image_size: int, fast: Fast, device: torch.device):
+    def __init__(self, source: Network, data: ImageData, image_size: int | None, fast: Fast, device: torch.device):
         self.source, self.fast, self.device = source, fast, device
-        self.network = source.network.eval().to(device)  # as its file holds it, for methods to read and copy parts from
-        self.frozen = FrozenTeacher(fast.prepare_teacher(self.network, image_size))
+        view = as_it_was_trained(source, data, image_size)
+        self.image_size = data.image_size if view is None else view.image_size
+        # As its file holds it, for methods to read shapes and copy parts from.
+        self.network = (source.network if view is None else view).eval().to(device)
+        probe_shapes(self.network, data.image_size)
+        self.frozen = FrozenTeacher(fast.prepare_teacher(self.network, data.image_size))
         self._compiled = fast.compiled(self.frozen.forward, outlives=True)
         self.accuracy: float | None = None  # (%), as measured on the test images
-        self.note = ""  # a line on what it is and how accurate
+        self.note = ""  # lines on what it is and how accurate
+        self.seen = "" if view is None else f"the teacher sees {self.image_size}x{self.image_size}, as it was trained"
 
     def __call__(self, images: Tensor, preact: bool, is_whole: bool) -> Output:
         """The outputs for images (B, 3, H, W) of a batch that may be whole."""

@@ -261,6 +261,9 @@ IMAGENET = (
         "sskd",
         {
             "gamma": 1.0,
+            "alpha": 0.9,
+            "tf_weight": 2.7,
+            "ss_weight": 10.0,
             "init_epochs": 30,
             "init_learning_rate": 0.1,
             "init_milestones": (1 / 3, 2 / 3),

@@ -66,6 +66,7 @@ from helper.signals import StopRequest
 from models import build_model
 from models.backbone import probe_shapes
 from models.checkpoints import load_weights
+from models.classes import compare_classes
 from models.cost import count_parameters
 from models.external import is_external
 from models.synchronised import synchronise
@@ -92,12 +93,13 @@ def open_runs(given: Given) -> Opened:
     folder = given.resume if given.resume not in (None, command_line.LATEST) else None
     stored = by_main(lambda: _read_settings(folder) if folder else {})
     first = stored | given.runs[0]
+    ema = first.get("ema", False)
     path, *_ = [command_line.teacher_of(stored | run) for run in given.runs]
-    teacher = None if path is None else main_first(lambda: read_teacher(path, first.get("model_t")))
+    teacher = None if path is None else main_first(lambda: read_teacher(path, first.get("model_t"), ema))
     of_teacher = {} if teacher is None else teacher.settings_as_teacher()
     source, initial, of_initial = None if folder else first.get("init"), None, {}
     if source is not None and "model_s" not in first:
-        initial = None if is_external(source) else main_first(lambda: read_initial(source, None))
+        initial = None if is_external(source) else main_first(lambda: read_initial(source, None, ema))
         of_initial = {"model_s": name_of_published(source) if initial is None else initial.name}
 
     def resolve(run: Mapping[str, Any]) -> Configuration:
@@ -108,7 +110,7 @@ def open_runs(given: Given) -> Opened:
     configs = by_main(lambda: command_line.share_order([resolve(run) for run in given.runs], given))
     check_shared(configs)
     if source is not None and any(config.folder is None for config in configs):
-        initial = initial or main_first(lambda: read_initial(source, configs[0].model_s))
+        initial = initial or main_first(lambda: read_initial(source, configs[0].model_s, ema))
         found = {"init_digest": initial.digest}
         configs = [config if config.folder else config.replace("initial weights", **found) for config in configs]
     return Opened(configs, teacher, initial)
@@ -176,19 +178,23 @@ def prepare_teacher(source: Network | None, inputs: Inputs, config: Configuratio
     if source is None:
         return None
     data = inputs.data
-    if source.num_classes != data.num_classes:
-        raise UserError(
-            f"--path_t: the teacher has {source.num_classes} classes, but --dataset {data.name} has "
-            f"{data.num_classes}; use a teacher of this data set"
+    teacher = Teacher(source, data, config.teacher_image_size, Fast.of(config), inputs.device)
+    if source.num_classes == data.num_classes:
+        others = compare_classes(source.record.get("classes"), data.classes)
+        if others is not None and not config.allow_teacher_gap:
+            raise UserError(f"--path_t: {others}; use the data that the teacher knows, or --allow_teacher_gap")
+        measured = evaluate(teacher.predict, inputs.test_loader, "checking the teacher")
+        teacher.accuracy = measured["test_accuracy"]
+        note = check_accuracy(source, data.name, teacher.accuracy, config.allow_teacher_gap)
+    else:
+        note = (
+            f"teacher {source.name}: its {source.num_classes} classes are not those of the data; its maps alone teach"
         )
-    probe_shapes(source.network.eval().to(inputs.device), data.image_size)
-    teacher = Teacher(source, data.image_size, Fast.of(config), inputs.device)
-    measured = evaluate(teacher.predict, inputs.test_loader, "checking the teacher")
-    teacher.accuracy = measured["test_accuracy"]
-    note = check_accuracy(source, data.name, teacher.accuracy, config.allow_teacher_gap)
     steps = source.record.get("max_steps")
     warning = f"warning: this teacher was trained for {steps} steps only (--max_steps)" if steps else ""
-    teacher.note = "\n".join(filter(None, (teacher.network.note, note, warning)))
+    teacher.note = "\n".join(
+        filter(None, (*source.notes, teacher.network.describe(data.image_size), teacher.seen, note, warning))
+    )
     return teacher
 
 
@@ -202,6 +208,8 @@ def prepared(opened: Opened, inputs: Inputs, teacher: Teacher | None) -> Iterato
         with ExitStack() as preparations:
             runs: list[Run] = []
             for config, label in zip(opened.configs, _labels(opened.configs), strict=True):
+                if teacher is not None and teacher.image_size != inputs.data.image_size:
+                    config = config.replace("teacher's weights", teacher_image_size=teacher.image_size)
                 folder = _open_folder(config, preparations)
                 folders.callback(folder.close)
                 folder.label = f"[{label}] " if len(opened.configs) > 1 else ""
@@ -286,11 +294,11 @@ def train(runs: Sequence["Run"], teacher: Teacher | None) -> list[dict]:
 
             def after_step(number: int, group=group) -> None:
                 """Save within an epoch where that is due, or before the runs stop."""
-                stopping = stop.heard_by_any() is not None
+                heard = stop.heard_by_any()  # once: a signal that comes during the saves waits for the next step
                 for run in group:
                     with run.own_turn():
-                        run.save_within_epoch(number, stopping)
-                _stop_if(stop, runs)
+                        run.save_within_epoch(number, stopping=heard is not None)
+                _stop_if(heard, runs)
 
             try:
                 train_epoch(group, teacher, stop.finishing, after_step)
@@ -299,13 +307,13 @@ def train(runs: Sequence["Run"], teacher: Teacher | None) -> list[dict]:
                     run.fail(error)
                 if count_processes() > 1:
                     raise
-            _stop_if(stop, runs)
+            _stop_if(stop.heard_by_any(), runs)
     _raise_failures(runs)
     return [run.result for run in runs if run.result is not None]
 
 
-def _stop_if(stop: StopRequest, runs: Sequence["Run"]) -> None:
-    number = stop.heard_by_any()
+def _stop_if(number: int | None, runs: Sequence["Run"]) -> None:
+    """End the runs, which are saved, where a signal was heard."""
     if number is not None:
         paths = ", ".join(str(run.folder.path) for run in runs if run.result is None)
         if paths:
@@ -339,7 +347,7 @@ class Run:
         student = build_model(config.model_s, self.data.num_classes)
         probe_shapes(student, self.data.image_size)
         if initial is not None and config.folder is None:
-            folder.log(start_from(initial, student, config.model_s, self.data.num_classes, config.dataset))
+            folder.log(start_from(initial, student, config.model_s, self.data.classes, config.dataset))
         self.method = build_distiller(
             config,
             student,
@@ -521,6 +529,7 @@ class Run:
         if self.teacher is not None:
             source = self.teacher.source
             teacher = {"name": source.name, "digest": source.digest, "accuracy": self.teacher.accuracy}
+            teacher["num_classes"] = source.num_classes
         known = {"accuracy": accuracy, "epoch": self.epoch, "teacher": teacher, "max_steps": self.config.max_steps}
         return make_checkpoint(self.method, self.config, data_record(self.data), {}, **known)
 

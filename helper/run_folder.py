@@ -18,7 +18,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from errors import UserError
-from models.checkpoints import read_checkpoint
+from models.files import DamagedFile, read_checkpoint
 
 CONFIG, METRICS, RESULT, LOG = "config.json", "metrics.jsonl", "result.json", "log.txt"
 LAST, BEST = "last.pth", "best.pth"
@@ -56,17 +56,6 @@ def writing(path: str | os.PathLike) -> Iterator[None]:
         is_full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, None)
         way_out = "make room, then resume" if is_full else "name another place"
         raise UserError(f"{path} cannot be written: {error.strerror or error}; {way_out}") from None
-
-
-@contextmanager
-def reading(path: str | os.PathLike) -> Iterator[None]:
-    """Name the file that the system refuses to read, in a `UserError`: it is not damaged."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(
-            f"--resume: {path} cannot be read: {error.strerror or error}; repair that and try again"
-        ) from None
 
 
 def _flush(path: str | os.PathLike) -> None:
@@ -205,12 +194,9 @@ class RunFolder:
         for name in (LAST, PREVIOUS):
             if not (self.path / name).exists():
                 continue
-            with reading(self.path / name), open(self.path / name, "rb") as file:
-                while file.read(1 << 24):
-                    pass
             try:
                 checkpoint = read_checkpoint(self.path / name, "--resume")
-            except UserError as error:
+            except DamagedFile as error:  # what the system refuses to read is not damaged, and ends the script
                 refusals.append(str(error))
                 continue
             if name == PREVIOUS:

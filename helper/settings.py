@@ -123,6 +123,14 @@ SETTINGS: tuple[Setting, ...] = (
         shared=True,
     ),
     Setting(
+        ("--teacher_image_size",),
+        _image_size,
+        None,
+        "resolution at which the teacher sees the images; default: the one that its weights were trained with",
+        group=TEACHER,
+        shared=True,
+    ),
+    Setting(
         ("--init",),
         _path,
         None,
@@ -130,6 +138,15 @@ SETTINGS: tuple[Setting, ...] = (
         "differs, the classifier is new. The model name may be omitted",
         group=INITIAL,
         metavar="SOURCE",
+        shared=True,
+    ),
+    Setting(
+        ("--ema",),
+        bool,
+        False,
+        "take the moving average (EMA) of the weights where the file of a teacher or of initial weights holds both",
+        group=INITIAL,
+        identity="none",  # the digests say which weights
         shared=True,
     ),
     Setting(

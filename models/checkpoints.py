@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from errors import UserError
 from models import build_model, imagenet_model_dict, model_dict
-from models.backbone import Backbone
+from models.backbone import Backbone, Wrapper
 from models.external import is_external
 from models.files import read_checkpoint as read_checkpoint  # also found here
 from models.found import Found, Weights, locate_weights
@@ -178,17 +178,25 @@ def _name_of_classifier(model: Backbone) -> str:
     return next(name for name, module in model.named_modules() if module is model.get_classifier())
 
 
-def load_initial(model: Backbone, model_name: str, network: Backbone, source: str) -> bool:
-    """Give `model` the weights of `network`, as strictly as `load_weights`; where the numbers of classes differ, its
-    classifier stays as it is initialised.
+def load_initial(model: Backbone, model_name: str, network: Backbone, source: str, same_classes: bool = True) -> bool:
+    """Give `model` the weights of `network`, as strictly as `load_weights`; its classifier stays as it is initialised
+    where the classes are not the same, or where a wrapper had one of its own.
 
     Returns whether the classifier was taken too; raises `UserError` for another architecture.
     """
-    weights, own = network.state_dict(), model.state_dict()
-    takes_classifier = network.get_classifier().out_features == model.get_classifier().out_features
+    plain = network
+    while isinstance(plain, Wrapper):
+        plain = plain.network
+    weights, own = plain.state_dict(), model.state_dict()
+    takes_classifier = same_classes and plain is network and plain.num_classes == model.num_classes
     if not takes_classifier:
         prefix = f"{_name_of_classifier(model)}."
-        weights |= {key: value for key, value in own.items() if key in weights and key.startswith(prefix)}
+        new = {
+            key: value
+            for key, value in own.items()
+            if key.startswith(prefix) or (plain is not network and key not in weights)
+        }
+        weights = {key: value for key, value in weights.items() if not key.startswith(prefix)} | new
     load_weights(model, model_name, weights, source)
     return takes_classifier
 

@@ -14,8 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from errors import run_script
 from helper.command_line import Parser
-from helper.download import provide
-from helper.pretrained import CIFAR_TEACHERS, IMAGENET_TEACHERS, cifar_teacher, imagenet_teacher
+from helper.download import CIFAR_TEACHERS, IMAGENET_TEACHERS, cifar_teacher, imagenet_teacher, provide
 from helper.recipes import PUBLISHED_TEACHERS
 
 KINDS = {"cifar": (CIFAR_TEACHERS, cifar_teacher), "imagenet": (IMAGENET_TEACHERS, imagenet_teacher)}

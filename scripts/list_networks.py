@@ -13,11 +13,11 @@ from typing import NamedTuple
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
-from helper.options import Parser
 
 from dataset import Batch
 from distiller_zoo import DISTILLERS, Distiller, Predictor, Progress, Task
 from errors import UserError, run_script
+from helper.command_line import Parser
 from models import build_model
 from models.backbone import Backbone, FinalConv, first_line
 from models.cost import count_parameters

@@ -75,7 +75,7 @@ def update_documents(root: Path = ROOT) -> list[Path]:
 def write(path: Path, text: str) -> None:
     """Write a text file; raises `UserError` where that is impossible."""
     with replacing(path) as temporary:
-        Path(temporary).write_text(text, encoding="utf-8")
+        Path(temporary).write_text(text, encoding="utf-8", errors="backslashreplace")
     print(f"written: {path}")
 
 

@@ -63,8 +63,12 @@ def document(differences: Iterable[Difference]) -> str:
 
 def method_row(method: type[Distiller], found: Sequence[Difference]) -> tuple[str, ...]:
     """Name, reference, largest differences of value and gradient, departures."""
-    numbers = [f"{max(each):.0e}" for each in zip(*(each[:2] for each in found), strict=True)] or ["-", "-"]
+    numbers = [_digits(max(each)) for each in zip(*(each[:2] for each in found), strict=True)] or ["-", "-"]
     return (f"`{method.name}`", method.reference or "-", *numbers, method.departures or "nothing")
+
+
+def _digits(difference: float) -> str:
+    return f"{difference:.0e}" if difference else "0"
 
 
 def imagenet_row(name: str, teacher: str, student: str) -> tuple[str, ...]:

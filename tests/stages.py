@@ -45,5 +45,5 @@ def train_epoch(
     """An epoch of a stage, of so many steps at most -> (its means, its steps); a `FrozenTeacher` may teach."""
     run = StageRun(training, progress, epochs_over, most_steps)
     teach = None if teacher is None else lambda images, preact, is_whole: teacher(images, preact)
-    loops.train_epoch([run], teach, lambda number: None)
+    loops.train_epoch([run], teach, nullcontext, lambda number: None)
     return run.means, run.last_step

@@ -13,10 +13,10 @@ import distiller_zoo
 import models
 import train_cifar_student
 import train_teacher
-from helper import pretrained
+from helper import download
+from helper.tables import jobs
 from scripts import compare, export_student, predict, report, reproduce
 from tests.conftest import ROOT
-from tests.test_reproduce import in_process
 
 PAGE = (ROOT / "docs" / "own_work.md").read_text()
 MAINS = {
@@ -53,12 +53,12 @@ def photographs(tmp_path, monkeypatch):
 def _downloads(tmp_path, monkeypatch):
     """Random weights in place of torchvision's."""
 
-    def make(file: pretrained.RemoteFile) -> Path:
+    def make(file: download.RemoteFile) -> Path:
         path = tmp_path / file.name
         torch.save(torchvision.models.get_model(file.name.partition("-")[0]).state_dict(), path)
         return path
 
-    monkeypatch.setattr(pretrained, "provide", make)
+    monkeypatch.setattr(download, "provide", make)
 
 
 def shortened(script: str, flags: list[str]) -> list[str]:
@@ -68,6 +68,17 @@ def shortened(script: str, flags: list[str]) -> list[str]:
     if script.startswith("train_") or "--" in flags:
         flags += ["--max_steps", "1", "--batch_size", "8"]
     return flags
+
+
+def in_process(monkeypatch) -> None:
+    """Have the jobs of plans run in this process."""
+
+    def start(job, place, log):
+        script, *flags = job.command
+        MAINS[script](flags)
+        return type("Process", (), {"wait": lambda self: 0})()
+
+    monkeypatch.setattr(jobs, "_start", start)
 
 
 def run_method_of_the_page() -> type:
@@ -89,8 +100,8 @@ def test_the_commands_run_in_their_order(photographs, _downloads, monkeypatch, c
         ran.append(script)
     assert set(ran) == set(MAINS)
     printed = capsys.readouterr().out
-    assert "| folder | resnet20 | resnet8 | mean_map -b 10 |" in printed
-    assert "| folder | - | resnet18 | ce --init torchvision:resnet18 |" in printed
+    assert "| folder | resnet20 | resnet8 | mean_map --max_steps 1 -b 10 |" in printed
+    assert "| folder | - | resnet18 | ce --init torchvision:resnet18 --max_steps 1 |" in printed
     assert "which is new: 1000 classes there, 2 here" in printed
     assert all(Path(name).exists() for name in ("report.html", "figures/learning_curves.svg", "student.onnx"))
     predictions = [line for line in printed.splitlines() if line.startswith("photographs/val/")]

@@ -1,8 +1,13 @@
 """WebDataset shards, written by the library itself, show what a folder of the same images shows."""
 
+import io
+import tarfile
+from pathlib import Path
+
 import pytest
 import torch
 import webdataset
+from PIL import Image
 
 from dataset import Loader, load_data
 from errors import UserError
@@ -68,3 +73,77 @@ def test_a_broken_image_in_a_shard_is_named(shards, capsys):
     shown = torch.cat([batch.index for batch in loader_of(shards).batches(0)])
     assert 14 not in shown.tolist() and len(shown) == 15
     assert "bad in " in capsys.readouterr().out
+
+
+def add(path, *members: tuple[str, bytes]) -> None:
+    """A shard of these members."""
+    with tarfile.open(path, "w") as shard:
+        for name, content in members:
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            shard.addfile(member, io.BytesIO(content))
+
+
+def image(value: int = 0) -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", (40, 40), (value, value, value)).save(file, "JPEG")
+    return file.getvalue()
+
+
+def write_both(folder, *members: tuple[str, bytes]) -> Path:
+    folder.mkdir(exist_ok=True)
+    for split in ("train", "val"):
+        add(folder / f"{split}-0.tar", *members)
+    return folder
+
+
+PAIR = (("a.jpg", image()), ("a.cls", b"0"), ("b.jpg", image(9)), ("b.cls", b"1"))
+
+
+def test_a_dot_in_a_key_belongs_to_it(tmp_path):
+    members = [pair for k in range(4) for pair in ((f"img.v{k}.jpg", image(k)), (f"img.v{k}.cls", b"1"))]
+    data = load_data("imagenet", str(write_both(tmp_path / "shards", *PAIR, *members)), 32, 0)
+    assert len(data.train.targets) == 6
+
+
+def test_members_that_are_not_used_are_counted_and_one_is_named(tmp_path, capsys):
+    others = (("a.json", b"{}"), ("a.seg.png", image()), ("c.cls", b"1"), ("README", b"text"))
+    data = load_data("imagenet", str(write_both(tmp_path / "shards", *PAIR, *others)), 32, 0)
+    assert len(data.train.targets) == 2
+    assert "left out 4 members" in (said := capsys.readouterr().out) and "a.json in " in said
+
+
+def test_a_damaged_header_is_found(tmp_path):
+    folder = write_both(tmp_path / "shards", *PAIR)
+    content = bytearray((folder / "train-0.tar").read_bytes())
+    content[content.index(b"b.jpg")] ^= 1  # the header's checksum is wrong now, and the reader takes it for the end
+    (folder / "train-0.tar").write_bytes(content)
+    with pytest.raises(UserError, match=r"train-0.tar is damaged \d+ bytes"):
+        loader_of(folder)
+    (folder / "train-0.tar").write_bytes(content[: len(content) // 512 // 2 * 512])
+    with pytest.raises(UserError, match=r"train-0.tar"):
+        loader_of(folder)
+
+
+@pytest.mark.parametrize("name", ["train_val.tar", "latest-train-0.tar"])
+def test_a_shard_belongs_to_one_split(tmp_path, name):
+    folder = write_both(tmp_path / "shards", *PAIR)
+    add(folder / name, *PAIR)
+    if "val" in name:
+        with pytest.raises(UserError, match="training or test images"):
+            loader_of(folder)
+    else:
+        assert (len(loader_of(folder).images.targets), len(loader_of(folder, "test").images.targets)) == (4, 2)
+
+
+def test_compressed_shards_are_named(tmp_path):
+    folder = write_both(tmp_path / "shards", *PAIR)
+    (folder / "val-0.tar").rename(folder / "val-0.tar.gz")
+    with pytest.raises(UserError, match=r"val-0\.tar\.gz is compressed"):
+        loader_of(folder)
+
+
+def test_a_class_beyond_all_bounds_is_refused(tmp_path):
+    folder = write_both(tmp_path / "shards", *PAIR, ("c.jpg", image()), ("c.cls", b"99999999999"))
+    with pytest.raises(UserError, match="class 99999999999"):
+        loader_of(folder)

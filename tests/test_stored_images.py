@@ -2,8 +2,6 @@
 
 import json
 import os
-import signal
-from pathlib import Path
 
 import numpy
 import pytest
@@ -184,87 +182,6 @@ def test_a_split_without_a_whole_image_is_one_line(folder):
 def test_the_next_whole_image_of_a_batch_takes_a_broken_ones_place():
     assert fill_gaps(4, [0, 2, 3]) == [0, 2, 2, 3]
     assert fill_gaps(4, [0, 1, 2]) == [0, 1, 2, 0], "after the last comes the first"
-
-
-def workers_of(loader) -> list[int]:
-    """The process numbers of a loader's workers."""
-    return [worker.pid for worker in loader.images.reading.pool.workers]
-
-
-def test_signals_to_all_processes_leave_the_workers_alone(folder):
-    loader = loader_of(folder, workers=2)
-    batches = loader.batches(0)
-    first = next(batches)
-    for worker in workers_of(loader):
-        os.kill(worker, signal.SIGTERM)
-        os.kill(worker, signal.SIGINT)
-    assert len([first, *batches]) == 4
-
-
-def test_a_worker_that_is_ended_from_outside_is_one_line(folder):
-    loader = loader_of(folder, workers=2, batch_size=1)
-    batches = loader.batches(0)
-    next(batches)
-    os.kill(workers_of(loader)[1], signal.SIGKILL)
-    with pytest.raises(UserError, match="--num_workers"):
-        list(batches)  # what was read before may still come
-    assert same(loader.batches(0), loader_of(folder, batch_size=1).batches(0)), "others are started when needed"
-
-
-def test_workers_live_over_epochs_and_tests_and_as_long_as_their_data(folder):
-    data = load_data("imagenet", str(folder), 32, 2)
-    pool = data.train.reading.pool
-    list(Loader(data.train, data, 4, CPU, data.augmentation).batches(0))
-    first = [worker.pid for worker in pool.workers]
-    list(Loader(data.test, data, 3, CPU).batches())
-    list(Loader(data.train, data, 4, CPU, data.augmentation).batches(1))
-    assert [worker.pid for worker in pool.workers] == first and len(first) == 2
-    workers = list(pool.workers)
-    del data, pool
-    assert [worker.poll() for worker in workers] == [-signal.SIGKILL] * 2
-
-
-def test_workers_start_without_torch_and_without_the_runs_files(folder):
-    loader = loader_of(folder, workers=1)
-    with open(folder / "lock", "w") as lock:
-        os.set_inheritable(lock.fileno(), True)
-        list(loader.batches(0))
-        (worker,) = workers_of(loader)
-        assert "torch" not in Path(f"/proc/{worker}/maps").read_text()
-        opened = {os.readlink(path) for path in Path(f"/proc/{worker}/fd").iterdir()}
-    assert str(folder / "lock") not in opened
-
-
-def test_several_passes_share_the_workers(folder):
-    loader = loader_of(folder, workers=2)
-    alone = list(loader.batches(1))
-    left = loader.batches(0)
-    next(left)
-    left.close()
-    pairs = list(zip(loader.batches(1), loader.batches(1), strict=True))
-    for side in zip(*pairs, strict=True):
-        assert same(alone, side)
-
-
-def test_usual_formats_and_modes_are_read(tmp_path):
-    image = Image.fromarray(numpy.full((9, 9, 3), 200, numpy.uint8))
-    for name in ("a.bmp", "a.tif", "a.png", "a.webp"):
-        image.save(tmp_path / name)
-        assert (fit(tmp_path / name, 9).float() - 200).abs().max() <= 2
-    for mode, kind in (("L", "png"), ("LA", "png"), ("RGBA", "png"), ("P", "png"), ("CMYK", "jpeg"), ("1", "png")):
-        seen = image.convert(mode)
-        seen.save(tmp_path / f"b.{kind}", **({"transparency": bytes([255] * 256)} if mode == "P" else {}))
-        expected = 255 if mode == "1" else 200
-        shown = fit(tmp_path / f"b.{kind}", 9).float()
-        assert shown.shape == (3, 9, 9) and (shown.mean() - expected).abs() <= (55 if mode == "1" else 8), mode
-
-
-@pytest.mark.parametrize("name", ["a.png", "a.tif"])
-def test_greys_of_16_bits_are_scaled_to_8(tmp_path, name):
-    greys = numpy.arange(0, 2**16, 2**6, dtype=numpy.uint16).reshape(32, 32)
-    Image.fromarray(greys).save(tmp_path / name)
-    expected = torch.from_numpy((greys >> 8).astype(numpy.uint8)).expand(3, -1, -1)
-    assert torch.equal(fit(tmp_path / name, 32), expected)
 
 
 def test_a_folder_that_does_not_fit_into_memory_is_read_as_it_goes(folder, monkeypatch, capsys):

@@ -5,6 +5,7 @@ Rows of different data sets, protocols or image sizes are never in one figure. L
 
 import io
 import json
+import math
 import re
 import statistics
 import sys
@@ -44,6 +45,7 @@ STYLE = {
 COLOURS = ("#3b76af", "#d9722a", "#4a9a4f", "#c2403d", "#8566ab", "#8a6a5c", "#cf73b6", "#8a8a8a", "#a8a52c", "#35a5b5")
 DASHES = ("-", "--", ":", "-.")
 WIDTH, HEIGHT, LEGEND_LINE = 7.0, 4.0, 0.21  # inches
+LEGEND_LENGTH = 100  # characters
 
 
 def plain(text: str) -> str:
@@ -51,20 +53,21 @@ def plain(text: str) -> str:
     return text.replace("$", r"\$")
 
 
-def draw(paint: Callable[[Any], None], legend_lines: int = 0, height: float = HEIGHT, **labels: Any) -> str:
-    """An SVG element with what `paint(axes)` draws; labelled artists are listed below the axes."""
+def draw(paint: Callable[[Any], None], names: Sequence[str] = (), height: float = HEIGHT, **labels: Any) -> str:
+    """An SVG element with what `paint(axes)` draws; labelled artists, whose `names` these are, are listed below it."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     with matplotlib.rc_context(STYLE):
-        size = WIDTH, height + LEGEND_LINE * legend_lines
+        columns = max(1, min(4, LEGEND_LENGTH // (max(map(len, names), default=0) + 8)))
+        size = WIDTH, height + LEGEND_LINE * math.ceil(len(names) / columns)
         figure, axes = pyplot.subplots(figsize=size, layout="constrained")
         axes.set(**labels)
         paint(axes)
-        if legend_lines:
-            figure.legend(loc="outside lower left", fontsize="small")
+        if names:
+            figure.legend(loc="outside lower left", fontsize="small", ncols=columns)
         output = io.StringIO()
         no_clock = dict.fromkeys(("Date", "Creator", "Format", "Type"))
         figure.savefig(output, format="svg", transparent=True, metadata=no_clock)
@@ -109,8 +112,12 @@ def groups(rows: Sequence[Row]) -> dict[str, list[Row]]:
 
 
 def names_of(rows: Sequence[Row]) -> list[str]:
-    """What rows of a figure are called; with their epochs where these differ."""
-    names = [f"{row.config['model_s'] if not row.config['model_t'] else row.pair}: {row.label}" for row in rows]
+    """What rows of a figure are called; with their networks where these differ, and with their epochs."""
+    taught = {row.pair for row in rows if row.config["model_t"]}
+    names = []
+    for row in rows:
+        networks = row.pair if row.config["model_t"] else row.config["model_s"]
+        names.append(row.label if taught == {networks} else f"{networks}: {row.label}")
     if len({row.epochs for row in rows}) > 1:
         names = [f"{name}, {row.epochs} epochs" for name, row in zip(names, rows, strict=True)]
     return names
@@ -125,11 +132,12 @@ def learning_curves(rows: Sequence[Row], title: str = "", legend: bool = True) -
     """Test accuracy by epoch: the mean over seeds, with the range of the seeds. The curve of row K of `with_curves`
     is the element curve-K, its range band-K."""
     rows = with_curves(rows)
+    names = names_of(rows)
     if not rows:
         return None
 
     def paint(axes) -> None:
-        for number, (row, name) in enumerate(zip(rows, names_of(rows), strict=True)):
+        for number, (row, name) in enumerate(zip(rows, names, strict=True)):
             by_epoch = list(zip(*(record.curve for record in row.records), strict=False))
             epochs, style = range(1, len(by_epoch) + 1), line_style(number)
             means = [statistics.mean(values) for values in by_epoch]
@@ -137,10 +145,12 @@ def learning_curves(rows: Sequence[Row], title: str = "", legend: bool = True) -
             axes.plot(epochs, means, **style, marker=marker, label=plain(name), gid=f"curve-{number}")
             if len(row.records) > 1:
                 lows, highs = [min(values) for values in by_epoch], [max(values) for values in by_epoch]
-                band = axes.fill_between(epochs, lows, highs, color=style["color"], alpha=0.15, linewidth=0)
+                band = axes.fill_between(
+                    epochs, lows, highs, color=style["color"], alpha=0.15 if len(rows) < 9 else 0.05, linewidth=0
+                )
                 band.set_gid(f"band-{number}")
 
-    return draw(paint, len(rows) if legend else 0, title=plain(title), xlabel="epoch", ylabel="test accuracy (%)")
+    return draw(paint, names if legend else (), title=plain(title), xlabel="epoch", ylabel="test accuracy (%)")
 
 
 def accuracy_against_n(rows: Sequence[Row], title: str = "") -> str | None:
@@ -168,27 +178,32 @@ def accuracy_against_n(rows: Sequence[Row], title: str = "") -> str | None:
         axes.set_xticks(sorted({n for points in lines for n in points}), minor=False)
         axes.xaxis.set_major_formatter("{x:g}")
 
-    return draw(paint, len(lines), title=plain(title), xlabel="N", ylabel="test accuracy (%), last epoch")
+    return draw(paint, names, title=plain(title), xlabel="N", ylabel="test accuracy (%), last epoch")
 
 
 def accuracy_against_cost(rows: Sequence[Row], title: str = "") -> str | None:
-    """Last accuracy against the multiply-adds of the student; the area of a point shows its parameters."""
+    """Last accuracy against the multiply-adds of the student; the area of a point shows its parameters. None where all
+    students cost the same."""
     costs = multiply_adds(rows)
-    shown = [(row, name) for row, name in zip(rows, names_of(rows), strict=True) if row.config["model_s"] in costs]
-    if not shown:
+    shown = [row for row in rows if row.config["model_s"] in costs]
+    sizes = [row.records[0].result["parameters"] / 1e6 for row in shown]
+    names = [f"{name} ({size:.2f} M)" for name, size in zip(names_of(shown), sizes, strict=True)]
+    if len(set(costs.values())) < 2:
         return None
 
     def paint(axes) -> None:
-        for number, (row, name) in enumerate(shown):
-            parameters = row.records[0].result["parameters"] / 1e6
+        for number, (row, size, name) in enumerate(zip(shown, sizes, names, strict=True)):
             mean = statistics.mean(row.values("accuracy_last"))
-            point = costs[row.config["model_s"]] / 1e6, mean, 20 + 60 * parameters**0.5
+            point = costs[row.config["model_s"]] / 1e6, mean, 20 + 60 * size**0.5
             marker = "osD^v"[number // len(COLOURS) % 5]
-            label = plain(f"{name} ({parameters:.2f} M parameters)")
-            axes.scatter(*point, color=line_style(number)["color"], marker=marker, alpha=0.7, label=label)
+            colour = COLOURS[number % len(COLOURS)]
+            axes.scatter(*point, color=colour, marker=marker, alpha=0.7, label=plain(name))
 
-    labels = {"xlabel": "multiply-adds of one image (M)", "ylabel": "test accuracy (%), last epoch"}
-    return draw(paint, len(shown), title=plain(title), **labels)
+    labels = {
+        "xlabel": "multiply-adds of one image (M); in brackets: parameters",
+        "ylabel": "test accuracy (%), last epoch",
+    }
+    return draw(paint, names, title=plain(title), **labels)
 
 
 def multiply_adds(rows: Sequence[Row]) -> dict[str, int]:
@@ -253,16 +268,16 @@ def feature_map(outputs: Mapping[str, Any], title: str) -> str:
         raise UserError(f"RUN: {len(index)} test images are too few for a t-SNE")
     perplexity = min(30, (len(index) - 1) / 3)
     points = TSNE(perplexity=perplexity, init="pca", random_state=0).fit_transform(outputs["pooled"][index].numpy())
-    is_named = len(classes) <= NAMED_CLASSES
+    names = [str(name) for name in classes] if len(classes) <= NAMED_CLASSES else []
 
     def paint(axes) -> None:
-        for number, name in enumerate(classes):
+        for number in range(len(classes)):
             of_class = points[(targets[index] == number).numpy()]
             marker = "osD^v"[number // len(COLOURS) % 5]
-            label = plain(str(name)) if is_named else None
+            label = plain(names[number]) if names else None
             axes.scatter(*of_class.T, s=8, color=COLOURS[number % len(COLOURS)], marker=marker, label=label)
 
-    return draw(paint, len(classes) if is_named else 0, title=plain(title), xticks=[], yticks=[])
+    return draw(paint, names, title=plain(title), xticks=[], yticks=[])
 
 
 def correlation_difference(outputs: Mapping[str, Any], title: str) -> str:

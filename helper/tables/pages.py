@@ -74,7 +74,7 @@ def make_table(rows: Sequence[Row]) -> str:
 
 def make_report(rows: Sequence[Row]) -> str:
     """The table and the rows' settings as Markdown."""
-    commands = "\n".join(f"    {command_of(row.config)}" for row in rows)
+    commands = "\n".join(f"    {command_of(row.records[0])}" for row in rows)
     return f"{make_table(rows)}\n\n{NOTE} Row by row, the settings were:\n\n{commands}\n"
 
 
@@ -263,7 +263,7 @@ def _lines(rows: Sequence[Row]) -> list[dict[str, Any]]:
             "multiply_adds": costs.get(student),
             "latency": latencies.get(student),
             "speed": row.images_per_s,
-            "command": command_of(row.config),
+            "command": command_of(row.records[0]),
         }
         for row in rows
         for student in [row.config["model_s"]]

@@ -349,7 +349,12 @@ class Plan:
             with torch.device("meta"):  # shapes alone, so that hundreds of rows are listed in seconds
                 of_student = self._network_of_shapes(student, "student")
                 of_teacher = self._network_of_shapes(teacher, "teacher") if config.model_t else None
-                build_distiller(config, of_student, of_teacher, 10, config.image_size, targets)
+                parts = list(of_student.modules())
+                try:
+                    build_distiller(config, of_student, of_teacher, 10, config.image_size, targets)
+                finally:
+                    if list(of_student.modules()) != parts:  # a method that replaces parts of its student
+                        del self._networks[student, "student"]
         except UserError as error:
             return str(error)
         except (NotImplementedError, RuntimeError):

@@ -42,6 +42,7 @@ class Record(NamedTuple):
     config: dict[str, Any]  # every setting of its method; a setting that is newer than the run has its default
     result: dict[str, Any]
     epochs: list[dict[str, Any]]  # the lines of metrics.jsonl
+    stored: frozenset[str]  # the settings that the run knew
 
     @property
     def curve(self) -> list[float]:
@@ -79,16 +80,23 @@ def _json(text: str, source: object) -> dict:
 
 def read_config(folder: Path) -> dict[str, Any]:
     """The settings of a run; those that are newer than it have their defaults. Raises `UserError`."""
+    return _completed(_read_settings(folder), folder)
+
+
+def _read_settings(folder: Path) -> dict[str, Any]:
     path = folder / CONFIG
-    stored = read_stored(_json(_text(path), path), str(path))
+    return read_stored(_json(_text(path), path), str(path))
+
+
+def _completed(stored: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     try:
         defaults = {name: one.default for name, one in settings_of(stored["distill"]).items()}
-        config = {name: value for name, value in defaults.items() if value is not RECIPE} | stored
+        config = {name: value for name, value in defaults.items() if value is not RECIPE} | dict(stored)
         identity(config)
     except KeyError as error:
-        raise UserError(f"{path} does not say {error}") from None
+        raise UserError(f"{folder / CONFIG} does not say {error}") from None
     if config.get("model_s") is None or config.get("seed") is None:
-        raise UserError(f"{path} does not say which network was trained, or with which seed")
+        raise UserError(f"{folder / CONFIG} does not say which network was trained, or with which seed")
     return config
 
 
@@ -113,7 +121,7 @@ def _check(record: Mapping, name: str, path: Path, least=0, most=2**53, kinds=(i
 
 def read_record(folder: Path) -> Record:
     """A finished run; raises `UserError` where the folder holds none."""
-    result, config, epochs = read_result(folder), read_config(folder), []
+    result, stored, epochs = read_result(folder), _read_settings(folder), []
     path = folder / METRICS
     for line in _text(path).splitlines() if path.exists() else ():
         epoch = _json(line, path)
@@ -121,7 +129,7 @@ def read_record(folder: Path) -> Record:
             if name in epoch:
                 _check(epoch, name, path, most=100 if name == "test_accuracy" else 2**53)
         epochs.append(epoch)
-    return Record(folder, config, result, epochs)
+    return Record(folder, _completed(stored, folder), result, epochs, frozenset(stored))
 
 
 def find_folders(paths: Iterable[Path]) -> Iterator[Path]:
@@ -342,8 +350,9 @@ def spread(values: Sequence[float]) -> str:
     return f"{statistics.mean(values):.2f} ± {statistics.stdev(values):.2f}"
 
 
-def command_of(config: Mapping[str, Any]) -> str:
-    """The flags that tell the row from others: networks, method, its hyper-parameters, length, what is unusual."""
+def command_of(record: Record) -> str:
+    """The flags that tell a run's row from others: networks, method, its hyper-parameters, length, what is unusual."""
+    config = record.config
     known, method = settings_of(config["distill"]), find_distiller(config["distill"])
     of_teacher = {"model_t": config["model_t"], "path_t": ""} if config["model_t"] else {}
     given = {name: config[name] for name in ("distill", "model_s")} | {"dataset": config["dataset"]}
@@ -357,7 +366,7 @@ def command_of(config: Mapping[str, Any]) -> str:
     ]
     flags = [flag for flag in method.flags if _has_effect(method, config, flag)]
     networks = f"--model_t {config['model_t']} " if config["model_t"] else ""
-    shown = [one.written(config[one.argument]) for one in (*flags, *always, *unusual) if one.argument in config]
+    shown = [one.written(config[one.argument]) for one in (*flags, *always, *unusual) if one.argument in record.stored]
     return " ".join(filter(None, (f"--distill {config['distill']} {networks}--model_s {config['model_s']}", *shown)))
 
 

@@ -8,9 +8,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from distiller_zoo import DISTILLERS, Progress, refuse_without_effect
-from distiller_zoo.base import LARGEST
 from errors import UserError
 from models.backbone import Output
+from setting import LARGEST
 from tests.conftest import pair_networks
 from tests.distiller_zoo.helpers import FAULTS, PROGRESS, TASK, batch_of, begin, build, take_steps
 

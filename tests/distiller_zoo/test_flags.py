@@ -128,4 +128,8 @@ def test_a_flag_changes_the_training(name, flag):
         return
     (losses, state), (other_losses, other_state) = train_with_all_terms(name), train(name, changed)
     same = state.keys() == other_state.keys() and all(map(close, losses, other_losses))
-    assert same == (flag.argument in SAME_NUMBERS), f"{flag.names[-1]}: {losses} {other_losses}"
+    expected = flag.argument in SAME_NUMBERS and (name, flag.argument) != (
+        "semckd",
+        "map_size",
+    )  # it compares all pairs
+    assert same == expected, f"{flag.names[-1]}: {losses} {other_losses}"

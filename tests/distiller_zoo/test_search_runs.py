@@ -2,14 +2,14 @@
 
 import pytest
 import torch
-from helper.stage_training import _endless
 
 import train_cifar_student
 from dataset import Loader
 from dataset.images import Augmentation, ImageData, Images
 from distiller_zoo.distpro import DistPro
-from helper import engine
-from tests.run_folders import load, metrics, same_state
+from helper import run
+from helper.loops import _endless
+from tests.run_folders import metrics, same_state, state
 
 
 def test_held_out_images_come_in_passes_that_differ_and_can_be_taken_up_anywhere():
@@ -43,7 +43,7 @@ def test_the_search_never_trains_on_the_held_out_images(distil, monkeypatch):
 def test_a_search_that_is_cut_goes_on_as_if_it_had_not_been(distil, monkeypatch, place):
     flags = ("--batch_size", "64", "--epochs", "1", "--init_epochs", "2", "--save_every_steps", "1")
     whole = distil(*flags, distill="distpro")
-    save, save_last = engine.Run._save, engine.Run._save_last
+    save, save_last = run.Run._save, run.Run._save_last
 
     def stop_after_epoch(self, record):
         save(self, record)
@@ -56,17 +56,17 @@ def test_a_search_that_is_cut_goes_on_as_if_it_had_not_been(distil, monkeypatch,
 
     with monkeypatch.context() as patch:
         if place == "within the search":
-            patch.setattr(engine.Run, "_save_last", stop_within_epoch)
+            patch.setattr(run.Run, "_save_last", stop_within_epoch)
         else:
-            patch.setattr(engine.Run, "_save", stop_after_epoch)
+            patch.setattr(run.Run, "_save", stop_after_epoch)
         with pytest.raises(KeyboardInterrupt):
             distil(*flags, "--trial", "cut", "--seed", "1", distill="distpro")
     cut = next(path for path in whole.parent.iterdir() if path.name.endswith("trialcut"))
-    stopped = load(cut / "last.pth")
+    stopped = state(cut)
     assert stopped["stage_number"] == 0 and (stopped["epoch_state"] is not None) == (place == "within the search")
     assert (stopped["distiller"]["weights.scores"] != 1).any()
     train_cifar_student.main(["--resume", str(cut)])
-    a, b = load(whole / "last.pth"), load(cut / "last.pth")
-    for key in ("distiller", "optimizer", "epoch", "step", "accuracies"):
+    a, b = state(whole), state(cut)
+    for key in ("distiller", "optimizer", "epoch", "step"):
         assert same_state(a[key], b[key]), key
     assert [record.get("stage") for record in metrics(cut)] == ["search", "search", None]

@@ -7,15 +7,19 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from crd.negatives import NegativeSampler
-from dataset import Images, views
+from dataset import Augmentation, ImageData, Images, views
 from distiller_zoo import DISTILLERS, Progress
+from helper.command_line import resolve
 from helper.loops import Training, step
 from helper.networks import FrozenTeacher
 from tests.conftest import pair_networks
+from tests.distiller_zoo.test_every_pair import CLASSES, CONFIG, build, with_statistics
 from tests.stages import StageRun, train_epoch
-from tests.test_zoo import CLASSES, CONFIG, build, data, with_statistics
 
-__all__ = ["data"]  # a fixture
+CONFIG = resolve(
+    {"distill": "ce", "model_s": "resnet8", "batch_size": BATCH, "learning_rate": 0.01, "lr_decay_epochs": (150,)}
+)
+
 CUDA = torch.device("cuda:0")
 
 
@@ -36,6 +40,15 @@ class FakeGpu(FakeTensorMode):
                 part._parameters[name] = torch.nn.Parameter(self.place(parameter), parameter.requires_grad)
             for name, buffer in part.named_buffers(recurse=False):
                 part._buffers[name] = self.place(buffer)
+
+
+@pytest.fixture(scope="module")
+def data() -> ImageData:
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randint(0, 256, (24, 3, 32, 32), dtype=torch.uint8, generator=generator)
+    images = Images(pixels, torch.arange(24) % CLASSES)
+    names = [str(number) for number in range(CLASSES)]
+    return ImageData("fake", images, images, names, (0.5,) * 3, (0.25,) * 3, Augmentation())
 
 
 @pytest.fixture
@@ -59,7 +72,7 @@ def test_a_step_leaves_nothing_on_the_cpu_and_reads_nothing(name, data, no_backw
         views, "random_operation", lambda pixels, generator: pixels
     )  # its groups depend on what is drawn
     network, student = pair_networks("resnet20", "resnet8", CLASSES)
-    method, teacher = build(name, network, student, data), FrozenTeacher(network)
+    method, teacher = build(name, network, student), FrozenTeacher(network)
     no_backward(method)
     stages, gpu = method.stages(240), FakeGpu()
     gpu.move(method)
@@ -84,7 +97,7 @@ def test_two_steps_give_the_cpus_losses(name, data):
         torch.manual_seed(0)
         network, student = pair_networks("resnet20", "resnet8", CLASSES)
         with_statistics(network)
-        method = build(name, network, student, data).to(device)
+        method = build(name, network, student).to(device)
         teacher = FrozenTeacher(network).to(device)
         for stage in method.stages(240):
             training = Training(stage, method, data, CONFIG, device)

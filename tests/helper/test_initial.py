@@ -9,7 +9,7 @@ import torch
 import train_cifar_student
 import train_teacher
 from errors import UserError
-from helper import distributed, networks, pretrained
+from helper import distributed, download, networks
 from helper import run as run_module
 from models import build_model
 from models.checkpoints import load_initial
@@ -47,7 +47,7 @@ def published(tmp_path, monkeypatch):
 
     network, asked = torchvision.models.resnet18(), []
     torch.save(network.state_dict(), tmp_path / "resnet18.pth")
-    monkeypatch.setattr(pretrained, "provide", lambda file: asked.append(file.name) or tmp_path / "resnet18.pth")
+    monkeypatch.setattr(download, "provide", lambda file: asked.append(file.name) or tmp_path / "resnet18.pth")
     return network.state_dict(), asked
 
 
@@ -139,7 +139,7 @@ WRONG = {
     "no file": (("--init", "none.pth", "--model", "resnet8"), "--init: none.pth does not exist"),
     "no file and no model": (("--init", "none.pth"), "--init: none.pth does not exist"),
     "not a checkpoint": (("--init", "{place}/page.pth", "--model", "resnet8"), "--init: {place}/page.pth cannot be"),
-    "no name": (("--init", "{place}/plain.pth"), "--model_s (in train_teacher.py: --model): {place}/plain.pth does"),
+    "no name": (("--init", "{place}/odd.pth"), "--model_s (in train_teacher.py: --model): {place}/odd.pth does"),
     "other shapes": (("--init", "{place}/plain.pth", "--model", "resnet8"), "--init: {place}/plain.pth holds another"),
     "unknown name": (("--init", "torchvision:resnet19"), "--init: unknown model 'torchvision:resnet19'"),
     "unknown weights": (("--init", "torchvision:resnet18@V9"), "--init: torchvision:resnet18@V9: its weights are"),
@@ -158,6 +158,7 @@ def test_what_does_not_fit_is_one_line_and_leaves_nothing(case, teacher_run, tmp
     names = {"place": tmp_path, "run": teacher_run / "last.pth"}
     (tmp_path / "page.pth").write_text("<html>404</html>")
     torch.save({"model": build_model("resnet20", 10).state_dict()}, tmp_path / "plain.pth")
+    torch.save({"first.weight": torch.zeros(3)}, tmp_path / "odd.pth")
     argv = [flag.format(**names) for flag in flags]
     message = message_of(train_teacher.main, ["--save_dir", str(save_dir), *SHORT, *argv])
     assert message.startswith(expected.format(**names)), message

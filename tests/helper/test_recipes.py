@@ -2,20 +2,10 @@
 
 from dataset import DATASETS
 from distiller_zoo import DISTILLERS
-from helper.recipes import (
-    CHOSEN,
-    CHOSEN_FACTORS,
-    CHOSEN_PAIR,
-    CIFAR_PAIRS,
-    DATASET,
-    METHOD,
-    METHOD_DATASET,
-    METHOD_STUDENT,
-    PAIR,
-    STUDENT,
-    resolve,
-)
-from models import model_dict
+from helper.recipes import CIFAR_PAIRS, IMAGENET_PAIRS, ROWS, resolve
+from helper.settings import SETTINGS as TABLE
+from helper.settings import all_settings
+from models import imagenet_model_dict, model_dict
 
 
 def test_the_rows_lie_over_each_other():
@@ -30,17 +20,18 @@ def test_the_rows_lie_over_each_other():
 
 
 def test_the_recipe_table_names_only_what_exists():
-    flags = {flag.argument for method in DISTILLERS.values() for flag in method.flags}
-    assert set(METHOD) <= set(DISTILLERS)
-    common = {"learning_rate", "lr_decay", "lr_decay_epochs", "epochs", "batch_size", "weight_decay"}
-    tables = (METHOD, PAIR, CHOSEN, CHOSEN_PAIR, CHOSEN_FACTORS, METHOD_STUDENT, METHOD_DATASET)
-    rows = [row for table in tables for row in table.values()]
-    assert all(set(row) <= flags | common for row in rows)
-    assert {name for name, _ in METHOD_STUDENT} | {name for name, *_ in CHOSEN} <= set(DISTILLERS)
-    assert {name for _, name in METHOD_STUDENT} <= set(model_dict)
-    assert all(name in model_dict for name in STUDENT)
+    networks = {*model_dict, *imagenet_model_dict}
+    for row in ROWS:
+        assert row.source and set(row.values) <= set(all_settings()), row
+        assert set(row.method or ()) <= set(DISTILLERS) and set(row.dataset or ()) <= set(DATASETS), row
+        assert {*(row.teacher or ()), *(row.student or ())} <= networks, row
+        assert row.chosen is None or row.chosen[0] in all_settings(), row
+        if row.method and not row.chosen:
+            known = [{flag.argument for flag in DISTILLERS[name].flags} for name in row.method]
+            own = {name for name in row.values if name not in {one.argument for one in TABLE}}
+            assert all(own <= flags for flags in known), row
     assert all(name in model_dict for pair in CIFAR_PAIRS for name in pair) and len(CIFAR_PAIRS) == 13
-    assert set(DATASET) == set(DATASETS)
+    assert all(name in imagenet_model_dict for pair in IMAGENET_PAIRS for name in pair)
 
 
 def test_rows_of_a_method_that_are_of_one_pair_or_data_set():
@@ -48,10 +39,10 @@ def test_rows_of_a_method_that_are_of_one_pair_or_data_set():
         return resolve(*place, chosen)[name][0]
 
     assert value("beta", "cifar100", "ResNet50", "MobileNetV2", "reviewkd") == 30
-    assert value("learning_rate", "imagenet", "resnet34", "resnet18", "mlkd") == 0.1
+    assert value("learning_rate", "imagenet", "resnet34", "resnet18", "mlkd") == 0.05
     assert value("learning_rate", "cifar100", "vgg13", "MobileNetV2_norm", "mlkd") == 0.01
-    assert value("alpha", "cifar100", "resnet56", "resnet20", "kd", logit_standardization=True) == 18
-    assert value("alpha", "cifar100", "resnet110", "resnet20", "kd", logit_standardization=True) == 9
+    assert value("alpha", "cifar100", "resnet56", "resnet20", "kd", logit_standardization=True) == 9
+    assert value("alpha", "cifar100", "resnet110", "resnet20", "kd", logit_standardization=True) == 12
     assert value("alpha", "imagenet", "resnet34", "resnet18", "srrl", srrl_form="pooled") == 1
     sskd = resolve("imagenet", "resnet34", "resnet18", "sskd")
     assert (sskd["init_learning_rate"][0], sskd["weight_decay"][0]) == (0.1, 5e-4)

@@ -13,7 +13,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import train_teacher
 from helper.run import Run
-from helper.run_folder import PREVIOUS, RunFolder, replacing
+from helper.run_folder import PREVIOUS, RunFolder, replacing, tag_of
 from tests.conftest import keep_images, message_of
 from tests.run_folders import load, metrics, same_state, weights
 
@@ -122,7 +122,7 @@ def test_metrics_are_mended_and_tensorboard_shows_no_step_twice(tmp_path, monkey
     events.Reload()
     for key, value in metrics(run)[-1].items():
         if key != "epoch":
-            scalars = events.Scalars(key)
+            scalars = events.Scalars(tag_of(key))
             assert [scalar.step for scalar in scalars] == [1, 2, 3], key
             assert scalars[-1].value == pytest.approx(value)
 

@@ -12,7 +12,7 @@ from helper.networks import FrozenTeacher
 from helper.run import Run
 from helper.signals import StopRequest
 from tests.conftest import keep_images, message_of
-from tests.run_folders import metrics, same_state, weights
+from tests.run_folders import assert_same_end, metrics, same_state, weights
 
 #: Two epochs of four steps.
 FLAGS = ("--batch_size", "32", "--epochs", "2")
@@ -42,7 +42,7 @@ def train(teacher_run, save_dir):
 
     def call(*flags: str) -> dict[str, Path]:
         argv = ["--path_t", str(teacher_run / "last.pth"), "--allow_teacher_gap", "--save_dir", str(save_dir), *flags]
-        student = () if any(flag.startswith("model_s=") for flag in flags) else ("--model_s", "resnet8")
+        student = () if any("model_s" in flag for flag in flags) else ("--model_s", "resnet8")
         train_cifar_student.main([*FLAGS, *student, *argv])
         return folders(save_dir)
 
@@ -63,9 +63,28 @@ def test_trials_are_what_they_are_alone_and_share_the_teacher(train, passes, sav
     assert sorted(together) == ["1", "2", "3"] and shared == 2 * 4
     assert [json.loads((together[name] / "config.json").read_text())["seed"] for name in "123"] == [1, 2, 3]
     assert not same_weights(together["1"], together["2"])
-    alone = train("--trial", "alone", "--seed", "2", "--data_seed", "1", "--distill", "mlkd")["alone"]
-    assert same_weights(together["2"], alone)
-    assert metrics(together["2"])[1]["test_loss"] == metrics(alone)[1]["test_loss"]
+    for name in "123":
+        single = f"alone{name}"
+        alone = train("--trial", single, "--seed", name, "--data_seed", "1", "--distill", "mlkd")[single]
+        assert_same_end(together[name], alone)
+
+
+@pytest.mark.parametrize("methods", ["kd,factor,hint", "fsp,crd,abound"])
+def test_methods_with_and_without_a_stage_before_are_what_they_are_alone(train, save_dir, methods):
+    """Stages put runs out of step: each still has its own numbers, bit for bit."""
+    few = ("--epochs", "2", "--init_epochs", "1")
+    contrast = {"crd": ("--nce_k", "8")}
+    names = methods.split(",")
+    flags = [] if "crd" not in names else ["nce_k=8"]
+    train("--sweep", f"distill={methods}", "init_epochs=1", *flags, "model_s=resnet14")
+    together = {json.loads((path / "config.json").read_text())["distill"]: path for path in save_dir.iterdir()}
+    assert sorted(together) == sorted(names)
+    for name in names:
+        own = few if name not in ("kd", "hint", "crd") else few[:2]
+        trial = f"alone_{name}"
+        single = ("--trial", trial, "--seed", "1", "--distill", name, "--model_s", "resnet14")
+        alone = train(*own, *contrast.get(name, ()), *single)[trial]
+        assert_same_end(together[name], alone)
 
 
 def test_a_sweep_trains_every_combination(train, passes):
@@ -147,6 +166,8 @@ def test_one_that_fails_does_not_stop_the_others(train, save_dir):
     assert "trial 1_b1e30: " in str(caught.value) and "diverged" in str(caught.value)
     runs = folders(save_dir)
     assert (runs["1_b1"] / "result.json").exists() and not (runs["1_b1e30"] / "result.json").exists()
+    assert (runs["1_b1e30"] / "log.txt").read_text().splitlines()[-1].startswith("failed: ")
+    assert_same_end(runs["1_b1"], train("--trial", "alone", "--seed", "1", "--distill", "norm", "-b", "1")["alone"])
 
 
 @pytest.mark.parametrize(

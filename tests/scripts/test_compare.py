@@ -1,5 +1,7 @@
 """Differences of settings and of accuracies."""
 
+import json
+
 import pytest
 from scipy.stats import ttest_ind
 
@@ -26,6 +28,25 @@ def test_a_large_difference_is_beyond_seed_noise_and_settings_are_named(tmp_path
     assert "seed  " not in printed.split("what differs")[1]
 
 
+def test_teachers_are_a_difference(tmp_path, capsys):
+    runs = [make_run(tmp_path, "kd", seed, [70.0]) for seed in (1, 2)]
+    config = json.loads((runs[1] / "config.json").read_text())
+    other = {"path_t": "save/longer/last.pth", "teacher_digest": "12345678" * 8, "max_broken": 20}
+    (runs[1] / "config.json").write_text(json.dumps(config | other))
+    printed = output(capsys, runs).partition("what differs:\n")[2]
+    assert printed.splitlines()[0] == (
+        "  teacher            A t.pth (digest 00000000), B save/longer/last.pth (digest 12345678)"
+    )
+    assert "max_broken" not in printed
+
+
+def test_a_bad_folder_is_left_out_by_name(tmp_path, capsys):
+    runs = [make_run(tmp_path, distill, 1, [70.0]) for distill in ("kd", "norm", "hint")]
+    (runs[2] / "result.json").write_text("[]")
+    compare.main([str(run) for run in runs])
+    assert f"{runs[2]}: {runs[2] / 'result.json'} holds no record; left out" in capsys.readouterr().err
+
+
 def test_a_small_difference_is_not(tmp_path, capsys):
     runs = [make_run(tmp_path, "kd", seed, [value]) for seed, value in ((1, 70.0), (2, 71.0), (3, 70.4))]
     runs += [make_run(tmp_path, "norm", seed, [value]) for seed, value in ((1, 70.2), (2, 71.1), (3, 70.6))]
@@ -43,5 +64,6 @@ def test_too_few_seeds_are_said_to_be(tmp_path, capsys):
 def test_runs_of_one_setting_are_no_comparison(tmp_path):
     runs = [make_run(tmp_path, "kd", seed, [70.0]) for seed in (1, 2)]
     assert "differ in nothing but trial and seed" in message_of(compare.main, [str(run) for run in runs])
+    (tmp_path / "empty").mkdir()
     with pytest.raises(Exception, match="none of the folders"):
-        compare.main([str(tmp_path)])
+        compare.main([str(tmp_path / "empty")])

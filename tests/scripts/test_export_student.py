@@ -20,7 +20,7 @@ from models.checkpoints import identify, load_exported, read_checkpoint, split_o
 from models.cost import count_parameters
 from scripts import export_student
 from tests.conftest import message_of
-from tests.test_feature_transform import make_transform
+from tests.distiller_zoo.test_feature_transform import make_transform
 
 SHORT = ("--batch_size", "256", "--max_steps", "2")
 

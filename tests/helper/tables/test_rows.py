@@ -56,19 +56,21 @@ def test_a_row_is_named_by_flags_as_they_are_written(tmp_path):
 def test_the_settings_of_a_row_can_be_given_again(name, tmp_path):
     teacher = "resnet20" if DISTILLERS[name].needs_teacher else None
     [row], _ = read_rows([make_run(tmp_path, name, 1, [50.0], teacher)])
-    given = vars(student_parser().parse_args(command_of(row.config).split()))
+    given = vars(student_parser().parse_args(command_of(row.records[0]).split()))
     for flag in DISTILLERS[name].flags:
         if given[flag.argument] is not None:  # else it has no effect
             assert given[flag.argument] == row.config[flag.argument], flag.argument
-    resolve(command_line.parse(student_parser(), command_of(row.config).split()).runs[0], of_teacher={"path_t": "t"})
+    resolve(
+        command_line.parse(student_parser(), command_of(row.records[0]).split()).runs[0], of_teacher={"path_t": "t"}
+    )
     assert (given["distill"], given["model_t"], given["model_s"]) == (name, row.config["model_t"], "resnet8")
 
 
 def test_what_is_unusual_is_among_the_settings(tmp_path):
     run = make_run(tmp_path, "kd", 1, [50.0], max_steps=20, momentum=0.5, lr_decay_epochs=(1,), num_workers=9)
     [row], _ = read_rows([run])
-    assert "--learning_rate 0.05 --lr_decay_epochs 1 --momentum 0.5 --max_steps 20" in command_of(row.config)
-    assert "workers" not in command_of(row.config)
+    assert "--learning_rate 0.05 --lr_decay_epochs 1 --momentum 0.5 --max_steps 20" in command_of(row.records[0])
+    assert "workers" not in command_of(row.records[0])
 
 
 def test_a_run_that_was_cut_short_is_a_row_of_its_own_and_says_so(tmp_path, runs):

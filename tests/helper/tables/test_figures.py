@@ -1,0 +1,144 @@
+"""Figures: what is in one of them, and what none of them shows."""
+
+import re
+import warnings
+
+import pytest
+import torch
+
+from errors import UserError
+from helper.tables import figures
+from helper.tables.rows import read_rows
+from tests.run_folders import make_run
+
+
+def rows_of(runs):
+    return read_rows(runs)[0]
+
+
+def texts(svg: str) -> list[str]:
+    """What is written in a figure."""
+    return [text.strip() for text in re.findall(r"<text[^>]*>([^<]*)</text>", svg)]
+
+
+def axes_of(monkeypatch):
+    """The axes that figures are painted on, as they are drawn."""
+    painted, draw = [], figures.draw
+
+    def note(paint, *arguments, **named):
+        def paint_and_note(axes):
+            paint(axes)
+            painted.append(axes)
+
+        return draw(paint_and_note, *arguments, **named)
+
+    monkeypatch.setattr(figures, "draw", note)
+    return painted
+
+
+def test_a_curve_is_the_mean_and_its_band_has_its_colour(tmp_path, monkeypatch):
+    painted = axes_of(monkeypatch)
+    runs = [make_run(tmp_path, "ce", 1, [40.0, 50.0], None)]  # one seed: no band
+    runs += [make_run(tmp_path, "kd", seed, [50.0, 60.0 + seed]) for seed in (1, 2, 3)]
+    figures.learning_curves(rows_of(runs))
+    alone, kd = painted[0].lines
+    assert list(alone.get_ydata()) == [40.0, 50.0] and list(kd.get_ydata()) == [50.0, 62.0]
+    [band] = painted[0].collections
+    assert tuple(band.get_facecolor()[0][:3]) == pytest.approx(torch.tensor(_rgb(kd.get_color())).tolist())
+    assert painted[0].get_legend() is None, "the legend is not on the curves"
+
+
+def _rgb(colour: str) -> list[float]:
+    return [int(colour[place : place + 2], 16) / 255 for place in (1, 3, 5)]
+
+
+def test_many_settings_have_styles_of_their_own_and_warn_of_nothing(tmp_path, capsys):
+    runs = [make_run(tmp_path, "kd", 1, [50.0, 60.0], kd_T=float(number)) for number in range(1, 39)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        svg = figures.learning_curves(rows_of(runs))
+    assert sum("kd" in text for text in texts(svg)) == 38 and capsys.readouterr().err == ""
+    styles = {tuple(figures.line_style(number).values()) for number in range(38)}
+    assert len(styles) == 38
+
+
+def test_accuracy_against_n_joins_only_what_differs_in_n(tmp_path, monkeypatch):
+    painted = axes_of(monkeypatch)
+    runs = [make_run(tmp_path, "norm", 1, [50.0, 60.0 + n], co_sponge=n) for n in (1, 2, 4)]
+    runs += [make_run(tmp_path / "x", "norm", 1, [50.0, 90.0], co_sponge=8, learning_rate=0.2)]
+    runs += [make_run(tmp_path / "y", "norm", 1, [50.0, 70.0, 90.0], co_sponge=8)]
+    runs += [make_run(tmp_path / "z", "norm", 1, [50.0, 90.0], co_sponge=8, teacher="resnet14")]
+    figures.accuracy_against_n(rows_of(runs))
+    line, *caps = painted[0].lines
+    assert all(8 not in one.get_xdata() for one in (line, *caps))
+    assert list(line.get_xdata()) == [1, 2, 4] and list(line.get_ydata()) == [61.0, 62.0, 64.0]
+    assert figures.accuracy_against_n(rows_of(runs[2:])) is None
+
+
+def test_data_sets_are_never_in_one_figure(tmp_path):
+    runs = [make_run(tmp_path, "norm", 1, [50.0, 60.0], co_sponge=n) for n in (1, 2)]
+    assert set(figures.of_rows(rows_of(runs))) == {"learning_curves", "accuracy_against_n"}, "all cost the same"
+    runs += [make_run(tmp_path, "ce", 1, [50.0, 60.0], None, model_s="vgg8")]
+    assert set(figures.of_rows(rows_of(runs))) == {"learning_curves", "accuracy_against_n", "accuracy_against_cost"}
+    data = {"dataset": "folder", "data": "/x/photographs"}
+    runs += [make_run(tmp_path / "f", "norm", 1, [50.0, 60.0], co_sponge=n, **data) for n in (4, 8)]
+    drawn = figures.of_rows(rows_of(runs))
+    assert len(drawn) == 5 and "accuracy_against_n_folder-photographs-32-pixels-best-on-test" in drawn
+    assert "-s 4" not in "".join(texts(drawn["learning_curves_digits-32-pixels-best-on-test"]))
+
+
+def test_figures_are_the_same_every_time_and_take_the_pages_colour(tmp_path):
+    rows = rows_of([make_run(tmp_path, "kd", 1, [50.0, 60.0])])
+    svg = figures.learning_curves(rows)
+    assert svg == figures.learning_curves(rows) and "currentColor" in svg
+    assert "prefers-color-scheme:dark" in figures.standalone(svg)
+
+
+def test_nothing_is_set_as_a_formula(tmp_path):
+    run = make_run(tmp_path, "ce", 1, [50.0, 60.0], None, init=r"a$\frac{$b.pth")
+    assert any(r"a$\frac{$b.pth" in text for text in texts(figures.learning_curves(rows_of([run]))))
+
+
+def outputs(classes: int) -> dict:
+    targets = torch.arange(classes).repeat(4)
+    pooled, logits = torch.randn(len(targets), 6), torch.randn(len(targets), classes)
+    names = [f"name{number}" for number in range(classes)]
+    return {"targets": targets, "pooled": pooled, "logits": logits, "teacher_logits": logits.clone(), "classes": names}
+
+
+def test_classes_have_their_names_in_legend_and_axes():
+    some = outputs(5)
+    assert set(some["classes"]) <= set(texts(figures.feature_map(some, "x")))
+    svg = figures.correlation_difference(some, "x")
+    assert all(texts(svg).count(name) == 2 for name in some["classes"])
+    assert any("mean 0.000, max 0.000" in text for text in texts(svg))
+    many = outputs(60)
+    assert not {"name1"} & set(texts(figures.feature_map(many, "x")) + texts(figures.correlation_difference(many, "x")))
+    with pytest.raises(UserError, match="too few for a t-SNE"):
+        figures.feature_map(outputs(2), "x")
+
+
+def test_networks_are_drawn_from_a_run_and_a_bad_one_is_named(distil, tmp_path, capsys):
+    run = distil("--batch_size", "64", "--max_steps", "2", distill="kd")
+    alone = distil("--batch_size", "64", "--max_steps", "1", distill="one", teacher=False)
+    gone = make_run(tmp_path / "gone", "kd", 1, [50.0])
+    capsys.readouterr()
+    drawn = figures.of_networks(rows_of([run, alone, gone]))
+    assert set(drawn) == {f"tsne_{run.name}", f"correlation_{run.name}", f"tsne_{alone.name}"}
+    assert f"{gone}: no pictures of its network: " in capsys.readouterr().err
+
+
+def test_a_network_that_cannot_be_built_is_left_out_of_the_costs(tmp_path, monkeypatch, capsys):
+    runs = [make_run(tmp_path, "ce", 1, [50.0], None, model_s=name) for name in ("vgg8", "resnet14")]
+    rows = rows_of([make_run(tmp_path, "kd", 1, [50.0]), *runs])
+    build = figures.build_model
+
+    def build_some(name, num_classes):
+        if name == "vgg8":
+            raise UserError("timm is not installed")
+        return build(name, num_classes)
+
+    monkeypatch.setattr(figures, "build_model", build_some)
+    svg = figures.accuracy_against_cost(rows)
+    assert not any("vgg8" in text for text in texts(svg)) and any(text.startswith("kd (") for text in texts(svg))
+    assert "vgg8: no multiply-adds: timm is not installed" in capsys.readouterr().err

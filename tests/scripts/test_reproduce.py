@@ -1,0 +1,90 @@
+"""scripts/reproduce.py: from a command line to a list, a file of commands, a table."""
+
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from helper.tables import jobs
+from scripts import reproduce
+from tests.conftest import ROOT, message_of
+from tests.run_folders import pretend
+
+SHORT = ("--max_steps", "2", "--batch_size", "16")
+
+
+@pytest.fixture
+def command(tmp_path):
+    """The command line of a tiny table: a teacher, a baseline, KD and NORM on raw logits."""
+    save_dir = tmp_path / "save"
+    flags = ["--pairs", "resnet14:resnet8", "--methods", "kd", "--variants", "norm -c 0 -s 2", "--trials", "1"]
+    return save_dir, [*flags, "--save_dir", str(save_dir)], ["--", *SHORT]
+
+
+def test_a_dry_run_only_lists(command, capsys):
+    save_dir, flags, extra = command
+    reproduce.main([*flags, "--dry_run", *extra])
+    printed = capsys.readouterr().out
+    assert "1 missing" in printed and "resnet14 -> resnet8: norm -c 0 -s 2" in printed
+    assert "4 runs: 0 finished, 0 begun, 4 missing" in printed
+    assert not save_dir.exists()
+
+
+def test_a_job_list_holds_the_commands(command, tmp_path):
+    _, flags, extra = command
+    reproduce.main([*flags, "--job_list", str(tmp_path / "jobs.txt"), *extra])
+    lines = [shlex.split(line) for line in (tmp_path / "jobs.txt").read_text().splitlines()]
+    assert len(lines) == 4 and all(Path(line[1]).exists() for line in lines)
+    assert Path(lines[0][1]).name == "train_teacher.py" and lines[-1][2:4] == ["--distill", "norm"]
+    absent = str(tmp_path / "none" / "jobs.txt")
+    assert f"{absent} cannot be written" in message_of(reproduce.main, [*flags, "--job_list", absent, *extra])
+
+
+def test_what_is_trained_is_tabulated_and_a_failure_is_the_exit_code(command, capsys, monkeypatch):
+    save_dir, flags, extra = command
+
+    def run_all_but_kd(listed, places, shelf):
+        for job in listed:
+            if job.config.distill != "kd":
+                pretend(job, "result.json", teacher_digest="1" * 64 if job.teacher else None)
+        shelf.refresh()
+        return {"kd": "exit code 2"}
+
+    monkeypatch.setattr(reproduce, "run_jobs", run_all_but_kd)
+    monkeypatch.setattr(jobs.Shelf, "digest", lambda self, path, name: "1" * 64)
+    message = message_of(reproduce.main, [*flags, *extra])
+    assert message == f"1 of 4 runs failed; their logs are in {save_dir}/logs"
+    assert "| digits | resnet14 | resnet8 | norm --max_steps 2 -c 0 -s 2 |" in capsys.readouterr().out
+
+
+def test_what_makes_no_table_is_one_line():
+    assert "say what to reproduce" in message_of(reproduce.main, [])
+    assert "is not in table 1" in message_of(reproduce.main, ["--table", "1", "--pairs", "resnet8:resnet8"])
+    flags = ["--pairs", "resnet20:resnet8", "--dry_run"]
+    assert "kdd" in message_of(reproduce.main, [*flags, "--methods", "kdd"])
+    assert "not used by --distill kd" in message_of(reproduce.main, [*flags, "--variants", "kd -s 8"])
+    assert "did you mean --epochs?" in message_of(reproduce.main, [*flags, "--", "--epoch", "3"])
+    assert "unknown model 'resnet21'" in message_of(reproduce.main, ["--pairs", "resnet20:resnet21"])
+    assert "must be pairs like" in message_of(reproduce.main, ["--pairs", "resnet20"])
+
+
+def test_a_table_trains_each_run_once_with_two_plans_at_work(command):
+    save_dir, flags, extra = command
+    plan = [sys.executable, str(ROOT / "scripts" / "reproduce.py"), *flags, *extra]
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    plans = [subprocess.Popen(plan, **options) for _ in range(2)]
+    printed = [one.communicate(timeout=300)[0] for one in plans]
+    assert [one.returncode for one in plans] == [0, 0], printed
+    assert sum(text.count("start   ") for text in printed) == 4
+    assert all("| norm --max_steps 2 -c 0 -s 2 |" in text for text in printed)
+    folders = [path.name for path in save_dir.iterdir() if (path / "config.json").exists()]
+    assert len(folders) == 4 and not any("-2" in name for name in folders)
+    logs = {path.name for path in (save_dir / "logs").iterdir()}
+    assert logs == {f"{name}.log" for name in folders}
+
+
+def test_pairs_of_other_libraries_hold_a_colon():
+    [pair] = reproduce.pairs("torchvision:resnet18:resnet8")
+    assert pair == ("torchvision:resnet18", "resnet8")

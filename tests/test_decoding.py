@@ -1,0 +1,217 @@
+"""An encoded image becomes a square: what is shown of it, of which kinds of files, and what is refused."""
+
+import io
+import struct
+import subprocess
+import zlib
+
+import numpy
+import pytest
+import torch
+from PIL import Image
+from torchvision.transforms import RandomResizedCrop, v2
+
+from dataset import Loader, epoch_seed, load_data, read_normalised
+from dataset.decoding import (
+    MAX_SIDE,
+    RATIO,
+    BrokenImage,
+    Centre,
+    RandomCrops,
+    draw_crop,
+    endings,
+    read_views,
+)
+from errors import UserError
+from tests.test_stored_images import CPU, write_images
+from tests.test_stored_images import fit as square
+
+
+def encoded(image: Image.Image, kind: str = "PNG", **options) -> bytes:
+    image.save(file := io.BytesIO(), kind, **options)
+    return file.getvalue()
+
+
+WHOLE = Centre(32)
+
+
+def shown(content: bytes, crop=WHOLE, sample: int = 0) -> numpy.ndarray:
+    (pixels,) = read_views(lambda: content, crop, sample)
+    return pixels
+
+
+def photograph(width: int, height: int, texture: float = 10) -> Image.Image:
+    """Smooth colours with noise, as photographs have."""
+    random = numpy.random.default_rng(0)
+    rough = Image.fromarray(random.integers(0, 256, (8, 8, 3), dtype=numpy.uint8)).resize(
+        (width, height), Image.BICUBIC
+    )
+    noisy = numpy.asarray(rough) + random.normal(0, texture, (height, width, 1))
+    return Image.fromarray(noisy.clip(0, 255).astype(numpy.uint8))
+
+
+def test_random_crops_are_torchvisions():
+    sizes = numpy.random.default_rng(0).integers(1, 600, (1500, 2)).tolist() + [[500, 1], [1, 500], [700, 100]]
+    for seed, (width, height) in enumerate(sizes):
+        torch.manual_seed(seed)
+        top, left, down, across = RandomResizedCrop.get_params(torch.empty(3, height, width), [0.08, 1.0], list(RATIO))
+        assert draw_crop(width, height, (0.08, 1.0), seed) == (left, top, left + across, top + down), (width, height)
+
+
+def test_a_random_crop_is_cut_out_before_it_is_resized():
+    image, crop = photograph(90, 70), RandomCrops(32, 3, 5, 2, (0.08, 1.0))
+    views = read_views(lambda: encoded(image), crop, sample=7)
+    for view, pixels in enumerate(views):
+        box = draw_crop(90, 70, (0.08, 1.0), epoch_seed(3, 5, 7, view, stream="crops"))
+        expected = image.crop(box).resize((32, 32), Image.BILINEAR)
+        assert numpy.array_equal(pixels, numpy.asarray(expected))
+
+
+@pytest.mark.parametrize(("width", "height"), [(50, 40), (41, 77), (64, 64), (33, 100), (256, 256)])
+@pytest.mark.parametrize(("size", "cut"), [(32, 0), (32, 2), (64, 5)])
+def test_the_centre_is_torchvisions(width, height, size, cut):
+    image = photograph(width, height)
+    expected = v2.CenterCrop(size)(v2.Resize(size + 2 * cut)(image))
+    difference = numpy.asarray(expected).astype(int) - shown(encoded(image), Centre(size, cut))
+    assert abs(difference).max() <= 2 and abs(difference).mean() < 0.5
+
+
+@pytest.mark.parametrize("size", [32, 64, 96, 128, 160, 224])
+def test_prediction_shows_what_testing_shows(tmp_path, size):
+    folder = write_images(tmp_path / "data", 1, 3, side=261)
+    data = load_data("imagenet", str(folder), size, 0)
+    (batch,) = Loader(data.test, data, 6, CPU).batches()
+    record = {"image_size": size, "mean": data.mean, "std": data.std, "margin": data.margin}
+    for sample in range(6):
+        alone = read_normalised(data.test.name_of(sample), record)
+        assert torch.allclose(alone, batch.images[sample], atol=1e-5)
+
+
+@pytest.mark.parametrize("number", range(1, 9))
+def test_exif_rotations_are_applied(number):
+    image, exif = photograph(48, 64, 0), Image.Exif()
+    exif[0x0112] = number
+    upright = {2: 0, 3: 3, 4: 1, 5: 5, 6: 4, 7: 6, 8: 2}  # Pillow's operation that undoes it
+    expected = image if number == 1 else image.transpose(Image.Transpose(upright[number]))
+    for kind, most in (("PNG", 0), ("JPEG", 25), ("TIFF", 0), ("WEBP", 40)):
+        seen = shown(encoded(image, kind, exif=exif, quality=95), Centre(48))
+        difference = abs(seen.astype(int) - shown(encoded(expected), Centre(48)))
+        assert difference.max() <= most and difference.mean() < 4, kind
+
+
+def test_transparency_is_laid_on_a_colour():
+    drawing = numpy.zeros((32, 32, 4), numpy.uint8)
+    drawing[8:24, 8:24, 3] = 255  # black, on nothing
+    content = encoded(Image.fromarray(drawing))
+    assert shown(content)[0, 0].tolist() == [255] * 3 and shown(content)[16, 16].tolist() == [0] * 3
+    assert shown(content, Centre(32, 0, (9, 8, 7)))[0, 0].tolist() == [9, 8, 7]
+    crops = RandomCrops(32, 0, 0, 1, (0.99, 1.0), (9, 8, 7))
+    assert shown(content, crops)[0, 0].tolist() == [9, 8, 7]
+    grey = Image.fromarray(drawing).convert("LA")
+    assert shown(encoded(grey))[0, 0].tolist() == [255] * 3
+
+
+def test_greys_of_more_than_8_bits_are_scaled_by_a_rule_or_refused():
+    greys = numpy.linspace(0, 65535, 1024).reshape(32, 32)
+    deep = Image.fromarray(greys.astype(numpy.uint16))
+    expected = (greys.astype(numpy.uint16) >> 8).astype(numpy.uint8)
+    for kind in ("PNG", "TIFF"):
+        assert numpy.array_equal(shown(encoded(deep, kind))[..., 0], expected)
+    for mode, dtype in (("I", numpy.int32), ("F", numpy.float32)):
+        with pytest.raises(BrokenImage, match=f"mode {mode}"):
+            shown(encoded(Image.fromarray(greys.astype(dtype)), "TIFF"))
+
+
+def test_a_jpeg_is_decoded_at_a_part_of_its_size_where_that_shows_little():
+    content = encoded(photograph(500, 375, 20), "JPEG", quality=90)
+    whole = encoded(Image.open(io.BytesIO(content)), "PNG")  # decoded in full
+    for size in (32, 64, 100):
+        for crop in (Centre(size, size // 14), RandomCrops(size, 0, 0, 1, (0.5, 1.0))):
+            difference = abs(shown(content, crop).astype(int) - shown(whole, crop))
+            assert 0 < difference.mean() < 3 and difference.max() < 32, (size, difference.mean(), difference.max())
+    assert numpy.array_equal(shown(content, Centre(224)), shown(whole, Centre(224)))
+
+
+def test_no_other_program_is_started_for_an_image(tmp_path, monkeypatch):
+    monkeypatch.setattr(subprocess, "Popen", lambda *_, **__: pytest.fail("a program is started"))
+    script = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n%%EOF\n"
+    with pytest.raises(BrokenImage, match="no known image format"):
+        shown(script)
+    assert not {".eps", ".ps", ".pdf", ".wmf"} & endings()
+    assert {".jpg", ".jpeg", ".jfif", ".png", ".tif", ".tiff", ".webp", ".bmp", ".gif", ".ppm", ".pgm"} <= endings()
+
+
+def png_of(width: int, height: int) -> bytes:
+    """A small PNG that claims this size."""
+
+    def chunk(name: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return (
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(99))) + chunk(b"IEND", b"")
+    )
+
+
+@pytest.mark.parametrize(("width", "height"), [(65000, 1), (1, MAX_SIDE + 1), (12000, 12000)])
+def test_a_size_beyond_the_limits_is_refused_before_it_is_decoded(width, height):
+    with pytest.raises(BrokenImage, match=f"{width}x{height} pixels"):
+        shown(png_of(width, height))
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "AVIF", "TIFF", "GIF", "BMP", "TGA", "JPEG2000"])
+def test_whatever_a_decoder_raises_is_an_unreadable_image(kind):
+    content, random = encoded(photograph(40, 30), kind), numpy.random.default_rng(0)
+    for number in range(60):
+        damaged = bytearray(content[: random.integers(1, len(content))] if number % 2 else content)
+        for place in random.integers(0, len(damaged), 5):
+            damaged[place] = random.integers(256)
+        try:
+            assert shown(bytes(damaged)).shape == (32, 32, 3)
+        except BrokenImage as error:
+            assert str(error) and "\n" not in str(error)
+
+
+def test_a_decoder_may_raise_anything(monkeypatch):
+    def fail(*_):
+        raise AttributeError("of a parser")
+
+    monkeypatch.setattr("dataset.decoding.convert_to_rgb", fail)
+    with pytest.raises(BrokenImage, match="AttributeError of a parser"):
+        shown(encoded(photograph(40, 40)))
+
+
+def test_one_unreadable_image_is_a_line_for_prediction(tmp_path):
+    (tmp_path / "a.jpg").write_bytes(b"")
+    record = {"image_size": 32, "mean": (0.5,) * 3, "std": (0.5,) * 3}
+    for name, reason in (("a.jpg", "it is empty"), ("b.jpg", "No such file")):
+        with pytest.raises(UserError, match=f"IMAGE: .*{name} cannot be read as an image .{reason}"):
+            read_normalised(tmp_path / name, record)
+
+
+def test_streams_of_random_numbers_have_seeds_of_their_own():
+    seeds = [epoch_seed(1, 2, *numbers) for numbers in ((), (0,), (0, 0), (0, 0, 0), (1,), (0, 1))]
+    seeds += [epoch_seed(1, 2, *numbers, stream="crops") for numbers in ((), (0,), (0, 0))]
+    assert len(set(seeds)) == len(seeds)
+    assert epoch_seed(1, 2) == int(numpy.random.SeedSequence((1, 2)).generate_state(1)[0]), "the order of all versions"
+
+
+def test_usual_formats_and_modes_are_read(tmp_path):
+    image = Image.fromarray(numpy.full((9, 9, 3), 200, numpy.uint8))
+    for name in ("a.bmp", "a.tif", "a.png", "a.webp"):
+        image.save(tmp_path / name)
+        assert (square(tmp_path / name, 9).float() - 200).abs().max() <= 2
+    for mode, kind in (("L", "png"), ("LA", "png"), ("RGBA", "png"), ("P", "png"), ("CMYK", "jpeg"), ("1", "png")):
+        seen = image.convert(mode)
+        seen.save(tmp_path / f"b.{kind}", **({"transparency": bytes([255] * 256)} if mode == "P" else {}))
+        expected = 255 if mode == "1" else 200
+        shown = square(tmp_path / f"b.{kind}", 9).float()
+        assert shown.shape == (3, 9, 9) and (shown.mean() - expected).abs() <= (55 if mode == "1" else 8), mode
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.tif"])
+def test_greys_of_16_bits_are_scaled_to_8(tmp_path, name):
+    greys = numpy.arange(0, 2**16, 2**6, dtype=numpy.uint16).reshape(32, 32)
+    Image.fromarray(greys).save(tmp_path / name)
+    expected = torch.from_numpy((greys >> 8).astype(numpy.uint8)).expand(3, -1, -1)
+    assert torch.equal(square(tmp_path / name, 32), expected)
