@@ -89,6 +89,7 @@ def run_method_of_the_page() -> type:
     return namespace["MeanMap"]
 
 
+@pytest.mark.slow
 def test_the_commands_run_in_their_order(photographs, _downloads, monkeypatch, capsys):
     monkeypatch.setitem(distiller_zoo.DISTILLERS, "mean_map", run_method_of_the_page())
     in_process(monkeypatch)
