@@ -41,9 +41,8 @@ def joined() -> Iterator[None]:
     distributed.init_process_group(store=store, rank=number, world_size=world_size)
     try:
         yield
-        _leave()
     except Stopped as stop:
-        _leave()
+        distributed.destroy_process_group()
         if number == 0:
             raise
         sys.exit(128 + stop.signal_number)
@@ -55,15 +54,6 @@ def joined() -> Iterator[None]:
         if first:
             raise reason from None
         sys.exit(2)  # without leaving the group, which may wait for those that have gone
-
-
-def _leave() -> None:
-    """Leave the group when all processes do.
-
-    Waiting for them lets gloo's threads finish with the last tensors, for which they need Python's lock: DDP ends these
-    threads when it is freed, with that lock held, and would wait for them for ever.
-    """
-    distributed.barrier()
     distributed.destroy_process_group()
 
 
@@ -246,6 +236,14 @@ class Replica:
 
     def __call__(self, *arguments):
         return (self._parallel or self._method)(*arguments)
+
+    def close(self) -> None:
+        """Free DDP, once training is over and before the processes leave their group.
+
+        Were it the last to hold the group, it would wait for gloo's threads, which wait for Python's lock to free their
+        last tensors, which DDP holds meanwhile.
+        """
+        self._parallel = None
 
     def only_adding(self, only: bool) -> AbstractContextManager:
         """Within this block gradients are accumulated in this process and not exchanged, if `only`."""

@@ -223,6 +223,7 @@ def prepared(opened: Opened, inputs: Inputs, teacher: Teacher | None) -> Iterato
                 if config.folder is not None:
                     run.restore()
                     _record_changes(run)
+                folders.callback(run.close)
                 runs.append(run)
         yield runs
 
@@ -344,7 +345,7 @@ class Run:
         self.config, self.inputs, self.folder, self.data = config, inputs, folder, inputs.data
         self.teacher, self._alone = teacher, alone
         torch.manual_seed(config.seed)
-        student = build_model(config.model_s, self.data.num_classes)
+        student = build_model(config.model_s, self.data.num_classes, self.data.image_size)
         probe_shapes(student, self.data.image_size)
         if initial is not None and config.folder is None:
             folder.log(start_from(initial, student, config.model_s, self.data.classes, config.dataset))
@@ -401,6 +402,10 @@ class Run:
             self.error = error
             with suppress(UserError):  # a full disk
                 (self.folder.log_quietly if self._alone else self.folder.log)(f"failed: {error}")
+
+    def close(self) -> None:
+        """Let go of the other processes."""
+        self.training.replica.close()
 
     # Where the run is.
 

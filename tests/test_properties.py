@@ -59,6 +59,7 @@ def flags(draw):
     return argv
 
 
+@pytest.mark.slow
 @often
 @given(argv=flags())
 def test_any_command_line_trains_or_is_refused_in_one_line(place, argv):
@@ -86,6 +87,7 @@ JSON = st.recursive(
 COSTLY = ("num_workers", "batch_size", "image_size", "max_steps")
 
 
+@pytest.mark.slow
 @often
 @given(data=st.data())
 def test_any_stored_configuration_goes_on_or_is_refused_in_one_line(place, data):

@@ -99,6 +99,7 @@ def damage(data, content: bytes) -> bytes:
     return content[:where] + data.draw(st.binary(min_size=1, max_size=64)) + content[where + 64 :]
 
 
+@pytest.mark.slow
 @often
 @given(data=st.data())
 @pytest.mark.parametrize("use", ["teacher", "resume"])
@@ -169,6 +170,7 @@ def add_something(data, folder: Path) -> None:
         pass
 
 
+@pytest.mark.slow
 @often
 @given(data=st.data())
 def test_any_folder_of_images_trains_or_is_refused_in_one_line(place, data):

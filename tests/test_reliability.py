@@ -43,6 +43,7 @@ def test_a_damaged_last_checkpoint_falls_back_to_the_one_before(distil, few_imag
     assert same_state(weights(whole), weights(cut))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("distill", ["norm", "norm_crd", "ofd"])
 @pytest.mark.parametrize("saves", [2, 3, 6])
 def test_cut_within_an_epoch_and_resumed_it_ends_the_same(distil, few_images, monkeypatch, distill, saves, capsys):
@@ -66,6 +67,7 @@ def test_cut_within_an_epoch_and_resumed_it_ends_the_same(distil, few_images, mo
     assert_same_end(whole, cut)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "code"), [("SIGTERM", 143), ("SIGINT", 130)])
 def test_a_signal_saves_and_stops(tmp_path, name, code):
     argv = [sys.executable, "train_teacher.py", "--model", "resnet20", "--epochs", "50", "--save_dir", str(tmp_path)]
@@ -130,6 +132,7 @@ def flatten(value, path=""):
     return {path: value}
 
 
+@pytest.mark.slow
 def test_no_damaged_checkpoint_is_taken_for_a_whole_one(distil, few_images, tmp_path):
     """Flipped bits, cuts, and overwritten stretches; run with FLIPS=1000 for the published figure."""
     source = (distil("--batch_size", "64", "--epochs", "1") / "best.pth").read_bytes()
@@ -203,6 +206,7 @@ def finish(argv: list[str]) -> float:
     return time.monotonic() - started
 
 
+@pytest.mark.slow
 def test_killed_at_any_moment_and_resumed_it_ends_the_same(teacher_run, tmp_path):
     """SIGKILL at random moments of runs that go on until they are over; KILLS=50 for the published figure."""
     argv = ["--distill", "norm", "--model_s", "resnet8", "--path_t", str(teacher_run / "last.pth")]

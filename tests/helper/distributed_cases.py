@@ -90,7 +90,7 @@ def train(name: str) -> dict:
         over += number
     before = {key: value.clone() for key, value in distiller.state_dict().items()}
     average_statistics(distiller)
-    looks_for_unused = getattr(training.replica._method, "find_unused_parameters", None)
+    looks_for_unused = getattr(training.replica._parallel, "find_unused_parameters", None)
     state = {"means": means, "before": before, "after": distiller.state_dict(), "looks": looks_for_unused}
     return state | {"test": test(distiller, data)}
 

@@ -62,6 +62,7 @@ def close(a: dict, b: dict, tolerance: float) -> bool:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", EQUAL)
 def test_two_processes_end_with_the_weights_of_one(outcomes, name):
     """The last batch of an epoch has an odd number of images; weights, statistics, banks and metrics are compared."""
@@ -74,6 +75,7 @@ def test_two_processes_end_with_the_weights_of_one(outcomes, name):
     assert same_state(first["before"], second["before"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_all_processes_hold_the_same(outcomes, name):
     first, second = (outcome[name] for outcome in outcomes)
@@ -88,10 +90,12 @@ def test_all_processes_hold_the_same(outcomes, name):
         assert torch.allclose(first["after"][key].double(), mean.double(), rtol=1e-12), key
 
 
+@pytest.mark.slow
 def test_unused_parameters_are_looked_for_only_where_there_may_be_some(outcomes):
     assert [name for name in CASES if outcomes[0][name]["looks"]] == ["unused", "changing"]
 
 
+@pytest.mark.slow
 def test_whole_runs_write_once(together):
     run = together / "digits_ce_resnet8_trial1"
     assert [record["epoch"] for record in metrics(run)] == [1, 2]
@@ -104,6 +108,7 @@ def test_whole_runs_write_once(together):
     ]
 
 
+@pytest.mark.slow
 def test_all_processes_start_from_the_given_weights(together, tmp_path, monkeypatch):
     monkeypatch.setattr(run_module, "load_data", few_images)
     source, run = together / "digits_ce_resnet8_trial1" / "last.pth", "digits_ce_resnet8_trial3"
@@ -114,6 +119,7 @@ def test_all_processes_start_from_the_given_weights(together, tmp_path, monkeypa
     assert (together / run / "log.txt").read_text().count("all weights; images") == 1
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_in_another_number_of_processes(together, tmp_path, monkeypatch):
     """Four steps in two processes and five in one: the same weights as nine in one, but for rounding."""
     monkeypatch.setattr(run_module, "load_data", few_images)
@@ -144,6 +150,7 @@ def run_with_trouble(trouble: str, folder: Path) -> list[tuple[int, str]]:
     return [(process.returncode, text) for process, text in zip(processes, texts, strict=True)]
 
 
+@pytest.mark.slow
 def test_an_error_in_one_process_ends_all_with_one_line(tmp_path):
     ends = run_with_trouble("error", tmp_path)
     assert [code for code, _ in ends] == [2, 2]
@@ -152,6 +159,7 @@ def test_an_error_in_one_process_ends_all_with_one_line(tmp_path):
     assert not any("Traceback" in text for _, text in ends)
 
 
+@pytest.mark.slow
 def test_a_signal_to_one_process_stops_all_at_the_same_step(tmp_path):
     ends = run_with_trouble("SIGTERM", tmp_path)
     assert [code for code, _ in ends] == [143, 143]
@@ -160,6 +168,7 @@ def test_a_signal_to_one_process_stops_all_at_the_same_step(tmp_path):
     assert saved["epoch"] == 1 and saved["epoch_state"]["steps"] in (4, 5)
 
 
+@pytest.mark.slow
 def test_a_killed_worker_is_started_again_and_the_run_ends_the_same(together, tmp_path):
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max_restarts=1"]
     argv = [*launch, "-m", "tests.helper.distributed_cases", "--save_dir", str(tmp_path), *RUN, "--resume"]

@@ -110,6 +110,7 @@ def graphs(monkeypatch):
     torch._dynamo.reset()
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Guards may run slower:RuntimeWarning")  # of Python 3.13.0
 def test_a_compiled_run_is_the_same_and_compiles_each_pass_once(distil, graphs):
     flags = ("--batch_size", "48", "--epochs", "3")  # the last batch is shorter, NORM's weight changes with the epoch
@@ -123,6 +124,7 @@ def test_a_compiled_run_is_the_same_and_compiles_each_pass_once(distil, graphs):
     assert list(states[0]) == list(states[1])
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Guards may run slower:RuntimeWarning")
 def test_runs_side_by_side_and_stages_are_compiled(teacher_run, save_dir, graphs):
     flags = ["--path_t", str(teacher_run / "last.pth"), "--save_dir", str(save_dir), "--compile", "default"]

@@ -13,7 +13,7 @@ from helper.command_line import resolve
 from helper.loops import Training, step
 from helper.networks import FrozenTeacher
 from tests.conftest import pair_networks
-from tests.distiller_zoo.test_every_pair import CLASSES, CONFIG, build, with_statistics
+from tests.distiller_zoo.test_every_pair import BATCH, CLASSES, build, with_statistics
 from tests.stages import StageRun, train_epoch
 
 CONFIG = resolve(

@@ -85,6 +85,7 @@ def test_a_run_that_is_killed_between_two_checkpoints_ends_with_the_same_best(tm
     assert same_state(best["model"], last["model"])
 
 
+@pytest.mark.slow
 def test_an_interrupted_script_can_be_resumed(tmp_path):
     argv = [sys.executable, "train_teacher.py", "--model", "resnet8", "--epochs", "50", "--save_dir", str(tmp_path)]
     process = subprocess.Popen(argv, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)

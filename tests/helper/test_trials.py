@@ -57,6 +57,7 @@ def same_weights(left: Path, right: Path) -> bool:
     return same_state(weights(left), weights(right))
 
 
+@pytest.mark.slow
 def test_trials_are_what_they_are_alone_and_share_the_teacher(train, passes, save_dir):
     together = train("--trials", "3", "--distill", "mlkd")  # mlkd draws from the global generators while training
     shared = passes.count(64)  # two views of 32 images
@@ -69,6 +70,7 @@ def test_trials_are_what_they_are_alone_and_share_the_teacher(train, passes, sav
         assert_same_end(together[name], alone)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("methods", ["kd,factor,hint", "fsp,crd,abound"])
 def test_methods_with_and_without_a_stage_before_are_what_they_are_alone(train, save_dir, methods):
     """Stages put runs out of step: each still has its own numbers, bit for bit."""

@@ -30,6 +30,7 @@ RECORD = {
 SMALL = ["--pairs", "resnet14:resnet8", "--batch_size", "8", "--steps", "1"]
 
 
+@pytest.mark.slow
 def test_the_speed_benchmark_writes_its_records(tmp_path, capsys):
     path = tmp_path / "records.json"
     flags = ["--n", "1,2", "--rounds", "1", "--workers", "0", "--trials", "2", "--json", str(path)]
