@@ -1,5 +1,6 @@
 """The one exception that is meant for the person at the terminal."""
 
+import io
 import os
 import signal
 import sys
@@ -52,7 +53,7 @@ def run_script(main):
     number, as shells and clusters expect (SIGINT 130, SIGTERM 143).
     """
     for stream in (sys.stdout, sys.stderr):  # no name of a file, and no sign, ends a run on a terminal that lacks it
-        if hasattr(stream, "reconfigure"):
+        if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     try:
         main()

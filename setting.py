@@ -46,7 +46,7 @@ class Setting(NamedTuple):
     """
 
     names: tuple[str, ...]
-    type: Callable[[str], Any]  # reads the text of a flag; bool for a switch
+    type: Callable[[Any], Any]  # reads the text of a flag; bool for a switch
     default: Any  # None: it may be absent; RECIPE: filled in when the run is resolved
     help: str
     choices: Collection[str] | None = None
@@ -88,7 +88,8 @@ class Setting(NamedTuple):
         except (ArgumentTypeError, TypeError, OverflowError, ValueError) as error:
             raise ValueError(f"{self.names[-1]} cannot be {str(value)[:100]!r} ({error})") from None
         if self.choices is not None and read not in self.choices:
-            raise ValueError(f"{self.names[-1]} must be one of {', '.join(map(str, self.choices))}, not {value!r}")
+            legal = ", ".join(str(choice) for choice in self.choices)
+            raise ValueError(f"{self.names[-1]} must be one of {legal}, not {str(value)[:100]!r}")
         return read
 
 

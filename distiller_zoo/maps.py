@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from distiller_zoo.base import BETA, Flag, above_zero
 from distiller_zoo.kd import FeatureDistiller
-from errors import UnfitPair
+from errors import UnfitPair, UserError
 from models.backbone import Output, Shapes, probe_shapes
 
 MAP_SIZE = Flag(
@@ -93,7 +93,14 @@ class MapDistiller(FeatureDistiller):
 
     def __init__(self, student, teacher, task, **hyper_parameters):
         super().__init__(student, teacher, task, **hyper_parameters)
-        pairs = zip(*(self.compared(probe_shapes(each, task.image_size)) for each in (student, teacher)), strict=False)
+        shapes = [self.compared(probe_shapes(each, task.image_size)) for each in (student, teacher)]
+        for whose, maps in zip(("student", "teacher"), shapes, strict=True):
+            if not maps:
+                raise UserError(
+                    f"--model_{whose[0]}: --distill {self.name} compares maps of several stages, and the {whose} shows "
+                    "only its last; choose another network or method"
+                )
+        pairs = zip(*shapes, strict=False)
         self._sizes = list(dict.fromkeys(describe_sizes(*pair, self.map_size) for pair in pairs))
 
     @staticmethod

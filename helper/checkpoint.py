@@ -141,11 +141,12 @@ def rebuild(checkpoint: Mapping, source: str) -> tuple[Distiller, dict]:
         if not num_classes <= data["train_images"] <= MOST_IMAGES:
             raise ValueError(f"{data['train_images']} training images")
         targets = torch.arange(data["train_images"]) % num_classes  # only their number matters here
-        student = build_model(config["model_s"], num_classes)
+        student = build_model(config["model_s"], num_classes, data["image_size"])
         teacher = None
         if config.get("model_t"):
             known = data.get("teacher") or {}
-            teacher = build_model(config["model_t"], known.get("num_classes", num_classes))
+            seen = config.get("teacher_image_size") or data["image_size"]
+            teacher = build_model(config["model_t"], known.get("num_classes", num_classes), seen)
             teacher = wrap(teacher, config.get("wrapper_t"), source)
             if config.get("teacher_image_size"):
                 same = (0.5,) * 3, (0.5,) * 3

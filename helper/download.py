@@ -175,7 +175,7 @@ def _receive(file: RemoteFile, part: Path, end: float) -> bool:
         content_range = re.match(r"bytes (\d+)-\d+/(\d+)", answer.headers.get("Content-Range") or "")
         resumes = content_range is not None and int(content_range[1]) == over
         length = re.fullmatch(r"\d+", answer.headers.get("Content-Length") or "")
-        total = int(content_range[2]) if resumes else int(length[0]) if length else None
+        total = int(content_range[2]) if content_range and resumes else int(length[0]) if length else None
         if not resumes:
             part.unlink(missing_ok=True)
         _append(file, part, answer, end, total)

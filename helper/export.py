@@ -10,7 +10,7 @@ import json
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -51,7 +51,8 @@ def write_onnx(network: nn.Module, record: Mapping, path: str) -> None:
     _need("onnxscript", "onnx")
     program = _trace(network, record)
     with _without_warnings():
-        model = torch.onnx.export(program, dynamo=True, input_names=["images"], output_names=["logits"], verbose=False)
+        names: dict[str, Any] = {"input_names": ["images"], "output_names": ["logits"]}
+        model: Any = torch.onnx.export(program, dynamo=True, verbose=False, **names)
     model.model.metadata_props[RECORD] = json.dumps(record)
     model.save(path, external_data=False)
 

@@ -6,7 +6,7 @@ the command line comes on top. The common schedule of CRD's tables is that of th
 
 from collections.abc import Iterator, Mapping, Sequence
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from setting import RECIPE, Setting
 
@@ -300,7 +300,7 @@ IMAGENET = (
         "ReviewKD ImageNet/README.md",
         _MOBILENET,
     ),
-    _imagenet("srrl", {"alpha": 0.0, "srrl_form": "map"}, "KD_SRRL, which has no KL term"),
+    _imagenet("srrl", {"alpha": 0.0, "beta": 1, "srrl_form": "map"}, "KD_SRRL, which has no KL term"),
 )
 
 _LSKD = "logit-standardization-KD README and logs/KD"
@@ -416,7 +416,7 @@ def find_rows(
     return {argument: row for row in ROWS if row.applies(place, chosen) for argument in row.values}
 
 
-def run_length(flag: Setting, dataset: str, method: str, recipe: Mapping[str, tuple[object, str]]) -> int:
+def run_length(flag: Setting, dataset: str, method: str, recipe: Mapping[str, tuple[Any, str]]) -> int:
     """The epochs of the run that a flag's number of epochs belongs to.
 
     What a method publishes for a data set belongs to its run there, everything else to the flag's own `full_run`.

@@ -345,7 +345,7 @@ class Run:
         self.config, self.inputs, self.folder, self.data = config, inputs, folder, inputs.data
         self.teacher, self._alone = teacher, alone
         torch.manual_seed(config.seed)
-        student = build_model(config.model_s, self.data.num_classes)
+        student = build_model(config.model_s, self.data.num_classes, self.data.image_size)
         probe_shapes(student, self.data.image_size)
         if initial is not None and config.folder is None:
             folder.log(start_from(initial, student, config.model_s, self.data.classes, config.dataset))

@@ -76,7 +76,7 @@ def _warn_of_folder(path: str) -> None:
     print(f"warning: the file system of {path} does not flush folders: a power cut may lose the latest checkpoint")
 
 
-def _acquire(lock: FileLock, timeout: float = 0.0) -> None:
+def acquire(lock: FileLock, timeout: float = 0.0) -> None:
     """Take a lock within `timeout` seconds, or raise `Timeout`; say so where the file system has no locks."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -91,7 +91,7 @@ def is_taken(path: Path) -> bool:
         return False
     lock = FileLock(path / LOCK)
     try:
-        _acquire(lock)
+        acquire(lock)
     except (Timeout, OSError):
         return True
     lock.release()
@@ -117,7 +117,7 @@ class RunFolder:
                 raise UserError(f"--resume: {self.path / name} is a link; a run's files must be its own")
         try:
             with writing(self.path / LOCK):
-                _acquire(self._lock, timeout=1.0)  # a plan that looks whether the run is over holds it for a moment
+                acquire(self._lock, timeout=1.0)  # a plan that looks whether the run is over holds it for a moment
                 for left in self.path.glob(f"*{PART}"):  # of a process that was killed
                     left.unlink(missing_ok=True)
         except Timeout:

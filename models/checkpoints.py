@@ -264,7 +264,9 @@ def load_exported(checkpoint: Mapping, source: str) -> tuple[Backbone, dict]:
     if not isinstance(wrapper, Mapping | None) or any(isinstance(size, int) and size > largest for size in sizes):
         raise UserError(f"{source} is damaged: its weights are of another size than it says")
     try:
-        network = wrap(build_model(record["model_name"], record["num_classes"]), wrapper, source)
+        network = wrap(
+            build_model(record["model_name"], record["num_classes"], record.get("image_size")), wrapper, source
+        )
     except (RuntimeError, ValueError, ZeroDivisionError) as error:
         raise UserError(f"{source} is damaged: its network cannot be built: {error}") from None
     load_weights(network, record["model_name"], weights, source)

@@ -95,7 +95,7 @@ class External(Backbone):
         return self.network.get_submodule(self.split.classifier)
 
     @property
-    def num_classes(self):
+    def num_classes(self) -> int:
         return self._num_classes if self.split.classifier is None else self.get_classifier().out_features
 
     def to_map(self, final: Tensor) -> Tensor:

@@ -109,13 +109,16 @@ def split(name: str, network: nn.Module, num_classes: int, image_size: int | Non
 
     def look(blank, image):
         last = blank.forward_features(image)
-        is_map = isinstance(last, Tensor) and last.ndim == 4
-        seen.append((last, [] if is_map else blank.forward_intermediates(image)[1]))
+        seen.append((last, [] if is_map(last) else blank.forward_intermediates(image)[1]))
 
-    size = probe(name, network, look, (image_size, own_size))
+    def is_map(last):
+        return isinstance(last, Tensor) and last.ndim == 4 and network.num_features in (last.shape[1], last.shape[3])
+
+    # Small images come last: of a map of one pixel the average is the maximum too.
+    size = probe(name, network, look, (own_size, image_size))
     last, maps = seen[-1]
     shape = tuple(last.shape) if isinstance(last, Tensor) else ()
-    if len(shape) == 4 and network.num_features in (shape[1], shape[3]):
+    if is_map(last):
         return _split_map(network, num_classes, shape, size)
     if not maps or any(each.ndim != 4 for each in maps):
         raise no_map(name, "timm shows no maps of it")
@@ -190,7 +193,7 @@ def _split_tokens(
         return [*maps[:-1], patches_to_map(columns, prefix)], columns  # the last map behind the last norm
 
     classifier, head = _make_head(network, num_classes, columns_to_tokens, ramp(1, channels, shape[1], 1))
-    name = f"the {height * width} patch tokens of forward_features, behind {prefix} other{'' if prefix == 1 else 's'}"
+    name = f"the patch tokens of forward_features, behind {prefix} other{'' if prefix == 1 else 's'}"
     return Split(features, head, classifier, name, maps[-1], size, prefix)
 
 

@@ -9,5 +9,6 @@ for argument in "$@"; do
 done
 ruff check .
 ruff format --check .
+if pyright --version > /dev/null 2>&1; then pyright; else echo "pyright cannot be started here: types are not checked"; fi
 # One thread each: the tests' tensors are too small for more, and the processes share the cores.
 OMP_NUM_THREADS=1 python -m pytest --numprocesses auto --maxprocesses 4 --durations=10 "${selected[@]}"

@@ -191,10 +191,12 @@ def test_memory_is_looked_at_before_a_folder_is_held_there(folder, monkeypatch):
     assert not isinstance(load(folder, stream=False).train, StreamedImages)
 
 
-def test_a_recorded_normalisation_is_used(folder):
+def test_a_recorded_normalisation_is_used_and_none_computed(folder, monkeypatch):
+    monkeypatch.setattr(sources, "channel_statistics", lambda pixels: pytest.fail("it is computed"))
     for stream in (False, True):
         data = load(folder, stream=stream, normalisation=((0.1, 0.2, 0.3), (0.4, 0.5, 0.6)))
         assert (data.mean, data.std) == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
+    monkeypatch.undo()
     digits = load_data("digits", normalisation=((0.5,) * 3, (0.25,) * 3))
     assert digits.std == (0.25,) * 3
 

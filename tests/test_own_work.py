@@ -89,6 +89,7 @@ def run_method_of_the_page() -> type:
     return namespace["MeanMap"]
 
 
+@pytest.mark.slow
 def test_the_commands_run_in_their_order(photographs, _downloads, monkeypatch, capsys):
     monkeypatch.setitem(distiller_zoo.DISTILLERS, "mean_map", run_method_of_the_page())
     in_process(monkeypatch)
@@ -103,7 +104,8 @@ def test_the_commands_run_in_their_order(photographs, _downloads, monkeypatch, c
     assert "| folder | resnet20 | resnet8 | mean_map --max_steps 1 -b 10 |" in printed
     assert "| folder | - | resnet18 | ce --init torchvision:resnet18 --max_steps 1 |" in printed
     assert "which is new: 1000 classes there, 2 here" in printed
-    assert all(Path(name).exists() for name in ("report.html", "figures/learning_curves.svg", "student.onnx"))
+    assert all(Path(name).exists() for name in ("report.html", "student.onnx"))
+    assert list(Path("figures").glob("learning_curves*.svg"))
     predictions = [line for line in printed.splitlines() if line.startswith("photographs/val/")]
     assert len(predictions) == 6 and all("cat" in line and "dog" in line for line in predictions)
 

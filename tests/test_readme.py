@@ -59,6 +59,7 @@ def named_commands() -> list[str]:
     return sorted(set(found))
 
 
+@pytest.mark.slow
 def test_the_commands_run_in_their_order(tmp_path, monkeypatch, capsys):
     """With a few steps added; `save/*` is spelled out, as a shell would. Then Python's blocks, which read the runs."""
     monkeypatch.chdir(tmp_path)
@@ -137,6 +138,18 @@ def test_the_tree_is_the_repositorys():
     modules = [*ROOT.glob("*.py"), *(ROOT / "helper").rglob("*.py"), *(ROOT / "dataset").glob("*.py")]
     named = {path.relative_to(ROOT).as_posix() for path in modules if path.name != "__init__.py"}
     assert named <= tree()
+
+
+def test_the_names_of_the_architecture_page_exist():
+    named = set(re.findall(r"`(\w+)\.(\w+)\b", ARCHITECTURE.split("## How to add")[0]))
+    modules = {module: name for module, name in named if (ROOT / "helper" / f"{module}.py").exists()}
+    assert len(modules) >= 6
+    for module, name in named:
+        if module in modules and name != "py":
+            assert hasattr(import_module(f"helper.{module}"), name), f"{module}.{name}"
+    for cls, name in (pair for pair in named if pair[0] in ("Run", "Training")):
+        home = import_module("helper.run" if cls == "Run" else "helper.loops")
+        assert hasattr(getattr(home, cls), name), f"{cls}.{name}"
 
 
 def test_the_method_table_is_complete():

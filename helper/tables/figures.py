@@ -31,7 +31,7 @@ EMBEDDED_IMAGES = 1000
 NAMED_CLASSES = 40
 #: Drawn where the page's own colour for text belongs.
 INK = "#010203"
-STYLE = {
+STYLE: dict[Any, Any] = {
     **dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), INK),
     "svg.fonttype": "none",
     "svg.hashsalt": "figure",
@@ -60,7 +60,7 @@ def draw(paint: Callable[[Any], None], names: Sequence[str] = (), height: float 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    with matplotlib.rc_context(STYLE):
+    with matplotlib.rc_context(STYLE):  # pyright: ignore[reportArgumentType]
         columns = max(1, min(4, LEGEND_LENGTH // (max(map(len, names), default=0) + 8)))
         size = WIDTH, height + LEGEND_LINE * math.ceil(len(names) / columns)
         figure, axes = pyplot.subplots(figsize=size, layout="constrained")
@@ -199,11 +199,11 @@ def accuracy_against_cost(rows: Sequence[Row], title: str = "") -> str | None:
             colour = COLOURS[number % len(COLOURS)]
             axes.scatter(*point, color=colour, marker=marker, alpha=0.7, label=plain(name))
 
-    labels = {
+    labels: dict[str, Any] = {
         "xlabel": "multiply-adds of one image (M); in brackets: parameters",
         "ylabel": "test accuracy (%), last epoch",
     }
-    return draw(paint, names, title=plain(title), **labels)
+    return draw(paint, names, title=plain(title), **labels)  # pyright: ignore[reportArgumentType]
 
 
 def multiply_adds(rows: Sequence[Row]) -> dict[str, int]:

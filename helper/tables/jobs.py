@@ -22,7 +22,7 @@ import torch
 from filelock import FileLock, Timeout
 
 from errors import Stopped, UserError
-from helper.run_folder import writing
+from helper.run_folder import acquire, writing
 from helper.tables.plan import Job, Shelf
 from helper.tables.rows import find_folders, read_record
 
@@ -189,12 +189,10 @@ def _claim(save_dir: str, job: Job) -> FileLock | None:
     name = hashlib.sha256(job.key.encode()).hexdigest()[:32]
     claim = FileLock(Path(save_dir, CLAIMS, f"{name}.lock"), thread_local=False)
     try:
-        claim.acquire(timeout=0)
+        acquire(claim)
+        return claim
     except Timeout:
         return None
-    except (OSError, NotImplementedError) as error:
-        print(f"--save_dir: {save_dir} has no locks ({error}); run no second plan on it", file=sys.stderr)
-    return claim
 
 
 def _new_log(folder: Path, job: Job) -> Path:

@@ -30,6 +30,7 @@ HEADER = (
     *ACCURACIES.values(),
     "seeds",
     "protocol",
+    "unreadable test images",
     "paper",
     "ours is",
 )
@@ -62,7 +63,7 @@ def list_cells(row: Row) -> list[str]:
     names = [config["dataset"], config["model_t"] or "-", config["model_s"], row.label, str(row.epochs)]
     accuracies = [spread(row.values(name)) for name in ACCURACIES]
     published = ["-", "-"] if paper is None else [f"{paper.accuracy:.2f}", row.verdict]
-    return [*names, *accuracies, str(len(row.records)), row.protocol, *published]
+    return [*names, *accuracies, str(len(row.records)), row.protocol, row.unreadable, *published]
 
 
 def make_table(rows: Sequence[Row]) -> str:

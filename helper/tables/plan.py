@@ -330,7 +330,7 @@ class Plan:
         if words not in self._given:
             [self._given[words]] = parse(self._parsers[words[0]], words).runs
         trial = trial_name(number, flags)
-        given = self._given[words] | {"seed": number, "save_dir": self.save_dir, "trial": trial}
+        given = dict(self._given[words], seed=number, trial=trial, save_dir=self.save_dir)
         config = resolve(given, of_teacher=of_teacher)
         return Job(row, config, (*words, "--seed", str(number), "--save_dir", self.save_dir))
 

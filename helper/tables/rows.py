@@ -24,6 +24,8 @@ from setting import RECIPE, Setting, as_text
 
 #: The accuracies of `result.json` and their titles. "Best" is chosen as the protocol says.
 ACCURACIES = {"accuracy_last": "last", "accuracy_best": "best", "accuracy_mean_last_five": "mean of last five"}
+#: The test images of a run that could not be read, and so were in no accuracy.
+UNREADABLE = "test_unreadable"
 #: How deep below a folder that is no run's its runs are searched for.
 DEEPEST = 3
 #: No record is longer; a longer file is another thing.
@@ -110,11 +112,14 @@ def read_result(folder: Path) -> dict[str, Any]:
         _check(result, name, path, most=100)
     for name in ("epochs", "best_epoch", "parameters"):
         _check(result, name, path, least=1 if name == "epochs" else 0, kinds=(int,))
+    for name in (UNREADABLE, "test_images"):  # newer than some runs
+        if name in result:
+            _check(result, name, path, kinds=(int,))
     return result
 
 
 def _check(record: Mapping, name: str, path: Path, least=0, most=2**53, kinds=(int, float)) -> None:
-    value = record.get(name)
+    value: Any = record.get(name)
     if type(value) not in kinds or not math.isfinite(value) or not least <= value <= most:
         raise UserError(f"{path}: its {name} is {str(value)[:40]}")
 
@@ -180,6 +185,13 @@ class Row(NamedTuple):
     def values(self, accuracy: str) -> list[float]:
         """One accuracy (%) of every run."""
         return [record.result[accuracy] for record in self.records]
+
+    @property
+    def unreadable(self) -> str:
+        """How many test images of its runs could not be read, of how many; a dash where all could."""
+        found = [(record.result.get(UNREADABLE, 0), record.result.get("test_images")) for record in self.records]
+        number, of = max(found, key=lambda one: one[0])
+        return "-" if not number else f"{number} of {of}" if of else str(number)
 
     @property
     def images_per_s(self) -> float | None:

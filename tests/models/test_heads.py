@@ -151,3 +151,11 @@ def test_networks_without_branches_and_with_branches_that_timm_cannot_merge_stay
     broken = build_model("timm:shvit_s1", CLASSES).eval()
     kept, sentence = merge_branches(broken, SIZE)
     assert kept is broken and "branches are kept" in sentence
+
+
+def test_a_head_is_looked_at_on_more_than_one_pixel():
+    """At 32 pixels the map has one, whose maximum is its average."""
+    small, large = (build_model("timm:test_resnet", CLASSES, size) for size in (32, 224))
+    assert small.split.final[1:] == large.split.final[1:] == (5, 5)
+    built_for_its_size = build_model("timm:gmixer_12_224", CLASSES, 32)
+    assert built_for_its_size.split.final[1:] == (2, 2) and "32x32" in built_for_its_size.describe(32)

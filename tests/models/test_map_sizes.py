@@ -6,6 +6,7 @@ from torch.nn import functional as F
 
 from distiller_zoo import DISTILLERS, Progress, Task
 from distiller_zoo.maps import match_size, pool_to_smaller
+from errors import UserError
 from models import build_model
 from tests.conftest import make_batch
 
@@ -52,3 +53,10 @@ def test_the_ways_to_one_size():
     for pair in ((feature_map, small), (small, feature_map)):
         assert [each.shape[2] for each in pool_to_smaller(*pair)] == [4, 4]
         assert [each.shape[2] for each in pool_to_smaller(*pair, "interpolate")] == [pair[0].shape[2]] * 2
+
+
+def test_a_network_that_shows_only_its_last_map_is_refused():
+    network = build_model("timm:hrnet_w18_small", CLASSES)
+    for pair, whose in (((build_model("resnet8", CLASSES), network), "teacher"), ((network, network), "student")):
+        with pytest.raises(UserError, match=f"the {whose} shows only its last"):
+            DISTILLERS["attention"](*pair, TASK)

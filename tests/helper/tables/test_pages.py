@@ -1,17 +1,22 @@
 """Rows on pages: Markdown, grids, CSV, HTML."""
 
 import csv
+import html
 import html.parser
 import io
 import json
 import re
+import shutil
+import subprocess
 
 import pytest
+from matplotlib import pyplot
 
 from helper.tables import pages
 from helper.tables.rows import read_rows
 from tests.run_folders import make_run
 
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 PAIR = {"teacher": "resnet32x4", "model_s": "resnet8x4", "dataset": "cifar100"}
 
 
@@ -45,6 +50,14 @@ def test_a_sweep_ends_with_its_table(runs, tmp_path):
     assert pages.summary([tmp_path / "none"]) == ""
     (runs[0] / "result.json").unlink()
     assert pages.summary(runs[:3]).endswith(f"{runs[0]}: not finished; left out")
+
+
+def test_test_images_that_could_not_be_read_are_shown(runs):
+    assert "unreadable" not in pages.make_table(rows_of(runs)), "all could be read"
+    path = runs[0] / "result.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"test_unreadable": 8, "test_images": 12}))
+    assert "| best on test | 8 of 12 |" in pages.make_table(rows_of(runs))
+    assert "8 of 12 test images" in pages.as_html(rows_of(runs), {})
 
 
 def test_the_protocol_makes_a_row_of_its_own(tmp_path):
@@ -117,6 +130,26 @@ def test_no_cell_is_a_formula_and_none_breaks_its_table(tmp_path):
     assert line["run"] == "'=cmd"
     assert [pages.in_csv(cell) for cell in ("+1", "-1", "@a", -1.0, "a=b")] == ["'+1", "'-1", "'@a", -1.0, "a=b"]
     assert "<svg" in pages.as_html(rows, {}), "$ begins no formula"
+
+
+@pytest.mark.skipif(not CHROMIUM, reason="no Chromium: apt-get install chromium")
+@pytest.mark.parametrize("width", [1280, 400])
+def test_a_browser_shows_the_whole_width(runs, tmp_path, width):
+    other = make_run(tmp_path / "p", "norm", 1, [70.0, 76.4], **PAIR)
+    long = make_run(tmp_path / "l", "kd", 9, [50.0], init="/a/long/" * 20)
+    text = pages.as_html(rows_of([*runs, other, long]), {})
+    opened = text.replace("<details>", "<details open>")
+    frame = f"<iframe style='border:0' width={width} height=2000 srcdoc='{html.escape(opened)}'></iframe>"
+    script = "onload = () => { document.title = frames[0].document.documentElement.scrollWidth }"
+    (tmp_path / "frame.html").write_text(f"{frame}<script>{script}</script>")
+    (tmp_path / "page.html").write_text(opened)
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", f"--window-size={width},2000"]
+    place = (tmp_path / "frame.html").as_uri()
+    done = subprocess.run([CHROMIUM, *flags, "--dump-dom", place], capture_output=True, text=True, timeout=100)
+    assert int(re.findall(r"<title>(\d+)</title>", done.stdout)[0]) <= width
+    picture, place = tmp_path / "page.png", (tmp_path / "page.html").as_uri()
+    subprocess.run([CHROMIUM, *flags, f"--screenshot={picture}", place], capture_output=True, timeout=100, check=True)
+    assert len(set(pyplot.imread(picture).reshape(-1, 4)[::97].round(2).ravel())) > 10, "it is not blank"
 
 
 class Outline(html.parser.HTMLParser):

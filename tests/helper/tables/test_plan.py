@@ -10,6 +10,7 @@ from errors import UserError
 from helper.command_line import resolve
 from helper.recipes import CIFAR_PAIRS
 from helper.tables.plan import TABLES, Job, Plan, Shelf, Variant, all_variants, read_variants, trial_name
+from helper.tables.rows import read_rows
 from tests.run_folders import make_run, pretend
 
 PAIR = (("resnet20", "resnet8"),)
@@ -128,6 +129,20 @@ def test_runs_are_found_by_their_settings_not_by_their_name(tmp_path):
     assert Shelf(str(tmp_path)).find(config) == (run, "begun")
     (run / "result.json").write_text(result.replace("60.0", '"sixty"'))
     assert Shelf(str(tmp_path)).find(config)[1] == "begun", "a result that no report would show"
+
+
+def test_a_finished_run_that_is_continued_is_not_finished(tmp_path):
+    run = make_run(tmp_path, "kd", 1, [50.0, 60.0])
+    two = resolve({"distill": "kd", "model_s": "resnet8", "epochs": 2}, of_teacher=OF_TEACHER)
+    longer = resolve({"distill": "kd", "model_s": "resnet8", "epochs": 400}, of_teacher=OF_TEACHER)
+    # As helper/run.py does when it resumes a finished run with --epochs 400.
+    (run / "result.json").unlink()
+    (run / "last.pth").touch()
+    stored = json.loads((run / "config.json").read_text())
+    (run / "config.json").write_text(json.dumps(stored | json.loads(json.dumps(longer.as_json()))))
+    assert [Shelf(str(tmp_path)).find(config)[1] for config in (two, longer)] == ["missing", "begun"]
+    with pytest.raises(UserError, match="not finished"):
+        read_rows([run])
 
 
 def test_runs_from_before_a_setting_had_its_default(tmp_path):
