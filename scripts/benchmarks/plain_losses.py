@@ -4,6 +4,8 @@ Shapes: maps (B, C, H, W), vectors (B, D); student first, teacher second; each r
 project computes in another way are here; the others are their formula.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -127,8 +129,8 @@ class PlainTransform(FeatureTransform):
         plain.load_state_dict(transform.state_dict())
         return plain.to(transform.expand[0].weight.device)
 
-    def _direct(self, x: Tensor, target: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def _direct(self, x: Tensor, target: Tensor | None, to_map: Callable) -> tuple[Tensor, Tensor | None]:
         expanded = self.expand(x)
         out = self.contract(expanded)
-        loss = None if target is None else norm(match_size(expanded, *target.shape[2:]), target)
+        loss = None if target is None else norm(match_size(to_map(expanded), *target.shape[2:]), target)
         return (out + x if self.residual else out), loss
