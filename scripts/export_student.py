@@ -15,21 +15,23 @@ from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+from errors import UserError, run_script, starting
 
-from dataset import Loader, load_data
-from distiller_zoo import Distiller, Predictor
-from errors import UserError, run_script
-from helper.checkpoint import network_of, rebuild, rebuild_official, upgrade
-from helper.command_line import Parser
-from helper.export import FORMATS
-from helper.run_folder import replacing
-from models import imagenet_model_dict
-from models.backbone import Backbone
-from models.checkpoints import read_checkpoint
-from models.cost import count_parameters, measure_latency
+with starting():
+    import torch
+    from torch import Tensor, nn
+    from torch.nn import functional as F
+
+    from dataset import Loader, load_data
+    from distiller_zoo import Distiller, Predictor
+    from helper.checkpoint import network_of, rebuild, rebuild_official, upgrade
+    from helper.command_line import Parser
+    from helper.export import FORMATS
+    from helper.run_folder import replacing
+    from models import imagenet_model_dict
+    from models.backbone import Backbone
+    from models.checkpoints import read_checkpoint
+    from models.cost import count_parameters, measure_latency
 
 #: How many images both networks are compared on, and how far their logits may differ, relative to the largest.
 COMPARED_IMAGES = 1000
@@ -124,7 +126,7 @@ def _files(out: Path, formats: list[str] | None, source: Path) -> dict[str, Path
 
 
 def main(argv=None) -> Path:
-    parser = Parser(__doc__.split("\n")[0])
+    parser = Parser((__doc__ or "").split("\n")[0])
     parser.add_argument("checkpoint", metavar="CKPT", help="best.pth or last.pth of a run, or an official NORM student")
     parser.add_argument("--out", type=Path, metavar="FILE", help="default: <CKPT>_exported.pth beside it")
     parser.add_argument("--model_s", metavar="NAME", help="for official files whose weights fit several models")
