@@ -60,6 +60,7 @@ class Setting(NamedTuple):
     identity: str = "row"
     shared: bool = False  # runs of one process have it in common
     auto: Callable[[Any], Any] | None = None  # device -> the value under --fast auto
+    is_path: bool = False  # stored absolute: a run may be resumed from another folder
 
     @property
     def argument(self) -> str:

@@ -7,6 +7,7 @@ in this order.
 import argparse
 import difflib
 import itertools
+import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -20,6 +21,7 @@ from helper.optim import stretch
 from helper.recipes import resolve as resolve_recipe
 from helper.recipes import run_length
 from helper.settings import Configuration
+from models.external import is_external
 from setting import RECIPE, Setting, as_text, count
 
 #: A value of `--resume`: the latest run of the same name, if there is one.
@@ -195,12 +197,18 @@ def parse(parser: Parser, argv: Sequence[str] | None = None) -> Given:
 def _parse(parser: Parser, argv: Sequence[str] | None) -> Given:
     given = {argument: value for argument, value in vars(parser.parse_args(argv)).items() if value is not None}
     resume = given.pop("resume", None)
+    paths = {setting.argument for setting in settings.SETTINGS if setting.is_path}
+    given |= {name: _absolute(value) for name, value in given.items() if name in paths}
     runs = _expand(given, parser.aliases)
     for run in runs:
         _refuse_unused(run)
     if len(runs) > 1 and resume not in (None, LATEST):
         raise UserError("--resume: with --trials or --sweep leave its value out, each run finds its own folder")
     return Given(runs, resume)
+
+
+def _absolute(path: str) -> str:
+    return path if is_external(path) else os.path.abspath(path)
 
 
 def _refuse_unused(given: Mapping[str, Any]) -> None:

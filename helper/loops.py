@@ -99,7 +99,7 @@ class Training:
         """Prepare an epoch of this stage; `state` is where an interrupted one stopped. What is random depends on the
         seed and on the epochs of the whole run that are over."""
         self.progress, epoch = progress, epochs_over + 1
-        torch.manual_seed(epoch_seed(self.config.seed, epoch))
+        torch.manual_seed(epoch_seed(self.config.seed, epoch, stream="training"))
         rate, first = self.learning_rate(progress.epoch + 1), state["steps"] if state else 0
         for group in self.optimizer.param_groups:
             group["lr"] = rate

@@ -13,7 +13,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from dataset import ImageData, Images, Loader, StreamedImages, hold_out, load_data
+from dataset import (
+    ImageData,
+    Images,
+    Loader,
+    StreamedImages,
+    data_changes,
+    data_identity,
+    hold_out,
+    is_image_folder,
+    load_data,
+)
 from distiller_zoo import Progress
 from errors import Stopped, StoppedAtOnce, UserError
 from helper import command_line
@@ -61,7 +71,7 @@ from helper.networks import (
 )
 from helper.optim import parameters_of
 from helper.run_folder import BEST, CONFIG, LAST, RESULT, FolderElsewhere, RunFolder
-from helper.settings import Configuration, check_shared, identity, read_stored
+from helper.settings import Configuration, check_shared, identity, read_stored, settings_of
 from helper.signals import StopRequest
 from models import build_model
 from models.backbone import probe_shapes
@@ -97,6 +107,8 @@ def open_runs(given: Given) -> Opened:
     path, *_ = [command_line.teacher_of(stored | run) for run in given.runs]
     teacher = None if path is None else main_first(lambda: read_teacher(path, first.get("model_t"), ema))
     of_teacher = {} if teacher is None else teacher.settings_as_teacher()
+    for run in given.runs:
+        run |= _dataset_of(stored | run, of_teacher)
     source, initial, of_initial = None if folder else first.get("init"), None, {}
     if source is not None and "model_s" not in first:
         initial = None if is_external(source) else main_first(lambda: read_initial(source, None, ema))
@@ -114,6 +126,20 @@ def open_runs(given: Given) -> Opened:
         found = {"init_digest": initial.digest}
         configs = [config if config.folder else config.replace("initial weights", **found) for config in configs]
     return Opened(configs, teacher, initial)
+
+
+def _dataset_of(values: Mapping[str, Any], of_teacher: Mapping[str, Any]) -> dict[str, str]:
+    """What `--data` says of the data set where nothing else does: {"dataset": "folder"} for a folder of images."""
+    embedded = settings_of(values.get("distill", "ce"))["dataset"].default
+    known = values.get("dataset") or of_teacher.get("dataset") or embedded
+    if values.get("data") is None or known != embedded:
+        return {}
+    if "dataset" in values:
+        raise UserError(f"--data: --dataset {known} is embedded and reads no folder; leave one of them out")
+    if not is_image_folder(values["data"]):
+        raise UserError(f"--data: {values['data']} is no folder of images; --dataset says what is stored there")
+    print(f"--data {values['data']} is a folder of images: --dataset folder")
+    return {"dataset": "folder"}
 
 
 def _resolve_latest(run: Mapping[str, Any], of_teacher: Mapping, of_initial: Mapping) -> Configuration:
@@ -144,6 +170,7 @@ class Inputs(NamedTuple):
     data: ImageData
     test_loader: Loader
     choosing_loader: Loader | None  # held-out training images for choosing; `data` lacks them
+    identity: dict  # what tells whether the data are still the same
 
 
 def load_inputs(config: Configuration) -> Inputs:
@@ -152,8 +179,17 @@ def load_inputs(config: Configuration) -> Inputs:
     # Only a folder that was named on the command line is written to.
     may_download = config.data is None or config.origins["data"] == "command line"
     reading = (config.data, config.image_size, config.num_workers, config.max_broken, may_download)
+    options: dict[str, Any] = {
+        "background": config.background,
+        "stream": {"auto": None, "on": True, "off": False}[config.stream],
+        "split": config.split,
+        "holdout": config.holdout,
+        "normalisation": _recorded_normalisation(config),
+        "device_memory": torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None,
+    }
     with one_by_one_here():
-        data = load_data(config.dataset, *reading)
+        data = load_data(config.dataset, *reading, **options)
+    what = data_identity(data)
     data = data._replace(train=data.train.to(device), test=data.test.to(device))
     batch_size = EVALUATION_BATCH if data.image_size <= SMALL else config.batch_size
     choosing_loader = None
@@ -164,7 +200,19 @@ def load_inputs(config: Configuration) -> Inputs:
             raise UserError(f"--holdout: {error}; choose another number") from None
         data = data._replace(train=train)
         choosing_loader = _part_loader(held_out, data, batch_size, device)
-    return Inputs(device, data, _part_loader(data.test, data, batch_size, device), choosing_loader)
+    return Inputs(device, data, _part_loader(data.test, data, batch_size, device), choosing_loader, what)
+
+
+def _recorded_normalisation(config: Configuration) -> tuple[Sequence[float], Sequence[float]] | None:
+    """The mean and deviation that a resumed run has on record."""
+    if config.folder is None:
+        return None
+    if config.get("mean") and config.get("std"):
+        return config.mean, config.std
+    checkpoint = by_main(RunFolder(config.folder).read_last)  # a run from before they were settings
+    with contained(f"--resume: {config.folder}"):
+        record = checkpoint.get("record", checkpoint.get("data"))
+        return tuple(record["mean"]), tuple(record["std"])
 
 
 def _part_loader(images: Images | StreamedImages, data: ImageData, batch_size: int, device: torch.device) -> Loader:
@@ -208,6 +256,8 @@ def prepared(opened: Opened, inputs: Inputs, teacher: Teacher | None) -> Iterato
         with ExitStack() as preparations:
             runs: list[Run] = []
             for config, label in zip(opened.configs, _labels(opened.configs), strict=True):
+                found = {"data_digest": inputs.identity["digest"], "mean": inputs.data.mean, "std": inputs.data.std}
+                config = config.replace("the data", **found)
                 if teacher is not None and teacher.image_size != inputs.data.image_size:
                     config = config.replace("teacher's weights", teacher_image_size=teacher.image_size)
                 folder = _open_folder(config, preparations)
@@ -536,6 +586,7 @@ class Run:
             teacher = {"name": source.name, "digest": source.digest, "accuracy": self.teacher.accuracy}
             teacher["num_classes"] = source.num_classes
         known = {"accuracy": accuracy, "epoch": self.epoch, "teacher": teacher, "max_steps": self.config.max_steps}
+        known["identity"] = self.inputs.identity
         return make_checkpoint(self.method, self.config, data_record(self.data), {}, **known)
 
     def _save_last(self, checkpoint: dict, epoch_state: dict | None) -> None:
@@ -557,7 +608,9 @@ class Run:
         """Take up the state of the folder's last checkpoint."""
         source = f"--resume: {self.folder.path} does not fit this run"
         with contained(source):
-            training = by_main(lambda: upgrade(self.folder.read_last(), source))["training"]
+            checkpoint = by_main(lambda: upgrade(self.folder.read_last(), source))
+            training = checkpoint["training"]
+            self._check_data(checkpoint["record"])
             self._enter(training["stage_number"], training["epoch"], training["stage_step"])
             check_progress(training, self.in_main_stage)
             load_weights(self.method, self.config.model_s, training["distiller"], source)
@@ -577,6 +630,15 @@ class Run:
             rates = self.training.learning_rate(self.epoch), self.training.learning_rate(self.epoch + 1)
             old, new = (f"{rate:.4g}" for rate in (self.records[-1].get("learning_rate", rates[0]), rates[1]))
             self.folder.log(f"--epochs was {before} and is {now}: the learning rate was {old} and is {new} next")
+
+    def _check_data(self, record: Mapping[str, Any]) -> None:
+        """Raise `UserError` where the data are not those that the run began with."""
+        changes = data_changes(record.get("identity") or {"classes": record["classes"]}, self.inputs.identity)
+        if changes and not self.config.accept_changes:
+            raise UserError(
+                f"--resume: {self.folder.path}: the data have changed: {', '.join(changes)}; restore them, or accept "
+                "that with --accept_changes"
+            )
 
     # The result.
 

@@ -78,6 +78,25 @@ def _images(value: Any) -> int:
     return value
 
 
+def _share(text: str) -> float:
+    if not 0 <= float(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a share from 0 to 1, not {text}")
+    return float(text)
+
+
+def _colour(text: str) -> tuple[int, ...]:
+    parts = tuple(whole(part) for part in text.split(","))
+    if len(parts) != 3 or max(parts) > 255:
+        raise argparse.ArgumentTypeError(f"must be red,green,blue from 0 to 255, not {text}")
+    return parts
+
+
+def _statistics(value: Any) -> tuple[float, ...]:
+    if not isinstance(value, list | tuple) or len(value) != 3 or not all(type(part) is float for part in value):
+        raise ValueError("it must be three numbers")
+    return tuple(value)
+
+
 def _wrapper(value: Any) -> dict:
     if not isinstance(value, Mapping):
         raise ValueError("it must describe a wrapper")
@@ -112,6 +131,7 @@ SETTINGS: tuple[Setting, ...] = (
         resume="free",
         identity="none",  # teacher_digest says who taught
         shared=True,
+        is_path=True,
     ),
     Setting(
         ("--allow_teacher_gap",),
@@ -166,6 +186,36 @@ SETTINGS: tuple[Setting, ...] = (
         group=DATA,
         metavar="PATH",
         resume="free",
+        shared=True,
+        is_path=True,
+    ),
+    Setting(
+        ("--split",),
+        _share,
+        0.0,
+        "share of the training images, the same for all seeds, that becomes the test split of a folder without one",
+        group=DATA,
+        metavar="SHARE",
+        shared=True,
+    ),
+    Setting(
+        ("--background",),
+        _colour,
+        (255, 255, 255),
+        "colour under transparent images of a folder, red,green,blue",
+        group=DATA,
+        metavar="R,G,B",
+        shared=True,
+    ),
+    Setting(
+        ("--stream",),
+        str,
+        "auto",
+        "read a folder of images from the disk in every epoch: on, off (hold it in memory), or auto: what does not fit",
+        choices=("auto", "on", "off"),
+        group=DATA,
+        resume="free",
+        identity="none",
         shared=True,
     ),
     Setting(
@@ -411,6 +461,9 @@ SETTINGS: tuple[Setting, ...] = (
     # Not flags: what a run finds out and keeps.
     Setting(("wrapper_t",), _wrapper, None, "how the teacher's network is wrapped", group=FOUND, identity="none"),
     Setting(("teacher_digest",), _digest, None, "digest of the teacher's weights", group=FOUND, shared=True),
+    Setting(("data_digest",), _digest, None, "digest of the data", group=FOUND, shared=True),
+    Setting(("mean",), _statistics, None, "mean of the images' channels", group=FOUND, identity="none"),
+    Setting(("std",), _statistics, None, "standard deviation of the images' channels", group=FOUND, identity="none"),
     Setting(("init_digest",), _digest, None, "digest of the initial weights", group=FOUND),
     Setting(
         ("images_per_pass",), _images, RECIPE, "images of a whole batch in one forward pass", group=FOUND, resume="free"

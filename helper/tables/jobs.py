@@ -150,7 +150,8 @@ class _Board:
 
     def _train(self, job: Job, place: Mapping[str, str]) -> str:
         """Run a job's process to its end; returns why it failed, or nothing."""
-        log = _new_log(Path(self._shelf.save_dir, LOGS), job)
+        with writing(Path(self._shelf.save_dir, LOGS)):
+            log = _new_log(Path(self._shelf.save_dir, LOGS), job)
         with open(log, "a", encoding="utf-8") as file, self._change:
             if self._stopped:
                 return "stopped"

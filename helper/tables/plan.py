@@ -338,7 +338,7 @@ class Plan:
         """A network without values, whose passes cost nothing from the second on."""
         if (name, role) not in self._networks:
             network = build_model(name, 10)
-            network.forward_maps = _remembering(network.forward_maps)
+            network.outputs = _remembering(network.outputs)
             self._networks[name, role] = network
         return self._networks[name, role]
 

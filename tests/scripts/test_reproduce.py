@@ -70,6 +70,7 @@ def test_what_makes_no_table_is_one_line():
     assert "must be pairs like" in message_of(reproduce.main, ["--pairs", "resnet20"])
 
 
+@pytest.mark.slow
 def test_a_table_trains_each_run_once_with_two_plans_at_work(command):
     save_dir, flags, extra = command
     plan = [sys.executable, str(ROOT / "scripts" / "reproduce.py"), *flags, *extra]

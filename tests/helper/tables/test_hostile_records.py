@@ -56,7 +56,7 @@ def everything(root: Path) -> int:
     return sum(len(row.records) for row in rows)
 
 
-@pytest.mark.parametrize("part", range(20))
+@pytest.mark.parametrize("part", [0, *(pytest.param(part, marks=pytest.mark.slow) for part in range(1, 20))])
 def test_no_damaged_record_ends_a_report(part, tmp_path, monkeypatch):
     random_ = random.Random(part)
     good = make_run(tmp_path / "save", "kd", 1, [50.0, 60.0])

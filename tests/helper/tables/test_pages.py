@@ -132,6 +132,7 @@ def test_no_cell_is_a_formula_and_none_breaks_its_table(tmp_path):
     assert "<svg" in pages.as_html(rows, {}), "$ begins no formula"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not CHROMIUM, reason="no Chromium: apt-get install chromium")
 @pytest.mark.parametrize("width", [1280, 400])
 def test_a_browser_shows_the_whole_width(runs, tmp_path, width):

@@ -104,6 +104,7 @@ def test_a_method_that_cannot_train_the_pair_is_named_with_its_reason(tmp_path):
     assert title == "resnet32x4 -> resnet8: fsp" and "equal channels" in reason
 
 
+@pytest.mark.slow
 def test_a_method_is_refused_as_with_networks_of_its_own(tmp_path):
     pairs = (("wrn_40_2", "ShuffleV1"), ("resnet20", "resnet8"))
     together, alone = Plan(str(tmp_path)), []
