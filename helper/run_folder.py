@@ -115,15 +115,15 @@ class RunFolder:
         for name in os.listdir(self.path):
             if (self.path / name).is_symlink():
                 raise UserError(f"--resume: {self.path / name} is a link; a run's files must be its own")
-        try:
-            with writing(self.path / LOCK):
+        with writing(self.path / LOCK):
+            try:
                 acquire(self._lock, timeout=1.0)  # a plan that looks whether the run is over holds it for a moment
-                for left in self.path.glob(f"*{PART}"):  # of a process that was killed
-                    left.unlink(missing_ok=True)
-        except Timeout:
-            raise UserError(
-                f"--resume: another process is training in {self.path}; wait for it, or start a run of its own"
-            ) from None
+            except Timeout:  # an OSError too: not one of the disk's
+                raise UserError(
+                    f"--resume: another process is training in {self.path}; wait for it, or start a run of its own"
+                ) from None
+            for left in self.path.glob(f"*{PART}"):  # of a process that was killed
+                left.unlink(missing_ok=True)
         return self
 
     @classmethod

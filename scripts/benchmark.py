@@ -146,7 +146,7 @@ def measure(pair: tuple[str, str], n: int, data: ImageData, args: Namespace, rat
         "flops": flops,
         "bytes": moved,
         "achieved_flops_per_s": flops / step[fast],
-        "fast": args.fast,
+        "fast": args.fast._asdict(),
         "compile_s": first[fast] - step[fast] if fast.fast.compile != "off" else 0.0,
         **rates,
         **(measure_trials(pair, n, data, args) if args.trials > 1 else {}),

@@ -20,6 +20,7 @@ from errors import UserError
 from helper import run as run_module
 from helper.run_folder import PREVIOUS, RunFolder
 from models.checkpoints import read_checkpoint
+from scripts import export_student
 from tests.conftest import ROOT, message_of
 from tests.run_folders import assert_same_end, load, metrics, same_state, state, weights
 
@@ -98,17 +99,12 @@ def test_nothing_on_record_leads_out_of_the_run_folder(distil, few_images, tmp_p
     (run / "config.json").write_text(json.dumps(config | {"dataset": "cifar10", "data": str(outside)}))
     assert "CIFAR10 is not in" in message_of(train_cifar_student.main, argv)
     teacher = load(tmp_path / "save" / run.name / "last.pth")
-    teacher["config"] |= {
-        "dataset": "cifar10",
-        "data": str(outside),
-        "save_dir": str(outside),
-        "trial": "../../outside",
-    }
+    elsewhere = {"dataset": "cifar10", "data": str(outside)}
+    teacher["record"] |= elsewhere
+    teacher["training"]["config"] |= elsewhere | {"save_dir": str(outside), "trial": "../../outside"}
     torch.save(teacher, tmp_path / "teacher.pth")
+    assert "trial" in message_of(export_student.main, [str(tmp_path / "teacher.pth")])
     flags = ["--model_s", "resnet8", "--path_t", str(tmp_path / "teacher.pth"), "--save_dir", str(save_dir)]
-    assert "trial" in message_of(train_cifar_student.main, flags)
-    teacher["config"]["trial"] = "1"
-    torch.save(teacher, tmp_path / "teacher.pth")
     assert "CIFAR10 is not in" in message_of(train_cifar_student.main, flags)
     (run / "config.json").write_text(json.dumps(config))
     (run / "log.txt").unlink()

@@ -44,12 +44,16 @@ def test_a_published_teacher_is_held_to_its_published_accuracy(tmp_path):
     assert "no accuracy recorded" in check_accuracy(teacher, "digits", 3.0, False)
 
 
-def test_a_head_that_does_not_fit_the_data_is_refused(tmp_path, save_dir):
+def test_a_head_that_does_not_fit_the_data_teaches_by_its_maps_alone(tmp_path, save_dir, capsys):
     path = tmp_path / "teacher.pth"
     torch.save({"model": build_model("resnet14", 7).state_dict()}, path)
-    argv = ["--model_s", "resnet8", "--path_t", str(path), "--model_t", "resnet14", "--save_dir", str(save_dir)]
-    message = message_of(train_cifar_student.main, argv)
-    assert "7 classes" in message and "digits has 10" in message
+    argv = ["--model_s", "resnet8", "--path_t", str(path), "--model_t", "resnet14", "--save_dir", str(save_dir), *SHORT]
+    for logits in (["--distill", "kd"], ["--distill", "norm", "-a", "1"]):
+        message = message_of(train_cifar_student.main, [*argv, *logits])
+        assert "7 classes" in message and "10" in message
+    assert not save_dir.exists() or not list(save_dir.iterdir())
+    train_cifar_student.main([*argv, "--distill", "norm"])
+    assert "its 7 classes are not those of the data; its maps alone teach" in capsys.readouterr().out
 
 
 def test_an_exported_student_and_a_distilled_run_can_teach(distil, save_dir):
