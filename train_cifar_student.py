@@ -14,6 +14,7 @@ with starting():
     from helper.command_line import parse, student_parser
     from helper.distributed import joined
     from helper.run import load_inputs, open_runs, prepare_teacher, prepared, train
+    from helper.tables.pages import show_table
 
 
 def main(argv=None):
@@ -23,7 +24,10 @@ def main(argv=None):
         inputs = load_inputs(opened.configs[0])
         teacher = prepare_teacher(opened.teacher, inputs, opened.configs[0])
         with prepared(opened, inputs, teacher) as runs:  # students and methods, in their run folders
-            return train(runs, teacher)
+            results = train(runs, teacher)
+    if len(runs) > 1:
+        show_table(run.folder.path for run in runs)
+    return results
 
 
 if __name__ == "__main__":

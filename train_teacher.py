@@ -14,6 +14,7 @@ with starting():
     from helper.command_line import parse, teacher_parser
     from helper.distributed import joined
     from helper.run import load_inputs, open_runs, prepared, train
+    from helper.tables.pages import show_table
 
 
 def main(argv=None):
@@ -22,7 +23,10 @@ def main(argv=None):
         opened = open_runs(given)  # initial weights, runs to resume: each file once
         inputs = load_inputs(opened.configs[0])
         with prepared(opened, inputs, teacher=None) as runs:  # networks, in their run folders
-            return train(runs, teacher=None)
+            results = train(runs, teacher=None)
+    if len(runs) > 1:
+        show_table(run.folder.path for run in runs)
+    return results
 
 
 if __name__ == "__main__":

@@ -34,6 +34,7 @@ from helper.checkpoint import (
     contained,
     data_record,
     make_checkpoint,
+    network_of,
     upgrade,
 )
 from helper.command_line import Given
@@ -667,6 +668,7 @@ class Run:
             "parameters": count_parameters(self.method.export()),
             "parameters_trained": count_parameters(nn.ModuleList(self.stages[-1].trained)),
             "seed": self.config.seed,
+            "digest": network_of(self.method)[1]["digest"],
             "seconds": self.seconds,
             "processes": count_processes(),
             "torch": torch.__version__,

@@ -14,6 +14,7 @@ from jinja2 import Environment, FileSystemLoader
 from markupsafe import Markup
 
 from errors import UserError
+from helper.distributed import is_main
 from helper.tables import figures
 from helper.tables.rows import ACCURACIES, Left, Record, Row, command_of, read_rows, spread, written
 from models import build_model
@@ -86,6 +87,12 @@ def summary(folders: Iterable[Path]) -> str:
     except UserError:
         return ""
     return "\n".join([make_table(rows), *map(describe_left, left)])
+
+
+def show_table(folders: Iterable[Path]) -> None:
+    """Print the table of the runs of a sweep; of several processes the main one does."""
+    if is_main():
+        print(f"\n{summary(folders)}")
 
 
 def describe_left(left: Left) -> str:
