@@ -4,7 +4,8 @@ import io
 import os
 import signal
 import sys
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 
 
 class UserError(Exception):
@@ -38,6 +39,16 @@ class StoppedAtOnce(KeyboardInterrupt):
         name = signal.Signals(signal_number).name
         super().__init__(f"stopped by {name} ({reason}); resume from the last checkpoint with --resume")
         self.signal_number = signal_number
+
+
+@contextmanager
+def starting() -> Iterator[None]:
+    """Around the imports of a script, which take seconds: a Ctrl-C meanwhile is one line."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
 
 
 def _is_out_of_memory(error: Exception) -> bool:

@@ -3,10 +3,17 @@
 python train_cifar_student.py --distill NORM --path_t save/digits_ce_resnet20_trial1/last.pth --model_s resnet8 -s 8
 """
 
-from errors import run_script
-from helper.command_line import parse, student_parser
-from helper.distributed import joined
-from helper.run import load_inputs, open_runs, prepare_teacher, prepared, train
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # also where Python is told not to
+
+from errors import run_script, starting
+
+with starting():
+    from helper.command_line import parse, student_parser
+    from helper.distributed import joined
+    from helper.run import load_inputs, open_runs, prepare_teacher, prepared, train
 
 
 def main(argv=None):

@@ -3,10 +3,17 @@
 python train_imagenet_student.py --data PATH --path_t torchvision:resnet34 --model_s resnet18
 """
 
-from errors import run_script
-from helper.command_line import imagenet_parser, parse
-from helper.distributed import joined
-from helper.run import load_inputs, open_runs, prepare_teacher, prepared, train
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # also where Python is told not to
+
+from errors import run_script, starting
+
+with starting():
+    from helper.command_line import imagenet_parser, parse
+    from helper.distributed import joined
+    from helper.run import load_inputs, open_runs, prepare_teacher, prepared, train
 
 
 def main(argv=None):

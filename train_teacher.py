@@ -3,10 +3,17 @@
 python train_teacher.py --model resnet20 --dataset digits
 """
 
-from errors import run_script
-from helper.command_line import parse, teacher_parser
-from helper.distributed import joined
-from helper.run import load_inputs, open_runs, prepared, train
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # also where Python is told not to
+
+from errors import run_script, starting
+
+with starting():
+    from helper.command_line import parse, teacher_parser
+    from helper.distributed import joined
+    from helper.run import load_inputs, open_runs, prepared, train
 
 
 def main(argv=None):

@@ -1,6 +1,7 @@
 """Networks from files: teachers and initial weights, read by one function, checked, frozen."""
 
 import copy
+import difflib
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,7 +18,7 @@ from helper.checkpoint import contained, upgrade
 from helper.download import published_name, read_timm, read_torchvision
 from helper.fast import Fast
 from helper.recipes import PUBLISHED_TEACHERS
-from models.backbone import Backbone, Output, probe_shapes
+from models.backbone import Backbone, Output, probe_shapes, select_classes
 from models.checkpoints import (
     build_with,
     find_weights,
@@ -201,6 +202,35 @@ class FrozenTeacher(nn.Module):
     @torch.no_grad()
     def forward(self, images: Tensor, preact: bool = False) -> Output:
         return self.network.outputs(images, preact)
+
+
+def read_at_classes(source: Network, wanted: str) -> Network:
+    """The teacher with the columns of its classifier that `--teacher_classes` names, a name or number each.
+
+    Raises `UserError` where a class is unknown.
+    """
+    if os.path.isfile(wanted):
+        with contained(f"--teacher_classes: {wanted}"), open(wanted, encoding="utf-8") as file:
+            names = [line.strip() for line in file if line.strip()]
+    else:
+        names = [name.strip() for name in wanted.split(",")]
+    own = read_preprocessing(source.path)
+    known = list(own.categories if own is not None else source.record.get("classes") or ())
+    numbers = {name: number for number, name in reversed(list(enumerate(known)))}
+    columns = [numbers.get(name, int(name) if name.isdecimal() else -1) for name in names]
+    for name, column in zip(names, columns, strict=True):
+        if not 0 <= column < source.num_classes:
+            close = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {close[0]}?" if close else "numbers count from 0"
+            raise UserError(f"--teacher_classes: the teacher has no class {name}; {hint}")
+    with naming("--teacher_classes"), torch.no_grad():
+        network = select_classes(source.network, columns)
+    chosen = [known[column] for column in columns] if known else None
+    record = {**source.record, "classes": chosen}
+    note = f"the teacher is read at {len(columns)} of its {source.num_classes} classes (--teacher_classes)"
+    return source._replace(
+        network=network, num_classes=len(columns), record=record, notes=[*source.notes, note], accuracy=None
+    )
 
 
 def as_it_was_trained(source: Network, data: ImageData, image_size: int | None) -> TeacherView | None:

@@ -65,6 +65,7 @@ from helper.networks import (
     check_accuracy,
     check_apart,
     name_of_published,
+    read_at_classes,
     read_initial,
     read_teacher,
     start_from,
@@ -227,6 +228,8 @@ def prepare_teacher(source: Network | None, inputs: Inputs, config: Configuratio
     if source is None:
         return None
     data = inputs.data
+    if config.teacher_classes is not None:
+        source = read_at_classes(source, config.teacher_classes)
     teacher = Teacher(source, data, config.teacher_image_size, Fast.of(config), inputs.device)
     if source.num_classes == data.num_classes:
         others = compare_classes(source.record.get("classes"), data.classes)

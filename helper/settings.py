@@ -151,6 +151,16 @@ SETTINGS: tuple[Setting, ...] = (
         shared=True,
     ),
     Setting(
+        ("--teacher_classes",),
+        str,
+        None,
+        "read the teacher's logits at these of its classes, in the order of the data's: names with commas between "
+        "them, or a file with a name or a number in each line",
+        group=TEACHER,
+        metavar="NAMES|FILE",
+        shared=True,
+    ),
+    Setting(
         ("--init",),
         _path,
         None,

@@ -248,7 +248,7 @@ def _counts(text: str) -> list[int]:
 
 
 def main(argv=None) -> list[dict]:
-    parser = Parser(__doc__.split("\n")[0])
+    parser = Parser((__doc__ or "").split("\n")[0])
     every_pair = ",".join(":".join(pair) for pair in CIFAR_PAIRS)
     parser.add_argument("--pairs", type=pairs, default=every_pair, metavar="T:S,...", help="all of the tables")
     parser.add_argument("--n", type=_counts, default="8", metavar="N,...")

@@ -14,10 +14,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from errors import UserError, run_script
-from helper.command_line import Parser
-from helper.tables.pages import describe_left
-from helper.tables.rows import ACCURACIES, Row, differences, read_rows, shortened, spread
+from errors import UserError, run_script, starting
+
+with starting():
+    from helper.command_line import Parser
+    from helper.tables.pages import describe_left
+    from helper.tables.rows import ACCURACIES, Row, differences, read_rows, shortened, spread
 
 #: Below this probability of so large a difference by seeds alone, accuracies are said to differ.
 SIGNIFICANCE = 0.05
@@ -54,7 +56,7 @@ def letters(count: int) -> list[str]:
 
 
 def main(argv=None) -> None:
-    parser = Parser(__doc__.split("\n")[0])
+    parser = Parser((__doc__ or "").split("\n")[0])
     parser.add_argument("folders", nargs="+", type=Path, metavar="RUN")
     rows, left = read_rows(parser.parse_args(argv).folders)
     for one in left:

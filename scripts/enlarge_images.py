@@ -45,7 +45,7 @@ def enlarge(source: Path, target: Path, most: int, size: int, texture: float) ->
 
 
 def main(argv=None) -> Path:
-    parser = Parser(__doc__.split("\n")[0])
+    parser = Parser((__doc__ or "").split("\n")[0])
     parser.add_argument("source", type=Path, metavar="SOURCE")
     parser.add_argument("target", type=Path, metavar="TARGET")
     parser.add_argument("--per_class", type=count, default=20, help="training images of each class (20)")

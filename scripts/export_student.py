@@ -15,25 +15,33 @@ from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+from errors import UserError, run_script, starting
 
-from dataset import Loader, load_data
-from distiller_zoo import Distiller, Predictor
-from errors import UserError, run_script
-from helper.checkpoint import network_of, rebuild, rebuild_official, upgrade
-from helper.command_line import Parser
-from helper.export import FORMATS
-from helper.run_folder import replacing
-from models import imagenet_model_dict
-from models.backbone import Backbone
-from models.checkpoints import read_checkpoint
-from models.cost import count_parameters, measure_latency
+with starting():
+    import torch
+    from torch import Tensor, nn
+    from torch.nn import functional as F
+
+    from dataset import Loader, load_data
+    from distiller_zoo import Distiller, Predictor
+    from helper.checkpoint import network_of, rebuild, rebuild_official, upgrade
+    from helper.command_line import Parser
+    from helper.export import FORMATS
+    from helper.run_folder import replacing
+    from models import imagenet_model_dict
+    from models.backbone import Backbone
+    from models.checkpoints import read_checkpoint
+    from models.cost import count_parameters, measure_latency
+    from models.wrappers import describe_wrapper, merge_branches
 
 #: How many images both networks are compared on, and how far their logits may differ, relative to the largest.
 COMPARED_IMAGES = 1000
 TOLERANCE = 1e-3
+#: How a file becomes the network's input, as every export says it.
+IMAGES = (
+    "turned as EXIF says; transparency on the background colour; shorter side resized with antialiasing to image_size "
+    "- 2 * margin, centre crop, margin added in black (cut off where it is below 0); (pixel / 255 - mean) / std"
+)
 
 
 class Trained(NamedTuple):
@@ -124,7 +132,7 @@ def _files(out: Path, formats: list[str] | None, source: Path) -> dict[str, Path
 
 
 def main(argv=None) -> Path:
-    parser = Parser(__doc__.split("\n")[0])
+    parser = Parser((__doc__ or "").split("\n")[0])
     parser.add_argument("checkpoint", metavar="CKPT", help="best.pth or last.pth of a run, or an official NORM student")
     parser.add_argument("--out", type=Path, metavar="FILE", help="default: <CKPT>_exported.pth beside it")
     parser.add_argument("--model_s", metavar="NAME", help="for official files whose weights fit several models")
@@ -143,9 +151,10 @@ def main(argv=None) -> Path:
     out = args.out or source.with_name(f"{source.stem}_exported.pth")
     files = _files(out, args.format, source)
     images, name = real_images(trained.record, args.dataset, args.data)
-    network, predictor = trained.method.export(), Predictor(trained.method).eval()
+    predictor = Predictor(trained.method).eval()
+    network, merged = merge_branches(trained.method.export(), images.shape[-1])
     _, of_network = network_of(trained.method)
-    record = trained.record | of_network
+    record = trained.record | of_network | {"wrapper": describe_wrapper(network), "images": IMAGES}
     for kind, file in files.items():
         write, read = FORMATS[kind]
         with replacing(file) as temporary:
@@ -155,8 +164,8 @@ def main(argv=None) -> Path:
     with replacing(out.with_suffix(".json")) as temporary:
         Path(temporary).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     describe(predictor, network, images.shape[-1])
-    if trained.method.export_note():
-        print(f"note: {trained.method.export_note()}")
+    for note in filter(None, (trained.method.export_note(), merged)):
+        print(f"note: {note}")
     return next(iter(files.values()))
 
 

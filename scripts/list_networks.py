@@ -169,7 +169,7 @@ def rows(names: list[str]) -> Iterator[tuple[str, ...]]:
 
 
 def main(argv=None) -> None:
-    parser = Parser(__doc__.split("\n")[0])
+    parser = Parser((__doc__ or "").split("\n")[0])
     parser.add_argument(
         "names", nargs="*", metavar="NAME", help="networks to try; default: the smallest of each family"
     )

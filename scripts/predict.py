@@ -11,13 +11,15 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import torch
+from errors import UserError, run_script, starting
 
-from dataset import read_normalised
-from errors import UserError, run_script
-from helper.command_line import Parser
-from helper.export import NEEDED, Deployed, read_deployed
-from setting import count
+with starting():
+    import torch
+
+    from dataset import read_normalised
+    from helper.command_line import Parser
+    from helper.export import NEEDED, Deployed, read_deployed
+    from setting import count
 
 BATCH = 64
 
@@ -47,7 +49,7 @@ def predict(model: Deployed, paths: list[str], top: int) -> list[list[tuple[str,
 
 
 def main(argv=None) -> None:
-    parser = Parser(__doc__.split("\n")[0])
+    parser = Parser((__doc__ or "").split("\n")[0])
     parser.add_argument("model", metavar="MODEL", help="a .pth, .onnx or (your own) .pt2 by export_student.py")
     parser.add_argument("images", metavar="IMAGE", nargs="+")
     parser.add_argument("--top", type=count, default=1, metavar="K", help="classes to print of every image (1)")

@@ -12,12 +12,14 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from errors import UserError, run_script
-from helper.command_line import Parser
-from helper.run_folder import replacing, writing
-from helper.tables import figures
-from helper.tables.pages import as_csv, as_html, describe_left, make_grid_report, make_report, make_table
-from helper.tables.rows import Row, read_rows
+from errors import UserError, run_script, starting
+
+with starting():
+    from helper.command_line import Parser
+    from helper.run_folder import replacing, writing
+    from helper.tables import figures
+    from helper.tables.pages import as_csv, as_html, describe_left, make_grid_report, make_report, make_table
+    from helper.tables.rows import Row, read_rows
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -81,7 +83,7 @@ def write(path: Path, text: str) -> None:
 
 def make_parser() -> Parser:
     """The flags of this script."""
-    parser = Parser(__doc__.split("\n")[0])
+    parser = Parser((__doc__ or "").split("\n")[0])
     add = parser.add_argument
     add("folders", nargs="*", type=Path, metavar="RUN")
     add("--csv", type=Path, metavar="FILE", help="one line per run, unrounded")

@@ -17,13 +17,15 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from errors import UserError, run_script
-from helper.command_line import Parser
-from helper.run_folder import replacing
-from helper.tables.jobs import LOGS, Speeds, command_line, find_places, format_seconds, ready, run_jobs, submit
-from helper.tables.plan import IMAGENET_TABLES, TABLES, Job, Plan, Variant, all_variants, by_state, read_variants
-from models import find_builder
-from setting import count
+from errors import UserError, run_script, starting
+
+with starting():
+    from helper.command_line import Parser
+    from helper.run_folder import replacing
+    from helper.tables.jobs import LOGS, Speeds, command_line, find_places, format_seconds, ready, run_jobs, submit
+    from helper.tables.plan import IMAGENET_TABLES, TABLES, Job, Plan, Variant, all_variants, by_state, read_variants
+    from models import find_builder
+    from setting import count
 
 
 def pairs(text: str) -> list[tuple[str, str]]:
@@ -94,7 +96,7 @@ def write_job_list(path: Path, jobs: Sequence[Job]) -> None:
 
 def make_parser() -> Parser:
     """The flags of this script."""
-    parser = Parser(__doc__.rsplit("\n\n", 1)[0])
+    parser = Parser((__doc__ or "").rsplit("\n\n", 1)[0])
     add = parser.add_argument
     add("--table", choices=TABLES, help="of the NORM paper: 1, 2: CIFAR-100; 3, 6: ImageNet")
     add("--pairs", type=pairs, metavar="T:S,T:S", help="teacher:student, ...; with --table: only these of its pairs")

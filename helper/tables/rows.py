@@ -95,6 +95,7 @@ def _completed(stored: Mapping[str, Any], folder: Path) -> dict[str, Any]:
         defaults = {name: one.default for name, one in settings_of(stored["distill"]).items()}
         config = {name: value for name, value in defaults.items() if value is not RECIPE} | dict(stored)
         identity(config)
+        config["epochs"]  # is in every report
     except KeyError as error:
         raise UserError(f"{folder / CONFIG} does not say {error}") from None
     if config.get("model_s") is None or config.get("seed") is None:

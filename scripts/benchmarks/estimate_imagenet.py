@@ -83,7 +83,7 @@ def table(records: list[dict]) -> str:
 
 
 def main(argv=None) -> list[dict]:
-    parser = Parser(__doc__.split("\n")[0])
+    parser = Parser((__doc__ or "").split("\n")[0])
     parser.add_argument("--flops_per_s", type=number, default=9.89e14, help="bfloat16 operations per second (9.89e14)")
     parser.add_argument("--bytes_per_s", type=number, default=3.35e12, help="of the memory (3.35e12)")
     parser.add_argument("--shares", type=_shares, default=[0.1, 0.4], metavar="X,X", help="of the floor (0.1,0.4)")

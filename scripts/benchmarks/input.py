@@ -82,7 +82,7 @@ def table(records: list[dict]) -> str:
 
 
 def main(argv=None) -> list[dict]:
-    parser = Parser(__doc__.split("\n")[0])
+    parser = Parser((__doc__ or "").split("\n")[0])
     parser.add_argument("path", metavar="PATH")
     parser.add_argument("--workers", type=_numbers, default=[0, 1, 2, 4], metavar="N,...", help="0,1,2,4 by default")
     parser.add_argument("--batch_size", type=count, default=64)

@@ -165,7 +165,7 @@ def table(records: list[dict]) -> str:
 
 
 def main(argv=None) -> list[dict]:
-    parser = Parser(__doc__.split("\n")[0])
+    parser = Parser((__doc__ or "").split("\n")[0])
     parser.add_argument("--pair", type=pairs, default="resnet32x4:resnet8x4", metavar="T:S")
     parser.add_argument("--batch_size", type=count, default=64)
     parser.add_argument("--rounds", type=count, default=9, help="alternating rounds (9)")

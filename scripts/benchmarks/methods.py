@@ -82,7 +82,7 @@ def table(records: list[dict]) -> str:
 
 
 def main(argv=None) -> list[dict]:
-    parser = Parser(__doc__.split("\n")[0])
+    parser = Parser((__doc__ or "").split("\n")[0])
     parser.add_argument("--pairs", type=pairs, default="resnet32x4:resnet8x4,wrn_40_2:ShuffleV1", metavar="T:S,...")
     parser.add_argument("--methods", default=",".join(DISTILLERS), metavar="NAME,...", help="all by default")
     parser.add_argument("--batch_size", type=count, default=64)

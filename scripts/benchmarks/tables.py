@@ -44,7 +44,7 @@ def fill(page: str) -> str:
 
 
 def main(argv=None) -> None:
-    Parser(__doc__.split("\n")[0]).parse_args(argv)
+    Parser((__doc__ or "").split("\n")[0]).parse_args(argv)
     page = fill(PAGE.read_text(encoding="utf-8"))
     with replacing(PAGE) as temporary:
         Path(temporary).write_text(page, encoding="utf-8")
