@@ -73,7 +73,7 @@ from helper.networks import (
 )
 from helper.optim import parameters_of
 from helper.run_folder import BEST, CONFIG, LAST, RESULT, FolderElsewhere, RunFolder
-from helper.settings import Configuration, check_shared, identity, read_stored, settings_of
+from helper.settings import Configuration, all_settings, check_shared, identity, read_stored
 from helper.signals import StopRequest
 from models import build_model
 from models.backbone import probe_shapes
@@ -132,7 +132,7 @@ def open_runs(given: Given) -> Opened:
 
 def _dataset_of(values: Mapping[str, Any], of_teacher: Mapping[str, Any]) -> dict[str, str]:
     """What `--data` says of the data set where nothing else does: {"dataset": "folder"} for a folder of images."""
-    embedded = settings_of(values.get("distill", "ce"))["dataset"].default
+    embedded = all_settings()["dataset"].default
     known = values.get("dataset") or of_teacher.get("dataset") or embedded
     if values.get("data") is None or known != embedded:
         return {}
@@ -181,16 +181,17 @@ def load_inputs(config: Configuration) -> Inputs:
     # Only a folder that was named on the command line is written to.
     may_download = config.data is None or config.origins["data"] == "command line"
     reading = (config.data, config.image_size, config.num_workers, config.max_broken, may_download)
-    options: dict[str, Any] = {
-        "background": config.background,
-        "stream": {"auto": None, "on": True, "off": False}[config.stream],
-        "split": config.split,
-        "holdout": config.holdout,
-        "normalisation": _recorded_normalisation(config),
-        "device_memory": torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None,
-    }
     with one_by_one_here():
-        data = load_data(config.dataset, *reading, **options)
+        data = load_data(
+            config.dataset,
+            *reading,
+            background=config.background,
+            stream={"auto": None, "on": True, "off": False}[config.stream],
+            split=config.split,
+            holdout=config.holdout,
+            normalisation=_recorded_normalisation(config),
+            device_memory=torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None,
+        )
     what = data_identity(data)
     data = data._replace(train=data.train.to(device), test=data.test.to(device))
     batch_size = EVALUATION_BATCH if data.image_size <= SMALL else config.batch_size

@@ -30,8 +30,8 @@ def keep_images(monkeypatch, train: int | None = None, test: int | None = None) 
     """Let runs read only the first so many images of each split; None: all of them."""
     load_data = run.load_data
 
-    def load_few(*arguments):
-        data = load_data(*arguments)
+    def load_few(*arguments, **named):
+        data = load_data(*arguments, **named)
         return data._replace(
             train=Images(*(part[:train] for part in data.train)), test=Images(*(part[:test] for part in data.test))
         )

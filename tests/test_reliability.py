@@ -180,7 +180,7 @@ def train_few(argv: list[str]) -> None:
     """`train_cifar_student.py` on few images, in a process of its own."""
     data = load_data("digits")
     few = data._replace(**{name: Images(*(part[:96] for part in getattr(data, name))) for name in ("train", "test")})
-    run_module.load_data = lambda *arguments: few
+    run_module.load_data = lambda *arguments, **named: few
     torch.set_num_threads(1)
     train_cifar_student.main(argv)
 

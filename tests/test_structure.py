@@ -124,6 +124,9 @@ def test_every_public_function_and_class_is_described():
 
 #: Collections that name settings because they are fields of something else: (module, function) -> what.
 RECORDS = {
+    ("helper.checkpoint", "data_record"): "entries of a file's record",
+    ("helper.export", ""): "entries of a file's record",
+    ("helper.run", "prepared"): "what was found out of the data",
     ("helper.networks", "settings_as_teacher"): "a network's fields, as the settings that they decide",
     ("helper.networks", "read_network"): "entries of a file's record",
     ("helper.networks", "_check_record"): "entries of a file's record",

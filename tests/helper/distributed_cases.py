@@ -61,8 +61,8 @@ class DoubleTraining(Training):
         return [part._replace(images=part.images.double()) for part in super().parts(batch)]
 
 
-def few_images(*arguments):
-    data = load_data(*arguments)
+def few_images(*arguments, **named):
+    data = load_data(*arguments, **named)
     train, test = (Images(split.pixels[:IMAGES], split.targets[:IMAGES]) for split in (data.train, data.test))
     return data._replace(train=train, test=test)
 

@@ -127,7 +127,7 @@ def test_the_seed_is_the_trial_unless_it_is_given():
         ("--distill norm", "--model_s NAME"),
         ("--model_s resnet8 --image_size 64", "--image_size: only --dataset folder"),
         ("--model_s resnet8 --hint_depth 2", "unrecognized arguments: --hint_depth 2"),
-        ("--model_s resnet8 -s 0", "-s/--co_sponge: must be at least 1"),
+        ("--model_s resnet8 -s 0", "-s/--co_sponge: must be 1 to 2147483647, not 0"),
         ("--model_s resnet8 -r -1", "must be a number from 0 to 1e+30"),
         ("--model_s resnet8 -r nan", "must be a number from 0 to 1e+30"),
         ("--model_s resnet8 --weight_decay 1e45", "must be a number from 0 to 1e+30"),
