@@ -162,7 +162,13 @@ def test_a_run_that_another_process_trains_is_waited_for(tmp_path, monkeypatch, 
         )
         folder.close()
 
-    threading.Timer(0.5, finish).start()
+    wait_for = jobs._Board._wait_for
+
+    def wait_and_finish(board, job, now):
+        wait_for(board, job, now)
+        finish()
+
+    monkeypatch.setattr(jobs._Board, "_wait_for", wait_and_finish)
     train(plan, table(tmp_path)[1])
     assert "wait    resnet14 with labels alone" in capsys.readouterr().out
     assert len(trainings.started) == 3 and not (tmp_path / f"{listed[0].folder.name}-2").exists()

@@ -1,0 +1,77 @@
+"""Teachers of other libraries: they see the images as their weights were trained, with other classes or none."""
+
+import json
+
+import pytest
+import torch
+
+import train_cifar_student
+from dataset import Augmentation, ImageData, Images
+from helper import networks
+from helper.networks import Network, as_it_was_trained
+from models import build_model
+from scripts import export_student
+from tests.conftest import message_of
+from tests.run_folders import metrics
+
+pytest.importorskip("timm")
+SHORT = ("--model_s", "resnet8", "--dataset", "digits", "--batch_size", "8", "--max_steps", "1", "--epochs", "1")
+
+
+@pytest.fixture
+def distil_from(monkeypatch, save_dir):
+    """Distil on the digits from timm's network of a name, with random weights in place of a download."""
+
+    def call(name: str, *flags: str, classes: int = 1000, size: int = 64):
+        def read(_):
+            return build_model(f"timm:{name}", classes, size), {"dataset": "imagenet"}
+
+        monkeypatch.setattr(networks, "read_timm", read)
+        argv = ["--path_t", f"timm:{name}", "--teacher_image_size", str(size), "--save_dir", str(save_dir)]
+        train_cifar_student.main([*SHORT, *argv, *flags])
+        return max(save_dir.iterdir(), key=lambda path: path.stat().st_mtime)
+
+    return call
+
+
+def test_a_transformer_teaches_by_its_maps_at_its_own_size(distil_from, capsys):
+    run = distil_from("vit_tiny_patch16_224", "--distill", "norm", size=128)
+    printed = capsys.readouterr().out
+    assert "the teacher sees 128x128, as it was trained" in printed
+    assert "its 1000 classes are not those of the data; its maps alone teach" in printed
+    config = json.loads((run / "config.json").read_text())
+    assert config["teacher_image_size"] == 128 and metrics(run)[0]["loss_norm"] > 0
+    export_student.main([str(run / "last.pth")])
+    assert "same class on 364 of 364" in capsys.readouterr().out
+
+
+def test_an_encoder_without_classes_teaches(distil_from):
+    assert metrics(distil_from("resnet10t", "--distill", "attention", classes=0))[0]["loss_attention"] > 0
+
+
+def test_logits_of_other_classes_are_refused_or_read_at_some_of_them(distil_from, save_dir):
+    message = message_of(lambda argv: distil_from("resnet10t", *argv), ["--distill", "kd"])
+    assert "the teacher has 1000 classes, the data 10" in message and not list(save_dir.iterdir())
+    run = distil_from("resnet10t", "--distill", "kd", "--teacher_classes", "0,1,2,3,4,5,6,7,8,999")
+    assert metrics(run)[0]["loss_kd"] > 0
+    message = message_of(lambda argv: distil_from("resnet10t", *argv), ["--teacher_classes", "0,1000"])
+    assert "the teacher has no class 1000" in message
+
+
+def test_the_view_is_the_teachers_own_normalisation_exactly():
+    network = build_model("resnet8", 4).eval()
+    pixels = torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8)
+    images = Images(pixels, torch.arange(3))
+    data = ImageData("x", images, images, list("abcd"), (0.4, 0.5, 0.6), (0.2, 0.3, 0.25), Augmentation())
+    record = {"mean": [0.1, 0.2, 0.3], "std": [0.5, 0.25, 0.125], "image_size": 32}
+    view = as_it_was_trained(Network("x.pth", "resnet8", network, 4, record=record), data, None)
+
+    def normalise(mean, std):
+        mean, std = (torch.tensor(each, dtype=torch.float64).view(1, 3, 1, 1) for each in (mean, std))
+        return ((pixels / 255 - mean) / std).float()
+
+    with torch.no_grad():
+        expected = network(normalise(record["mean"], record["std"]))
+        assert torch.allclose(view.outputs(normalise(data.mean, data.std)).logits, expected, atol=1e-5)
+    same = record | {"mean": list(data.mean), "std": list(data.std)}
+    assert as_it_was_trained(Network("x.pth", "resnet8", network, 4, record=same), data, None) is None
