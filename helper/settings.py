@@ -529,7 +529,7 @@ class Configuration(Mapping):
     def name(self) -> str:
         """The name of the run's folder: data set, method, networks, trial, and that it is a try of some steps."""
         networks = [name.replace(":", "-") for name in (self.model_t, self.model_s) if name]  # torchvision:NAME
-        tried = [f"steps{self.max_steps}"] if self.max_steps else []
+        tried = ["try"] if self.max_steps else []
         return "_".join([self.dataset, self.distill, *networks, f"trial{self.trial}", *tried])
 
     def as_json(self) -> dict:

@@ -74,7 +74,7 @@ def differing(ours: dict, theirs: dict) -> list[str]:
 def test_all_weights_are_taken_where_the_classes_agree(train, teacher_run):
     run = train("--init", str(teacher_run / "last.pth"), *FROZEN)
     assert differing(parameters(run), parameters(teacher_run)) == []
-    assert run.name == f"digits_ce_{TEACHER}_trial1"
+    assert run.name == f"digits_ce_{TEACHER}_trial1_try"
     log = (run / "log.txt").read_text()
     assert f"--init {teacher_run / 'last.pth'}: all weights; images are normalised with the mean" in log
     config = json.loads((run / "config.json").read_text())
@@ -115,7 +115,7 @@ def test_timms_weights(train, monkeypatch):
     network = timm.create_model("resnet10t", num_classes=7)
     monkeypatch.setattr(timm_split, "build_pretrained", lambda *arguments: network)
     run = train("--init", "timm:resnet10t.c3_in1k", *FROZEN)
-    assert run.name == "digits_ce_timm-resnet10t_trial1"
+    assert run.name == "digits_ce_timm-resnet10t_trial1_try"
     assert differing(parameters(run), parameters(network.state_dict())) == ["fc.weight", "fc.bias"]
 
 

@@ -85,7 +85,7 @@ def test_a_data_set_is_one_row(train, monkeypatch):
         patch.setitem(sources.DATASETS, "bright_digits", bright)
         run = train("--dataset", "bright_digits")
         assert load_data("bright_digits").name == "bright_digits"
-        assert run.name == "bright_digits_ce_resnet8_trial1"
+        assert run.name == "bright_digits_ce_resnet8_trial1_try"
     with monkeypatch.context() as patch:
         patch.delitem(sources.DATASETS, "fashion_mnist")
         assert "invalid choice: 'fashion_mnist'" in refused("--dataset", "fashion_mnist")
