@@ -60,8 +60,8 @@ def named_commands() -> list[str]:
 
 
 @pytest.mark.slow
-def test_the_commands_run_in_their_order(tmp_path, monkeypatch, capsys):
-    """With a few steps added; `save/*` is spelled out, as a shell would. Then Python's blocks, which read the runs."""
+def test_the_commands_run_in_their_order(few_images, tmp_path, monkeypatch, capsys):
+    """On few images; `save/*` is spelled out, as a shell would. Then Python's blocks, which read the runs."""
     monkeypatch.chdir(tmp_path)
     ran = []
     for command in dict.fromkeys(command for page in WALK for command in commands(page, "bash")):
@@ -72,14 +72,14 @@ def test_the_commands_run_in_their_order(tmp_path, monkeypatch, capsys):
         script, *flags = argv
         flags = [str(path) for flag in flags for path in (sorted(tmp_path.glob(flag)) if "*" in flag else [flag])]
         if script.startswith("train_"):
-            flags += ["--max_steps", "2"]
+            flags += ["--epochs", "1"]
         MAINS[script](flags)
         ran.append(script)
     for code in (code for page in WALK for code in blocks(page, "python")):
         exec(compile(code, "a document", "exec"), {"images": torch.zeros(2, 3, 32, 32)})
     assert set(ran) == set(MAINS)
     printed = capsys.readouterr().out
-    assert "| digits | resnet20 | resnet8 | norm --max_steps 2 |" in printed and "exported resnet8" in printed
+    assert "| digits | resnet20 | resnet8 | norm |" in printed and "exported resnet8" in printed
 
 
 def help_of(script: str, capsys) -> str:
