@@ -72,7 +72,7 @@ class ActivationBoundaries(FeaturesFirst):
     """The student's neurons first learn when to fire."""
 
     name = "abound"
-    summary, source = "activation boundaries, before the labels", "Heo et al., AAAI 2019"
+    summary, source = "AB: signs of the maps before their ReLU (hinge loss), in a first stage", "Heo et al., AAAI 2019"
     reference = "HobbitLong/RepDistiller"
     departures = (
         "Networks of unequally many stages are allowed: the deeper layers of the longer one are left out. The"

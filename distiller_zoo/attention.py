@@ -39,7 +39,10 @@ class AttentionTransfer(MapDistiller):
     """The student looks where the teacher looks."""
 
     name = "attention"
-    summary, source = "AT: where the maps are large", "Zagoruyko & Komodakis, ICLR 2017"
+    summary, source = (
+        "AT: L2 between normalised attention maps (mean of squares over channels)",
+        "Zagoruyko & Komodakis, ICLR 2017",
+    )
     reference = "HobbitLong/RepDistiller"
     group = "feature maps"
     reads = ("maps",)

@@ -8,7 +8,7 @@ class CrossEntropy(Distiller):
 
     name = "ce"
     departures = "The student alone: no reference is needed."
-    summary = "labels only, no teacher: teachers and baselines"
+    summary = "cross entropy with the labels only: teachers and baselines"
     group = "without a teacher"
     needs_teacher = False
     flags = (GAMMA,)

@@ -38,7 +38,10 @@ class CorrelationCongruence(FeatureDistiller):
     """Where student and teacher differ, neighbours in the batch must not differ alike."""
 
     name = "correlation"
-    summary, source = "CC: differences of neighbours in a batch", "Peng et al., ICCV 2019"
+    summary, source = (
+        "CC: products of the embedding differences of neighbouring images in a batch",
+        "Peng et al., ICCV 2019",
+    )
     reference = "HobbitLong/RepDistiller"
     group = "relations between images"
     reads = ("pooled",)

@@ -45,7 +45,10 @@ class CRD(FeatureDistiller):
     """L = gamma * CE + alpha * KL_T + beta * L_crd; CRD+KD with alpha > 0."""
 
     name = "crd"
-    summary, source = "contrastive representation distillation; CRD+KD with -a > 0", "Tian et al., ICLR 2020"
+    summary, source = (
+        "CRD: contrastive loss between pooled features, negatives from memory banks; CRD+KD with -a > 0",
+        "Tian et al., ICLR 2020",
+    )
     reference = "HobbitLong/RepDistiller"
     departures = (
         "Negatives are drawn on the device and are distinct on every data set: a permutation per sample held "
@@ -68,7 +71,10 @@ class NORM_CRD(NORM):
     """NORM's loss plus crd_weight * L_crd on the pooled features behind the transform."""
 
     name = "norm_crd"
-    summary, source = "NORM and CRD together", "Liu et al., ICLR 2023"
+    summary, source = (
+        "NORM+CRD: N-to-one matching of the last map and CRD on the pooled features",
+        "Liu et al., ICLR 2023",
+    )
     reference = "OSVAI/NORM"
     departures = "The official code cannot start this method and takes -c for CRD's weight; here it is --crd_weight."
     reads = ("final", "pooled", "sample index and negatives")

@@ -33,7 +33,10 @@ class DIST(LogitDistiller):
     """Correlation in place of equality, between classes and between images."""
 
     name = "dist"
-    summary, source = "correlation of the classes, per image and over the batch", "Huang et al., NeurIPS 2022"
+    summary, source = (
+        "DIST: Pearson correlation of predictions, between classes and within each class",
+        "Huang et al., NeurIPS 2022",
+    )
     reference = "hunto/image_classification_sota"
     departures = (
         "One weight for both terms, which are equal in all published runs. No inter term with two classes: it"

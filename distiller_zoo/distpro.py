@@ -79,7 +79,10 @@ class DistPro(LogitDistiller):
     """Weighted pathways between all maps, whose weights follow a searched process."""
 
     name = "distpro"
-    summary, source = "a searched process of weights for pathways between all maps", "Deng et al., ECCV 2022"
+    summary, source = (
+        "DistPro: weighted matching of all pairs of maps, the weights' schedule searched beforehand",
+        "Deng et al., ECCV 2022",
+    )
     reference = "bytedance/DistPro"
     departures = (
         "The search ends and its scores are replayed in the main run, as the paper says: the released code "

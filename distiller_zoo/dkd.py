@@ -45,7 +45,10 @@ class DKD(LogitDistiller):
     """KL divergence of the logits in two parts with a weight each."""
 
     name = "dkd"
-    summary, source = "target and non-target classes apart", "Zhao et al., CVPR 2022"
+    summary, source = (
+        "DKD: KL divergence split into target and non-target classes, weighted separately",
+        "Zhao et al., CVPR 2022",
+    )
     reference = "megvii-research/mdistiller"
     departures = "Log-softmaxes in place of the logarithm of a probability that may round to 0."
     group = "logits"

@@ -102,7 +102,10 @@ class Paraphrasing(MapDistiller):
     """The student's translated last map becomes the teacher's paraphrased one."""
 
     name = "factor"
-    summary, source = "factor transfer: the last map, paraphrased", "Kim et al., NeurIPS 2018"
+    summary, source = (
+        "FT, factor transfer: L1 between the last maps' factors (paraphraser and translator)",
+        "Kim et al., NeurIPS 2018",
+    )
     reference = "HobbitLong/RepDistiller; whole: Jangho-Kim/Factor-Transfer-pytorch, yoshitomo-matsubara/torchdistill"
     group = "feature maps"
     reads = ("maps",)

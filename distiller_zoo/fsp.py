@@ -45,7 +45,7 @@ class SolutionFlow(FeaturesFirst):
     """The student's layers first learn how the teacher's lead from one to the next."""
 
     name = "fsp"
-    summary, source = "products of consecutive maps, before the labels", "Yim et al., CVPR 2017"
+    summary, source = "FSP: L2 between Gram matrices of consecutive maps, in a first stage", "Yim et al., CVPR 2017"
     reference = "HobbitLong/RepDistiller"
 
     def __init__(self, student, teacher, task, **hyper_parameters):

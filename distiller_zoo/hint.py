@@ -70,7 +70,10 @@ class FitNet(FeatureDistiller):
     """One map of the student, behind a regressor, becomes the teacher's."""
 
     name = "hint"
-    summary, source = "FitNet: one map, behind a regressor", "Romero et al., ICLR 2015"
+    summary, source = (
+        "FitNets: L2 between one student map (after a 1x1 regressor) and the teacher's",
+        "Romero et al., ICLR 2015",
+    )
     reference = "HobbitLong/RepDistiller"
     departures = "Trained jointly, as the tables' numbers were; the paper has two stages."
     group = "feature maps"

@@ -102,7 +102,7 @@ class KD(LogitDistiller):
     """L = gamma * CE(s, y) + alpha * KL_T(s, t)."""
 
     name = "kd"
-    summary, source = "softened logits", "Hinton et al., 2015"
+    summary, source = "KD: KL divergence of the softened logits", "Hinton et al., 2015"
     reference = "HobbitLong/RepDistiller; standardised: sunshangquan/logit-standardization-KD"
     departures = "Two classes are compared raw: their standardised logits are constants."
     group = "logits"

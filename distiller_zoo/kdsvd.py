@@ -124,7 +124,10 @@ class SingularVectors(FeatureDistiller):
     """The first singular vectors of consecutive maps are correlated as the teacher's."""
 
     name = "kdsvd"
-    summary, source = "first singular vectors of consecutive maps", "Lee et al., ECCV 2018"
+    summary, source = (
+        "KDSVD: radial basis functions of consecutive maps' first singular vectors",
+        "Lee et al., ECCV 2018",
+    )
     reference = "HobbitLong/RepDistiller"
     departures = (
         "Singular vectors get a sign of their own, as the reference's value depends on the library's; the "

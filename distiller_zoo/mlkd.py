@@ -69,7 +69,10 @@ class MLKD(LogitDistiller):
     """Logits compared per image, per class and per batch, at several temperatures, on two views."""
 
     name = "mlkd"
-    summary, source = "instance, class and batch level, weak and strong views", "Jin et al., CVPR 2023"
+    summary, source = (
+        "MLKD: logits matched per image, per class and per batch, on weak and strong augmentations",
+        "Jin et al., CVPR 2023",
+    )
     reference = "Jin-Ying/Multi-Level-Logit-Distillation; standardised: sunshangquan/logit-standardization-KD"
     departures = (
         "The strong view's KL reads the strong view's logits at all temperatures: the released code reads the"

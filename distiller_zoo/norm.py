@@ -67,7 +67,7 @@ FT_POSITION = Flag(
     ("--ft_position",),
     str,
     "pre",
-    "where a WRN's transform stands: pre (before the last BatchNorm and ReLU, as published) or post (behind them, "
+    "where a WRN's transform is inserted: pre (before the last BatchNorm and ReLU, as published) or post (behind them, "
     "where it folds away); elsewhere the two are the same",
     choices=("pre", "post"),
 )
@@ -84,7 +84,7 @@ BETA1 = Flag(
     ("-b1", "--beta1"),
     _schedule,
     "cifar",
-    "factor on -b: cifar or imagenet (the published schedules, stretched to --epochs) or a number",
+    "factor on -b: cifar or imagenet (the published schedules, scaled to --epochs) or a number",
 )
 
 
@@ -122,7 +122,10 @@ class NORM(Distiller):
     """NORM, and NORM+KD with `-a` above 0."""
 
     name = "norm"
-    summary, source = "N-to-one representation matching; NORM+KD with -a > 0", "Liu et al., ICLR 2023"
+    summary, source = (
+        "NORM: N segments of the expanded last map matched to the teacher's; NORM+KD with -a > 0",
+        "Liu et al., ICLR 2023",
+    )
     reference = "OSVAI/NORM"
     departures = (
         "See docs/norm.md, line by line. Raw logits with two classes: standardised ones are constants, "
@@ -224,7 +227,7 @@ class NORM(Distiller):
             return ""
         if self.student.classifies_mean:
             return (
-                "one 1x1 convolution is kept: this network's last BatchNorm and ReLU stand between the transform and "
+                "one 1x1 convolution is kept: this network's last BatchNorm and ReLU are between the transform and "
                 "the classifier (--ft_position post trains one that folds away)"
             )
         return (
@@ -261,7 +264,10 @@ class FTBaseline(NORM):
     """The paper's baselines "student w/ 1 plain/default FT": the transform is trained with the labels alone."""
 
     name = "ft"
-    summary, source = "feature transform without a teacher: the FT-only baselines", "Liu et al., ICLR 2023"
+    summary, source = (
+        "NORM's feature transform without a teacher: the paper's FT-only baselines",
+        "Liu et al., ICLR 2023",
+    )
     reference = "OSVAI/NORM"
     departures = "N, and whether logits are standardised, are not published: 8, raw."
     reads = ()

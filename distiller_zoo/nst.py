@@ -42,7 +42,10 @@ class NeuronSelectivity(MapDistiller):
     """The student's channels are distributed as the teacher's: they respond to the same places."""
 
     name = "nst"
-    summary, source = "distribution of the channels' responses", "Huang & Wang, 2017"
+    summary, source = (
+        "NST: maximum mean discrepancy between the channels of the maps, polynomial kernel",
+        "Huang & Wang, 2017",
+    )
     reference = "HobbitLong/RepDistiller"
     group = "feature maps"
     reads = ("maps",)

@@ -74,7 +74,10 @@ class Overhaul(FeatureDistiller):
     """The student's maps before their ReLU become the teacher's, where those matter behind it."""
 
     name = "ofd"
-    summary, source = "maps before their ReLU, with margins from BatchNorm", "Heo et al., ICCV 2019"
+    summary, source = (
+        "OFD: partial L2 between maps before their ReLU, with a margin ReLU on the teacher's",
+        "Heo et al., ICCV 2019",
+    )
     reference = "clovaai/overhaul-distillation; unequal sizes: megvii-research/mdistiller"
     departures = "The teacher is in eval mode; the released code leaves it in train mode, so that its statistics drift."
     group = "feature maps"

@@ -57,7 +57,10 @@ class ONE(Distiller):
     """The student is the first of several branches that learn from their gated ensemble."""
 
     name = "one"
-    summary, source = "branches of the student learn from their own gated ensemble", "Lan et al., NeurIPS 2018"
+    summary, source = (
+        "ONE: online distillation, student branches learn from their gated ensemble",
+        "Lan et al., NeurIPS 2018",
+    )
     reference = "Lan1991Xu/ONE_NeurIPS2018"
     group = "without a teacher"
     needs_teacher = False

@@ -36,7 +36,10 @@ class ProbabilisticTransfer(FeatureDistiller):
     """Each image has the same neighbours in both networks' spaces."""
 
     name = "pkt"
-    summary, source = "probabilities of being neighbours in a batch", "Passalis & Tefas, ECCV 2018"
+    summary, source = (
+        "PKT: KL divergence of the cosine similarity distributions within a batch",
+        "Passalis & Tefas, ECCV 2018",
+    )
     reference = "HobbitLong/RepDistiller"
     departures = "A zero vector gets no gradient; the reference sets NaNs to 0."
     group = "relations between images"

@@ -103,7 +103,10 @@ class ReviewKD(FeatureDistiller):
     """Every level of the teacher is learned from this and all deeper levels of the student."""
 
     name = "reviewkd"
-    summary, source = "knowledge review: fused levels, hierarchical context loss", "Chen et al., CVPR 2021"
+    summary, source = (
+        "ReviewKD: student maps fused across levels (ABF), hierarchical context loss (HCL)",
+        "Chen et al., CVPR 2021",
+    )
     reference = "dvlab-research/ReviewKD"
     departures = (
         "Channels and sizes are read off the networks: the released tables stop at pairs that are not in "

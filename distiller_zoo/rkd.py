@@ -63,7 +63,10 @@ class RKD(FeatureDistiller):
     """The images of a batch form the same figure in both networks' spaces."""
 
     name = "rkd"
-    summary, source = "distances and angles between the images of a batch", "Park et al., CVPR 2019"
+    summary, source = (
+        "RKD: pairwise distances and angles of the pooled features within a batch",
+        "Park et al., CVPR 2019",
+    )
     reference = "HobbitLong/RepDistiller"
     departures = "Equal or almost equal images get finite gradients."
     group = "relations between images"

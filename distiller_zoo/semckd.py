@@ -71,7 +71,7 @@ class SemCKD(MapDistiller):
     """Each of the student's maps learns from all of the teacher's, in learned shares."""
 
     name = "semckd"
-    summary, source = "all pairs of maps, weighted by learned attention", "Chen et al., AAAI 2021"
+    summary, source = "SemCKD: L2 between all pairs of maps, weighted by learned attention", "Chen et al., AAAI 2021"
     reference = "DefangChen/SimKD, DefangChen/SemCKD"
     departures = "With --accumulate a short last batch makes a step on labels and logits alone."
     group = "feature maps"

@@ -34,7 +34,7 @@ class SimilarityPreserving(FeatureDistiller):
     """Images that are similar to the teacher are similar to the student."""
 
     name = "similarity"
-    summary, source = "SP: similarities of the images of a batch", "Tung & Mori, ICCV 2019"
+    summary, source = "SP: L2 between the similarity matrices of a batch's last maps", "Tung & Mori, ICCV 2019"
     reference = "HobbitLong/RepDistiller"
     group = "relations between images"
     reads = ("maps",)

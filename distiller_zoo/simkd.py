@@ -32,7 +32,10 @@ class SimKD(MapDistiller):
     """The student's last map becomes the teacher's, whose classifier is reused."""
 
     name = "simkd"
-    summary, source = "the teacher's last map and its classifier, reused", "Chen et al., CVPR 2022"
+    summary, source = (
+        "SimKD: L2 to the teacher's last map (projected), with the teacher's classifier reused",
+        "Chen et al., CVPR 2022",
+    )
     reference = "DefangChen/SimKD"
     departures = (
         "The teacher's map is the one that its classifier pools: in WRNs that is not the stage output, which "

@@ -40,7 +40,10 @@ class SRRL(FeatureDistiller):
     """The student's representation must be the teacher's, and must mean the same to the teacher's classifier."""
 
     name = "srrl"
-    summary, source = "representation that the teacher's classifier understands", "Yang et al., ICLR 2021"
+    summary, source = (
+        "SRRL: L2 between pooled features, and between the logits of the teacher's classifier on both",
+        "Yang et al., ICLR 2021",
+    )
     reference = "jingyang2017/KD_SRRL (map), DefangChen/SimKD (pooled)"
     group = "feature maps"
     reads = ("pooled",)

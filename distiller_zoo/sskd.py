@@ -110,7 +110,10 @@ class SSKD(LogitDistiller):
     """Self-supervised similarities of turned images, and logits on them."""
 
     name = "sskd"
-    summary, source = "similarities and logits of turned images", "Xu et al., ECCV 2020"
+    summary, source = (
+        "SSKD: contrastive self-supervision on rotated images, similarities and logits matched",
+        "Xu et al., ECCV 2020",
+    )
     reference = "xuguodong03/SSKD"
     group = "relations between images"
     reads = ("pooled",)

@@ -53,7 +53,7 @@ class VID(MapDistiller):
     """The student's maps must tell as much as possible about the teacher's."""
 
     name = "vid"
-    summary, source = "how well the student's maps predict the teacher's", "Ahn et al., CVPR 2019"
+    summary, source = "VID: Gaussian log-likelihood of the teacher's maps given the student's", "Ahn et al., CVPR 2019"
     reference = "HobbitLong/RepDistiller"
     group = "feature maps"
     reads = ("maps",)

@@ -286,7 +286,7 @@ def _trial(given: Mapping[str, Any], number: int, trials: int, label: str) -> di
     name = given.get("trial", _default("trial"))
     if trials > 1:
         if not name.isdecimal():
-            raise UserError(f"--trials counts up from --trial, which must be a number then, not {name}")
+            raise UserError(f"--trials gives consecutive trial numbers, so --trial must be a number, not {name}")
         name = str(int(name) + number)
     seed = given["seed"] + number if "seed" in given else _seed_of(name)
     if trials == 1 and not label:
@@ -389,7 +389,7 @@ def _scale_epochs(merged: dict, known: Mapping[str, Setting], chosen: set[str], 
         scaled = stretch(value if isinstance(value, tuple) else (value,), length, merged["epochs"][0])
         scaled = scaled if isinstance(value, tuple) else scaled[0]
         if scaled != value:
-            merged[name] = (scaled, f"{source}, stretched")
+            merged[name] = (scaled, f"{source}, scaled")
 
 
 def _derive(merged: dict, known: Mapping[str, Setting], stored: Mapping[str, Any]) -> None:

@@ -314,7 +314,7 @@ SETTINGS: tuple[Setting, ...] = (
         ("--max_steps",),
         count,
         None,
-        "end every stage after K steps as if it were done, for trying things",
+        "end every stage after K steps, to try a command",
         group=TRAINING,
         metavar="K",
         resume="free",

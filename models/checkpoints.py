@@ -141,7 +141,7 @@ def load_weights(model: nn.Module, model_name: str, weights: Weights, source: st
         )
     for key, value in weights.items():
         if not value.isfinite().all():
-            raise UserError(f"{source} is of no use: {key} is not finite")
+            raise UserError(f"{source} contains non-finite values ({key})")
     model.load_state_dict(weights)
 
 

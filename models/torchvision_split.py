@@ -180,7 +180,7 @@ def _check_head(name: str, network: nn.Module, graph: fx.Graph, final: fx.Node, 
         raise no_map(name, "its last layer is no linear classifier behind the last feature map")
     others = [target for target in layers if target in behind and not isinstance(layers[target], HEAD_LAYERS)]
     if others:
-        raise no_map(name, f"{others[0]} ({type(layers[others[0]]).__name__}) stands behind its last feature map")
+        raise no_map(name, f"{others[0]} ({type(layers[others[0]]).__name__}) follows its last feature map")
     return linear[-1]
 
 

@@ -255,7 +255,7 @@ def main(argv=None) -> list[dict]:
     parser.add_argument("--batch_size", type=count, default=64)
     parser.add_argument("--steps", type=count, default=3, help="steps of a round (3)")
     parser.add_argument("--rounds", type=count, default=3, help="alternating rounds (3)")
-    parser.add_argument("--trials", type=count, default=1, help="also time so many students of one teacher (1)")
+    parser.add_argument("--trials", type=count, default=1, help="also time K students of one teacher (1)")
     parser.add_argument("--workers", type=whole, default=2, help="worker processes of the plain input (2)")
     parser.add_argument("--dataset", default="digits", help="images to train on (digits)")
     parser.add_argument("--data", metavar="PATH")

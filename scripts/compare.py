@@ -9,6 +9,7 @@ accuracy (two-sided; scipy.stats.ttest_ind with unequal variances).
 import itertools
 import statistics
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -43,7 +44,8 @@ def judge(first: list[float], second: list[float]) -> str:
         return f"{difference:+.2f}: one seed on a side, too few to tell it from seed noise"
     if statistics.pstdev(first) == statistics.pstdev(second) == 0:
         return f"{difference:+.2f}: no spread on either side, so no test"
-    p = float(ttest_ind(second, first, equal_var=False).pvalue)
+    with warnings.catch_warnings(action="ignore"):  # scipy's, of spreads that are next to nothing
+        p = float(ttest_ind(second, first, equal_var=False).pvalue)
     verdict = "beyond seed noise" if p < SIGNIFICANCE else "not beyond seed noise"
     few = f" (only {smallest} seeds on a side)" if smallest < FEW_SEEDS else ""
     return f"{difference:+.2f}, p = {p:.3g}: {verdict}{few}"

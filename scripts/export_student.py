@@ -134,11 +134,11 @@ def _files(out: Path, formats: list[str] | None, source: Path) -> dict[str, Path
 def main(argv=None) -> Path:
     parser = Parser((__doc__ or "").split("\n")[0])
     parser.add_argument("checkpoint", metavar="CKPT", help="best.pth or last.pth of a run, or an official NORM student")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="default: <CKPT>_exported.pth beside it")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="default: <CKPT>_exported.pth next to it")
     parser.add_argument("--model_s", metavar="NAME", help="for official files whose weights fit several models")
     parser.add_argument("--ft", choices=("default", "plain"), default="default", help="transform of an official file")
     parser.add_argument("--dataset", help="test images to compare on; default: the run's data set")
-    parser.add_argument("--data", metavar="PATH", help="where that data set lies")
+    parser.add_argument("--data", metavar="PATH", help="where that data set is stored")
     parser.add_argument(
         "--format",
         type=_formats,

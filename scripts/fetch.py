@@ -35,7 +35,7 @@ def main(argv=None) -> list[Path]:
         paths.append(path)
         published = PUBLISHED_TEACHERS.get(("cifar100", name)) if args.kind == "cifar" else None
         promise = f"; must test at {published:.2f} % on CIFAR-100, which every run checks" if published else ""
-        checked = "its published sum" if file.sha256 else "its structure and its first sum"
+        checked = "its published checksum" if file.sha256 else "its structure and its first checksum"
         print(f"{path}: whole, {checked} agrees{promise}")
     return paths
 

@@ -10,20 +10,7 @@ ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = ("README.md", "save/README.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md"))))
 #: The product's files: the strings in them that a user reads are checked, help texts and messages.
 PRODUCT = ("*.py", "models/*.py", "distiller_zoo/*.py", "crd/*.py", "dataset/*.py", "helper/**/*.py", "scripts/**/*.py")
-#: Those that still hold private words.
-PENDING = (
-    "distiller_zoo/norm.py",
-    "helper/command_line.py",
-    "helper/settings.py",
-    "models/checkpoints.py",
-    "models/torchvision_split.py",
-    "scripts/benchmark.py",
-    "scripts/benchmarks/input.py",
-    "scripts/benchmarks/losses.py",
-    "scripts/export_student.py",
-    "scripts/fetch.py",
-)
-CODE = sorted({path.relative_to(ROOT).as_posix() for pattern in PRODUCT for path in ROOT.glob(pattern)} - {*PENDING})
+CODE = sorted({path.relative_to(ROOT).as_posix() for pattern in PRODUCT for path in ROOT.glob(pattern)})
 #: A private word or phrase, in the sense meant -> the field's term.
 WORDING = {
     r"\bmend(s|ed|ing)?\b": "repair, fix",

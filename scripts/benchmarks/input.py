@@ -1,4 +1,4 @@
-"""How fast images come from a disk, with several numbers of workers, beside what decoding alone would allow.
+"""How fast images come from a disk, with several numbers of workers, compared with what decoding alone would allow.
 
 python scripts/benchmarks/input.py PATH --workers 0,1,2,4 --json FILE
 

@@ -1,4 +1,4 @@
-"""Time and memory of the losses that are computed in another way than their formula is written, beside the formula.
+"""Time and memory of losses that are computed in another way than their formula is written, and of the formula.
 
 python scripts/benchmarks/losses.py [--pair resnet32x4:resnet8x4] [--batch_size 64] [--json FILE]
 

@@ -91,7 +91,7 @@ def test_numbers_of_epochs_stretch_with_the_run_unless_they_are_given():
     argv = ("--distill", "factor", "--model_s", "resnet8")
     assert parse_student(*argv, "--epochs", "240").init_epochs == 30
     config = parse_student(*argv, "--epochs", "24")
-    assert config.init_epochs == 3 and config.origins["init_epochs"] == "default, stretched"
+    assert config.init_epochs == 3 and config.origins["init_epochs"] == "default, scaled"
     assert parse_student(*argv, "--epochs", "2").init_epochs == 1
     assert parse_student(*argv, "--epochs", "24", "--init_epochs", "30").init_epochs == 30
 
