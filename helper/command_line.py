@@ -44,6 +44,7 @@ class Parser(argparse.ArgumentParser):
             usage="%(prog)s [flags]", description=description, allow_abbrev=False, formatter_class=formatter
         )
         self.names: list[str] = []
+        self.unless_given: dict[str, Any] = {}  # what the script's name says; a resumed run knows better
         self.aliases: dict[str, str] = {}  # what this script calls a setting -> its argument
 
     def add_argument_group(self, *arguments, **named):
@@ -117,6 +118,7 @@ def _add_run_flags(parser: Parser) -> None:
     add(
         "--sweep",
         nargs="+",
+        action="extend",
         metavar="FLAG=V,V",
         help="train students of every combination together: --sweep b=0.5,1 s=4,8, or distill=kd,norm; "
         "values that hold commas are separated by ;",
@@ -172,7 +174,7 @@ def student_parser(images: str = "small images") -> Parser:
 def imagenet_parser() -> Parser:
     """The flags of `train_imagenet_student.py`: the same, with ImageNet as the data set."""
     parser = student_parser("ImageNet, or on a folder like it")
-    parser.set_defaults(dataset="imagenet")
+    parser.unless_given = {"dataset": "imagenet"}
     return parser
 
 
@@ -197,6 +199,9 @@ def parse(parser: Parser, argv: Sequence[str] | None = None) -> Given:
 def _parse(parser: Parser, argv: Sequence[str] | None) -> Given:
     given = {argument: value for argument, value in vars(parser.parse_args(argv)).items() if value is not None}
     resume = given.pop("resume", None)
+    if resume == "":
+        raise UserError("--resume: the name of the run folder is empty; leave the value out for the latest run")
+    given = (parser.unless_given if resume in (None, LATEST) else {}) | given
     paths = {setting.argument for setting in settings.SETTINGS if setting.is_path}
     given |= {name: _absolute(value) for name, value in given.items() if name in paths}
     runs = _expand(given, parser.aliases)
@@ -270,7 +275,7 @@ def _read_sweep(text: str, aliases: Mapping[str, str]) -> list[tuple[str, dict[s
     for value in values.split(";" if ";" in values else ","):
         flag = setting.names[0]
         words = [flag, value] if setting.type is not bool else _switch(setting, value)
-        label = re.sub(r"[^A-Za-z0-9.-]", "", f"{name}{value}".replace(",", "-"))
+        label = re.sub(r"[^A-Za-z0-9._-]", "", f"{name}{value}".replace("_", "").replace(",", "_"))
         read.append((label, {setting.argument: getattr(parser.parse_args(words), setting.argument)}))
     return read
 
@@ -366,7 +371,7 @@ def resolve(
     )
     merged = {name: pair for layer in layers for name, pair in layer.items()}
     _scale_epochs(merged, known, {*given, *stored}, recipe)
-    _derive(merged, known, stored)
+    _derive(merged, known)
     if "image_size" in given and merged["dataset"][0] not in ("folder", "imagenet"):
         raise UserError(f"--image_size: only --dataset folder and imagenet have a choice; {dataset} is 32 pixels wide")
     values = {name: value for name, (value, _) in merged.items()}
@@ -392,7 +397,7 @@ def _scale_epochs(merged: dict, known: Mapping[str, Setting], chosen: set[str], 
             merged[name] = (scaled, f"{source}, scaled")
 
 
-def _derive(merged: dict, known: Mapping[str, Setting], stored: Mapping[str, Any]) -> None:
+def _derive(merged: dict, known: Mapping[str, Setting]) -> None:
     """Fill in what follows from other settings: the parts of --fast, seeds, the size of a forward pass."""
     fast = merged["fast"][0]
     if fast == "auto":

@@ -99,6 +99,8 @@ def find_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
         torch.zeros(1, device=device).item()
+        if device.type == "cuda" and device.index is not None:
+            torch.cuda.set_device(device)  # its random generator is the one that is saved
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise UserError(f"--device: {name} cannot be used: {str(error).splitlines()[0]}") from None
     return device

@@ -16,7 +16,7 @@ from torch import Tensor, distributed
 from dataset import Batch, ImageData, Loader, epoch_seed
 from distiller_zoo import Distiller, Progress, Stage
 from distiller_zoo.base import ALPHA, BETA, GAMMA
-from errors import UserError
+from errors import StoppedAtOnce, UserError
 from helper.distributed import Replica, count_processes, images_per_pass, rank, total_of
 from helper.fast import Fast
 from helper.guard import Guard
@@ -32,7 +32,7 @@ PASSES_APART = 100_000
 
 
 class Training:
-    """One stage of one run: what it trains, its optimizer, its batches; `step` is one step on a batch."""
+    """One stage of one run: what it trains, its optimizer and its batches, and its parts of a step."""
 
     def __init__(
         self,
@@ -200,15 +200,30 @@ def train_epoch(
             run.training.meter.waited(time.perf_counter() - waited_from)
         with finishing():
             step(waiting, batch, teacher, number)
-        bar.set_postfix_str(lead.latest, refresh=False)
+            bar.set_postfix_str(lead.latest, refresh=False)
+            if number < last and any(run.error is None for run in runs):
+                after_step(number)
         if all(run.error is not None for run in runs):
             return
-        if number < last:
-            after_step(number)
         waited_from = time.perf_counter()
-    for run in runs:
-        with run.own_turn():
-            run.end_epoch()
+    _end_epoch(runs, finishing)
+
+
+def _end_epoch(runs: Sequence, finishing: Callable[[], AbstractContextManager]) -> None:
+    """Test and save every run; where a request to stop interrupts a test, the steps of the epoch are saved."""
+    try:
+        with finishing():
+            for run in runs:  # before anybody is tested: their clocks run
+                with run.own_turn():
+                    run.end_steps()
+        for run in runs:
+            with run.own_turn():
+                run.end_epoch()
+    except StoppedAtOnce:
+        for run in runs:
+            with run.own_turn():
+                run.save_untested()
+        raise
 
 
 def step(runs: Sequence, batch: Batch, teacher: Teacher | None, number: int) -> None:
@@ -220,7 +235,7 @@ def step(runs: Sequence, batch: Batch, teacher: Teacher | None, number: int) -> 
     parts = runs[0].training.parts(batch)
     for part_number, part in enumerate(parts, 1):
         outputs: dict[bool, Output] = {}  # with maps before their last ReLU, or behind it
-        for run in runs:
+        for run in [run for run in runs if run.error is None]:
             with run.own_turn():
                 training = run.training
                 output, preact = None, training.method.teacher_preact

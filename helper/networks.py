@@ -18,6 +18,7 @@ from helper.checkpoint import contained, upgrade
 from helper.download import published_name, read_timm, read_torchvision
 from helper.fast import Fast
 from helper.recipes import PUBLISHED_TEACHERS
+from models import model_dict
 from models.backbone import Backbone, Output, probe_shapes, select_classes
 from models.checkpoints import (
     build_with,
@@ -90,7 +91,8 @@ def read_network(path: str, name: str | None, flag: str, name_flag: str, ema: bo
     checkpoint = upgrade(read_checkpoint(path, flag), source)
     with contained(f"{source} cannot be used"):
         notes: list[str] = []
-        if not ema and ("record" in checkpoint or "model_name" in checkpoint):
+        if "record" in checkpoint or "model_name" in checkpoint:
+            notes += ["it is a file of this toolbox, which holds one set of weights: --ema changes nothing"] * ema
             network, record = load_exported(checkpoint, source)
             found = record["model_name"]
         else:
@@ -128,7 +130,7 @@ def _read_foreign(
         name, notes = fitting[0], [*notes, f"it is recognised as {fitting[0]} by its weights"]
     network, more = build_with(name, weights, source)
     # RepDistiller's files do not name their data set; the ones with 100 classes are CIFAR-100's.
-    record: dict[str, Any] = {"dataset": "cifar100" if network.num_classes == 100 else None}
+    record: dict[str, Any] = {"dataset": "cifar100" if name in model_dict and network.num_classes == 100 else None}
     published = PUBLISHED_TEACHERS.get((record["dataset"], name))
     recorded, converted = recorded_accuracy(checkpoint)
     # Only in RepDistiller's folder is it the published file; elsewhere it may be somebody's own.

@@ -25,7 +25,7 @@ from dataset import (
     load_data,
 )
 from distiller_zoo import Progress
-from errors import Stopped, StoppedAtOnce, UserError
+from errors import Stopped, UserError
 from helper import command_line
 from helper.checkpoint import (
     build_distiller,
@@ -110,7 +110,7 @@ def open_runs(given: Given) -> Opened:
     teacher = None if path is None else main_first(lambda: read_teacher(path, first.get("model_t"), ema))
     of_teacher = {} if teacher is None else teacher.settings_as_teacher()
     for run in given.runs:
-        run |= _dataset_of(stored | run, of_teacher)
+        run |= by_main(lambda run=run: _dataset_of(stored | run, of_teacher))
     source, initial, of_initial = None if folder else first.get("init"), None, {}
     if source is not None and "model_s" not in first:
         initial = None if is_external(source) else main_first(lambda: read_initial(source, None, ema))
@@ -370,11 +370,10 @@ def train(runs: Sequence["Run"], teacher: Teacher | None) -> list[dict]:
 
 def _stop_if(number: int | None, runs: Sequence["Run"]) -> None:
     """End the runs, which are saved, where a signal was heard."""
-    if number is not None:
-        paths = ", ".join(str(run.folder.path) for run in runs if run.result is None)
-        if paths:
-            name = signal.Signals(number).name
-            raise Stopped(number, f"stopped by {name} and saved; resume with --resume {paths}")
+    left = [run for run in runs if run.result is None and run.error is None]
+    if number is not None and left:
+        how = f"--resume {left[0].folder.path}" if len(runs) == 1 else "the same command and --resume"
+        raise Stopped(number, f"stopped by {signal.Signals(number).name} and saved; resume with {how}")
 
 
 def _raise_failures(runs: Sequence["Run"]) -> None:
@@ -425,6 +424,8 @@ class Run:
         self.error: UserError | None = None
         self.result: dict | None = None
         self.latest = ""  # the losses, as the progress bar shows them
+        self._means: dict[str, float] | None = None  # of an epoch whose steps are done, and that is not recorded
+        self._started: float | None = None  # when the epoch began, of the clock; None before the first
         self.finishing: Callable[[], AbstractContextManager] = nullcontext  # what a stop does not interrupt
         self._enter(0)
         self._random = random_state()  # used where several runs share the process
@@ -515,7 +516,8 @@ class Run:
 
     def begin_epoch(self) -> None:
         """Prepare the next epoch."""
-        self._started = time.perf_counter()
+        before = self.epoch_state["meter"]["counts"][3] if self.epoch_state else 0.0  # seconds before a stop
+        self._started = time.perf_counter() - before
         progress = Progress(self.epoch, self.stages[self.stage_number].epochs)
         self.training.begin_epoch(progress, self.epochs_over, self.epoch_state)
 
@@ -538,29 +540,37 @@ class Run:
                 epoch_state = self.training.state(number)  # names a bad step, before its weights are looked at
                 self._save_last(self._checkpoint(None), epoch_state)
 
+    def end_steps(self) -> None:
+        """Take the means of the epoch, whose steps are done."""
+        if self.error is None:
+            self._means = self.training.end_epoch()
+            average_statistics(self.method)
+            self.method.eval()
+
     def end_epoch(self) -> None:
         """Test, record and save; begin the next stage or finish where this one is over."""
-        if self.error is not None:
+        if self.error is not None or self._means is None:
             return
-        means = self.training.end_epoch()
-        average_statistics(self.method)
-        self.method.eval()
-        try:
+        # Of several processes one must not leave a test alone.
+        with self.finishing() if count_processes() > 1 else nullcontext():
             # The student of an earlier stage is not yet what is tested.
             test = self._test() if self.in_main_stage else {}
-        except StoppedAtOnce:  # the steps of the epoch are not lost
-            self.save_within_epoch(self.last_step, stopping=True)
-            raise
         with self.finishing():
-            self._record_epoch(means | test)
+            self._record_epoch(self._means | test)
+            self._means = None
         self._go_to_next_stage()
+
+    def save_untested(self) -> None:
+        """Save the steps of an epoch whose test was interrupted."""
+        if self._means is not None:
+            self.save_within_epoch(self.last_step, stopping=True)
 
     def _record_epoch(self, measured: dict[str, float]) -> None:
         """Count the epoch, log it and save."""
         stage, progress, steps = self.stages[self.stage_number], self.training.progress, self.last_step
         self.epoch_state = None
         self.epoch, self.stage_step, self.step = self.epoch + 1, self.stage_step + steps, self.step + steps
-        self.epochs_over, self.seconds = self.epochs_over + 1, self.seconds + time.perf_counter() - self._started
+        self.epochs_over, self.seconds = self.epochs_over + 1, self.seconds + time.perf_counter() - (self._started or 0)
         rate = self.training.learning_rate(self.epoch)
         skipped = {"skipped_steps": self.guard.skipped} if self.config.max_bad_steps else {}
         record = {"epoch": self.epoch, "step": self.step, "learning_rate": rate, **measured, **skipped}
@@ -625,6 +635,7 @@ class Run:
             for name in STATE:
                 setattr(self, name, training[name])
             self.guard.skipped = training["skipped_steps"]
+            self._check_epochs()
         self.folder.keep_metrics_until(self.epochs_over)
         stage = self.stages[self.stage_number]
         title = format_title(stage.name, Progress(self.epoch - 1, stage.epochs))
@@ -636,10 +647,17 @@ class Run:
             old, new = (f"{rate:.4g}" for rate in (self.records[-1].get("learning_rate", rates[0]), rates[1]))
             self.folder.log(f"--epochs was {before} and is {now}: the learning rate was {old} and is {new} next")
 
+    def _check_epochs(self) -> None:
+        """Raise `UserError` where the main stage is to be shorter than what is trained of it."""
+        begun = self.epoch + (self.epoch_state is not None)
+        if self.in_main_stage and begun > self.stages[self.stage_number].epochs:
+            raise UserError(f"--epochs: {begun} are trained already; give at least as many, or start a new run")
+
     def _check_data(self, record: Mapping[str, Any]) -> None:
         """Raise `UserError` where the data are not those that the run began with."""
         changes = data_changes(record.get("identity") or {"classes": record["classes"]}, self.inputs.identity)
-        if changes and not self.config.accept_changes:
+        # What an earlier resume has accepted says nothing of changes since.
+        if changes and not (self.config.accept_changes and self.config.origins["accept_changes"] == "command line"):
             raise UserError(
                 f"--resume: {self.folder.path}: the data have changed: {', '.join(changes)}; restore them, or accept "
                 "that with --accept_changes"
@@ -653,6 +671,10 @@ class Run:
         return chosen_by.index(max(chosen_by)) + 1
 
     def _finish(self) -> None:
+        if self._started is None and (self.folder.path / RESULT).exists():  # resumed, with nothing left to do
+            self.result = self.folder.read_json(RESULT)
+            self.folder.log(format_result(self.result))
+            return
         accuracies, best_epoch = [record["test_accuracy"] for record in self.records], self._best_epoch()
         last_five = accuracies[-5:]
         self.result = {

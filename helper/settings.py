@@ -52,6 +52,8 @@ def _image_size(text: str) -> int:
 def _trial(text: str) -> str:
     if not re.fullmatch(r"[A-Za-z0-9_.-]+", text):
         raise argparse.ArgumentTypeError(f"must be a name of letters, digits, - _ and ., not '{text}'")
+    if re.search(r"-\d+$", text):
+        raise argparse.ArgumentTypeError(f"must not end in - and a number, as folders of repeated runs do: '{text}'")
     return text
 
 
@@ -484,7 +486,12 @@ SETTINGS: tuple[Setting, ...] = (
 
 def method_settings() -> dict[str, Setting]:
     """The settings of all methods, by argument."""
-    return {flag.argument: flag for method in DISTILLERS.values() for flag in method.flags}
+    found: dict[str, Setting] = {}
+    for flag in [flag for method in DISTILLERS.values() for flag in method.flags]:
+        known = found.setdefault(flag.argument, flag)
+        if known.choices and flag.choices:  # a method may take some of them alone; it checks that itself
+            found[flag.argument] = known._replace(choices=tuple(dict.fromkeys((*known.choices, *flag.choices))))
+    return found
 
 
 def settings_of(distill: str) -> dict[str, Setting]:

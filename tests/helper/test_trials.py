@@ -107,8 +107,8 @@ def test_a_sweep_trains_every_combination(train, passes):
 
 def test_values_that_hold_commas_can_be_swept(train):
     runs = train("--distill", "kd", "--sweep", "lr_decay_epochs=1,2;1", "--epochs", "2", "--max_steps", "1")
-    assert sorted(runs) == ["1_lrdecayepochs1", "1_lrdecayepochs1-2"]
-    assert json.loads((runs["1_lrdecayepochs1-2"] / "config.json").read_text())["lr_decay_epochs"] == [1, 2]
+    assert sorted(runs) == ["1_lrdecayepochs1", "1_lrdecayepochs1_2"]
+    assert json.loads((runs["1_lrdecayepochs1_2"] / "config.json").read_text())["lr_decay_epochs"] == [1, 2]
 
 
 def test_methods_and_networks_can_be_swept(train, passes, save_dir):
