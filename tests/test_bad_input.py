@@ -15,6 +15,7 @@ def place(tmp_path, teacher_run):
     """A folder with every kind of wrong file in it; {place} and {teacher} in a command line name them."""
     (tmp_path / "empty").mkdir()
     torch.save({"model": build_model("resnet20", 10).state_dict()}, tmp_path / "resnet20.pth")
+    torch.save({"first.weight": torch.zeros(3)}, tmp_path / "odd.pth")
     whole = (teacher_run / "last.pth").read_bytes()
     (tmp_path / "truncated.pth").write_bytes(whole[: len(whole) // 2])
     (tmp_path / "page.pth").write_text("<html>404</html>")
@@ -38,7 +39,7 @@ CASES = {
     "truncated checkpoint": (STUDENT + "--path_t {place}/truncated.pth", "truncated.pth cannot be read"),
     "a web page": (STUDENT + "--path_t {place}/page.pth", "page.pth cannot be read"),
     "another architecture": (STUDENT + "--path_t {place}/resnet20.pth --model_t vgg8", "the weights fit resnet20"),
-    "nameless teacher": (STUDENT + "--path_t {place}/resnet20.pth", "--model_t"),
+    "nameless teacher": (STUDENT + "--path_t {place}/odd.pth", "--model_t"),
     "no teacher": (STUDENT, "--path_t"),
     "N below 1": (STUDENT + "--path_t {teacher} -s 0", "-s/--co_sponge"),
     "larger student map": (

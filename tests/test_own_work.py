@@ -118,10 +118,10 @@ def test_the_network_of_the_page_teaches_and_learns(few_images, tmp_path, monkey
     monkeypatch.setitem(models.model_dict, "tiny", namespace["Tiny"])
     short = ["--epochs", "1", "--save_dir", str(tmp_path)]
     train_teacher.main(["--model", "tiny", *short])
-    teacher = tmp_path / "digits_ce_tiny_trial1_try" / "last.pth"
+    teacher = tmp_path / "digits_ce_tiny_trial1" / "last.pth"
     for distill in ("norm", "attention"):
         train_cifar_student.main(["--distill", distill, "--path_t", str(teacher), "--model_s", "tiny", *short])
-    export_student.main([str(tmp_path / "digits_norm_tiny_tiny_trial1_try" / "last.pth")])
+    export_student.main([str(tmp_path / "digits_norm_tiny_tiny_trial1" / "last.pth")])
     assert "same class on 364 of 364" in capsys.readouterr().out
 
 

@@ -36,7 +36,7 @@ def test_a_damaged_last_checkpoint_falls_back_to_the_one_before(distil, few_imag
     content[len(content) // 2] ^= 1
     (cut / "last.pth").write_bytes(content)
     train_cifar_student.main(["--resume", str(cut)])
-    assert f"going on with {PREVIOUS}" in capsys.readouterr().out
+    assert f"resuming with {PREVIOUS}" in capsys.readouterr().out
     assert same_state(weights(whole), weights(cut))
     assert len(metrics(cut)) == 2
     (cut / "last.pth").unlink()  # as between the two renames

@@ -168,6 +168,6 @@ def test_workers_of_a_killed_run_end_and_do_not_keep_its_folder(start, folder):
     run.process.wait()
     image.unlink()
     shutil.copy(folder / "val/cat/0.JPEG", image)
-    resumed = start(0, "--resume", str(path), "--max_steps", "12")
+    resumed = start(0, "--resume", str(path), "--max_steps", "12", "--accept_changes")
     assert resumed.end(60)[0] == 0
     assert not [worker for worker in started if is_alive(worker)]

@@ -175,7 +175,7 @@ def test_broken_images_are_named_and_skipped_up_to_a_limit(folder, capsys):
 def test_a_split_without_a_whole_image_is_one_line(folder):
     for path in (folder / "val").glob("*/*"):
         path.write_bytes(b"")
-    with pytest.raises(UserError, match="--data: testing: none of the images"):
+    with pytest.raises(UserError, match="--data: testing: no readable image"):
         evaluate(lambda images: images.flatten(1), loader_of(folder, split="test"))
 
 

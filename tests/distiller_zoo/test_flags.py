@@ -34,7 +34,8 @@ EVERY_FLAG = [(name, flag) for name, method in DISTILLERS.items() for flag in me
 def other_value(flag: Setting):
     """A legal value that is not the default."""
     special = {"beta1": 0.25, "mlkd_temperatures": (2.0, 5.0), "hint_layer": 1, "branches": 2, "ratio_tf": 0.25}
-    special |= {"ratio_ss": 0.25, "nce_m": 0.9, "kd_T": 2.0}
+    special |= {"ratio_ss": 0.25, "nce_m": 0.9, "kd_T": 2.0, "translator_bn": "none", "review_width": 8}
+    special |= {"init_milestones": (0.25, 0.5)}
     if flag.argument in special:
         return special[flag.argument]
     if flag.choices:
@@ -50,6 +51,9 @@ def build(name: str, **flags):
     teacher, student = pair_networks(*PAIR, CLASSES)
     for network in (teacher, student):  # as sure of themselves as trained networks are
         network.get_classifier().weight.data.mul_(20)
+        for module in network.modules():  # a map before its BatchNorm and behind it differ
+            if isinstance(module, torch.nn.BatchNorm2d):
+                module.running_mean.fill_(0.5)
     small = {"nce_k": 16} if any(flag.argument == "nce_k" for flag in DISTILLERS[name].flags) else {}
     task = Task(CLASSES, SIZE, BATCH, torch.arange(64) % CLASSES)
     method = DISTILLERS[name](student, teacher if DISTILLERS[name].needs_teacher else None, task, **(small | flags))
@@ -92,7 +96,7 @@ def ones(name: str) -> dict[str, float]:
 
 def stages_of(name: str, flags: dict) -> list[tuple]:
     method, _ = build(name, **flags)
-    return [(stage.name, stage.epochs, stage.learning_rate) for stage in method.stages(240)]
+    return [(stage.name, stage.epochs, stage.learning_rate, stage.milestones) for stage in method.stages(240)]
 
 
 def is_weight(flag: Setting) -> bool:

@@ -5,11 +5,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from distiller_zoo import DISTILLERS
 from distiller_zoo.hint import ConvReg
 from errors import UserError
-from tests.conftest import make_batch, pair_networks
-from tests.distiller_zoo.helpers import PROGRESS, TASK, build
+from tests.conftest import make_batch
+from tests.distiller_zoo.helpers import PROGRESS, build
 
 
 @pytest.mark.parametrize(
@@ -59,22 +58,3 @@ def test_the_hint_layer_chooses_the_map(hint_layer):
 def test_a_hint_layer_that_does_not_exist_is_refused(pair, hint_layer, message):
     with pytest.raises(UserError, match=message):
         build("hint", pair, hint_layer=hint_layer)
-
-
-class Enlarged(nn.Module):
-    """A network whose maps are repeated to twice their height and width."""
-
-    def __init__(self, network):
-        super().__init__()
-        self.network = network
-
-    def outputs(self, images, preact=False):
-        output = self.network.outputs(images, preact)
-        return output._replace(maps=[F.interpolate(each, scale_factor=2) for each in output.maps])
-
-
-def test_maps_that_cannot_be_compared_are_refused():
-    teacher, student = pair_networks("wrn_16_2", "MobileNetV2")
-    DISTILLERS["hint"](student, teacher, TASK, hint_layer=3)
-    with pytest.raises(UserError, match=r"--model_s: .* 4 pixels high, the teacher's 16"):
-        DISTILLERS["hint"](student, Enlarged(teacher), TASK, hint_layer=3)

@@ -26,7 +26,7 @@ def test_held_out_images_come_in_passes_that_differ_and_can_be_taken_up_anywhere
     assert not torch.equal(passes[0], passes[1]) and not torch.equal(passes[1], passes[2])
 
 
-def test_the_search_never_trains_on_the_held_out_images(distil, monkeypatch):
+def test_the_search_never_trains_on_the_held_out_images(distil, few_images, monkeypatch):
     seen, original = {"steps": set(), "held out": set()}, DistPro.move_scores
 
     def spy(self, optimizer, batch, teacher, held_out, progress):
@@ -40,7 +40,7 @@ def test_the_search_never_trains_on_the_held_out_images(distil, monkeypatch):
 
 
 @pytest.mark.parametrize("place", ["within the search", "behind the search's first epoch"])
-def test_a_search_that_is_cut_goes_on_as_if_it_had_not_been(distil, monkeypatch, place):
+def test_a_search_that_is_cut_goes_on_as_if_it_had_not_been(distil, few_images, monkeypatch, place):
     flags = ("--batch_size", "64", "--epochs", "1", "--init_epochs", "2", "--save_every_steps", "1")
     whole = distil(*flags, distill="distpro")
     save, save_last = run.Run._save, run.Run._save_last

@@ -102,7 +102,7 @@ def test_whole_runs_write_once(together):
     assert "batch: 8 = 2 processes x 4 images; the learning rate" in (run / "log.txt").read_text()
     assert len({path.name.split(".")[-2] for path in run.glob("events*")}) == 1, "of one process"
     assert not (together / "digits_ce_resnet8_trial1-2").exists()
-    assert [record.get("stage") for record in metrics(together / "digits_factor_resnet8_resnet8_trial1")] == [
+    assert [record.get("stage") for record in metrics(together / "digits_factor_resnet8_resnet8_trial1_try")] == [
         "paraphraser",
         None,
     ]
@@ -111,7 +111,7 @@ def test_whole_runs_write_once(together):
 @pytest.mark.slow
 def test_all_processes_start_from_the_given_weights(together, tmp_path, monkeypatch):
     monkeypatch.setattr(run_module, "load_data", few_images)
-    source, run = together / "digits_ce_resnet8_trial1" / "last.pth", "digits_ce_resnet8_trial3"
+    source, run = together / "digits_ce_resnet8_trial1" / "last.pth", "digits_ce_resnet8_trial3_try"
     train_teacher.main(["--save_dir", str(tmp_path), *FINE_TUNING, "--init", str(source)])
     alone, shared = (weights(folder / run) for folder in (tmp_path, together))
     for key, value in alone.items():
@@ -123,9 +123,9 @@ def test_all_processes_start_from_the_given_weights(together, tmp_path, monkeypa
 def test_a_run_goes_on_in_another_number_of_processes(together, tmp_path, monkeypatch):
     """Four steps in two processes and five in one: the same weights as nine in one, but for rounding."""
     monkeypatch.setattr(run_module, "load_data", few_images)
-    (together / "digits_ce_resnet8_trial2" / "last.pth").write_bytes(b"")  # so it goes on from the one before
+    (together / "digits_ce_resnet8_trial2_try" / "last.pth").write_bytes(b"")  # so it goes on from the one before
     train_teacher.main(["--save_dir", str(tmp_path), *RUN, *SLOW, "--max_steps", "9"])
-    run = "digits_ce_resnet8_trial2"
+    run = "digits_ce_resnet8_trial2_try"
     train_teacher.main(["--resume", str(together / run), "--max_steps", "9"])
     alone, resumed = (state(folder / run) for folder in (tmp_path, together))
     assert alone["step"] == resumed["step"] == 9

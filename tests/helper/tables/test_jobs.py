@@ -87,7 +87,7 @@ def test_students_of_a_teacher_that_is_to_be_trained_are_missing(tmp_path, monke
     assert [job.state for job in table(tmp_path, "kd")[1]] == ["missing", "finished", "missing"]
     train(*table(tmp_path, "kd"))
     assert trainings.started.count("resnet14 -> resnet8: kd, seed 1") == 2
-    assert "digits_ce_resnet14_trial1-2" in " ".join(trainings.commands[-1]), "taught by the new teacher"
+    assert "digits_ce_resnet14_trial1_try-2" in " ".join(trainings.commands[-1]), "taught by the new teacher"
 
 
 def test_a_student_of_another_teacher_is_missing(tmp_path, monkeypatch):
@@ -179,7 +179,7 @@ def test_every_process_has_its_own_log(tmp_path, monkeypatch):
     for _ in range(2):
         train(*table(tmp_path, "kd"))
     logs = sorted(path.name for path in (tmp_path / "logs").glob("*kd*"))
-    assert logs == ["digits_kd_resnet14_resnet8_trial1.2.log", "digits_kd_resnet14_resnet8_trial1.log"]
+    assert logs == ["digits_kd_resnet14_resnet8_trial1_try.2.log", "digits_kd_resnet14_resnet8_trial1_try.log"]
 
 
 def test_sigterm_stops_the_runs_too(tmp_path, monkeypatch):
