@@ -53,7 +53,7 @@ def build(name: str, **flags):
         network.get_classifier().weight.data.mul_(20)
         for module in network.modules():  # a map before its BatchNorm and behind it differ
             if isinstance(module, torch.nn.BatchNorm2d):
-                module.running_mean.fill_(0.5)
+                module.running_mean.fill_(0.05)
     small = {"nce_k": 16} if any(flag.argument == "nce_k" for flag in DISTILLERS[name].flags) else {}
     task = Task(CLASSES, SIZE, BATCH, torch.arange(64) % CLASSES)
     method = DISTILLERS[name](student, teacher if DISTILLERS[name].needs_teacher else None, task, **(small | flags))
