@@ -1,5 +1,6 @@
 """The methods: every file of this folder that defines a `Distiller` with a name adds one word after `--distill`."""
 
+import difflib
 import importlib
 import pkgutil
 from types import ModuleType
@@ -45,7 +46,9 @@ def find_distiller(name: str) -> type[Distiller]:
     """The class of a method; raises `UserError` that lists the legal names."""
     method = DISTILLERS.get(name.lower())
     if method is None:
-        raise UserError(f"--distill: unknown method '{name}'; choose from {', '.join(DISTILLERS)}")
+        close = difflib.get_close_matches(name.lower(), DISTILLERS, n=1, cutoff=0.5)
+        hint = f"did you mean {close[0]}? " if close else ""
+        raise UserError(f"--distill: unknown method '{name}'; {hint}choose from {', '.join(DISTILLERS)}")
     return method
 
 

@@ -118,6 +118,8 @@ def _formats(text: str) -> list[str]:
 def _files(out: Path, formats: list[str] | None, source: Path) -> dict[str, Path]:
     """The files to write, by format; raises `UserError` where they cannot be made."""
     suffix = out.suffix.lstrip(".")
+    if formats is None and suffix and suffix not in FORMATS:
+        raise UserError(f"--out: .{suffix} is an unknown format; there are .{', .'.join(FORMATS)}")
     formats = formats or [suffix if suffix in FORMATS else "pth"]
     files = {kind: out.with_suffix(f".{kind}") if len(formats) > 1 or suffix in FORMATS else out for kind in formats}
     if not out.parent.is_dir():

@@ -22,6 +22,7 @@ from errors import UserError, run_script, starting
 with starting():
     from helper.command_line import Parser
     from helper.run_folder import replacing
+    from helper.settings import SETTINGS
     from helper.tables.jobs import LOGS, Speeds, command_line, find_places, format_seconds, ready, run_jobs, submit
     from helper.tables.plan import IMAGENET_TABLES, TABLES, Job, Plan, Variant, all_variants, by_state, read_variants
     from models import find_builder
@@ -117,10 +118,19 @@ def make_parser() -> Parser:
     return parser
 
 
+def parse(parser: Parser, argv: list[str]) -> argparse.Namespace:
+    """The flags of this script; those of the runs are pointed behind --."""
+    _, unknown = parser.parse_known_args(argv)
+    flags = {name for setting in SETTINGS for name in setting.names}
+    if unknown and unknown[0].partition("=")[0] in flags:
+        raise UserError(f"{unknown[0]}: flags of the runs come last, behind --, like -- {' '.join(unknown)}")
+    return parser.parse_args(argv)
+
+
 def main(argv=None) -> None:
     argv = list(sys.argv[1:] if argv is None else argv)
     end = argv.index("--") if "--" in argv else len(argv)
-    args = make_parser().parse_args(argv[:end])
+    args = parse(make_parser(), argv[:end])
     chosen, rows = choose_pairs(args), read_rows(args.methods, args.variants)
     dataset = None if args.table is None else "imagenet" if args.table in IMAGENET_TABLES else "cifar100"
     plan = Plan(args.save_dir, dataset, argv[end + 1 :], args.teacher_flags, args.student_flags)

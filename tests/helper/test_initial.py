@@ -12,6 +12,7 @@ from errors import UserError
 from helper import distributed, download, networks
 from helper import run as run_module
 from models import build_model
+from models.backbone import FinalConv
 from models.checkpoints import load_initial
 from scripts import export_student
 from tests.conftest import TEACHER, killed, message_of
@@ -225,3 +226,13 @@ def test_the_same_in_the_student_script(teacher_run, save_dir):
     argv = ["--save_dir", str(save_dir), "--path_t", str(teacher_run / "last.pth"), "--distill", "kd"]
     message = message_of(train_cifar_student.main, [*argv, "--init", "timm:nothing_like_it"])
     assert message.startswith("--init: unknown model 'timm:nothing_like_it'")
+
+
+def test_what_a_wrapper_holds_starts_a_network_with_a_new_classifier():
+    student = build_model("wrn_16_1", 10)
+    before = {key: value.clone() for key, value in student.state_dict().items()}
+    source = FinalConv(build_model("wrn_16_1", 10), 64)
+    assert load_initial(student, "wrn_16_1", source, "x") is False
+    now, given = student.state_dict(), source.network.state_dict()
+    assert all(torch.equal(now[key], given[key]) for key in now if not key.startswith("fc."))
+    assert torch.equal(now["fc.weight"], before["fc.weight"])
