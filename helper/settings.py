@@ -52,8 +52,6 @@ def _image_size(text: str) -> int:
 def _trial(text: str) -> str:
     if not re.fullmatch(r"[A-Za-z0-9_.-]+", text):
         raise argparse.ArgumentTypeError(f"must be a name of letters, digits, - _ and ., not '{text}'")
-    if re.search(r"-\d+$", text):
-        raise argparse.ArgumentTypeError(f"must not end in - and a number, as folders of repeated runs do: '{text}'")
     return text
 
 

@@ -4,6 +4,8 @@ import json
 import os
 import shlex
 import subprocess
+from argparse import Namespace
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +14,7 @@ import train_imagenet_student
 from dataset import load_data
 from distiller_zoo import DISTILLERS, Task
 from distiller_zoo.norm import norm_weight
-from helper.command_line import imagenet_parser, student_parser
+from helper.command_line import imagenet_parser, parse, student_parser
 from helper.recipes import IMAGENET_PAIRS, resolve
 from models import build_model
 from scripts import enlarge_images
@@ -74,10 +76,10 @@ def script_command(name: str, *flags: str, **variables: str) -> list[str]:
 )
 def test_the_imagenet_scripts_start_what_they_are_named_for(name, pair):
     script, *flags = script_command(name, "--max_steps", "2", DATA="somewhere")
-    args = imagenet_parser().parse_args(flags)
+    args = Namespace(**parse(imagenet_parser(), flags).runs[0])
     assert script == "train_imagenet_student.py" and (args.path_t, args.model_s, args.gamma) == pair
     assert (args.alpha, args.beta, args.co_sponge, args.lr_decay) == (0.0, 1.0, 8, "cos")
-    assert (args.data, args.max_steps, args.dataset) == ("somewhere", 2, "imagenet")
+    assert (Path(args.data).name, args.max_steps, args.dataset) == ("somewhere", 2, "imagenet")
     other = script_command(name, DATA="somewhere", PATH_T="mine.pth")
     assert other[other.index("--path_t") + 1] == "mine.pth"
     without = subprocess.run(["bash", str(ROOT / "scripts" / name)], capture_output=True, text=True)
