@@ -139,7 +139,7 @@ def test_the_seed_is_the_trial_unless_it_is_given():
         ("--model_s resnet8 --dataset folder --image_size 4", "--image_size: must be 8 to 10,000 pixels"),
         ("--model_s resnet8 --dataset mnist", "--dataset: invalid choice: 'mnist'"),
         ("--model_s resnet9000", "--model_s: unknown model 'resnet9000'"),
-        ("--distill nrom --model_s resnet8", "--distill: unknown method 'nrom'; choose from norm"),
+        ("--distill nrom --model_s resnet8", "--distill: unknown method 'nrom'; did you mean norm? choose from norm"),
     ],
 )
 def test_what_is_wrong_is_named(argv, message):
