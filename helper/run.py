@@ -206,7 +206,7 @@ def load_inputs(config: Configuration) -> Inputs:
     return Inputs(device, data, _part_loader(data.test, data, batch_size, device), choosing_loader, what)
 
 
-def _recorded_normalisation(config: Configuration) -> tuple[Sequence[float], Sequence[float]] | None:
+def _recorded_normalisation(config: Configuration) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
     """The mean and deviation that a resumed run has on record."""
     if config.folder is None:
         return None
