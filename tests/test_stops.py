@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.test_stored_images import write_images
+from tests.dataset.test_streaming import write_images
 
 ROOT = Path(__file__).resolve().parent.parent
 #: Seconds within which a run must have ended; the docs promise this.

@@ -11,7 +11,7 @@ from PIL import Image
 
 from dataset import Loader, load_data
 from errors import UserError
-from tests.test_stored_images import CPU, same, write_images
+from tests.dataset.test_streaming import CPU, same, write_images
 
 
 @pytest.fixture

@@ -23,8 +23,8 @@ from dataset.decoding import (
     read_views,
 )
 from errors import UserError
-from tests.test_stored_images import CPU, write_images
-from tests.test_stored_images import fit as square
+from tests.dataset.test_streaming import CPU, write_images
+from tests.dataset.test_streaming import fit as square
 
 
 def encoded(image: Image.Image, kind: str = "PNG", **options) -> bytes:

@@ -15,9 +15,9 @@ from dataset import data_changes, data_digest, data_identity, is_image_folder, l
 from dataset.memory import free_memory
 from dataset.streaming import StreamedImages
 from errors import UserError
-from tests.test_stored_images import write_images
+from tests.dataset.test_streaming import write_images
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from dataset import Loader, load_data
 from errors import StoppedAtOnce, UserError
 from helper import signals
 from helper.signals import StopRequest
-from tests.test_stored_images import CPU, loader_of, same, write_images
+from tests.dataset.test_streaming import CPU, loader_of, same, write_images
 
 
 @pytest.fixture
