@@ -11,6 +11,7 @@ import train_teacher
 from errors import UserError
 from helper.checkpoint import upgrade
 from helper.networks import read_teacher
+from helper.tables.rows import read_rows
 from models import model_dict
 from models.checkpoints import read_checkpoint
 from scripts import export_student
@@ -109,3 +110,9 @@ def test_an_old_checkpoint_that_lacks_something_is_refused_in_one_line(lost):
     torch.save(checkpoint, TEACHER / "last.pth")
     with pytest.raises(UserError):
         train_teacher.main(["--resume", str(TEACHER), "--max_steps", "25", "--epochs", "2"])
+
+
+def test_finished_ones_are_tabulated_and_the_rest_is_named():
+    [row], [left] = read_rows([TEACHER, STUDENT])
+    assert (row.label, row.pair) == ("ce --max_steps 2", "- -> resnet8")
+    assert (left.folder, left.reason) == (STUDENT, "not finished")
