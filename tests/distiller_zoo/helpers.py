@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from dataset import VIEWS, Batch
 from distiller_zoo import DISTILLERS, Distiller, Progress, Stage, Task
+from distiller_zoo.distpro import DistPro
 from models.backbone import Backbone, Output
 from tests.check_values import g
 from tests.conftest import make_batch, pair_networks
@@ -118,3 +119,20 @@ def close(ours, golden, rel: float = 1e-9, absolute: float = 5.1e-11) -> None:
         for values in (ours, golden)
     )
     assert ours.tolist() == pytest.approx(golden.tolist(), rel=rel, abs=absolute)
+
+
+def parts_that_differ(network: nn.Module, before: dict) -> set[str]:
+    return {name for name, value in network.state_dict().items() if not torch.equal(value, before[name])}
+
+
+def build_distpro(teacher_name="resnet14", student_name="resnet8", **hyper_parameters):
+    teacher, student = pair_networks(teacher_name, student_name)
+    return FrozenTeacher(teacher), DistPro(student, teacher, TASK, **hyper_parameters)
+
+
+def start_search(method):
+    """The search's stage, begun, and its optimizer."""
+    search, _ = method.stages(240)
+    begin(search, method)
+    parameters = [parameter for parameter in method.parameters() if parameter.requires_grad]
+    return search, torch.optim.SGD(parameters, lr=0.05, momentum=0.9, weight_decay=5e-4)

@@ -9,35 +9,19 @@ from torch.nn import functional as F
 
 from dataset import Batch
 from distiller_zoo import Predictor, Progress
-from distiller_zoo.distpro import SEARCHED, DistPro
+from distiller_zoo.distpro import SEARCHED
 from distiller_zoo.pathways import STYLES, Pathways, PathwayTransform, PathwayWeights
 from errors import UserError
 from models.backbone import Output
 from tests.check_values import g
-from tests.conftest import make_batch, pair_networks
+from tests.conftest import make_batch
 from tests.distiller_zoo.helpers import (
-    TASK,
-    FrozenTeacher,
     begin,
+    build_distpro,
+    parts_that_differ,
+    start_search,
     train_step,
 )
-
-
-def parts_that_differ(network: nn.Module, before: dict) -> set[str]:
-    return {name for name, value in network.state_dict().items() if not torch.equal(value, before[name])}
-
-
-def build_distpro(teacher_name="resnet14", student_name="resnet8", **hyper_parameters):
-    teacher, student = pair_networks(teacher_name, student_name)
-    return FrozenTeacher(teacher), DistPro(student, teacher, TASK, **hyper_parameters)
-
-
-def start_search(method):
-    """The search's stage, begun, and its optimizer."""
-    search, _ = method.stages(240)
-    begin(search, method)
-    parameters = [parameter for parameter in method.parameters() if parameter.requires_grad]
-    return search, torch.optim.SGD(parameters, lr=0.05, momentum=0.9, weight_decay=5e-4)
 
 
 def test_the_styles_have_the_published_values():

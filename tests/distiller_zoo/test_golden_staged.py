@@ -1,41 +1,16 @@
 """Entries of AB, FT and KDSVD that the golden file may hold are checked, and spoilt ones noticed."""
 
 import copy
-import itertools
 
 import numpy
 import pytest
-import torch
 from torch.nn import functional as F
 
 from distiller_zoo.factor import Paraphraser, Translator
 from tests import golden_losses
+from tests.distiller_zoo.plain import SVD_SHAPES, plain_kdsvd
 from tests.golden_entry import entry_of
 from tests.golden_format import Mismatch, fill, loss_input
-
-
-def plain_kdsvd(g_s, g_t, k=1, signs=None):
-    """With a whole decomposition of every matrix (pixels, channels); `signs` of the teacher's vectors, by layer."""
-    layers = []
-    for number, (f_s, f_t) in enumerate(zip(g_s, g_t, strict=True)):
-        _, values, teacher = torch.linalg.svd(f_t.flatten(2).mT, full_matrices=False)
-        _, _, student = torch.linalg.svd(f_s.flatten(2).mT, full_matrices=False)
-        teacher, student = teacher.mT[:, :, :k], student.mT[:, :, : k + 3]
-        peaks = teacher.gather(1, teacher.abs().argmax(1, keepdim=True))
-        teacher = teacher * peaks.sign() * (1 if signs is None else signs[number])
-        cosines = student.mT @ teacher
-        best = (cosines.abs() == cosines.abs().amax(1, keepdim=True)) * cosines.sign()
-        scale = F.normalize(values[:, :k], dim=1)[:, None]
-        layers.append((student @ best.detach() * scale, teacher * scale))
-    losses = []
-    for (s_below, t_below), (s, t) in itertools.pairwise(layers):
-        r_s, r_t = (torch.exp(-((a[:, :, None] - b[:, None]) ** 2) / 8) for a, b in ((s, s_below), (t, t_below)))
-        losses.append((r_s - r_t).square().sum() / len(s))
-    return losses
-
-
-#: Tall, square and wide matrices; the last two are of one size.
-SVD_SHAPES = ((5, 6, 8, 8), (5, 16, 4, 4), (5, 40, 4, 4), (5, 40, 4, 4))
 
 
 def boundary_entry():
