@@ -9,7 +9,6 @@ accuracy (two-sided; scipy.stats.ttest_ind with unequal variances).
 import itertools
 import statistics
 import sys
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -20,7 +19,7 @@ from errors import UserError, run_script, starting
 with starting():
     from helper.command_line import Parser
     from helper.tables.pages import describe_left
-    from helper.tables.rows import ACCURACIES, Row, differences, read_rows, shortened, spread
+    from helper.tables.rows import ACCURACIES, Row, differences, read_rows, shortened, spread, welch
 
 #: Below this probability of so large a difference by seeds alone, accuracies are said to differ.
 SIGNIFICANCE = 0.05
@@ -36,16 +35,12 @@ def describe_teachers(rows: Sequence[Row]) -> list[str]:
 
 def judge(first: list[float], second: list[float]) -> str:
     """What two groups of accuracies (%) say: the difference of their means, its p, and in words."""
-    from scipy.stats import ttest_ind
-
     difference = statistics.mean(second) - statistics.mean(first)
-    smallest = min(len(first), len(second))
+    smallest, p = min(len(first), len(second)), welch(first, second)
     if smallest < 2:
         return f"{difference:+.2f}: one seed on a side, too few to tell it from seed noise"
-    if statistics.pstdev(first) == statistics.pstdev(second) == 0:
+    if p is None:
         return f"{difference:+.2f}: no spread on either side, so no test"
-    with warnings.catch_warnings(action="ignore"):  # scipy's, of spreads that are next to nothing
-        p = float(ttest_ind(second, first, equal_var=False).pvalue)
     verdict = "beyond seed noise" if p < SIGNIFICANCE else "not beyond seed noise"
     few = f" (only {smallest} seeds on a side)" if smallest < FEW_SEEDS else ""
     return f"{difference:+.2f}, p = {p:.3g}: {verdict}{few}"

@@ -18,7 +18,15 @@ with starting():
     from helper.command_line import Parser
     from helper.run_folder import replacing, writing
     from helper.tables import figures
-    from helper.tables.pages import as_csv, as_html, describe_left, make_grid_report, make_report, make_table
+    from helper.tables.pages import (
+        as_csv,
+        as_html,
+        describe_left,
+        make_comparison,
+        make_grid_report,
+        make_report,
+        make_table,
+    )
     from helper.tables.rows import Row, read_rows
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -43,6 +51,7 @@ def print_report(folders: Sequence[Path], in_grid: bool = False) -> list[Row]:
 MARKERS: dict[str, Callable[[Sequence[Row]], str]] = {
     "table": lambda rows: make_table(rows) + "\n",
     "report": make_report,
+    "comparison": make_comparison,
     "grid": make_grid_report,
 }
 

@@ -16,7 +16,18 @@ from markupsafe import Markup
 from errors import UserError
 from helper.distributed import is_main
 from helper.tables import figures
-from helper.tables.rows import ACCURACIES, Left, Record, Row, command_of, read_rows, spread, written
+from helper.tables.rows import (
+    ACCURACIES,
+    FIDELITIES,
+    Left,
+    Record,
+    Row,
+    command_of,
+    read_rows,
+    spread,
+    welch,
+    written,
+)
 from models import build_model
 from models.cost import measure_latency
 
@@ -38,6 +49,12 @@ HEADER = (
 NOTE = (
     "Test accuracy in percent, mean ± standard deviation over seeds. Best: the epoch chosen as the protocol says; "
     "chosen on the\ntest images it is optimistically biased."
+)
+#: The methods that `make_comparison` compares every row with.
+REFERENCES = ("ce", "kd")
+COMPARISON_NOTE = (
+    "Test accuracy in percent after the last epoch, mean ± standard deviation over seeds; the difference from the "
+    "student\nalone and from KD, with p of Welch's t-test (two-sided). Row by row, the settings were:"
 )
 #: With these a spreadsheet would take a cell for a formula.
 FORMULA = ("=", "+", "-", "@", "\t", "\r")
@@ -72,6 +89,30 @@ def make_table(rows: Sequence[Row]) -> str:
     lines = [HEADER, *map(list_cells, rows)]
     kept = [number for number in range(len(HEADER)) if any(line[number] != "-" for line in lines[1:])]
     return markdown_table([[line[number] for number in kept] for line in lines])
+
+
+def make_comparison(rows: Sequence[Row]) -> str:
+    """One line per row: its last accuracy, its lead on the baseline and on KD of its student, and its fidelity."""
+    fidelities = {name: title for name, (title, _) in FIDELITIES.items() if any(row.fidelities(name) for row in rows)}
+    header = ["student", "method", "seeds", ACCURACIES["accuracy_last"], *(f"against {one}" for one in REFERENCES)]
+    lines = [[*header, *fidelities.values()]]
+    for row in rows:
+        alike = [one for one in rows if (one.config["model_s"], one.setting) == (row.config["model_s"], row.setting)]
+        against = [_lead(row, [one for one in alike if one.label == name]) for name in REFERENCES]
+        measured = [spread(values) if (values := row.fidelities(name)) else "-" for name in fidelities]
+        accuracy = spread(row.values("accuracy_last"))
+        lines.append([row.config["model_s"], row.label, str(len(row.records)), accuracy, *against, *measured])
+    commands = "\n".join(f"    {command_of(row.records[0])}" for row in rows)
+    return f"{markdown_table(lines)}\n\n{COMPARISON_NOTE}\n\n{commands}\n"
+
+
+def _lead(row: Row, references: Sequence[Row]) -> str:
+    """By how many points a row's last accuracy is above that of its reference, and p of Welch's t-test."""
+    if len(references) != 1 or references[0] is row:
+        return "-"
+    first, second = references[0].values("accuracy_last"), row.values("accuracy_last")
+    p = welch(first, second)
+    return f"{statistics.mean(second) - statistics.mean(first):+.2f} ({'no test' if p is None else f'p = {p:.2g}'})"
 
 
 def make_report(rows: Sequence[Row]) -> str:

@@ -7,6 +7,7 @@ import json
 import math
 import re
 import statistics
+import warnings
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -24,6 +25,15 @@ from setting import RECIPE, Setting, as_text
 
 #: The accuracies of `result.json` and their titles. "Best" is chosen as the protocol says.
 ACCURACIES = {"accuracy_last": "last", "accuracy_best": "best", "accuracy_mean_last_five": "mean of last five"}
+#: What `scripts/evaluate.py --teacher T --json` measures of a student and its teacher; kept next to `result.json`.
+FIDELITY = "fidelity.json"
+#: Its entries that tables show: title, greatest value.
+FIDELITIES = {
+    "agreement": ("agreement (%)", 100.0),
+    "kl": ("KL", 2.0**53),
+    "cka_unfolded": ("CKA before folding", 1.0),
+    "cka": ("CKA", 1.0),
+}
 #: The test images of a run that could not be read, and so were in no accuracy.
 UNREADABLE = "test_unreadable"
 #: How deep below a folder that is no run's its runs are searched for.
@@ -45,6 +55,7 @@ class Record(NamedTuple):
     result: dict[str, Any]
     epochs: list[dict[str, Any]]  # the lines of metrics.jsonl
     stored: frozenset[str]  # the settings that the run knew
+    fidelity: dict[str, Any]  # how it compares with its teacher, where that was measured
 
     @property
     def curve(self) -> list[float]:
@@ -125,6 +136,15 @@ def _check(record: Mapping, name: str, path: Path, least=0, most=2**53, kinds=(i
         raise UserError(f"{path}: its {name} is {str(value)[:40]}")
 
 
+def _read_fidelity(folder: Path) -> dict[str, Any]:
+    path = folder / FIDELITY
+    fidelity = _json(_text(path), path) if path.exists() else {}
+    for name, (_, most) in FIDELITIES.items():
+        if name in fidelity:
+            _check(fidelity, name, path, least=-1, most=most)
+    return fidelity
+
+
 def read_record(folder: Path) -> Record:
     """A finished run; raises `UserError` where the folder holds none."""
     result, stored, epochs = read_result(folder), _read_settings(folder), []
@@ -135,7 +155,7 @@ def read_record(folder: Path) -> Record:
             if name in epoch:
                 _check(epoch, name, path, most=100 if name == "test_accuracy" else 2**53)
         epochs.append(epoch)
-    return Record(folder, _completed(stored, folder), result, epochs, frozenset(stored))
+    return Record(folder, _completed(stored, folder), result, epochs, frozenset(stored), _read_fidelity(folder))
 
 
 def find_folders(paths: Iterable[Path]) -> Iterator[Path]:
@@ -186,6 +206,10 @@ class Row(NamedTuple):
     def values(self, accuracy: str) -> list[float]:
         """One accuracy (%) of every run."""
         return [record.result[accuracy] for record in self.records]
+
+    def fidelities(self, name: str) -> list[float]:
+        """One entry of `FIDELITIES` of every run that has it."""
+        return [record.fidelity[name] for record in self.records if name in record.fidelity]
 
     @property
     def unreadable(self) -> str:
@@ -354,6 +378,17 @@ def _in_order(rows: Sequence[Row]) -> list[Row]:
         return row.config["distill"] != "ce", places[row.pair, row.config["distill"]], _natural(row.label)
 
     return sorted(rows, key=place)
+
+
+def welch(first: Sequence[float], second: Sequence[float]) -> float | None:
+    """p of Welch's t-test, two-sided, that two samples have one mean; None where one value or no spread allows no
+    test."""
+    from scipy.stats import ttest_ind
+
+    if min(len(first), len(second)) < 2 or statistics.pstdev(first) == statistics.pstdev(second) == 0:
+        return None
+    with warnings.catch_warnings(action="ignore"):  # scipy's, of spreads that are next to nothing
+        return float(ttest_ind(second, first, equal_var=False).pvalue)
 
 
 def spread(values: Sequence[float]) -> str:

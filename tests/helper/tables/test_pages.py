@@ -11,6 +11,7 @@ import subprocess
 
 import pytest
 from matplotlib import pyplot
+from scipy.stats import ttest_ind
 
 from helper.tables import pages
 from helper.tables.rows import read_rows
@@ -43,6 +44,27 @@ def test_the_report_has_a_line_per_row_and_its_settings(runs):
     assert "| norm -s 2 | 3 | 52.00 | 55.00 | 52.33 | 1 |" in report
     assert "| paper |" not in report, "no column without a value"
     assert "    --distill kd --model_t resnet20 --model_s resnet8 -r 0.1 -a 0.9" in report
+
+
+def test_the_comparison_tests_against_the_baseline_and_kd_and_shows_fidelity(tmp_path):
+    lasts = {"ce": (60.0, 60.4, 60.2), "kd": (62.0, 62.3, 62.1), "norm": (63.0, 63.3, 63.3)}
+    runs = []
+    for method, values in lasts.items():
+        teacher = {} if method != "ce" else {"teacher": None}
+        runs += [make_run(tmp_path, method, seed, [value], **teacher) for seed, value in enumerate(values, 1)]
+    (runs[-1] / "fidelity.json").write_text(json.dumps({"agreement": 88.0, "cka": 0.75, "accuracy": {}}))
+    table = pages.make_comparison(rows_of(runs))
+    p = ttest_ind(lasts["kd"], lasts["norm"], equal_var=False).pvalue
+    norm = next(line for line in table.splitlines() if line.startswith("| resnet8 | norm "))
+    assert f"| 63.20 ± 0.17 | +3.00 (p = {ttest_ind(lasts['ce'], lasts['norm'], equal_var=False).pvalue:.2g}) |" in norm
+    assert norm.endswith(f"| +1.07 (p = {p:.2g}) | 88.00 | 0.75 |")
+    assert "| kd | 3 | 62.13 ± 0.15 |" in table and "| - | - | - |" in table and "| KL |" not in table
+
+
+def test_a_damaged_fidelity_leaves_its_run_out_by_name(runs):
+    (runs[0] / "fidelity.json").write_text('{"agreement": 101}')
+    _, left = read_rows(runs)
+    assert [(one.folder, "its agreement is 101" in one.reason) for one in left] == [(runs[0], True)]
 
 
 def test_a_sweep_ends_with_its_table(runs, tmp_path):
