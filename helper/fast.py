@@ -12,7 +12,7 @@ from errors import UserError
 from models.backbone import Backbone, Output
 from models.folding import fold_batch_norms
 
-PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 #: Modes of torch.compile; the last one replays CUDA graphs.
 COMPILE = ("off", "default", "reduce-overhead")
 #: Compilations of one function, at most: runs side by side share the functions of their networks and methods.
