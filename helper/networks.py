@@ -209,7 +209,7 @@ class FrozenTeacher(nn.Module):
 
 
 def with_class_names(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Given values, with the names in place of the file that `--teacher_classes` may name: they are what is recorded."""
+    """Given values, with names in place of the file that `--teacher_classes` may name: they are what is recorded."""
     if values.get("teacher_classes") is None:
         return dict(values)
     names = _class_names(values["teacher_classes"])
