@@ -41,6 +41,7 @@ from helper.command_line import Given
 from helper.distributed import (
     average_statistics,
     by_main,
+    choose_kernels,
     count_processes,
     describe_batch,
     device_of,
@@ -178,6 +179,7 @@ class Inputs(NamedTuple):
 
 def load_inputs(config: Configuration) -> Inputs:
     """Load the data set of the runs; raises `UserError` where that is impossible."""
+    choose_kernels(config.deterministic)
     device = device_of(config.device)
     # Only a folder that was named on the command line is written to.
     may_download = config.data is None or config.origins["data"] == "command line"

@@ -390,6 +390,17 @@ SETTINGS: tuple[Setting, ...] = (
         identity="none",
         shared=True,
     ),
+    Setting(
+        ("--deterministic",),
+        bool,
+        False,
+        "the same weights from the same command on a GPU too: kernels without chance, slower; torch warns of operations "
+        "that have none. A CPU needs no flag",
+        group=SPEED,
+        resume="free",
+        identity="none",
+        shared=True,
+    ),
     Setting(("--trial",), _trial, "1", "name of this repetition", group=RUN, identity="none"),
     Setting(
         ("--seed",),
