@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from dataset.changes import Changes
 from dataset.decoding import WHITE
 from dataset.streaming import StreamedImages
 
@@ -30,22 +31,59 @@ class Images(NamedTuple):
         return Images(self.pixels[chosen], self.targets[chosen])
 
     def read(
-        self, parts: Sequence[Tensor], crops: None = None, fill: bool = False
+        self,
+        parts: Sequence[Tensor],
+        crops: None = None,
+        fill: bool = False,
+        changes: Changes | None = None,
+        keys: Sequence[Tensor] | None = None,
     ) -> Iterator[tuple[Tensor, list[Tensor]]]:
         """Sample indices of the batches -> (indices (B,), [pixels (B, 3, H, W)]); as `StreamedImages.read`."""
-        for index in parts:
-            yield index, [self.pixels[index]]
+        for index, key in zip(parts, keys or parts, strict=True):
+            pixels = self.pixels[index]
+            yield index, [pixels if changes is None else changes.of_batch(pixels, key.tolist())]
 
 
 class Augmentation(NamedTuple):
     """Random crop after zero padding by `pad` pixels, horizontal flip of every second image where `flip`.
 
     Images on a disk may be cropped when they are read instead: a random share of their area within `scale`, resized.
+    The rest is off by default; `changes` says what the fields up to `random_erasing` do.
     """
 
     pad: int = 4
     flip: bool = True
     scale: tuple[float, float] | None = None
+    own_policy: str = "imagenet"  # AutoAugment's that was found on data like these
+    policy: str = "standard"  # a key of `dataset.changes.POLICIES`
+    colour_jitter: float = 0.0
+    random_erasing: float = 0.0
+    mixup: float = 0.0  # of the Beta distribution of the images' shares; 0: off
+    cutmix: float = 0.0
+    balanced: bool = False  # whether every class is shown equally often, instead of every image once
+
+    @property
+    def mixes(self) -> bool:
+        """Whether images of a batch are mixed, so that their targets are shares of classes."""
+        return bool(self.mixup or self.cutmix)
+
+    def describe(self) -> str:
+        """One line on what is done besides the data set's own crops and flips; empty where that is nothing."""
+        parts = [self.policy] if self.policy != "standard" else []
+        values = ("colour_jitter", "random_erasing", "mixup", "cutmix")
+        parts += [f"{name.replace('_', ' ')} {getattr(self, name):g}" for name in values if getattr(self, name)]
+        if self.balanced:
+            parts.append("every class equally often")
+        said = "; the training accuracy counts a mixed image's class with the larger share" if self.mixes else ""
+        return f"besides crops and flips: {', '.join(parts)}{said}" if parts else ""
+
+    def changes(self, mean: Sequence[float], seed: int, epoch: int) -> Changes | None:
+        """What is done to the images of an epoch besides crops and flips; erased parts take the colour `mean`."""
+        changed = (self.colour_jitter, self.random_erasing)
+        if self.policy == "standard" and not any(changed):
+            return None
+        colour = tuple(round(255 * value) for value in mean)
+        return Changes(self.policy, self.own_policy, *changed, colour, seed, epoch)
 
 
 class ImageData(NamedTuple):
@@ -62,6 +100,7 @@ class ImageData(NamedTuple):
     background: tuple[int, int, int] = WHITE  # what transparency is laid on
     split: int = 0  # so many training images have become the test split, where the folder had none
     unreadable: Mapping[str, str] = MappingProxyType({})  # why, by name, of test images that were left out of memory
+    enlarged: int | None = None  # pixels on a side that batches are enlarged to; None: as they are held
 
     @property
     def num_classes(self) -> int:
@@ -69,7 +108,8 @@ class ImageData(NamedTuple):
 
     @property
     def image_size(self) -> int:
-        return self.train.image_size
+        """Pixels on a side of the images of a batch."""
+        return self.enlarged or self.train.image_size
 
     def unreadable_test_images(self) -> dict[str, str]:
         """Why, by name, for each test image that could not be read so far; it is missing in every accuracy."""
