@@ -69,13 +69,11 @@ class Augmentation(NamedTuple):
 
     def describe(self) -> str:
         """One line on what is done besides the data set's own crops and flips; empty where that is nothing."""
-        parts = [self.policy] if self.policy != "standard" else []
-        values = ("colour_jitter", "random_erasing", "mixup", "cutmix")
-        parts += [f"{name.replace('_', ' ')} {getattr(self, name):g}" for name in values if getattr(self, name)]
-        if self.balanced:
-            parts.append("every class equally often")
-        said = "; the training accuracy counts a mixed image's class with the larger share" if self.mixes else ""
-        return f"besides crops and flips: {', '.join(parts)}{said}" if parts else ""
+        plain = Augmentation(self.pad, self.flip, self.scale, self.own_policy)
+        added = [(name, value) for name, value, off in zip(self._fields, self, plain, strict=True) if value != off]
+        parts = [name if value is True else f"{name} {value}" for name, value in added]
+        said = "; the training accuracy counts the class with the larger share" if self.mixes else ""
+        return f"besides crops and flips: {', '.join(parts).replace('_', ' ')}{said}" if parts else ""
 
     def changes(self, mean: Sequence[float], seed: int, epoch: int) -> Changes | None:
         """What is done to the images of an epoch besides crops and flips; erased parts take the colour `mean`."""
@@ -100,7 +98,7 @@ class ImageData(NamedTuple):
     background: tuple[int, int, int] = WHITE  # what transparency is laid on
     split: int = 0  # so many training images have become the test split, where the folder had none
     unreadable: Mapping[str, str] = MappingProxyType({})  # why, by name, of test images that were left out of memory
-    enlarged: int | None = None  # pixels on a side that batches are enlarged to; None: as they are held
+    resized: int | None = None  # pixels on a side that batches are resized to; None: as they are held
 
     @property
     def num_classes(self) -> int:
@@ -109,7 +107,7 @@ class ImageData(NamedTuple):
     @property
     def image_size(self) -> int:
         """Pixels on a side of the images of a batch."""
-        return self.enlarged or self.train.image_size
+        return self.resized or self.train.image_size
 
     def unreadable_test_images(self) -> dict[str, str]:
         """Why, by name, for each test image that could not be read so far; it is missing in every accuracy."""
@@ -170,6 +168,14 @@ def augment(pixels: Tensor, draws: Draws, pad: int) -> Tensor:
         windows = F.pad(pixels, [pad] * 4).unfold(2, height, 1).unfold(3, width, 1)  # (B, 3, 2p+1, 2p+1, H, W), a view
         crops = windows[torch.arange(len(pixels), device=pixels.device), :, draws.top, draws.left]
     return torch.where(draws.flip[:, None, None, None], crops.flip(3), crops)
+
+
+def resize(images: Tensor, size: int) -> Tensor:
+    """Images (B, 3, H, W) -> (B, 3, size, size), bilinear; with antialiasing where they become smaller."""
+    if images.shape[2:] == (size, size):
+        return images
+    smaller = size < images.shape[2]
+    return F.interpolate(images, (size, size), mode="bilinear", align_corners=False, antialias=smaller)
 
 
 def channel_statistics(pixels: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:

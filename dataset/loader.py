@@ -1,17 +1,16 @@
 """Batches of images in memory or on a disk: gathered, cropped, flipped and normalised on the device of the run, and
-mixed and enlarged there where that is asked for."""
+mixed and resized there where that is asked for."""
 
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torchvision.transforms import v2
 
 from dataset.balance import draw_balanced
 from dataset.decoding import RandomCrops
-from dataset.images import Augmentation, ImageData, Images, draw_augmentation
+from dataset.images import Augmentation, ImageData, Images, draw_augmentation, resize
 from dataset.seeds import epoch_seed
 from dataset.streaming import StreamedImages
 from dataset.views import VIEWS
@@ -21,7 +20,7 @@ class Batch(NamedTuple):
     """Normalised images (B, 3, H, W) float32, targets, sample index in the data set (B,).
 
     Targets are classes (B,), int64, or of mixed images every class's share (B, K), float32, at most two of them above
-    0. `source` are the images in the size in which they are held, None where `images` are not enlarged.
+    0. `source` are the images in the size in which they are held, None where `images` are not resized.
 
     Of images with V views there are V * B rows: the first view of every image, then the second, and so on. Several
     processes hold a part each of a batch of `whole` images (None: this is all of it, or its parts are equal).
@@ -81,7 +80,7 @@ class Loader:
         self.min_batch = max(min_batch, 1) * world_size
         self.rank, self.world_size = rank, world_size
         self.subset = torch.arange(len(images.targets)) if subset is None else subset
-        self._mean, self._enlarged = data.mean, data.enlarged
+        self._mean, self._resized = data.mean, data.resized
         self._mix = None if augmentation is None else _mixing(augmentation, data.num_classes)
         mean, std = (torch.tensor(values, device=device).view(1, -1, 1, 1) for values in (data.mean, data.std))
         self._scale, self._shift = 1 / (255 * std), -mean / std
@@ -136,7 +135,7 @@ class Loader:
         return wholes, [whole.tensor_split(self.world_size)[self.rank] for whole in wholes]
 
     def _finished(self, batch: Batch, epoch: int, number: int) -> Batch:
-        """The batch with that number, mixed and enlarged where that is asked for."""
+        """The batch with that number, mixed and resized where that is asked for."""
         if self._mix is not None:
             seed = epoch_seed(self.seed, epoch, number, stream="mixing")
             views = []
@@ -146,11 +145,9 @@ class Loader:
                     view, targets = self._mix(view, batch.targets)
                 views.append(view)
             batch = batch._replace(images=torch.cat(views) if len(views) > 1 else views[0], targets=targets)
-        if self._enlarged is None:
+        if self._resized is None:
             return batch
-        size = (self._enlarged, self._enlarged)
-        images = F.interpolate(batch.images, size, mode="bilinear", align_corners=False)
-        return batch._replace(images=images, source=batch.images)
+        return batch._replace(images=resize(batch.images, self._resized), source=batch.images)
 
     def _draws_for_whole_batches(self) -> bool:
         """Whether something may be random in this process's part of a batch that is drawn for the whole batch."""
@@ -174,5 +171,5 @@ def _mixing(augmentation: Augmentation, num_classes: int) -> nn.Module | None:
     """torchvision's mixup (Zhang et al., ICLR 2018) or CutMix (Yun et al., ICCV 2019) of a batch, each image with the
     one before it; one of the two for each batch where both are on. None where neither is."""
     parts = ((v2.MixUp, augmentation.mixup), (v2.CutMix, augmentation.cutmix))
-    mixing = [make(alpha=alpha, num_classes=num_classes) for make, alpha in parts if alpha]
+    mixing = [make(alpha=float(alpha), num_classes=num_classes) for make, alpha in parts if alpha]
     return v2.RandomChoice(mixing) if len(mixing) > 1 else (mixing or [None])[0]

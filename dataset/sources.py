@@ -256,7 +256,7 @@ def load_data(
 ) -> ImageData:
     """A data set by name, from `folder`; raises `UserError`.
 
-    Images of data sets with a size of their own are enlarged to `image_size` when a batch is made. Only folders of
+    Images of data sets with a size of their own are resized to `image_size` when a batch is made. Only folders of
     images read `num_workers`, `max_broken` (different unreadable images of a split that
     are left out), `background` (RGB in 0..255, under transparency) and `stream` (True: from the disk, False: into
     memory, None: what fits into half of the free memory and of `device_memory`, in bytes, is held there). The share
@@ -270,11 +270,8 @@ def load_data(
     pool = Pool(num_workers) if num_workers else None
     options = (pool, background, stream, split, holdout, normalisation, device_memory)
     data = DATASETS[name](folder, image_size, Reading(num_workers, max_broken, may_download, *options))
-    own_size = data.image_size
-    if image_size < own_size:
-        raise UserError(f"--image_size: images of {name} have {own_size} pixels on a side; give at least {own_size}")
-    if image_size > own_size:
-        data = data._replace(enlarged=image_size)
+    if image_size != data.image_size:
+        data = data._replace(resized=image_size)
     if normalisation is not None:
         data = data._replace(mean=tuple(normalisation[0]), std=tuple(normalisation[1]))
     return data

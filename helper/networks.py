@@ -258,7 +258,8 @@ class Teacher:
         self.source, self.fast, self.device = source, fast, device
         view = as_it_was_trained(source, data, image_size)
         self.image_size = data.image_size if view is None else view.image_size
-        self._sees_source = view is not None and data.enlarged is not None  # what is resized is what was stored
+        #: Whether it resizes the images as they are held, in place of those that are enlarged for the student.
+        self.sees_source = view is not None and data.resized is not None
         # As its file holds it, for methods to read shapes and copy parts from.
         self.network = (source.network if view is None else view).eval().to(device)
         probe_shapes(self.network, data.image_size)
@@ -276,7 +277,7 @@ class Teacher:
 
     def shown(self, batch: Batch) -> Tensor:
         """The images of a batch that the teacher is given."""
-        return batch.source if self._sees_source and batch.source is not None else batch.images
+        return batch.images if batch.source is None or not self.sees_source else batch.source
 
     def predict(self, images: Tensor) -> Tensor:
         """Logits (B, K) for images (B, 3, H, W)."""

@@ -227,7 +227,7 @@ def _part_loader(images: Images | StreamedImages, data: ImageData, batch_size: i
 
 def _as_held(inputs: Inputs) -> Loader:
     """The test images in the size in which they are held; whatever else sees them resizes that."""
-    data = inputs.data._replace(enlarged=None)
+    data = inputs.data._replace(resized=None)
     return _part_loader(data.test, data, inputs.test_loader.batch_size, inputs.device)
 
 
@@ -250,7 +250,7 @@ def prepare_teacher(source: Network | None, inputs: Inputs, config: Configuratio
         others = compare_classes(source.record.get("classes"), data.classes)
         if others is not None and not config.allow_teacher_gap:
             raise UserError(f"--path_t: {others}; use the data that the teacher knows, or --allow_teacher_gap")
-        shown = inputs.test_loader if teacher.image_size == data.image_size else _as_held(inputs)
+        shown = _as_held(inputs) if teacher.sees_source else inputs.test_loader
         measured = evaluate(teacher.predict, shown, "checking the teacher")
         teacher.accuracy = measured["test_accuracy"]
         note = check_accuracy(source, data.name, teacher.accuracy, config.allow_teacher_gap)

@@ -104,6 +104,13 @@ def _probability(text: str) -> float:
     return float(text)
 
 
+def _alpha(text: str) -> float:
+    value = float(text)
+    if value and not 0.01 <= value <= 100:  # samples of smaller ones round to one half
+        raise argparse.ArgumentTypeError(f"must be 0 or from 0.01 to 100, not {text}")
+    return value
+
+
 def _weights(text: str) -> str:
     return text if text == BALANCED else os.path.abspath(_path(text))
 
@@ -250,8 +257,8 @@ SETTINGS: tuple[Setting, ...] = (
         ("--image_size",),
         _image_size,
         32,
-        "images of folder (32) and imagenet (224) become squares of this size; those of other data sets, which have 32 "
-        "pixels, are enlarged to it on the device (bilinear)",
+        "images of folder (32) and imagenet (224) become squares of this size; those of other data sets are "
+        "held with 32 pixels and resized to it on the device (bilinear)",
         group=DATA,
         shared=True,
     ),
@@ -354,7 +361,7 @@ SETTINGS: tuple[Setting, ...] = (
     ),
     Setting(
         ("--mixup",),
-        number,
+        _alpha,
         0.0,
         "mix the images of a batch in shares from Beta(ALPHA, ALPHA); student and teacher see the same mixed images",
         group=AUGMENTATION,
@@ -362,7 +369,7 @@ SETTINGS: tuple[Setting, ...] = (
     ),
     Setting(
         ("--cutmix",),
-        number,
+        _alpha,
         0.0,
         "paste a rectangle of one image into another, its area from Beta(ALPHA, ALPHA); with --mixup one of them for "
         "each batch",
