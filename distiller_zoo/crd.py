@@ -80,6 +80,7 @@ class NORM_CRD(NORM):
     reference = "OSVAI/NORM"
     departures = "The official code cannot start this method and takes -c for CRD's weight; here it is --crd_weight."
     reads = ("final", "pooled", "sample index and negatives")
+    refuses_mixing = WHY_UNMIXED
     flags = (*NORM.flags, CRD_WEIGHT, *CONTRAST_FLAGS)
     needs = {**NORM.needs, **{flag.argument: (above_zero(CRD_WEIGHT),) for flag in CONTRAST_FLAGS}}
 

@@ -258,7 +258,7 @@ class Teacher:
         self.source, self.fast, self.device = source, fast, device
         view = as_it_was_trained(source, data, image_size)
         self.image_size = data.image_size if view is None else view.image_size
-        #: Whether it resizes the images as they are held, in place of those that are enlarged for the student.
+        #: Whether it resizes the images as they are held, in place of those that are resized for the student.
         self.sees_source = view is not None and data.resized is not None
         # As its file holds it, for methods to read shapes and copy parts from.
         self.network = (source.network if view is None else view).eval().to(device)
