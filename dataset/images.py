@@ -12,6 +12,9 @@ from dataset.changes import Changes
 from dataset.decoding import WHITE
 from dataset.streaming import StreamedImages
 
+#: So many images are moved at once where some of a split are kept.
+AT_ONCE = 64
+
 
 class Images(NamedTuple):
     """One split in memory: pixels (n, 3, H, W) as uint8 and classes (n,) as int64."""
@@ -29,6 +32,14 @@ class Images(NamedTuple):
     def select(self, chosen: Tensor) -> "Images":
         """Those images for which `chosen` (n,) is true, as a split of their own."""
         return Images(self.pixels[chosen], self.targets[chosen])
+
+    def keep(self, chosen: Tensor) -> "Images":
+        """The same in the memory of this split, which is overwritten: a second copy may not fit."""
+        kept = chosen.nonzero().flatten()
+        for first in range(0, len(kept), AT_ONCE):
+            rows = kept[first : first + AT_ONCE]  # none comes before where it goes
+            self.pixels[first : first + len(rows)] = self.pixels[rows]
+        return Images(self.pixels[: len(kept)], self.targets[chosen])
 
     def read(
         self,
@@ -118,7 +129,8 @@ def hold_out(images: Images | StreamedImages, k: int) -> tuple[Images | Streamed
     """Images -> (those that are left, `k` of them that are kept apart), each class in proportion.
 
     Which ones depends on the data set and k alone, not on a run's seed, so that all seeds and methods are trained and
-    chosen on the same images. Raises `ValueError` unless every class has an image on both sides.
+    chosen on the same images. Those that are left take the memory of `images`, which must not be used any more. Raises
+    `ValueError` unless every class has an image on both sides.
     """
     n = len(images.targets)
     generator = torch.Generator().manual_seed(0)
@@ -135,7 +147,8 @@ def hold_out(images: Images | StreamedImages, k: int) -> tuple[Images | Streamed
     if any(len(targets[side].unique()) < classes for side in (kept_apart, ~kept_apart)):
         raise ValueError(f"{k} of {n} images leave a class of {classes} without images on one side")
     kept_apart = kept_apart.to(images.targets.device)
-    return images.select(~kept_apart), images.select(kept_apart)
+    held_out = images.select(kept_apart)
+    return images.keep(~kept_apart), held_out
 
 
 class Draws(NamedTuple):

@@ -226,7 +226,7 @@ def _in_memory(images: StreamedImages, classes: list[str]) -> tuple[Images, dict
             raise UserError(
                 f"--data: {name} cannot be read ({reason}), nor any other image of class {classes[target]} in its split"
             )
-    return Images(pixels, images.targets).select(whole), broken
+    return Images(pixels, images.targets).keep(whole), broken
 
 
 DATASETS = {

@@ -97,6 +97,8 @@ class StreamedImages:
         part.targets, part._numbers = self.targets[chosen], self._numbers[chosen.cpu()]
         return part
 
+    keep = select
+
     def name_of(self, sample: int) -> str:
         """What messages call the image."""
         return self.source.name_of(int(self._numbers[sample]))
