@@ -12,6 +12,7 @@ from torch.func import functional_call
 from errors import UserError
 from models.backbone import Backbone, Output
 from models.folding import fold_batch_norms
+from models.fusing import fuse_activations
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 #: Modes of torch.compile; the last one replays CUDA graphs.
@@ -96,7 +97,12 @@ class Fast(NamedTuple):
             for layer in network.modules():
                 if isinstance(layer, (nn.Conv2d, nn.Linear)):
                     layer.to(PRECISIONS[self.precision])
-        return self.lay_out(network)
+        network = self.lay_out(network)
+        if not self.fold_teacher or self.compile != "off":  # a compiler fuses by itself
+            return network
+        device = next(network.parameters()).device
+        images = torch.randn(2, 3, image_size, image_size, generator=torch.Generator().manual_seed(0))
+        return fuse_activations(network, self.lay_out(images.to(device)), lambda: self.autocast(device))
 
     def lay_out(self, value: Any) -> Any:
         """The same network or images (B, C, H, W) in the chosen memory layout."""
