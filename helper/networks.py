@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from dataset import ImageData
+from dataset import Batch, ImageData
 from errors import UserError
 from helper.checkpoint import contained, upgrade
 from helper.download import published_name, read_timm, read_torchvision
@@ -274,6 +274,8 @@ class Teacher:
         self.source, self.fast, self.device = source, fast, device
         view = as_it_was_trained(source, data, image_size)
         self.image_size = data.image_size if view is None else view.image_size
+        #: Whether it resizes the images as they are held, in place of those that are resized for the student.
+        self.sees_source = view is not None and data.resized is not None
         # As its file holds it, for methods to read shapes and copy parts from.
         self.network = (source.network if view is None else view).eval().to(device)
         probe_shapes(self.network, data.image_size)
@@ -288,6 +290,10 @@ class Teacher:
         compute = self._compiled if is_whole else self.frozen
         with self.fast.autocast(self.device), self.fast.naming_compiler():
             return compute(images, preact)
+
+    def shown(self, batch: Batch) -> Tensor:
+        """The images of a batch that the teacher is given."""
+        return batch.images if batch.source is None or not self.sees_source else batch.source
 
     def predict(self, images: Tensor) -> Tensor:
         """Logits (B, K) for images (B, 3, H, W)."""

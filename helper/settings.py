@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from dataset import DATASETS
+from dataset import BALANCED, DATASETS, POLICIES
 from distiller_zoo import DISTILLERS, find_distiller
 from errors import UserError
 from helper.fast import COMPILE, PRECISIONS, computes_bfloat16
@@ -20,6 +20,7 @@ from setting import RECIPE, Setting, count, number, whole
 
 NETWORK, TEACHER, INITIAL, DATA = "network", "teacher and method", "initial weights", "data"
 TRAINING = "training (defaults: helper/recipes.py)"
+AUGMENTATION = "augmentation, and what each class counts"
 SPEED, RUN, FOUND = "speed: the same training, computed faster", "run", "found out when the run starts"
 SOURCES = (
     "a run's, an exported network, or RepDistiller's; or published weights by name, torchvision:resnet34, "
@@ -89,6 +90,29 @@ def _colour(text: str) -> tuple[int, ...]:
     if len(parts) != 3 or max(parts) > 255:
         raise argparse.ArgumentTypeError(f"must be red,green,blue from 0 to 255, not {text}")
     return parts
+
+
+def _below_one(text: str) -> float:
+    if not 0 <= float(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be 0 or more and below 1, not {text}")
+    return float(text)
+
+
+def _probability(text: str) -> float:
+    if not 0 <= float(text) <= 1:
+        raise argparse.ArgumentTypeError(f"must be a probability from 0 to 1, not {text}")
+    return float(text)
+
+
+def _alpha(text: str) -> float:
+    value = float(text)
+    if value and not 0.01 <= value <= 100:  # samples of smaller ones round to one half
+        raise argparse.ArgumentTypeError(f"must be 0 or from 0.01 to 100, not {text}")
+    return value
+
+
+def _weights(text: str) -> str:
+    return text if text == BALANCED else os.path.abspath(_path(text))
 
 
 def _statistics(value: Any) -> tuple[float, ...]:
@@ -232,7 +256,8 @@ SETTINGS: tuple[Setting, ...] = (
         ("--image_size",),
         _image_size,
         32,
-        "of folder (32) and imagenet (224): images become squares of this size",
+        "images of folder (32) and imagenet (224) become squares of this size; those of other data sets are "
+        "held with 32 pixels and resized to it on the device (bilinear)",
         group=DATA,
         shared=True,
     ),
@@ -309,6 +334,71 @@ SETTINGS: tuple[Setting, ...] = (
     Setting(("--momentum",), number, RECIPE, "momentum of SGD", group=TRAINING),
     Setting(("--nesterov",), bool, False, "Nesterov's momentum", group=TRAINING),
     Setting(("--drop_momentum",), bool, False, "start with no momentum after each milestone", group=TRAINING),
+    Setting(
+        ("--augment",),
+        str,
+        "standard",
+        "standard: the data set's own crops and flips; or these and torchvision's policy of this name",
+        choices=POLICIES,
+        group=AUGMENTATION,
+    ),
+    Setting(
+        ("--colour_jitter",),
+        _below_one,
+        0.0,
+        "scale brightness, contrast and saturation by factors from 1 - S to 1 + S",
+        group=AUGMENTATION,
+        metavar="S",
+    ),
+    Setting(
+        ("--random_erasing",),
+        _probability,
+        0.0,
+        "erase a rectangle of an image with this probability",
+        group=AUGMENTATION,
+        metavar="P",
+    ),
+    Setting(
+        ("--mixup",),
+        _alpha,
+        0.0,
+        "mix the images of a batch in shares from Beta(ALPHA, ALPHA); student and teacher see the same mixed images",
+        group=AUGMENTATION,
+        metavar="ALPHA",
+    ),
+    Setting(
+        ("--cutmix",),
+        _alpha,
+        0.0,
+        "paste a rectangle of one image into another, its area from Beta(ALPHA, ALPHA); with --mixup one of them for "
+        "each batch",
+        group=AUGMENTATION,
+        metavar="ALPHA",
+    ),
+    Setting(
+        ("--label_smoothing",),
+        _below_one,
+        0.0,
+        "share of a label that is spread over all classes, in the cross entropy",
+        group=AUGMENTATION,
+        metavar="S",
+    ),
+    Setting(
+        ("--class_weights",),
+        _weights,
+        None,
+        "what a class counts in the cross entropy: balanced (inverse to its number of images), or a file with a class "
+        "and its weight in each line",
+        group=AUGMENTATION,
+        metavar="balanced|FILE",
+    ),
+    Setting(
+        ("--balanced_sampling",),
+        bool,
+        False,
+        "draw the images of an epoch so that every class is equally likely, instead of showing each once",
+        group=AUGMENTATION,
+    ),
     Setting(
         ("--max_steps",),
         count,
@@ -491,6 +581,7 @@ SETTINGS: tuple[Setting, ...] = (
         instead_of="path_t",
     ),
     Setting(("data_digest",), _digest, None, "digest of the data", group=FOUND, shared=True),
+    Setting(("weights_digest",), _digest, None, "digest of the class weights", group=FOUND, identity="none"),
     Setting(("mean",), _statistics, None, "mean of the images' channels", group=FOUND, identity="none"),
     Setting(("std",), _statistics, None, "standard deviation of the images' channels", group=FOUND, identity="none"),
     Setting(("init_digest",), _digest, None, "digest of the initial weights", group=FOUND, instead_of="init"),

@@ -133,7 +133,17 @@ def test_trials_of_a_sweep_count_from_the_named_one(seed, seeds):
         ("--distill kd --model_s resnet8 -b 2", "-b/--beta: not used by --distill kd"),
         ("--distill ft --model_s resnet8", "--path_t: --distill ft reads no teacher"),
         ("--distill norm", "--model_s NAME"),
-        ("--model_s resnet8 --image_size 64", "--image_size: only --dataset folder"),
+        (
+            "--model_s resnet8 --distill crd --mixup 0.2",
+            "--mixup: --distill crd cannot learn from mixed images: its",
+        ),
+        ("--model_s resnet8 --distill sskd --cutmix 1", "--cutmix: --distill sskd cannot learn from mixed images"),
+        ("--model_s resnet8 --mixup 0.001", "--mixup: must be 0 or from 0.01 to 100"),
+        ("--model_s resnet8 --label_smoothing 0.1 -r 0", "--label_smoothing: has no effect with -r/--gamma 0"),
+        (
+            "--model_s resnet8 --class_weights balanced --balanced_sampling",
+            "--balanced_sampling: --class_weights",
+        ),
         ("--model_s resnet8 --hint_depth 2", "unrecognized arguments: --hint_depth 2"),
         ("--model_s resnet8 -s 0", "-s/--co_sponge: must be 1 to 2147483647, not 0"),
         ("--model_s resnet8 -r -1", "must be a number from 0 to 1e+30"),
