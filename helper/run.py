@@ -18,6 +18,7 @@ from dataset import (
     Images,
     Loader,
     StreamedImages,
+    class_weights,
     data_changes,
     data_identity,
     hold_out,
@@ -41,6 +42,7 @@ from helper.command_line import Given
 from helper.distributed import (
     average_statistics,
     by_main,
+    choose_kernels,
     count_processes,
     describe_batch,
     device_of,
@@ -49,7 +51,7 @@ from helper.distributed import (
     one_by_one_here,
     rank,
 )
-from helper.fast import Fast
+from helper.fast import Fast, check_precision
 from helper.guard import Guard
 from helper.log import (
     describe_data,
@@ -79,17 +81,18 @@ from helper.networks import (
     read_initial,
     read_teacher,
     start_from,
+    with_class_names,
 )
 from helper.optim import average_of, check_rates, parameters_of, take_up
 from helper.run_folder import BEST, CONFIG, LAST, RESULT, FolderElsewhere, RunFolder
 from helper.settings import Configuration, all_settings, check_shared, identity, read_stored
 from helper.signals import StopRequest
 from models import build_model
-from models.backbone import probe_shapes
-from models.checkpoints import load_weights
+from models.backbone import Backbone, probe_shapes
+from models.checkpoints import load_weights, weights_digest
 from models.classes import compare_classes
 from models.cost import count_parameters
-from models.external import is_external
+from models.external import DROPS, is_external
 from models.synchronised import synchronise
 
 #: Images per batch when testing; where they are wider than SMALL pixels, as many as in training.
@@ -119,7 +122,7 @@ def open_runs(given: Given) -> Opened:
     teacher = None if path is None else main_first(lambda: read_teacher(path, first.get("model_t"), ema))
     of_teacher = {} if teacher is None else teacher.settings_as_teacher()
     for run in given.runs:
-        run |= by_main(lambda run=run: _dataset_of(stored | run, of_teacher))
+        run |= by_main(lambda run=run: with_class_names(run) | _dataset_of(stored | run, of_teacher))
     source, initial, of_initial = None if folder else first.get("init"), None, {}
     if source is not None and "model_s" not in first:
         initial = None if is_external(source) else main_first(lambda: read_initial(source, None, ema))
@@ -133,6 +136,7 @@ def open_runs(given: Given) -> Opened:
     configs = by_main(lambda: command_line.share_order([resolve(run) for run in given.runs], given))
     for config in configs:
         check_rates(config)
+        check_precision(config.precision, device_of(config.device))
         if config.patience and not config.holdout:
             raise UserError(
                 "--patience: the test images must not decide when a run ends; keep training images for that, with "
@@ -193,6 +197,7 @@ class Inputs(NamedTuple):
 
 def load_inputs(config: Configuration) -> Inputs:
     """Load the data set of the runs; raises `UserError` where that is impossible."""
+    choose_kernels(config.deterministic)
     device = device_of(config.device)
     # Only a folder that was named on the command line is written to.
     may_download = config.data is None or config.origins["data"] == "command line"
@@ -240,6 +245,19 @@ def _part_loader(images: Images | StreamedImages, data: ImageData, batch_size: i
     return Loader(images, data, batch_size, device, subset=mine)
 
 
+def _as_held(inputs: Inputs) -> Loader:
+    """The test images in the size in which they are held; whatever else sees them resizes that."""
+    data = inputs.data._replace(resized=None)
+    return _part_loader(data.test, data, inputs.test_loader.batch_size, inputs.device)
+
+
+def class_weights_of(config: Configuration, data: ImageData) -> torch.Tensor | None:
+    """What `--class_weights` gives each class (K,), None without it; the file is the main process's."""
+    if config.class_weights is None:
+        return None
+    return by_main(lambda: class_weights(config.class_weights, data.train.targets, data.classes))
+
+
 def prepare_teacher(source: Network | None, inputs: Inputs, config: Configuration) -> Teacher | None:
     """The frozen teacher, its accuracy measured; raises `UserError` where it does not fit the data or its record."""
     if source is None:
@@ -252,7 +270,8 @@ def prepare_teacher(source: Network | None, inputs: Inputs, config: Configuratio
         others = compare_classes(source.record.get("classes"), data.classes)
         if others is not None and not config.allow_teacher_gap:
             raise UserError(f"--path_t: {others}; use the data that the teacher knows, or --allow_teacher_gap")
-        measured = evaluate(teacher.predict, inputs.test_loader, "checking the teacher")
+        shown = _as_held(inputs) if teacher.sees_source else inputs.test_loader
+        measured = evaluate(teacher.predict, shown, "checking the teacher")
         teacher.accuracy = measured["test_accuracy"]
         note = check_accuracy(source, data.name, teacher.accuracy, config.allow_teacher_gap)
     else:
@@ -278,7 +297,7 @@ def prepared(opened: Opened, inputs: Inputs, teacher: Teacher | None) -> Iterato
             runs: list[Run] = []
             for config, label in zip(opened.configs, _labels(opened.configs), strict=True):
                 found = {"data_digest": inputs.identity["digest"], "mean": inputs.data.mean, "std": inputs.data.std}
-                config = config.replace("the data", **found)
+                config = _with_weights(config.replace("the data", **found), inputs.data)
                 if teacher is not None and teacher.image_size != inputs.data.image_size:
                     config = config.replace("teacher's weights", teacher_image_size=teacher.image_size)
                 folder = _open_folder(config, preparations)
@@ -297,6 +316,20 @@ def prepared(opened: Opened, inputs: Inputs, teacher: Teacher | None) -> Iterato
                 folders.callback(run.close)
                 runs.append(run)
         yield runs
+
+
+def _with_weights(config: Configuration, data: ImageData) -> Configuration:
+    """The run with the digest of its class weights; raises `UserError` where a resumed run began with others."""
+    weights = class_weights_of(config, data)
+    if weights is None:
+        return config
+    digest = weights_digest({"weights": weights})
+    if config.get("weights_digest") not in (None, digest) and not config.accept_changes:
+        raise UserError(
+            f"--class_weights: {config.class_weights} is not what {config.folder} began with; restore the file, or "
+            "accept the new weights with --accept_changes"
+        )
+    return config.replace("the class weights", weights_digest=digest)
 
 
 def _labels(configs: Sequence[Configuration]) -> list[str]:
@@ -400,6 +433,14 @@ def _raise_failures(runs: Sequence["Run"]) -> None:
         raise UserError("; ".join(f"{run.folder.label.strip(' []')}: {error}" for run, error in failed))
 
 
+def _new_student(config: Configuration, data: ImageData) -> Backbone:
+    """A freshly initialised student, with the dropout that was chosen for it."""
+    drops = {name: rate for name in DROPS if (rate := config[name]) is not None}
+    student = build_model(config.model_s, data.num_classes, data.image_size, drops)
+    probe_shapes(student, data.image_size)
+    return student
+
+
 class Run:
     """Everything that one training run holds; `train` goes through its stages and their epochs."""
 
@@ -415,8 +456,7 @@ class Run:
         self.config, self.inputs, self.folder, self.data = config, inputs, folder, inputs.data
         self.teacher, self._alone = teacher, alone
         torch.manual_seed(config.seed)
-        student = build_model(config.model_s, self.data.num_classes, self.data.image_size)
-        probe_shapes(student, self.data.image_size)
+        student = _new_student(config, self.data)
         if initial is not None and config.folder is None:
             folder.log(start_from(initial, student, config.model_s, self.data.classes, config.dataset))
         self.method = build_distiller(
@@ -426,15 +466,15 @@ class Run:
             num_classes=self.data.num_classes,
             image_size=self.data.image_size,
             train_targets=self.data.train.targets,
+            class_weights=class_weights_of(config, self.data),
         ).to(inputs.device)
         if teacher is not None:
             check_apart(self.method, teacher.network, config.distill)
         if config.sync_bn and count_processes() > 1:
             synchronise(self.method)
         Fast.of(config).prepare_student(self.method, inputs.device)
-        self.stages = self.method.stages(config.epochs)
-        if config.freeze == "trunk":
-            self.stages = [without_trunk(stage, self.method) for stage in self.stages]
+        stages, frozen = self.method.stages(config.epochs), config.freeze == "trunk"
+        self.stages = [without_trunk(stage, self.method) if frozen else stage for stage in stages]
         self.average = average_of(self.method, config.ema_decay)
         self.guard = Guard(config.max_bad_steps)
         self.step, self.epochs_over, self.seconds = 0, 0, 0.0  # what is over, in all stages
@@ -526,6 +566,8 @@ class Run:
     def begin(self) -> None:
         """Say what is trained; go to the stage of the next epoch."""
         self.folder.log(describe_data(self.data, self.inputs.device))
+        if changes := self.training.loader.augmentation.describe():
+            self.folder.log(changes)
         self.folder.log(describe_method(self.method, self.stages, self.config.model_s, self.data.image_size))
         if division := describe_batch(self.config):
             self.folder.log(division)
