@@ -16,6 +16,7 @@ from errors import UserError
 from helper.fast import COMPILE, PRECISIONS, computes_bfloat16
 from helper.metrics import BEST_BY
 from helper.optim import OPTIMIZERS, SCHEDULES
+from helper.recipes import RECIPES
 from models import find_builder
 from setting import RECIPE, Setting, count, number, whole
 
@@ -291,6 +292,15 @@ SETTINGS: tuple[Setting, ...] = (
         resume="free",
         identity="none",
         shared=True,
+    ),
+    Setting(
+        ("--recipe",),
+        str,
+        "tables",
+        "whose defaults are taken; " + "; ".join(f"{name}: {what}" for name, what in RECIPES.items()),
+        choices=RECIPES,
+        group=TRAINING,
+        identity="none",  # the values that it sets tell runs apart
     ),
     Setting(("--batch_size",), count, RECIPE, "global batch size; the learning rate is not rescaled", group=TRAINING),
     Setting(
