@@ -201,6 +201,8 @@ def _parse(parser: Parser, argv: Sequence[str] | None) -> Given:
     resume = given.pop("resume", None)
     if resume == "":
         raise UserError("--resume: the name of the run folder is empty; leave the value out for the latest run")
+    if re.search(r"-\d+$", given.get("trial", "")):
+        raise UserError(f"--trial: {given['trial']} ends like the folder of a second run of one name; leave out the -")
     given = (parser.unless_given if resume in (None, LATEST) else {}) | given
     paths = {setting.argument for setting in settings.SETTINGS if setting.is_path}
     given |= {name: _absolute(value) for name, value in given.items() if name in paths}

@@ -43,8 +43,9 @@ class Training:
         device: torch.device,
         guard: Guard | None = None,
     ):
-        self.stage, self.method, self.config, self.device = stage, method, config, device
         self.guard, self.fast = guard or Guard(), Fast.of(config)
+        stage = stage._replace(respond=self.fast.passing(method, stage.respond))
+        self.stage, self.method, self.config, self.device = stage, method, config, device
         self._compiled_stage = stage._replace(respond=self.fast.compiled(stage.respond))
         begin(stage, method)
         self.optimizer = make_optimizer(method, config)
@@ -156,7 +157,8 @@ class Training:
         """The optimizer's step of this number; returns False where it was skipped."""
         sums: dict[str, Tensor] = {}
         for losses, _, _ in self._outcomes:
-            sums |= {name: sums.get(name, 0) + value.detach() for name, value in losses.items()}
+            for name, value in losses.items():
+                sums[name] = sums[name] + value.detach() if name in sums else value.detach()
         if not self.guard.judge(sums, parameters_of(self.optimizer), number):
             return False
         self.optimizer.step()

@@ -42,6 +42,7 @@ from helper.command_line import Given
 from helper.distributed import (
     average_statistics,
     by_main,
+    choose_kernels,
     count_processes,
     describe_batch,
     device_of,
@@ -71,6 +72,7 @@ from helper.networks import (
     read_initial,
     read_teacher,
     start_from,
+    with_class_names,
 )
 from helper.optim import parameters_of
 from helper.run_folder import BEST, CONFIG, LAST, RESULT, FolderElsewhere, RunFolder
@@ -111,7 +113,7 @@ def open_runs(given: Given) -> Opened:
     teacher = None if path is None else main_first(lambda: read_teacher(path, first.get("model_t"), ema))
     of_teacher = {} if teacher is None else teacher.settings_as_teacher()
     for run in given.runs:
-        run |= by_main(lambda run=run: _dataset_of(stored | run, of_teacher))
+        run |= by_main(lambda run=run: with_class_names(run) | _dataset_of(stored | run, of_teacher))
     source, initial, of_initial = None if folder else first.get("init"), None, {}
     if source is not None and "model_s" not in first:
         initial = None if is_external(source) else main_first(lambda: read_initial(source, None, ema))
@@ -178,6 +180,7 @@ class Inputs(NamedTuple):
 
 def load_inputs(config: Configuration) -> Inputs:
     """Load the data set of the runs; raises `UserError` where that is impossible."""
+    choose_kernels(config.deterministic)
     device = device_of(config.device)
     # Only a folder that was named on the command line is written to.
     may_download = config.data is None or config.origins["data"] == "command line"

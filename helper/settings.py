@@ -153,7 +153,6 @@ SETTINGS: tuple[Setting, ...] = (
         group=TEACHER,
         metavar="FILE",
         resume="free",
-        identity="none",  # teacher_digest says who taught
         shared=True,
         is_path=True,
     ),
@@ -179,8 +178,8 @@ SETTINGS: tuple[Setting, ...] = (
         ("--teacher_classes",),
         str,
         None,
-        "read the teacher's logits at these of its classes, in the order of the data's: names with commas between "
-        "them, or a file with a name or a number in each line",
+        "read the teacher's logits at these of its classes, in the order of the data's: names or numbers with commas "
+        "(or, where names hold commas, with ;) between them, or a file with one in each line",
         group=TEACHER,
         metavar="NAMES|FILE",
         shared=True,
@@ -481,6 +480,17 @@ SETTINGS: tuple[Setting, ...] = (
         identity="none",
         shared=True,
     ),
+    Setting(
+        ("--deterministic",),
+        bool,
+        False,
+        "the same weights from the same command on a GPU too, with slower kernels; torch warns of operations that have "
+        "none. A CPU needs no flag",
+        group=SPEED,
+        resume="free",
+        identity="none",
+        shared=True,
+    ),
     Setting(("--trial",), _trial, "1", "name of this repetition", group=RUN, identity="none"),
     Setting(
         ("--seed",),
@@ -561,12 +571,20 @@ SETTINGS: tuple[Setting, ...] = (
     ),
     # Not flags: what a run finds out and keeps.
     Setting(("wrapper_t",), _wrapper, None, "how the teacher's network is wrapped", group=FOUND, identity="none"),
-    Setting(("teacher_digest",), _digest, None, "digest of the teacher's weights", group=FOUND, shared=True),
+    Setting(
+        ("teacher_digest",),
+        _digest,
+        None,
+        "digest of the teacher's weights",
+        group=FOUND,
+        shared=True,
+        instead_of="path_t",
+    ),
     Setting(("data_digest",), _digest, None, "digest of the data", group=FOUND, shared=True),
     Setting(("weights_digest",), _digest, None, "digest of the class weights", group=FOUND, identity="none"),
     Setting(("mean",), _statistics, None, "mean of the images' channels", group=FOUND, identity="none"),
     Setting(("std",), _statistics, None, "standard deviation of the images' channels", group=FOUND, identity="none"),
-    Setting(("init_digest",), _digest, None, "digest of the initial weights", group=FOUND),
+    Setting(("init_digest",), _digest, None, "digest of the initial weights", group=FOUND, instead_of="init"),
     Setting(
         ("images_per_pass",), _images, RECIPE, "images of a whole batch in one forward pass", group=FOUND, resume="free"
     ),
@@ -678,6 +696,9 @@ def accept_found(found: Mapping[str, Any], stored: Mapping[str, Any], accept: bo
 def check_shared(configs: Iterable[Configuration]) -> None:
     """Raise `UserError` where runs that are to share one process differ in what its runs have in common."""
     first, *others = configs
+    if others and any(config.folder and config.accept_changes for config in (first, *others)):
+        # The images of a process are normalised in one way, and each run keeps that with which it began.
+        raise UserError("--accept_changes: resume each run alone, with --resume RUN: it keeps its own normalisation")
     for other in others:
         for setting in SETTINGS:
             ours, theirs = first.get(setting.argument), other.get(setting.argument)
@@ -692,7 +713,7 @@ def check_shared(configs: Iterable[Configuration]) -> None:
 def identity(config: Mapping[str, Any], kinds: tuple[str, ...] = ("row",)) -> dict[str, Any]:
     """What tells a run's row from other rows; with "run" among the kinds, a run from other runs.
 
-    Runs from before a setting existed had its default.
+    Files count by the digests of their weights. Runs from before a setting existed had its default.
     """
     known = settings_of(config["distill"])
     whole_batch = {"images_per_pass": config["batch_size"]}
@@ -703,6 +724,6 @@ def identity(config: Mapping[str, Any], kinds: tuple[str, ...] = ("row",)) -> di
         for name, value in values.items()
         if name in known and known[name].identity in kinds and value not in (None, RECIPE)
     }
-    if config.get("path_t") and not config.get("teacher_digest"):  # a run from before digests were kept
-        kept["teacher_digest"] = f"unknown, of {config['path_t']}"
+    for replaced in {known[name].instead_of for name in kept}:  # a run from before digests were kept has its path
+        kept.pop(replaced, None)
     return kept
