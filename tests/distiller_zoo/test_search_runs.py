@@ -37,7 +37,7 @@ def test_the_search_never_trains_on_the_held_out_images(distil, monkeypatch):
         original(self, optimizer, batch, teacher, held_out, progress)
 
     monkeypatch.setattr(DistPro, "move_scores", spy)
-    distil("--batch_size", "32", "--epochs", "1", "--init_epochs", "1", distill="distpro")
+    distil("--batch_size", "32", "--epochs", "1", "--init_epochs", "1", "--allow_teacher_gap", distill="distpro")
     assert not seen["steps"] & seen["held out"] and (len(seen["steps"]), len(seen["held out"])) == (102, 26)
 
 
@@ -45,7 +45,7 @@ def test_the_search_never_trains_on_the_held_out_images(distil, monkeypatch):
 @pytest.mark.parametrize("place", ["within the search", "behind the search's first epoch"])
 def test_a_search_that_is_cut_goes_on_as_if_it_had_not_been(distil, monkeypatch, place):
     keep_images(monkeypatch, 128, 32)
-    flags = ("--batch_size", "64", "--epochs", "1", "--init_epochs", "2", "--save_every_steps", "1")
+    flags = ("--batch_size", "64", "--epochs", "1", "--init_epochs", "2", "--save_every_steps", "1", "--allow_teacher_gap")
     whole = distil(*flags, distill="distpro")
     save, save_last = run.Run._save, run.Run._save_last
 
