@@ -484,8 +484,8 @@ SETTINGS: tuple[Setting, ...] = (
         ("--deterministic",),
         bool,
         False,
-        "the same weights from the same command on a GPU too: kernels without chance, slower; torch warns of operations "
-        "that have none. A CPU needs no flag",
+        "the same weights from the same command on a GPU too, with slower kernels; torch warns of operations that have "
+        "none. A CPU needs no flag",
         group=SPEED,
         resume="free",
         identity="none",
