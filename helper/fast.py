@@ -49,7 +49,9 @@ class _Converted(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *gradients):
-        there = [(gradient, dtype) for gradient, dtype in zip(gradients, ctx.dtypes, strict=True) if gradient is not None]
+        there = [
+            (gradient, dtype) for gradient, dtype in zip(gradients, ctx.dtypes, strict=True) if gradient is not None
+        ]
         converted = iter(_convert(*zip(*there, strict=True)) if there else ())
         return None, *(None if gradient is None else next(converted) for gradient in gradients)
 
@@ -218,6 +220,13 @@ def computes_bfloat16(device: torch.device) -> bool:
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
     return device.type == "cpu" and torch.ops.mkldnn._is_mkldnn_bf16_supported() and _has_bfloat16_units()
+
+
+def has_matrix_units(device: torch.device) -> bool:
+    """Whether products of matrices have units of their own: AMX on a CPU, tensor cores on a GPU."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (7, 0)
+    return device.type == "cpu" and torch.cpu._is_amx_tile_supported()
 
 
 def _has_bfloat16_units() -> bool:
