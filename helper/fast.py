@@ -230,6 +230,13 @@ def computes_bfloat16(device: torch.device) -> bool:
     return device.type == "cpu" and torch.ops.mkldnn._is_mkldnn_bf16_supported() and _has_bfloat16_units()
 
 
+def has_matrix_units(device: torch.device) -> bool:
+    """Whether products of matrices have units of their own: AMX on a CPU, tensor cores on a GPU."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (7, 0)
+    return device.type == "cpu" and torch.cpu._is_amx_tile_supported()
+
+
 def _has_bfloat16_units() -> bool:
     # oneDNN accepts bfloat16 on every AVX-512 machine, but emulates it without these.
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
