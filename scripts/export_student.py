@@ -24,7 +24,7 @@ with starting():
 
     from dataset import Loader, load_data
     from distiller_zoo import Distiller, Predictor
-    from helper.checkpoint import network_of, rebuild, rebuild_official, upgrade
+    from helper.checkpoint import network_of, rebuild, rebuild_official, take_average, upgrade
     from helper.command_line import Parser
     from helper.export import FORMATS
     from helper.run_folder import replacing
@@ -51,10 +51,13 @@ class Trained(NamedTuple):
     record: dict  # model_name, image_size, and where they are known data set, classes, normalisation, accuracy, ...
 
 
-def read_trained(path: str, model_s: str | None, ft: str) -> Trained:
-    """Read CKPT: a run's checkpoint, or a student of the official NORM code with or without its transform."""
+def read_trained(path: str, model_s: str | None, ft: str, ema: bool = False) -> Trained:
+    """Read CKPT: a run's checkpoint, with `ema` the moving average of its weights; or a student of the official NORM
+    code with or without its transform."""
     source = f"CKPT: {path}"
     checkpoint = upgrade(read_checkpoint(path, "CKPT"), source)
+    if ema:
+        checkpoint = take_average(checkpoint, source)
     if "training" not in checkpoint:
         method, name = rebuild_official(checkpoint, source, model_s, ft)
         return Trained(method, {"model_name": name, "image_size": 224 if name in imagenet_model_dict else 32})
@@ -138,6 +141,9 @@ def main(argv=None) -> Path:
     parser.add_argument("checkpoint", metavar="CKPT", help="best.pth or last.pth of a run, or an official NORM student")
     parser.add_argument("--out", type=Path, metavar="FILE", help="default: <CKPT>_exported.pth next to it")
     parser.add_argument("--model_s", metavar="NAME", help="for official files whose weights fit several models")
+    parser.add_argument(
+        "--ema", action="store_true", help="the moving average of the weights, of a run with --ema_decay"
+    )
     parser.add_argument("--ft", choices=("default", "plain"), default="default", help="transform of an official file")
     parser.add_argument("--dataset", help="test images to compare on; default: the run's data set")
     parser.add_argument("--data", metavar="PATH", help="where that data set is stored")
@@ -148,7 +154,7 @@ def main(argv=None) -> Path:
         help="pth, pt2 (torch.export), onnx; default: the suffix of --out, pth",
     )
     args = parser.parse_args(argv)
-    trained = read_trained(args.checkpoint, args.model_s, args.ft)
+    trained = read_trained(args.checkpoint, args.model_s, args.ft, args.ema)
     source = Path(args.checkpoint)
     out = args.out or source.with_name(f"{source.stem}_exported.pth")
     files = _files(out, args.format, source)

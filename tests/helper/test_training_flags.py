@@ -16,6 +16,7 @@ from helper import fast, optim
 from helper import run as run_module
 from helper.networks import read_network
 from models.cost import count_parameters
+from scripts import export_student
 from tests.conftest import keep_images, message_of
 from tests.run_folders import assert_same_end, load, metrics, same_state, state, weights
 
@@ -80,7 +81,7 @@ def cut(distil, monkeypatch, *flags: str) -> None:
         (*ADAMW, *MIXED),
         pytest.param(("--optimizer", "lamb", "--lr_decay", "one_cycle", *SMALL_RATE), marks=pytest.mark.slow),
         pytest.param(("--optimizer", "adan", "--lr_decay", "cos", *SMALL_RATE), marks=pytest.mark.slow),
-        ("--precision", "float16", "--ema_decay", "0.5"),
+        pytest.param(("--precision", "float16", "--ema_decay", "0.5"), marks=pytest.mark.slow),
     ],
     ids=lambda flags: flags[1],
 )
@@ -193,7 +194,11 @@ def test_the_moving_average_can_teach_and_start_a_student(train, capsys):
     assert "--ema takes the average" in " ".join(raw.notes) and not average.notes
     student = train("--max_steps", "1", "--init", path, "--ema", "--learning_rate", "0", "--trial", "2")
     assert torch.equal(weights(student)["student.conv1.weight"], saved["model_ema"]["conv1.weight"])
+    trained = export_student.read_trained(path, None, "default", ema=True)
+    assert same_state(dict(trained.method.student.state_dict()), saved["model_ema"])
     plain = train("--max_steps", "1", "--trial", "3")
+    message = message_of(export_student.main, [str(plain / "last.pth"), "--ema"])
+    assert "holds no moving average of weights for --ema; --ema_decay D trains one" in message
     same = read_network(str(plain / "last.pth"), None, "--path_t", "--model_t", ema=True)
     assert "one set of weights" in " ".join(same.notes)
 
