@@ -181,6 +181,7 @@ def test_the_moving_average_is_that_of_the_weights_after_every_step(train):
     (record,) = metrics(runs[2])
     assert {"test_accuracy", "test_accuracy_ema", "test_loss_ema"} <= record.keys()
     assert result(runs[2])["accuracy_last_ema"] == record["test_accuracy_ema"]
+    assert f"test of EMA {record['test_accuracy_ema']:.2f} %" in (runs[2] / "log.txt").read_text()
 
 
 def test_the_moving_average_can_teach_and_start_a_student(train, capsys):
