@@ -22,7 +22,7 @@ MOST_COMPILATIONS = 256
 
 
 class Float32Convolution(nn.Conv2d):
-    """A convolution that autocast leaves in float32."""
+    """A convolution that is computed in float32 whatever its input is; its output is as its input."""
 
     @classmethod
     def like(cls, layer: nn.Conv2d) -> "Float32Convolution":
@@ -35,7 +35,7 @@ class Float32Convolution(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):
-            return super().forward(x.to(self.weight.dtype))
+            return super().forward(x.to(self.weight.dtype)).to(x.dtype)
 
 
 class _Converted(torch.autograd.Function):
