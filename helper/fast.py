@@ -14,7 +14,7 @@ from models.backbone import Backbone, Output
 from models.folding import fold_batch_norms
 from models.fusing import fuse_activations
 
-PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 #: Modes of torch.compile; the last one replays CUDA graphs.
 COMPILE = ("off", "default", "reduce-overhead")
 #: Compilations of one function, at most: runs side by side share the functions of their networks and methods.
@@ -213,6 +213,14 @@ def _counting_once(method: nn.Module, respond: Callable) -> Callable:
 def _copy(output: Output) -> Output:
     maps, *others = output
     return Output([feature_map.clone() for feature_map in maps], *(other.clone() for other in others))
+
+
+def check_precision(precision: str, device: torch.device) -> None:
+    """Raise `UserError` where a device has no units for a precision."""
+    if precision == "float16" and device.type == "cpu":
+        raise UserError(
+            "--precision float16: a CPU emulates it, a hundred times slower; take float32 or bfloat16, or --device cuda"
+        )
 
 
 def computes_bfloat16(device: torch.device) -> bool:
