@@ -91,7 +91,8 @@ def test_the_teacher_is_folded_in_the_run_only(distil, monkeypatch):
     assert len(folded) == 1
 
 
-def test_depthwise_convolutions_stay_in_float32_on_a_cpu():
+def test_depthwise_convolutions_stay_in_float32_on_a_cpu(monkeypatch):
+    monkeypatch.setattr(fast, "has_matrix_units", lambda device: False)
     student, images = build_model("ShuffleV2", 10), torch.randn(2, 3, 32, 32)
     keys, plain = list(student.state_dict()), student.eval()(images)
     quick = fast.Fast(precision="bfloat16").prepare_student(copy.deepcopy(student), torch.device("cpu"))
@@ -104,6 +105,11 @@ def test_depthwise_convolutions_stay_in_float32_on_a_cpu():
     assert out.dtype == torch.bfloat16 and torch.equal(out, exact.bfloat16()) and exact.dtype == torch.float32
     assert torch.allclose(logits.float(), plain, atol=0.1 * plain.abs().max().item())
     assert list(quick.state_dict()) == keys
+    monkeypatch.setattr(fast, "has_matrix_units", lambda device: True)
+    same = fast.Fast(precision="bfloat16").prepare_student(copy.deepcopy(student), torch.device("cpu"))
+    layers = [layer for layer in same.modules() if isinstance(layer, torch.nn.Conv2d) and layer.groups > 1]
+    assert {layer.stride for layer in layers if isinstance(layer, fast.Float32Convolution)} == {(2, 2)}
+    assert {layer.stride for layer in layers if not isinstance(layer, fast.Float32Convolution)} == {(1, 1)}
 
 
 def gradients(method, respond, chosen):
