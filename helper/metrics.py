@@ -61,22 +61,13 @@ def judge(logits: Tensor, targets: Tensor) -> dict[str, Any]:
     of_images = {"accuracy": 100.0 * (true == found), "accuracy_top5": 100.0 * top5.numpy(), "loss": losses.numpy()}
     return {
         **{name: measure(logits, targets) for name, measure in METRICS.items()},
-        **_of_classes(true, found),
+        "balanced_accuracy": 100 * float(recall[images > 0].mean()),
+        "macro_f1": 100 * float(f1[images > 0].mean()),
         **calibration(logits, targets),
-        "intervals": mean_intervals(of_images) | _class_intervals(true, found),
+        "intervals": mean_intervals(of_images) | _class_intervals(true, found, len(labels)),
         "confusion": confusion_matrix(true, found, labels=labels).tolist(),
         "per_class": [dict(zip(names, values, strict=True)) for values in zip(*columns, strict=True)],
     }
-
-
-def _of_classes(true: numpy.ndarray, found: numpy.ndarray, weights: numpy.ndarray | None = None) -> dict[str, float]:
-    """Means over the classes (%), of classes (n,) that are true and found, each counted `weights` times."""
-    from sklearn.metrics import f1_score, recall_score
-
-    how: dict[str, Any] = {"labels": numpy.unique(true if weights is None else true[weights > 0]), "average": "macro"}
-    how |= {"sample_weight": weights, "zero_division": 0}
-    scores = {"balanced_accuracy": recall_score, "macro_f1": f1_score}
-    return {name: 100 * float(score(true, found, **how)) for name, score in scores.items()}
 
 
 def mean_intervals(of_images: Mapping[str, numpy.ndarray]) -> dict[str, list[float]]:
@@ -89,15 +80,18 @@ def mean_intervals(of_images: Mapping[str, numpy.ndarray]) -> dict[str, list[flo
     return found
 
 
-def _class_intervals(true: numpy.ndarray, found: numpy.ndarray) -> dict[str, list[float]]:
-    """The same of `_of_classes`. To resample images is to draw how often each (true, found) occurs."""
+def _class_intervals(true: numpy.ndarray, found: numpy.ndarray, classes: int) -> dict[str, list[float]]:
+    """The same of the means over classes. To resample images is to draw how often each (true, found) occurs."""
     pairs, counts = numpy.unique(numpy.stack([true, found]), axis=1, return_counts=True)
-    drawn = numpy.random.default_rng(0).multinomial(len(true), counts / len(true), RESAMPLES)
-    means = [_of_classes(*pairs, weights) for weights in drawn]
-    return {name: _interval([one[name] for one in means]) for name in means[0]}
+    drawn = numpy.random.default_rng(0).multinomial(len(true), counts / len(true), RESAMPLES).astype(float)
+    of_true, of_found = (drawn @ numpy.eye(classes)[side] for side in pairs)  # images (resamples, K)
+    right = (drawn * (pairs[0] == pairs[1])) @ numpy.eye(classes)[pairs[0]]
+    present = of_true > 0
+    scores = {"balanced_accuracy": right / of_true.clip(1), "macro_f1": 2 * right / (of_true + of_found).clip(1)}
+    return {name: _interval(100 * values.mean(1, where=present)) for name, values in scores.items()}
 
 
-def _interval(values: list[float]) -> list[float]:
+def _interval(values: list[float] | numpy.ndarray) -> list[float]:
     outside = 100 * (1 - COVERED) / 2
     return [float(end) for end in numpy.percentile(values, [outside, 100 - outside])]
 

@@ -95,7 +95,7 @@ def read_judged(source: str, model: str | None, device: torch.device) -> Judged:
         except UserError as error:
             notes.append(f"its maps before folding are unknown: {error}")
         folder = folder or (Path(path).parent if (Path(path).parent / RESULT).exists() else None)
-    record["digest"] = found.digest
+    record |= {"digest": found.digest, "num_classes": found.num_classes}
     return Judged(source, found.name, record, lambda images: network(images), network.outputs, trained, notes, folder)
 
 
