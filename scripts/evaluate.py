@@ -5,6 +5,8 @@ NETWORK is a run folder (its last.pth), a checkpoint, an exported .pth, .pt2 or 
 One class per image: data of several labels per image are not judged.
 """
 
+import base64
+import io
 import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -17,6 +19,7 @@ from errors import UserError, run_script, starting
 
 with starting():
     import torch
+    from PIL import Image
     from torch import Tensor
 
     from dataset import DATASETS, ImageData, Loader, StreamedImages, is_image_folder, load_data
@@ -25,10 +28,11 @@ with starting():
     from helper.distributed import find_device
     from helper.export import read_deployed
     from helper.log import progress_bar
-    from helper.metrics import MinibatchCKA, divergences, fidelity, judge
+    from helper.metrics import METRICS, RESAMPLES, MinibatchCKA, divergences, fidelity, judge
     from helper.networks import Network, as_it_was_trained, read_network
     from helper.run_folder import LAST, RESULT, replacing
     from helper.settings import count_cores
+    from helper.tables.pages import render
     from helper.tables.rows import FIDELITY
     from models.backbone import Output
     from models.checkpoints import read_checkpoint
@@ -40,6 +44,12 @@ with starting():
 NETWORK, PROGRAMS = "NETWORK", (".pt2", ".onnx")
 #: How many of the worst errors, and of the images on which two networks disagree most, are named and shown.
 SHOWN = 24
+#: Images on the page are at most this many pixels wide; up to `SMALL` they are stored without loss.
+THUMBNAIL, SMALL = 128, 64
+#: How many pairs of classes the page lists.
+CONFUSIONS = 12
+#: Up to this many classes the confusion matrix is shown.
+MATRIX_CLASSES = 40
 #: The metrics of a network: title, unit.
 TITLES = {
     "accuracy": ("accuracy", " %"),
@@ -120,18 +130,14 @@ class Wanted(NamedTuple):
 
     def load(self) -> ImageData:
         """The data set, test images streamed where they are files."""
-        rest = {"background": self.background, "split": self.split, "holdout": self.holdout}
-        workers = min(4, count_cores())
+        place = (self.dataset, self.folder, self.image_size, min(4, count_cores()), sys.maxsize, self.may_download)
         return load_data(
-            self.dataset,
-            self.folder,
-            self.image_size,
-            workers,
-            sys.maxsize,
-            self.may_download,
+            *place,
+            background=self.background,
             stream=True,
+            split=self.split,
+            holdout=self.holdout,
             normalisation=self.normalisation,
-            **rest,
         )
 
 
@@ -268,9 +274,7 @@ def measure(seen: Seen, tested: Tested, teacher: Teacher | None, data: ImageData
         compared = fidelity(logits, tested.teacher_logits, tested.targets)
         about["intervals"] |= compared.pop("intervals")
         about |= compared
-        about["teacher"] |= {
-            "accuracy": 100 * float((tested.teacher_logits.argmax(1) == tested.targets).double().mean())
-        }
+        about["teacher"]["accuracy"] = METRICS["accuracy"](tested.teacher_logits, tested.targets)
         apart = divergences(logits, tested.teacher_logits)
         others = tested.teacher_logits.argmax(1) != logits.argmax(1)
         about["disagreements"] = _shown(apart, others, logits, tested, data)
@@ -293,13 +297,22 @@ def _shown(values: Tensor, which: Tensor, logits: Tensor, tested: Tested, data: 
 # Text.
 
 
+def numbers(about: Mapping[str, Any], name: str) -> tuple[str, str]:
+    """A metric and its interval, empty where it has none."""
+    digits = 4 if name in ("loss", "kl", "cka", "cka_unfolded") else 2
+    interval = about["intervals"].get(name, ())
+    return f"{about[name]:.{digits}f}", " to ".join(f"{end:.{digits}f}" for end in interval)
+
+
 def _line(about: Mapping[str, Any], name: str, title: str, unit: str) -> str:
-    digits = 4 if name.startswith(("cka", "kl", "loss")) else 2
-    text = f"  {title:<19} {about[name]:.{digits}f}{unit}"
-    if name in about["intervals"]:
-        low, high = about["intervals"][name]
-        text += f" ({low:.{digits}f} to {high:.{digits}f})"
-    return text
+    value, interval = numbers(about, name)
+    return f"  {title:<19} {value}{unit}" + (f" ({interval})" if interval else "")
+
+
+def by_accuracy(about: Mapping[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    """The classes that have test images, each with its numbers, the least accurate first."""
+    classes = zip(about["classes"], about["per_class"], strict=True)
+    return sorted((one for one in classes if one[1]["images"]), key=lambda one: one[1]["accuracy"])
 
 
 def as_text(about: Mapping[str, Any]) -> str:
@@ -307,8 +320,7 @@ def as_text(about: Mapping[str, Any]) -> str:
     lost = f"; {about['test_unreadable']} unreadable, left out" if about["test_unreadable"] else ""
     lines = [f"{about['network']}: {about['model']} on {about['test_images']} test images of {about['dataset']}{lost}"]
     lines += [_line(about, name, *title) for name, title in TITLES.items()]
-    classes = sorted(zip(about["classes"], about["per_class"], strict=True), key=lambda one: one[1]["accuracy"])
-    lowest = [f"{name} {one['accuracy']:.1f} %" for name, one in classes if one["images"]]
+    lowest = [f"{name} {one['accuracy']:.1f} %" for name, one in by_accuracy(about)]
     lines.append(f"  per class           {', '.join(lowest[:10])}{', ... (lowest 10)' if len(lowest) > 10 else ''}")
     confused = confusions(about)[:5]
     lines.append(
@@ -336,6 +348,65 @@ def confusions(about: Mapping[str, Any]) -> list[tuple[int, str, str]]:
     )
 
 
+# HTML.
+
+
+class Judgement(NamedTuple):
+    """A network that was judged: its numbers, and the images that they name."""
+
+    about: dict[str, Any]
+    judged: Judged
+    pictures: dict[int, str]  # sample index -> data URI
+
+
+def pictures_of(about: Mapping[str, Any], data: ImageData) -> dict[int, str]:
+    """The images that a network's numbers name, as they were shown to it."""
+    samples = sorted({one["sample"] for name in ("worst_errors", "disagreements") for one in about.get(name, ())})
+    if not samples:
+        return {}
+    loader = Loader(data.test, data, len(samples), torch.device("cpu"), subset=torch.tensor(samples))
+    (batch,) = loader.batches()
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (data.mean, data.std))
+    pixels = ((batch.images * std + mean) * 255).round().clamp(0, 255).byte().permute(0, 2, 3, 1).numpy()
+    return {sample: _data_uri(image) for sample, image in zip(batch.index.tolist(), pixels, strict=True)}
+
+
+def _data_uri(pixels) -> str:
+    image, content = Image.fromarray(pixels), io.BytesIO()
+    image.thumbnail((THUMBNAIL, THUMBNAIL))
+    image.save(content, "PNG" if image.width <= SMALL else "JPEG")
+    kind = "png" if image.width <= SMALL else "jpeg"
+    return f"data:image/{kind};base64,{base64.b64encode(content.getvalue()).decode()}"
+
+
+def _cells(about: Mapping[str, Any], name: str, title: str, unit: str) -> dict[str, Any]:
+    """A line of the page's table of numbers."""
+    value, interval = numbers(about, name)
+    ends = about["intervals"].get(name) if unit == " %" else None
+    return {"title": title, "value": value + unit, "interval": interval, "ends": ends}
+
+
+def as_html(found: Sequence[Judgement]) -> str:
+    """One self-contained page: numbers, reliability, confusions, the worst errors as pictures."""
+    titles = TITLES | TEACHER_TITLES
+    networks = [
+        {
+            "about": about,
+            "notes": one.judged.notes,
+            "pictures": one.pictures,
+            "lines": [_cells(about, name, *title) for name, title in titles.items() if name in about],
+            "fullest": max(bin["images"] for bin in about["reliability"]),
+            "confusions": confusions(about)[:CONFUSIONS],
+            "classes": by_accuracy(about)[:MATRIX_CLASSES],
+            "has_matrix": len(about["classes"]) <= MATRIX_CLASSES,
+            "is_large": about["image_size"] > SMALL,
+        }
+        for one in found
+        for about in [one.about]
+    ]
+    return render("evaluation.html.j2", networks=networks, resamples=RESAMPLES)
+
+
 def write(path: Path, content: str) -> None:
     """Write a text file; raises `UserError` where that is impossible."""
     with replacing(path) as temporary:
@@ -357,11 +428,12 @@ def make_parser() -> Parser:
     add("--batch_size", type=count, default=128, metavar="B")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     add("--json", type=Path, metavar="FILE", help="all numbers; of several networks a list")
+    add("--html", type=Path, metavar="FILE", help="one page: numbers, reliability, confusions, worst errors as images")
     add("--fidelity", action="store_true", help=f"with --teacher: write {FIDELITY} into each run folder, for report.py")
     return parser
 
 
-def judge_all(args) -> list[tuple[dict[str, Any], Judged]]:
+def judge_all(args) -> list[Judgement]:
     """Judge every network, those that want the same data together; prints each one's numbers."""
     device = find_device(args.device)
     judged = [read_judged(source, args.model, device) for source in args.networks]
@@ -380,7 +452,7 @@ def judge_all(args) -> list[tuple[dict[str, Any], Judged]]:
         for one in seen:
             about = measure(one, tested, teacher, data)
             print(as_text(about), *(f"  note: {note}" for note in one.judged.notes), sep="\n")
-            found.append((about, one.judged))
+            found.append(Judgement(about, one.judged, pictures_of(about, data) if args.html else {}))
     return found
 
 
@@ -388,15 +460,17 @@ def main(argv=None) -> list[dict[str, Any]]:
     args = make_parser().parse_args(argv)
     if args.fidelity and not args.teacher:
         raise UserError("--fidelity: name the teacher with --teacher")
-    judged = judge_all(args)
-    found = [about for about, _ in judged]
+    found = judge_all(args)
+    numbers_of_all = [one.about for one in found]
     if args.json:
-        write(args.json, json.dumps(found[0] if len(args.networks) == 1 else found, indent=1) + "\n")
-    for about, one in judged if args.fidelity else ():
+        write(args.json, json.dumps(numbers_of_all[0] if len(found) == 1 else numbers_of_all, indent=1) + "\n")
+    if args.html:
+        write(args.html, as_html(found))
+    for about, one, _ in found if args.fidelity else ():
         if one.folder is None:
             raise UserError(f"--fidelity: {one.source} is in no run folder")
         write(one.folder / FIDELITY, json.dumps(about, indent=1) + "\n")
-    return found
+    return numbers_of_all
 
 
 if __name__ == "__main__":

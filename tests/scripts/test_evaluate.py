@@ -1,6 +1,7 @@
 """scripts/evaluate.py: its numbers against plain torch and scikit-learn, and where it gets its data from."""
 
 import json
+import re
 import shutil
 
 import numpy
@@ -75,6 +76,21 @@ def test_fidelity_is_recorded_where_reports_look_for_it(distil, teacher_run, tmp
     shutil.rmtree(folded)
     (itself,) = evaluate.main([teacher, "--teacher", teacher])
     assert (itself["agreement"], itself["kl"]) == (100, pytest.approx(0)) and itself["cka"] == pytest.approx(1)
+
+
+def test_the_page_holds_everything_it_shows(distil, teacher_run, tmp_path):
+    page = tmp_path / "page.html"
+    run = distil(*SHORT, distill="kd")
+    (about,) = evaluate.main([str(run), "--teacher", str(teacher_run / "last.pth"), "--html", str(page)])
+    text = page.read_text()
+    assert (
+        text.startswith("<!doctype html>") and "<script" not in text and not re.search(r'(src|href)="(?!data:)', text)
+    )
+    named = {one["sample"] for name in ("worst_errors", "disagreements") for one in about[name]}
+    assert len(set(re.findall(r'src="(data:image/png;base64,[^"]+)"', text))) == len(named)
+    assert f"{about['accuracy']:.2f} %" in text and f"{about['kl']:.4f} nats" in text
+    shown = [int(n) for n in re.findall(r'title="\d as \d: (\d+)"', text)]
+    assert shown == [n for row in about["confusion"] for n in row]
 
 
 def test_faults_are_named(distil, tmp_path):
