@@ -17,9 +17,9 @@ with starting():
     from helper.tables.pages import show_table
 
 
-def main(argv=None):
+def main(argv=None, parser=student_parser):
     with joined():
-        given = parse(student_parser(), argv)
+        given = parse(parser(), argv)
         opened = open_runs(given)  # teacher, initial weights, runs to resume: each file once
         inputs = load_inputs(opened.configs[0])
         teacher = prepare_teacher(opened.teacher, inputs, opened.configs[0])

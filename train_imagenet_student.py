@@ -11,23 +11,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))  # also where Python is
 from errors import run_script, starting
 
 with starting():
-    from helper.command_line import imagenet_parser, parse
-    from helper.distributed import joined
-    from helper.run import load_inputs, open_runs, prepare_teacher, prepared, train
-    from helper.tables.pages import show_table
+    import train_cifar_student
+    from helper.command_line import imagenet_parser
 
 
 def main(argv=None):
-    with joined():
-        given = parse(imagenet_parser(), argv)
-        opened = open_runs(given)  # teacher, initial weights, runs to resume: each file once
-        inputs = load_inputs(opened.configs[0])
-        teacher = prepare_teacher(opened.teacher, inputs, opened.configs[0])
-        with prepared(opened, inputs, teacher) as runs:  # students and methods, in their run folders
-            results = train(runs, teacher)
-    if len(runs) > 1:
-        show_table(run.folder.path for run in runs)
-    return results
+    # The same steps: data, teacher, students in their run folders, training. Only the data set's default is another.
+    return train_cifar_student.main(argv, imagenet_parser)
 
 
 if __name__ == "__main__":

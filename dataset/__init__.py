@@ -1,5 +1,7 @@
 """The data sets by name, in memory or read from a disk; a batch is always (images, targets, index)."""
 
+from dataset.balance import BALANCED, class_weights
+from dataset.changes import POLICIES
 from dataset.folders import is_image_folder
 from dataset.identity import data_changes, data_digest, data_identity
 from dataset.images import Augmentation, ImageData, Images, hold_out
@@ -11,7 +13,9 @@ from dataset.streaming import StreamedImages
 from dataset.views import VIEWS
 
 __all__ = [
+    "BALANCED",
     "DATASETS",
+    "POLICIES",
     "VIEWS",
     "Augmentation",
     "Batch",
@@ -19,6 +23,7 @@ __all__ = [
     "Images",
     "Loader",
     "StreamedImages",
+    "class_weights",
     "data_changes",
     "data_digest",
     "data_identity",

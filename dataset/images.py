@@ -8,8 +8,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from dataset.changes import Changes
 from dataset.decoding import WHITE
 from dataset.streaming import StreamedImages
+
+#: So many images are moved at once where some of a split are kept.
+AT_ONCE = 64
 
 
 class Images(NamedTuple):
@@ -29,23 +33,66 @@ class Images(NamedTuple):
         """Those images for which `chosen` (n,) is true, as a split of their own."""
         return Images(self.pixels[chosen], self.targets[chosen])
 
+    def keep(self, chosen: Tensor) -> "Images":
+        """The same in the memory of this split, which is overwritten: a second copy may not fit."""
+        kept = chosen.nonzero().flatten()
+        for first in range(0, len(kept), AT_ONCE):
+            rows = kept[first : first + AT_ONCE]  # none comes before where it goes
+            self.pixels[first : first + len(rows)] = self.pixels[rows]
+        return Images(self.pixels[: len(kept)], self.targets[chosen])
+
     def read(
-        self, parts: Sequence[Tensor], crops: None = None, fill: bool = False
+        self,
+        parts: Sequence[Tensor],
+        crops: None = None,
+        fill: bool = False,
+        changes: Changes | None = None,
+        keys: Sequence[Tensor] | None = None,
     ) -> Iterator[tuple[Tensor, list[Tensor]]]:
         """Sample indices of the batches -> (indices (B,), [pixels (B, 3, H, W)]); as `StreamedImages.read`."""
-        for index in parts:
-            yield index, [self.pixels[index]]
+        for index, key in zip(parts, keys or parts, strict=True):
+            pixels = self.pixels[index]
+            yield index, [pixels if changes is None else changes.of_batch(pixels, key.tolist())]
 
 
 class Augmentation(NamedTuple):
     """Random crop after zero padding by `pad` pixels, horizontal flip of every second image where `flip`.
 
     Images on a disk may be cropped when they are read instead: a random share of their area within `scale`, resized.
+    The rest is off by default; `changes` says what the fields up to `random_erasing` do.
     """
 
     pad: int = 4
     flip: bool = True
     scale: tuple[float, float] | None = None
+    own_policy: str = "imagenet"  # AutoAugment's that was found on data like these
+    policy: str = "standard"  # a key of `dataset.changes.POLICIES`
+    colour_jitter: float = 0.0
+    random_erasing: float = 0.0
+    mixup: float = 0.0  # of the Beta distribution of the images' shares; 0: off
+    cutmix: float = 0.0
+    balanced: bool = False  # whether every class is shown equally often, instead of every image once
+
+    @property
+    def mixes(self) -> bool:
+        """Whether images of a batch are mixed, so that their targets are shares of classes."""
+        return bool(self.mixup or self.cutmix)
+
+    def describe(self) -> str:
+        """One line on what is done besides the data set's own crops and flips; empty where that is nothing."""
+        plain = Augmentation(self.pad, self.flip, self.scale, self.own_policy)
+        added = [(name, value) for name, value, off in zip(self._fields, self, plain, strict=True) if value != off]
+        parts = [name if value is True else f"{name} {value}" for name, value in added]
+        said = "; the training accuracy counts the class with the larger share" if self.mixes else ""
+        return f"besides crops and flips: {', '.join(parts).replace('_', ' ')}{said}" if parts else ""
+
+    def changes(self, mean: Sequence[float], seed: int, epoch: int) -> Changes | None:
+        """What is done to the images of an epoch besides crops and flips; erased parts take the colour `mean`."""
+        changed = (self.colour_jitter, self.random_erasing)
+        if self.policy == "standard" and not any(changed):
+            return None
+        colour = tuple(round(255 * value) for value in mean)
+        return Changes(self.policy, self.own_policy, *changed, colour, seed, epoch)
 
 
 class ImageData(NamedTuple):
@@ -62,6 +109,7 @@ class ImageData(NamedTuple):
     background: tuple[int, int, int] = WHITE  # what transparency is laid on
     split: int = 0  # so many training images have become the test split, where the folder had none
     unreadable: Mapping[str, str] = MappingProxyType({})  # why, by name, of test images that were left out of memory
+    resized: int | None = None  # pixels on a side that batches are resized to; None: as they are held
 
     @property
     def num_classes(self) -> int:
@@ -69,7 +117,8 @@ class ImageData(NamedTuple):
 
     @property
     def image_size(self) -> int:
-        return self.train.image_size
+        """Pixels on a side of the images of a batch."""
+        return self.resized or self.train.image_size
 
     def unreadable_test_images(self) -> dict[str, str]:
         """Why, by name, for each test image that could not be read so far; it is missing in every accuracy."""
@@ -80,7 +129,8 @@ def hold_out(images: Images | StreamedImages, k: int) -> tuple[Images | Streamed
     """Images -> (those that are left, `k` of them that are kept apart), each class in proportion.
 
     Which ones depends on the data set and k alone, not on a run's seed, so that all seeds and methods are trained and
-    chosen on the same images. Raises `ValueError` unless every class has an image on both sides.
+    chosen on the same images. Those that are left take the memory of `images`, which must not be used any more. Raises
+    `ValueError` unless every class has an image on both sides.
     """
     n = len(images.targets)
     generator = torch.Generator().manual_seed(0)
@@ -97,7 +147,8 @@ def hold_out(images: Images | StreamedImages, k: int) -> tuple[Images | Streamed
     if any(len(targets[side].unique()) < classes for side in (kept_apart, ~kept_apart)):
         raise ValueError(f"{k} of {n} images leave a class of {classes} without images on one side")
     kept_apart = kept_apart.to(images.targets.device)
-    return images.select(~kept_apart), images.select(kept_apart)
+    held_out = images.select(kept_apart)
+    return images.keep(~kept_apart), held_out
 
 
 class Draws(NamedTuple):
@@ -130,6 +181,14 @@ def augment(pixels: Tensor, draws: Draws, pad: int) -> Tensor:
         windows = F.pad(pixels, [pad] * 4).unfold(2, height, 1).unfold(3, width, 1)  # (B, 3, 2p+1, 2p+1, H, W), a view
         crops = windows[torch.arange(len(pixels), device=pixels.device), :, draws.top, draws.left]
     return torch.where(draws.flip[:, None, None, None], crops.flip(3), crops)
+
+
+def resize(images: Tensor, size: int) -> Tensor:
+    """Images (B, 3, H, W) -> (B, 3, size, size), bilinear; with antialiasing where they become smaller."""
+    if images.shape[2:] == (size, size):
+        return images
+    smaller = size < images.shape[2]
+    return F.interpolate(images, (size, size), mode="bilinear", align_corners=False, antialias=smaller)
 
 
 def channel_statistics(pixels: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:

@@ -1,20 +1,26 @@
-"""Batches of images in memory or on a disk: gathered, cropped, flipped and normalised on the device of the run."""
+"""Batches of images in memory or on a disk: gathered, cropped, flipped and normalised on the device of the run, and
+mixed and resized there where that is asked for."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torchvision.transforms import v2
 
+from dataset.balance import draw_balanced
 from dataset.decoding import RandomCrops
-from dataset.images import Augmentation, ImageData, Images, draw_augmentation
+from dataset.images import Augmentation, ImageData, Images, draw_augmentation, resize
 from dataset.seeds import epoch_seed
 from dataset.streaming import StreamedImages
 from dataset.views import VIEWS
 
 
 class Batch(NamedTuple):
-    """Normalised images (B, 3, H, W) float32, classes (B,), sample index in the data set (B,).
+    """Normalised images (B, 3, H, W) float32, targets, sample index in the data set (B,).
+
+    Targets are classes (B,), int64, or of mixed images every class's share (B, K), float32, at most two of them above
+    0. `source` are the images in the size in which they are held, None where `images` are not resized.
 
     Of images with V views there are V * B rows: the first view of every image, then the second, and so on. Several
     processes hold a part each of a batch of `whole` images (None: this is all of it, or its parts are equal).
@@ -24,23 +30,35 @@ class Batch(NamedTuple):
     targets: Tensor
     index: Tensor
     whole: int | None = None
+    source: Tensor | None = None
+
+    @property
+    def classes(self) -> Tensor:
+        """The class (B,) of each image; of a mixed one that with the largest share."""
+        return self.targets if self.targets.ndim == 1 else self.targets.argmax(1)
 
     def parts(self, number: int) -> list["Batch"]:
         """The batch in that many parts of nearly one size, with all views of their images."""
         if number == 1:
             return [self]
-        views = self.images.unflatten(0, (-1, len(self.targets))).tensor_split(number, 1)
-        split = (views, self.targets.tensor_split(number), self.index.tensor_split(number))
-        return [Batch(images.flatten(0, 1), *rest, self.whole) for images, *rest in zip(*split, strict=True)]
+        targets, index = self.targets.tensor_split(number), self.index.tensor_split(number)
+        sources = self._split(self.source, number) if self.source is not None else [None] * number
+        split = zip(self._split(self.images, number), targets, index, sources, strict=True)
+        return [Batch(images, *rest, self.whole, source) for images, *rest, source in split]
+
+    def _split(self, images: Tensor, number: int) -> list[Tensor]:
+        views = images.unflatten(0, (-1, len(self.targets))).tensor_split(number, 1)
+        return [part.flatten(0, 1) for part in views]
 
 
 class Loader:
     """Batches of one split; shuffled and augmented where `augmentation` is given, in order otherwise.
 
-    What an epoch shows depends on (seed, epoch) alone. The last batch may be short; it is left out where it has fewer
-    than `min_batch` images. `subset` holds the sample indices to go through, all by default. Of `world_size` processes
-    that with number `rank` gets its part of every batch, augmented as if there were one process; a last batch that has
-    not `min_batch` images for each of them is left out.
+    What an epoch shows depends on (seed, epoch) alone, and how images are mixed on the number of the batch too. The
+    last batch may be short; it is left out where it has fewer than `min_batch` images. `subset` holds the sample
+    indices to go through, all by default. Of `world_size` processes that with number `rank` gets its part of every
+    batch, augmented as if there were one process, except that streamed images are mixed within each part; a last batch
+    that has not `min_batch` images for each of them is left out.
     """
 
     def __init__(
@@ -62,6 +80,8 @@ class Loader:
         self.min_batch = max(min_batch, 1) * world_size
         self.rank, self.world_size = rank, world_size
         self.subset = torch.arange(len(images.targets)) if subset is None else subset
+        self._mean, self._resized = data.mean, data.resized
+        self._mix = None if augmentation is None else _mixing(augmentation, data.num_classes)
         mean, std = (torch.tensor(values, device=device).view(1, -1, 1, 1) for values in (data.mean, data.std))
         self._scale, self._shift = 1 / (255 * std), -mean / std
 
@@ -72,36 +92,68 @@ class Loader:
     def batches(self, epoch: int = 0, first: int = 0) -> Iterator[Batch]:
         """The batches of an epoch, from the one with number `first` on."""
         n, device = len(self.images.targets), self.images.targets.device
-        order, draws = self.subset, None
+        order, draws, keys, changes, crops = self.subset, None, None, None, None
         if self.augmentation is not None:
             generator = torch.Generator().manual_seed(epoch_seed(self.seed, epoch))
-            order = self.subset[torch.randperm(len(self.subset), generator=generator)]
+            order, keys = self._order(generator)
+            changes = self.augmentation.changes(self._mean, self.seed, epoch)
             if self.augmentation.scale is not None:  # nothing of an image depends on which others are shown
                 generator.manual_seed(epoch_seed(self.seed, epoch, stream="flips"))
             draws = [draw_augmentation(self.augmentation, n, generator).to(device) for _ in range(self.num_views)]
-        wholes = order.to(device).split(self.batch_size)[first : len(self)]
-        parts = wholes if self._draws_for_whole_batches() else [self._part(whole) for whole in wholes]
-        crops = None
+        wholes, parts = self._parts(order.to(device), first)
+        key_parts = parts if keys is None else self._parts(keys, first)[1]
         if draws is not None and self.augmentation.scale is not None:
             crops = RandomCrops(self.images.image_size, self.seed, epoch, self.num_views, self.augmentation.scale)
-        read = self.images.read(parts, crops, fill=draws is not None)
-        for number, (whole, (index, views)) in enumerate(zip(wholes, read, strict=True), first):
+        read = self.images.read(parts, crops, fill=draws is not None, changes=changes, keys=key_parts)
+        shown = zip(wholes, key_parts, read, strict=True)
+        for number, (whole, key, (index, views)) in enumerate(shown, first):
             if draws is None:
                 (pixels,) = views
             else:
-                shown = self._augmented(views, [draw.of(index) for draw in draws], epoch, number)
-                pixels = torch.cat(shown) if len(shown) > 1 else shown[0]
+                drawn = index if keys is None else key.to(device)
+                made = self._augmented(views, [draw.of(drawn) for draw in draws], epoch, number)
+                pixels = torch.cat(made) if len(made) > 1 else made[0]
             images = pixels.float().mul_(self._scale).add_(self._shift)
-            batch = Batch(images, self.images.targets[index], index, len(whole))
+            batch = self._finished(Batch(images, self.images.targets[index], index, len(whole)), epoch, number)
             yield batch.parts(self.world_size)[self.rank] if self._draws_for_whole_batches() else batch
 
-    def _part(self, whole: Tensor) -> Tensor:
-        return whole.tensor_split(self.world_size)[self.rank]
+    def _order(self, generator: torch.Generator) -> tuple[Tensor, Tensor | None]:
+        """The sample indices of an epoch, and what decides the rest that is random of each image; None: its index.
+
+        An image that is shown several times is cropped and changed by where it is in the epoch.
+        """
+        if not self.augmentation.balanced:
+            return self.subset[torch.randperm(len(self.subset), generator=generator)], None
+        targets = self.images.targets.cpu()[self.subset]
+        return self.subset[draw_balanced(targets, generator)], torch.arange(len(self.subset))
+
+    def _parts(self, order: Tensor, first: int) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+        """The batches of an epoch, and what this process reads of each."""
+        wholes = order.split(self.batch_size)[first : len(self)]
+        if self._draws_for_whole_batches():
+            return wholes, wholes
+        return wholes, [whole.tensor_split(self.world_size)[self.rank] for whole in wholes]
+
+    def _finished(self, batch: Batch, epoch: int, number: int) -> Batch:
+        """The batch with that number, mixed and resized where that is asked for."""
+        if self._mix is not None:
+            seed = epoch_seed(self.seed, epoch, number, stream="mixing")
+            views = []
+            for view in batch.images.split(len(batch.targets)):  # all views of an image have the same shares
+                with torch.random.fork_rng(devices=[]):  # torchvision's transforms draw from the global generator
+                    torch.default_generator.manual_seed(seed)
+                    view, targets = self._mix(view, batch.targets)
+                views.append(view)
+            batch = batch._replace(images=torch.cat(views) if len(views) > 1 else views[0], targets=targets)
+        if self._resized is None:
+            return batch
+        return batch._replace(images=resize(batch.images, self._resized), source=batch.images)
 
     def _draws_for_whole_batches(self) -> bool:
         """Whether something may be random in this process's part of a batch that is drawn for the whole batch."""
         in_memory = isinstance(self.images, Images)  # to decode what other processes show would be too dear
-        return self.world_size > 1 and self.num_views > 1 and self.augmentation is not None and in_memory
+        draws = self.augmentation is not None and (self.num_views > 1 or self._mix is not None)
+        return self.world_size > 1 and draws and in_memory
 
     def _augmented(self, views: list[Tensor], draws: list, epoch: int, number: int) -> list[Tensor]:
         """The batch with that number in every view; of one crop for all views, or one for each."""
@@ -113,3 +165,11 @@ class Loader:
         if len(views) == 1:
             return make(*views)
         return [make(pixels)[view] for view, pixels in enumerate(views)]
+
+
+def _mixing(augmentation: Augmentation, num_classes: int) -> nn.Module | None:
+    """torchvision's mixup (Zhang et al., ICLR 2018) or CutMix (Yun et al., ICCV 2019) of a batch, each image with the
+    one before it; one of the two for each batch where both are on. None where neither is."""
+    parts = ((v2.MixUp, augmentation.mixup), (v2.CutMix, augmentation.cutmix))
+    mixing = [make(alpha=float(alpha), num_classes=num_classes) for make, alpha in parts if alpha]
+    return v2.RandomChoice(mixing) if len(mixing) > 1 else (mixing or [None])[0]

@@ -19,7 +19,7 @@ from multiprocessing.connection import Connection, wait
 import numpy
 
 from dataset.decoding import Crop, Place
-from dataset.worker import shape_of
+from dataset.worker import Change, shape_of
 from errors import UserError
 
 #: How a worker begins: `dataset` without its `__init__`, which would load torch. Ctrl-C and a cluster's SIGTERM reach
@@ -66,7 +66,7 @@ class Pool:
         self._free: list[tuple[int, int]] = []  # (offset, size) of memory that no batch uses
         self._descriptor, self._mapped = None, None
 
-    def submit(self, places: Sequence[Place], samples: Sequence[int], crop: Crop) -> Job:
+    def submit(self, places: Sequence[Place], keys: Sequence[int], crop: Crop, changes: Change | None = None) -> Job:
         """Have a batch read, a part by each worker; raises `UserError` where no worker can be started."""
         if not self._connections:
             self._start()
@@ -78,8 +78,8 @@ class Pool:
         workers = itertools.islice(itertools.cycle(self._connections), job.number % self.number, None)
         for connection, (first, end) in zip(workers, itertools.pairwise(bounds), strict=False):
             if first < end:
-                part = (job.number, job.offset, len(places), first, places[first:end], samples[first:end], crop)
-                self._send(connection, part)
+                part = (places[first:end], keys[first:end], crop, changes)
+                self._send(connection, (job.number, job.offset, len(places), first, *part))
                 job.parts_left += 1
         return job
 

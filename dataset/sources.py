@@ -53,7 +53,7 @@ def _download(dataset_class, folder: str | None, may_download: bool, **options):
 def _cifar(dataset_class, name: str, mean: tuple[float, ...], std: tuple[float, ...], *place) -> ImageData:
     train, test = (_download(dataset_class, *place, train=is_train) for is_train in (True, False))
     splits = (_images(split.data, split.targets) for split in (train, test))
-    return ImageData(name, *splits, train.classes, mean, std, Augmentation())
+    return ImageData(name, *splits, train.classes, mean, std, Augmentation(own_policy="cifar10"))
 
 
 def cifar100(folder: str | None, image_size: int, reading: Reading) -> ImageData:
@@ -106,7 +106,8 @@ def digits(folder: str | None, image_size: int, reading: Reading) -> ImageData:
     train, test = Images(large[~is_test], targets[~is_test]), Images(large[is_test], targets[is_test])
     classes = [str(digit) for digit in range(10)]
     # A mirrored digit is another sign, so there is no flip.
-    return ImageData("digits", train, test, classes, *channel_statistics(train.pixels), Augmentation(pad=4, flip=False))
+    augmentation = Augmentation(pad=4, flip=False, own_policy="svhn")
+    return ImageData("digits", train, test, classes, *channel_statistics(train.pixels), augmentation)
 
 
 def image_folder(folder: str | None, image_size: int, reading: Reading) -> ImageData:
@@ -225,7 +226,7 @@ def _in_memory(images: StreamedImages, classes: list[str]) -> tuple[Images, dict
             raise UserError(
                 f"--data: {name} cannot be read ({reason}), nor any other image of class {classes[target]} in its split"
             )
-    return Images(pixels, images.targets).select(whole), broken
+    return Images(pixels, images.targets).keep(whole), broken
 
 
 DATASETS = {
@@ -255,7 +256,8 @@ def load_data(
 ) -> ImageData:
     """A data set by name, from `folder`; raises `UserError`.
 
-    Only folders of images read `image_size`, `num_workers`, `max_broken` (different unreadable images of a split that
+    Images of data sets with a size of their own are resized to `image_size` when a batch is made. Only folders of
+    images read `num_workers`, `max_broken` (different unreadable images of a split that
     are left out), `background` (RGB in 0..255, under transparency) and `stream` (True: from the disk, False: into
     memory, None: what fits into half of the free memory and of `device_memory`, in bytes, is held there). The share
     `split` of the training images, or `holdout` of them, becomes the test split of a folder that has none.
@@ -268,6 +270,8 @@ def load_data(
     pool = Pool(num_workers) if num_workers else None
     options = (pool, background, stream, split, holdout, normalisation, device_memory)
     data = DATASETS[name](folder, image_size, Reading(num_workers, max_broken, may_download, *options))
+    if image_size != data.image_size:
+        data = data._replace(resized=image_size)
     if normalisation is not None:
         data = data._replace(mean=tuple(normalisation[0]), std=tuple(normalisation[1]))
     return data

@@ -14,8 +14,8 @@ from tqdm import tqdm
 from dataset.decoding import WHITE, Centre, Crop, Place, RandomCrops
 from dataset.folders import printable
 from dataset.pool import Pool
+from dataset.worker import Change, shape_of
 from dataset.worker import fill as fill_rows
-from dataset.worker import shape_of
 from errors import UserError
 
 #: How many batches are read ahead of the one that is used.
@@ -97,6 +97,8 @@ class StreamedImages:
         part.targets, part._numbers = self.targets[chosen], self._numbers[chosen.cpu()]
         return part
 
+    keep = select
+
     def name_of(self, sample: int) -> str:
         """What messages call the image."""
         return self.source.name_of(int(self._numbers[sample]))
@@ -112,15 +114,21 @@ class StreamedImages:
         return dict(self._broken)
 
     def read(
-        self, parts: Sequence[Tensor], crops: RandomCrops | None = None, fill: bool = False
+        self,
+        parts: Sequence[Tensor],
+        crops: RandomCrops | None = None,
+        fill: bool = False,
+        changes: Change | None = None,
+        keys: Sequence[Tensor] | None = None,
     ) -> Iterator[tuple[Tensor, list[Tensor]]]:
         """Sample indices of the batches -> (indices (B,), pixels (B, 3, H, W) of each view, or one for all).
 
-        An image that cannot be read is named and left out; with `fill` the next one of the batch takes its place.
-        Raises `UserError` where there are more of them than allowed.
+        Crops and changes of an image depend on its key, by default its sample index. An image that cannot be read is
+        named and left out; with `fill` the next one of the batch takes its place. Raises `UserError` where there are
+        more of them than allowed.
         """
         device = self.targets.device
-        for index, rows, broken in self._batches([part.cpu() for part in parts], crops):
+        for index, rows, broken in self._batches(*_on_cpu(parts, keys), crops, changes):
             self._count({self.name_of(int(index[row])): reason for row, reason in broken.items()})
             if broken:
                 left = [row for row in range(len(index)) if row not in broken]
@@ -139,35 +147,40 @@ class StreamedImages:
         """All images in memory, (n, 3, H, W) bytes, and why, by sample, for each that cannot be read (it is black)."""
         n = len(self.targets)
         pixels, unreadable = torch.zeros(n, 3, self.image_size, self.image_size, dtype=torch.uint8), {}
-        for index, rows, broken in self._batches(torch.arange(n).split(AT_ONCE), None):
+        for index, rows, broken in self._batches(*_on_cpu(torch.arange(n).split(AT_ONCE))):
             whole = [row for row in range(len(index)) if row not in broken]
             pixels[index[whole]] = rows[0, whole].permute(0, 3, 1, 2)
             unreadable |= {int(index[row]): reason for row, reason in broken.items()}
         return pixels, unreadable
 
     def _batches(
-        self, parts: Sequence[Tensor], crops: RandomCrops | None
+        self,
+        parts: Sequence[Tensor],
+        keys: Sequence[Tensor],
+        crops: RandomCrops | None = None,
+        changes: Change | None = None,
     ) -> Iterator[tuple[Tensor, Tensor, dict[int, str]]]:
         """(indices (B,), bytes (views, B, H, W, 3), why each broken row could not be read) of every batch."""
         crop = crops or Centre(self.image_size, self.cut, self.reading.background)
-        requests = ((part, [self._place(sample) for sample in part.tolist()]) for part in parts)
+        pairs = zip(parts, keys, strict=True)
+        requests = ((part, [self._place(sample) for sample in part.tolist()], key.tolist()) for part, key in pairs)
         if self.reading.pool is None or not self.reading.num_workers:
-            for part, places in requests:
+            for part, places, key in requests:
                 rows = numpy.empty(shape_of(len(part), crop), numpy.uint8)
-                broken = fill_rows(rows, places, part.tolist(), crop)
+                broken = fill_rows(rows, places, key, crop, changes)
                 yield part, torch.from_numpy(rows), broken
             return
-        yield from self._by_workers(self.reading.pool, requests, crop)
+        yield from self._by_workers(self.reading.pool, requests, crop, changes)
 
     def _by_workers(
-        self, pool: Pool, requests: Iterator[tuple[Tensor, list[Place]]], crop: Crop
+        self, pool: Pool, requests: Iterator[tuple[Tensor, list[Place], list[int]]], crop: Crop, changes: Change | None
     ) -> Iterator[tuple[Tensor, Tensor, dict[int, str]]]:
         waiting: deque = deque()
         try:
             while True:
                 while len(waiting) < AHEAD and (request := next(requests, None)) is not None:
-                    part, places = request
-                    waiting.append((part, pool.submit(places, part.tolist(), crop)))
+                    part, places, key = request
+                    waiting.append((part, pool.submit(places, key, crop, changes)))
                 if not waiting:
                     return
                 part, job = waiting[0]
@@ -189,6 +202,12 @@ class StreamedImages:
         self._broken |= broken
         if len(self._broken) > self.reading.max_broken:
             raise UserError(too_many_unreadable(self._broken, self.reading.max_broken))
+
+
+def _on_cpu(parts: Sequence[Tensor], keys: Sequence[Tensor] | None = None) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+    """Sample indices of the batches and their keys, the same where there are none."""
+    parts = [part.cpu() for part in parts]
+    return parts, parts if keys is None else keys
 
 
 def too_many_unreadable(broken: dict[str, str], allowed: int) -> str:

@@ -7,19 +7,32 @@ import threading
 import traceback
 from collections.abc import Sequence
 from multiprocessing.connection import Connection
+from typing import Protocol
 
 import numpy
 
 from dataset.decoding import BrokenImage, Crop, Place, read_views
 
 
-def fill(rows: numpy.ndarray, places: Sequence[Place], samples: Sequence[int], crop: Crop) -> dict[int, str]:
-    """Read images into rows (views, n, size, size, 3); returns why, by row, for each that cannot be read."""
+class Change(Protocol):
+    """What is done to an image when it has been read: `dataset.changes.Changes`, which loads torch where it is used."""
+
+    def of_array(self, pixels: numpy.ndarray, key: int) -> numpy.ndarray:
+        """Bytes (size, size, 3) -> the changed bytes."""
+
+
+def fill(
+    rows: numpy.ndarray, places: Sequence[Place], keys: Sequence[int], crop: Crop, changes: Change | None = None
+) -> dict[int, str]:
+    """Read images into rows (views, n, size, size, 3); returns why, by row, for each that cannot be read.
+
+    What is random of an image depends on its key, one for each place.
+    """
     broken = {}
-    for row, (place, sample) in enumerate(zip(places, samples, strict=True)):
+    for row, (place, key) in enumerate(zip(places, keys, strict=True)):
         try:
-            for view, pixels in enumerate(read_views(place.read, crop, sample)):
-                rows[view, row] = pixels
+            for view, pixels in enumerate(read_views(place.read, crop, key)):
+                rows[view, row] = pixels if changes is None else changes.of_array(pixels, key)
         except BrokenImage as error:
             broken[row] = str(error)
     return broken
@@ -36,13 +49,13 @@ def main(connection: int, memory: int) -> None:
     threading.Thread(target=_receive, args=(run, requests), daemon=True).start()
     mapped = mmap.mmap(memory, os.fstat(memory).st_size)
     while True:
-        number, offset, count, first, places, samples, crop = requests.get()
+        number, offset, count, first, places, keys, crop, changes = requests.get()
         try:
             shape = shape_of(count, crop)
             if offset + numpy.prod(shape, dtype=int) > len(mapped):
                 mapped = mmap.mmap(memory, os.fstat(memory).st_size)
             batch = numpy.ndarray(shape, numpy.uint8, mapped, offset)
-            broken = fill(batch[:, first : first + len(places)], places, samples, crop)
+            broken = fill(batch[:, first : first + len(places)], places, keys, crop, changes)
             run.send((number, {first + row: reason for row, reason in broken.items()}, None))
         except Exception:  # a mistake in the code: the run shows it
             run.send((number, {}, traceback.format_exc()))

@@ -64,6 +64,8 @@ class Task(NamedTuple):
     image_size: int
     batch_size: int
     train_targets: Tensor  # (n,) class of every training image, by sample index
+    label_smoothing: float = 0.0  # share of a label that is spread over all classes, in the cross entropy
+    class_weights: Tensor | None = None  # (K,) what a class counts in the cross entropy; None: 1
 
 
 class Progress(NamedTuple):
@@ -123,6 +125,9 @@ class Distiller(nn.Module):
     views = "plain"
     #: The smallest batch whose losses are defined; a shorter last batch is left out.
     min_batch = 1
+    #: Why the method cannot learn from mixed images (mixup, CutMix), whose targets are shares (B, K) of classes; empty
+    #: where it can.
+    refuses_mixing = ""
     #: Whether the losses of every step depend on everything that is trained, apart from weights of 0.
     uses_everything = True
     #: Children that the main stage does not train.
@@ -139,6 +144,8 @@ class Distiller(nn.Module):
     def __init__(self, student: Backbone, teacher: Backbone | None, task: Task, **hyper_parameters):
         super().__init__()
         self.student = student
+        self.label_smoothing = task.label_smoothing
+        self.register_buffer("class_weights", task.class_weights, persistent=False)
         unknown = set(hyper_parameters) - {flag.argument for flag in self.flags}
         if unknown:
             raise TypeError(f"{type(self).__name__} has no hyper-parameter {', '.join(sorted(unknown))}")
@@ -181,8 +188,23 @@ class Distiller(nn.Module):
     def losses(
         self, student: Output, teacher: Output | None, targets: Tensor, index: Tensor, progress: Progress
     ) -> dict[str, Tensor]:
-        """Named, weighted scalars whose sum is trained, from float32 outputs; targets and sample index are (B,)."""
+        """Named, weighted scalars whose sum is trained, from float32 outputs; sample index is (B,), targets are classes
+        (B,), or shares (B, K) of mixed images where the method does not refuse them."""
         raise NotImplementedError
+
+    def cross_entropy(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """Mean over the batch of -sum_c w_c y_c log p_c, of logits (B, K) and classes (B,) or shares (B, K).
+
+        y are the targets with label smoothing (Szegedy et al., CVPR 2016): (1 - s) y + s / K. The class weights w have
+        the mean 1 over the training images, so that the mean is over images, and the same in micro-batches.
+        """
+        if targets.ndim == 2 or self.class_weights is not None:
+            targets = (F.one_hot(targets, logits.shape[1]) if targets.ndim == 1 else targets).to(logits.dtype)
+        return F.cross_entropy(logits, targets, self.class_weights, label_smoothing=self.label_smoothing)
+
+    def weighted_cross_entropy(self, weight: float, logits: Tensor, targets: Tensor) -> dict[str, Tensor]:
+        """{"ce": weight * cross entropy}, or {} where the weight is 0."""
+        return {"ce": weight * self.cross_entropy(logits, targets)} if weight else {}
 
     def stages(self, epochs: int) -> list[Stage]:
         """The parts of the training in their order, the main one last; `epochs` are the main one's."""
@@ -276,8 +298,3 @@ def widen_output(output: Output | None, reads: Sequence[str]) -> Output | None:
     return output._replace(
         **{name: widen(value) for name, value in zip(output._fields, output, strict=True) if name not in unread}
     )
-
-
-def weighted_cross_entropy(weight: float, logits: Tensor, targets: Tensor) -> dict[str, Tensor]:
-    """{"ce": weight * cross entropy of logits (B, K) against classes (B,)}, or {} where the weight is 0."""
-    return {"ce": weight * F.cross_entropy(logits, targets)} if weight else {}

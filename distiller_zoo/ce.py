@@ -1,6 +1,6 @@
 """Labels only: how teachers and baseline students are trained."""
 
-from distiller_zoo.base import GAMMA, Distiller, weighted_cross_entropy
+from distiller_zoo.base import GAMMA, Distiller
 
 
 class CrossEntropy(Distiller):
@@ -14,4 +14,4 @@ class CrossEntropy(Distiller):
     flags = (GAMMA,)
 
     def losses(self, student, teacher, targets, index, progress):
-        return weighted_cross_entropy(self.gamma, student.logits, targets)
+        return self.weighted_cross_entropy(self.gamma, student.logits, targets)

@@ -26,6 +26,7 @@ CRD_WEIGHT = Flag(
     ("--crd_weight",), number, 0.8, "weight of the CRD term (the official NORM code takes -c for it)", is_weight=True
 )
 CONTRAST_FLAGS = (FEAT_DIM, NCE_K, NCE_T, NCE_M, MODE)
+WHY_UNMIXED = "its memory banks hold one vector for each training image, and a mixed image is none of them"
 
 
 def attach_contrast(method: Distiller, teacher, task) -> None:
@@ -56,6 +57,7 @@ class CRD(FeatureDistiller):
     )
     group = "relations between images"
     reads = ("pooled", "sample index and negatives")
+    refuses_mixing = WHY_UNMIXED
     flags = (*FeatureDistiller.flags, *CONTRAST_FLAGS)
     needs = {**FeatureDistiller.needs, **{flag.argument: (above_zero(BETA),) for flag in CONTRAST_FLAGS}}
 
@@ -78,6 +80,7 @@ class NORM_CRD(NORM):
     reference = "OSVAI/NORM"
     departures = "The official code cannot start this method and takes -c for CRD's weight; here it is --crd_weight."
     reads = ("final", "pooled", "sample index and negatives")
+    refuses_mixing = WHY_UNMIXED
     flags = (*NORM.flags, CRD_WEIGHT, *CONTRAST_FLAGS)
     needs = {**NORM.needs, **{flag.argument: (above_zero(CRD_WEIGHT),) for flag in CONTRAST_FLAGS}}
 

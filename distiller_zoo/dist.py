@@ -9,7 +9,7 @@ the correlation of an image's classes is 1 or -1, whatever the network says, so 
 
 from torch import Tensor
 
-from distiller_zoo.base import BETA, GAMMA, KD_T, above_zero, weighted_cross_entropy
+from distiller_zoo.base import BETA, GAMMA, KD_T, above_zero
 from distiller_zoo.kd import CONSTANT_CLASSES, LOGIT_STANDARDIZATION, LogitDistiller
 
 #: What keeps the correlation of a constant row finite.
@@ -57,7 +57,7 @@ class DIST(LogitDistiller):
 
     def losses(self, student, teacher, targets, index, progress):
         inter, intra = relation_losses(*self.compared_logits(student, teacher), self.kd_T)
-        terms = weighted_cross_entropy(self.gamma, student.logits, targets)
+        terms = self.weighted_cross_entropy(self.gamma, student.logits, targets)
         if self.has_inter:
             terms["inter"] = self.beta * inter
         return {**terms, "intra": self.beta * intra}

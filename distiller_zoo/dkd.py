@@ -3,15 +3,16 @@
     L = gamma * CE(s, y) + min(epoch / warmup_epochs, 1) * (dkd_alpha * TCKD + dkd_beta * NCKD)
 
 TCKD is the KL divergence of (target class, all others), NCKD that among the other classes, both softened by --kd_T and
-times T^2. Epochs count from 1. The published code takes the logarithm of a probability that may have rounded to 0 and
-removes the target by subtracting 1000 from its logit; here both parts are log-softmaxes, the second without the target.
+times T^2; of a mixed image both are means over its classes, weighted by their shares. Epochs count from 1. The
+published code takes the logarithm of a probability that may have rounded to 0 and removes the target by subtracting
+1000 from its logit; here both parts are log-softmaxes, the second without the target.
 """
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from distiller_zoo.base import GAMMA, KD_T, WARMUP_EPOCHS, Flag, above_zero, number, weighted_cross_entropy
+from distiller_zoo.base import GAMMA, KD_T, WARMUP_EPOCHS, Flag, above_zero, number
 from distiller_zoo.kd import LOGIT_STANDARDIZATION, LogitDistiller
 from errors import UserError
 
@@ -31,14 +32,31 @@ def _split(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
 def decoupled_losses(
     student_logits: Tensor, teacher_logits: Tensor, targets: Tensor, temperature: float
 ) -> tuple[Tensor, Tensor]:
-    """(TCKD, NCKD) of logits (B, K) and classes (B,), mean over the batch, times temperature^2."""
-    student = _split(student_logits / temperature, targets)
-    teacher = _split(teacher_logits / temperature, targets)
+    """(TCKD, NCKD) of logits (B, K) and classes (B,), mean over the batch, times temperature^2.
+
+    Of shares (B, K) of mixed images, at most two of an image above 0, the mean over its classes with their shares as
+    weights: the expected loss of a class that is drawn by its share, as mixup defines it for the cross entropy.
+    """
+    student_logits, teacher_logits = student_logits / temperature, teacher_logits / temperature
+    if targets.ndim == 2:
+        return _of_shares(student_logits, teacher_logits, targets, temperature)
+    student, teacher = _split(student_logits, targets), _split(teacher_logits, targets)
     target_class, non_target_class = (
         F.kl_div(ours, theirs, reduction="batchmean", log_target=True) * temperature**2
         for ours, theirs in zip(student, teacher, strict=True)
     )
     return target_class, non_target_class
+
+
+def _of_shares(student_logits: Tensor, teacher_logits: Tensor, shares: Tensor, temperature: float):
+    """The same of softened logits and of shares (B, K): a row for each of the two classes of an image."""
+    shares, classes = shares.topk(2)
+    student, teacher = (_split(logits.repeat(2, 1), classes.T.flatten()) for logits in (student_logits, teacher_logits))
+    weights = shares.T.flatten() * temperature**2 / len(shares)
+    return tuple(
+        (F.kl_div(ours, theirs, reduction="none", log_target=True).sum(1) * weights).sum()
+        for ours, theirs in zip(student, teacher, strict=True)
+    )
 
 
 class DKD(LogitDistiller):
@@ -65,7 +83,7 @@ class DKD(LogitDistiller):
         target_class, non_target_class = decoupled_losses(*logits, targets, self.kd_T)
         risen = min((progress.epoch + 1) / max(self.warmup_epochs, 1), 1.0)
         return {
-            **weighted_cross_entropy(self.gamma, student.logits, targets),
+            **self.weighted_cross_entropy(self.gamma, student.logits, targets),
             "tckd": risen * self.dkd_alpha * target_class,
             "nckd": risen * self.dkd_beta * non_target_class,
         }

@@ -12,6 +12,9 @@ moments of x and of the teacher's map alone (`_collapsed`; derived in docs/norm.
 
 With `--sync_bn` both BatchNorms are synchronised, and so are these moments: the loss is that of all processes' pixels.
 
+`Matching` is the same in training, forward and backward pass written out in few operations: eager operations on small
+maps take as long as they are many.
+
 Shapes: B batch, C student channels, Ct teacher channels, P = B*H*W pixels (B*T tokens); `rows` are pixels x channels.
 """
 
@@ -19,6 +22,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from distiller_zoo.maps import match_size, takes_maximum
 from models.synchronised import is_synchronised, total, update_statistics
@@ -104,6 +108,72 @@ def multiply_adds(pixels: int, channels: int, teacher_channels: int, n: int, mom
     return {"direct": 2 * pixels * channels * expanded_channels, "collapsed": collapsed}
 
 
+class Matching(torch.autograd.Function):
+    """The collapsed form up to the second BatchNorm, in training: (z, loss, mean (C,), variance (M,) of the first one).
+
+    x (B, C, H, W), target (B, Ct, H, W), w1 (M, C), weight and bias (M,) of BN1, its eps, w2 (C, M) -> z (P, C); M is
+    N*Ct. The gradients are those of docs/norm.md. They need that what reads z does not see its mean, as a BatchNorm in
+    training does not: columns of dz sum to 0. Mean and variance have no gradient.
+    """
+
+    @staticmethod
+    def forward(ctx, x, target, w1, weight, bias, eps, w2):
+        ctx.set_materialize_grads(False)  # mean and variance would get zeros
+        channels, teacher_channels = x.shape[1], target.shape[1]
+        rows = [each.permute(0, 2, 3, 1).flatten(0, 2) for each in (x, target)]
+        pixels = len(rows[0])
+        both = w1.new_empty(pixels, channels + teacher_channels)
+        torch.cat(rows, 1, out=both)
+        variances, means = torch.var_mean(both, 0, correction=0)
+        both -= means
+        centred, mean_t = both[:, :channels], means[channels:]
+        # (S; Q): the student's scatter, and its products with the teacher, both over P
+        moments = torch.addmm(w1.new_empty(()), both.T, centred, beta=0, alpha=1 / pixels)
+        scatter, cross = moments[:channels], moments[channels:]
+
+        projected = w1 @ scatter
+        variance = (projected * w1).sum(1).clamp_min_(0)  # rounding can fall below zero
+        root = (variance + eps).rsqrt_()
+        scale = weight * root
+        a = scale[:, None] * w1
+        k = w2 @ a
+        z = torch.addmm(w2 @ bias, centred, k.T)
+
+        scaled, segments = scale * variance, a.unflatten(0, (-1, teacher_channels)).sum(0)
+        away = mean_t - bias.unflatten(0, (-1, teacher_channels))
+        n, share = len(away), 1 / teacher_channels
+        spread = variances[channels:].sum().view(1, 1)
+        loss = torch.addmm(spread, scale[None], scaled[:, None], beta=n)  # a dot product and a sum as one operation
+        loss = torch.addmm(loss, segments.view(1, -1), cross.reshape(-1, 1), alpha=-2)
+        loss = torch.addmm(loss, away.view(1, -1), away.view(-1, 1), beta=share, alpha=share)
+        ctx.save_for_backward(both, w1, w2, a, k, root, scale, scaled, projected, cross, segments, away)
+        ctx.like = x.shape, x.dtype
+        mean = means[:channels]
+        ctx.mark_non_differentiable(mean, variance)
+        return z, loss.view(()), mean, variance
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dz, dloss, *_):
+        both, w1, w2, a, k, root, scale, scaled, projected, cross, segments, away = ctx.saved_tensors
+        (batch, channels, *size), dtype = ctx.like
+        teacher_channels, pixels = cross.shape[0], len(both)
+        dz = both.new_zeros(pixels, channels) if dz is None else dz
+        factor = (both.new_zeros(()) if dloss is None else dloss) * (-2 / teacher_channels)
+        dk = dz.T @ both[:, :channels]
+        dw2, da = dk @ a.T, w2.T @ dk
+        da.unflatten(0, away.shape).addcmul_(cross, factor)
+        dweight = torch.addcmul((da * w1).sum(1), scaled, factor, value=-1) * root
+        less = scale * torch.addcmul(scale * factor, dweight, root)  # -2 d(loss)/d(variance)
+        dw1 = (scale[:, None] * da).addcmul_(projected, less[:, None], value=-1)
+        dmoments = w1.new_empty(both.shape[1], channels)
+        torch.addmm(dmoments[0], (less[:, None] * w1).T, w1, beta=0, alpha=-1, out=dmoments[:channels])
+        torch.mul(segments, factor, out=dmoments[channels:])
+        dx = torch.addmm(dz @ k, both, dmoments, alpha=1 / pixels)
+        dx = dx.to(dtype).view(batch, *size, channels).permute(0, 3, 1, 2)
+        return dx, None, dw1, dweight, (factor * away).flatten(), None, dw2
+
+
 class FeatureTransform(nn.Module):
     """The transform as one module: `forward(x, target)` -> (out, loss).
 
@@ -119,6 +189,7 @@ class FeatureTransform(nn.Module):
         if form not in FORMS:
             raise ValueError(f"form must be one of {', '.join(FORMS)}, not {form}")
         self.teacher_channels, self.n, self.residual, self.form = teacher_channels, n, residual, form
+        self.few_operations = False  # `Matching` where it applies: the same numbers up to rounding
         expanded_channels = n * teacher_channels
         self.expand = nn.Sequential(
             nn.Conv2d(channels, expanded_channels, 1, bias=False), nn.BatchNorm2d(expanded_channels)
@@ -139,11 +210,29 @@ class FeatureTransform(nn.Module):
             pools = target is not None and takes_maximum(to_map(x).shape[2:], target.shape[2:])
             if pools or self._chosen_form(x, needs_moments) == "direct":
                 out, loss = self._direct(x, target, to_map)
+            elif self.few_operations and target is not None and self._fits_matching(x, target, to_map):
+                out, loss = self._matched(x, target)
             elif needs_moments:
                 out, loss = self._collapsed(x, target, to_map)
             else:
                 out, loss = self._apply_affine(x), None
         return out.to(x.dtype), loss
+
+    def _fits_matching(self, x: Tensor, target: Tensor, to_map: Callable) -> bool:
+        """Whether both BatchNorms see the batch of this process, and its pixels are those that are matched."""
+        (conv, bn1), (_, bn2) = self.expand, self.contract
+        trains = bn1.training and bn2.training and not is_synchronised(bn1)
+        many, wide = x.numel() > x.shape[1] ** 2, conv.weight.dtype in (torch.float32, torch.float64)
+        return trains and many and wide and to_map(x) is x and x.shape[2:] == target.shape[2:]
+
+    def _matched(self, x: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        """`_collapsed` in training, by `Matching`."""
+        (conv1, bn1), (conv2, bn2) = self.expand, self.contract
+        w1, w2 = conv1.weight.flatten(1), conv2.weight.flatten(1)
+        z, loss, mean, variance = Matching.apply(x, target, w1, bn1.weight, bn1.bias, bn1.eps, w2)
+        update_statistics(bn1, w1.detach() @ mean, variance, len(z))
+        out = bn2(_to_map(z, x)).to(x.dtype)
+        return (out + x if self.residual else out), loss
 
     def _chosen_form(self, x: Tensor, needs_moments: bool) -> str:
         if self.form != "auto":

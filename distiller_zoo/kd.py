@@ -3,7 +3,7 @@
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from distiller_zoo.base import ALPHA, BETA, GAMMA, KD_T, Distiller, Flag, above_zero, weighted_cross_entropy
+from distiller_zoo.base import ALPHA, BETA, GAMMA, KD_T, Distiller, Flag, above_zero
 from models.backbone import Output
 
 LOGIT_STANDARDIZATION = Flag(
@@ -73,7 +73,7 @@ class LogitDistiller(Distiller):
 
     def label_and_logit_losses(self, student: Output, teacher: Output | None, targets: Tensor) -> dict[str, Tensor]:
         """The weighted terms "ce" and "kd"; one whose weight is 0 is left out."""
-        terms = weighted_cross_entropy(self.gamma, student.logits, targets)
+        terms = self.weighted_cross_entropy(self.gamma, student.logits, targets)
         if self.alpha:
             terms |= weighted_kd(self.alpha, *self.compared_logits(student, teacher), self.kd_T)
         return terms

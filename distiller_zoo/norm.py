@@ -26,7 +26,6 @@ from distiller_zoo.base import (
     above_zero,
     count,
     number,
-    weighted_cross_entropy,
     widen,
 )
 from distiller_zoo.feature_transform import FORMS, FeatureTransform, norm_loss
@@ -206,7 +205,7 @@ class NORM(Distiller):
 
     def losses(self, student, teacher, targets, index, progress):
         student_logits = standardise_logits(student.logits, self.scale)
-        terms = weighted_cross_entropy(self.gamma, student_logits, targets)
+        terms = self.weighted_cross_entropy(self.gamma, student_logits, targets)
         if self.alpha:
             terms |= weighted_kd(self.alpha, student_logits, standardise_logits(teacher.logits, self.scale), self.kd_T)
         terms["norm"] = self.beta * norm_weight(self.beta1, progress.epoch, progress.epochs) * student.norm_loss
@@ -287,4 +286,4 @@ class FTBaseline(NORM):
         return False
 
     def losses(self, student, teacher, targets, index, progress):
-        return weighted_cross_entropy(self.gamma, standardise_logits(student.logits, self.scale), targets)
+        return self.weighted_cross_entropy(self.gamma, standardise_logits(student.logits, self.scale), targets)

@@ -91,8 +91,8 @@ class ONE(Distiller):
     def losses(self, student, teacher, targets, index, progress):
         ensemble, terms = ensemble_logits(student.branch_logits, student.gate_scores), {}
         if self.gamma:
-            terms["ce"] = self.gamma * sum(F.cross_entropy(logits, targets) for logits in student.branch_logits)
-            terms["ce_ensemble"] = self.gamma * F.cross_entropy(ensemble, targets)
+            terms["ce"] = self.gamma * sum(self.cross_entropy(logits, targets) for logits in student.branch_logits)
+            terms["ce_ensemble"] = self.gamma * self.cross_entropy(ensemble, targets)
         if self.beta:
             divergences = [ensemble_divergence(logits, ensemble, self.kd_T) for logits in student.branch_logits]
             terms["one"] = self.beta * ramp(progress.epoch, self.ramp_epochs) * sum(divergences)

@@ -28,7 +28,6 @@ from distiller_zoo.base import (
     above_zero,
     number,
     positive,
-    weighted_cross_entropy,
     without_student,
 )
 from distiller_zoo.kd import LOGIT_STANDARDIZATION, LogitDistiller, weighted_kd
@@ -118,6 +117,7 @@ class SSKD(LogitDistiller):
     group = "relations between images"
     reads = ("pooled",)
     views = "rotations"
+    refuses_mixing = "it ranks the teacher's outputs for rotated images by their one class"
     min_batch = 2  # one upright image leaves nothing to choose from
     frozen = ("teacher_head",)
     flags = (
@@ -176,7 +176,7 @@ class SSKD(LogitDistiller):
         confident = select(teacher_turned, targets.repeat(VIEWS - 1), self.ratio_tf)
         alike = select(teacher_rows, sources(teacher_rows), self.ratio_ss)
         return {
-            **weighted_cross_entropy(self.gamma, student.logits[: len(targets)], targets),
+            **self.weighted_cross_entropy(self.gamma, student.logits[: len(targets)], targets),
             **weighted_kd(self.alpha, upright, teacher_upright, self.kd_T),
             "tf": self.tf_weight * selected_divergence(turned, teacher_turned, confident, self.kd_T),
             "ss": self.ss_weight * selected_divergence(rows, teacher_rows, alike, self.ss_T),

@@ -57,13 +57,16 @@ def build_distiller(
     num_classes: int,
     image_size: int,
     train_targets: Tensor,
+    class_weights: Tensor | None = None,
 ) -> Distiller:
     """The method `config["distill"]` around a student, with the hyper-parameters that it names."""
     method = find_distiller(config["distill"])
     # A flag may be newer than the configuration.
     hyper_parameters = {flag.argument: config.get(flag.argument, flag.default) for flag in method.flags}
     batch_size = config.get("images_per_pass", config["batch_size"])
-    return method(student, teacher, Task(num_classes, image_size, batch_size, train_targets), **hyper_parameters)
+    of_labels = config.get("label_smoothing", 0.0), class_weights
+    task = Task(num_classes, image_size, batch_size, train_targets, *of_labels)
+    return method(student, teacher, task, **hyper_parameters)
 
 
 def data_record(data: ImageData) -> dict:
@@ -73,6 +76,7 @@ def data_record(data: ImageData) -> dict:
         "mean": list(data.mean),
         "std": list(data.std),
         "image_size": data.image_size,
+        "source_size": data.train.image_size if data.resized else None,
         "margin": data.margin,
         "train_images": len(data.train.targets),
     }

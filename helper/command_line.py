@@ -132,7 +132,7 @@ def _add_run_flags(parser: Parser) -> None:
     )
 
 
-GROUPS = (settings.INITIAL, settings.DATA, settings.TRAINING, settings.SPEED, settings.RUN)
+GROUPS = (settings.INITIAL, settings.DATA, settings.TRAINING, settings.AUGMENTATION, settings.SPEED, settings.RUN)
 
 
 def _list_methods() -> str:
@@ -201,6 +201,8 @@ def _parse(parser: Parser, argv: Sequence[str] | None) -> Given:
     resume = given.pop("resume", None)
     if resume == "":
         raise UserError("--resume: the name of the run folder is empty; leave the value out for the latest run")
+    if re.search(r"-\d+$", given.get("trial", "")):
+        raise UserError(f"--trial: {given['trial']} ends like the folder of a second run of one name; leave out the -")
     given = (parser.unless_given if resume in (None, LATEST) else {}) | given
     paths = {setting.argument for setting in settings.SETTINGS if setting.is_path}
     given |= {name: _absolute(value) for name, value in given.items() if name in paths}
@@ -372,11 +374,26 @@ def resolve(
     merged = {name: pair for layer in layers for name, pair in layer.items()}
     _scale_epochs(merged, known, {*given, *stored}, recipe)
     _derive(merged, known)
-    if "image_size" in given and merged["dataset"][0] not in ("folder", "imagenet"):
-        raise UserError(f"--image_size: only --dataset folder and imagenet have a choice; {dataset} is 32 pixels wide")
     values = {name: value for name, (value, _) in merged.items()}
     refuse_without_effect(find_distiller(distill), values, given)
+    _check_targets(values)
     return Configuration(values, {name: origin for name, (_, origin) in merged.items()}, folder)
+
+
+def _check_targets(values: Mapping[str, Any]) -> None:
+    """Raise `UserError` where targets are asked for that the method cannot use, or whose cross entropy is off."""
+    method = find_distiller(values["distill"])
+    mixing = [name for name in ("mixup", "cutmix") if values[name]]
+    if mixing and method.refuses_mixing:
+        raise UserError(
+            f"--{mixing[0]}: --distill {method.name} cannot learn from mixed images: {method.refuses_mixing}; leave it "
+            "out, or choose another method"
+        )
+    of_labels = [name for name in ("label_smoothing", "class_weights") if values[name]]
+    if of_labels and GAMMA in method.flags and not values[GAMMA.argument]:
+        raise UserError(f"--{of_labels[0]}: has no effect with -r/--gamma 0: there is no cross entropy; leave it out")
+    if values["class_weights"] and values["balanced_sampling"]:
+        raise UserError("--balanced_sampling: --class_weights makes up for rare classes already; leave one of them out")
 
 
 def _is_of_data(argument: str) -> bool:

@@ -117,6 +117,13 @@ def device_of(name: str) -> torch.device:
     return find_device(f"cuda:{local_rank()}" if name == "cuda" else name)
 
 
+def choose_kernels(deterministic: bool) -> None:
+    """Have torch take kernels that give the same numbers every time, where it has them; it warns where it has none."""
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read with the first matrix product on a GPU
+    torch.use_deterministic_algorithms(deterministic, warn_only=True)
+
+
 def agree(value: Any) -> Any:
     """The value of the main process, in every process; it is pickled."""
     if count_processes() == 1:

@@ -1,16 +1,18 @@
 """How the same mathematics is computed faster: precision, memory layout, folded teacher, fused optimizer, compiler."""
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from errors import UserError
 from models.backbone import Backbone, Output
 from models.folding import fold_batch_norms
+from models.fusing import fuse_activations
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 #: Modes of torch.compile; the last one replays CUDA graphs.
@@ -36,13 +38,46 @@ class Float32Convolution(nn.Conv2d):
             return super().forward(x.to(self.weight.dtype))
 
 
+class _Converted(torch.autograd.Function):
+    """Tensors in another dtype, and their gradients back in their own, each by one operation for all of them."""
+
+    @staticmethod
+    def forward(ctx, dtype, *tensors):
+        ctx.set_materialize_grads(False)
+        ctx.dtypes = [tensor.dtype for tensor in tensors]
+        return _convert(tensors, [dtype] * len(tensors))
+
+    @staticmethod
+    def backward(ctx, *gradients):
+        there = [(gradient, dtype) for gradient, dtype in zip(gradients, ctx.dtypes, strict=True) if gradient is not None]
+        converted = iter(_convert(*zip(*there, strict=True)) if there else ())
+        return None, *(None if gradient is None else next(converted) for gradient in gradients)
+
+
+def _convert(tensors: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> tuple[Tensor, ...]:
+    converted = [torch.empty_like(tensor, dtype=dtype) for tensor, dtype in zip(tensors, dtypes, strict=True)]
+    torch._foreach_copy_(converted, list(tensors))
+    return tuple(converted)
+
+
+class _Pass(nn.Module):
+    """A stage's `respond` as a module over its method, so that it can be run with other weights."""
+
+    def __init__(self, method: nn.Module, respond: Callable):
+        super().__init__()
+        self.method, self.respond = method, respond
+
+    def forward(self, images: Tensor, teacher: Output | None) -> Any:
+        return self.respond(images, teacher)
+
+
 class Fast(NamedTuple):
     """The choices of a run. Losses, BatchNorm statistics, weights and optimizer are float32 in every one."""
 
     precision: str = "float32"  # of the convolutions and matrix products in both networks
     channels_last: bool = False  # memory layout of images, maps and convolution weights
     fold_teacher: bool = False  # the teacher's BatchNorms in its convolutions
-    fused_optimizer: bool = False  # one kernel for all parameters
+    fused_optimizer: bool = False  # one operation for all parameters, and few where many small ones would do
     compile: str = "off"  # a mode of torch.compile, for the forward passes of both networks
 
     @classmethod
@@ -62,7 +97,12 @@ class Fast(NamedTuple):
             for layer in network.modules():
                 if isinstance(layer, (nn.Conv2d, nn.Linear)):
                     layer.to(PRECISIONS[self.precision])
-        return self.lay_out(network)
+        network = self.lay_out(network)
+        if not self.fold_teacher or self.compile != "off":  # a compiler fuses by itself
+            return network
+        device = next(network.parameters()).device
+        images = torch.randn(2, 3, image_size, image_size, generator=torch.Generator().manual_seed(0))
+        return fuse_activations(network, self.lay_out(images.to(device)), lambda: self.autocast(device))
 
     def lay_out(self, value: Any) -> Any:
         """The same network or images (B, C, H, W) in the chosen memory layout."""
@@ -79,7 +119,37 @@ class Fast(NamedTuple):
             for name, layer in list(distiller.named_modules()):
                 if type(layer) is nn.Conv2d and layer.groups == layer.in_channels > 1:
                     distiller.set_submodule(name, Float32Convolution.like(layer))
+        for module in distiller.modules():
+            if hasattr(module, "few_operations"):
+                module.few_operations = self.fused_optimizer and self.compile == "off"
         return self.lay_out(distiller)
+
+    def passing(self, method: nn.Module, respond: Callable) -> Callable:
+        """A stage's `respond` with what is done per layer, beside the layer's own work, done for all layers at once.
+
+        Autocast converts each weight by itself, and each BatchNorm counts its batches. A compiler sees to it itself.
+        """
+        if self.compile != "off":
+            return respond
+        if self.precision != "float32":
+            respond = self._with_converted_weights(method, respond)
+        return _counting_once(method, respond) if self.fused_optimizer else respond
+
+    def _with_converted_weights(self, method: nn.Module, respond: Callable) -> Callable:
+        # Other kinds of layers may do more with their weights, and adapters are also used outside autocast.
+        names = [
+            f"method.{name}.{own}"
+            for name, layer in method.named_modules()
+            if name.startswith("student") and type(layer) in (nn.Conv2d, nn.Linear)
+            for own, _ in layer.named_parameters()
+        ]
+        whole, dtype = _Pass(method, respond), PRECISIONS[self.precision]
+
+        def convert_and_respond(images: Tensor, teacher: Output | None) -> Any:
+            converted = _Converted.apply(dtype, *map(whole.get_parameter, names))
+            return functional_call(whole, dict(zip(names, converted, strict=True)), (images, teacher))
+
+        return convert_and_respond if names else respond
 
     def compiled(self, function: Callable, outlives: bool = False) -> Callable:
         """A network's forward pass as this run computes it on batches of one size; itself where nothing is compiled.
@@ -115,6 +185,27 @@ class Fast(NamedTuple):
                 f"--compile {self.compile}: {type(cause).__name__} {reason}; it needs a working compiler (on a "
                 "CPU one of C++); --compile off goes without, also with --resume"
             ) from None
+
+
+def _counting_once(method: nn.Module, respond: Callable) -> Callable:
+    # With a momentum nothing reads the number of batches; with kinds from elsewhere that is not known.
+    plain = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+    norms = [layer for layer in method.modules() if type(layer) in plain and layer.momentum is not None]
+
+    def respond_and_count(images: Tensor, teacher: Output | None) -> Any:
+        training = [layer for layer in norms if layer.training and layer.num_batches_tracked is not None]
+        counters = [layer.num_batches_tracked for layer in training]
+        for layer in training:
+            layer.num_batches_tracked = None
+        try:
+            return respond(images, teacher)
+        finally:
+            for layer, counter in zip(training, counters, strict=True):
+                layer.num_batches_tracked = counter
+            if counters:
+                torch._foreach_add_(counters, 1)
+
+    return respond_and_count
 
 
 def _copy(output: Output) -> Output:

@@ -13,7 +13,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor, distributed
 
-from dataset import Batch, ImageData, Loader, epoch_seed
+from dataset import Augmentation, Batch, ImageData, Loader, epoch_seed
 from distiller_zoo import Distiller, Progress, Stage
 from distiller_zoo.base import ALPHA, BETA, GAMMA
 from errors import StoppedAtOnce, UserError
@@ -43,8 +43,9 @@ class Training:
         device: torch.device,
         guard: Guard | None = None,
     ):
-        self.stage, self.method, self.config, self.device = stage, method, config, device
         self.guard, self.fast = guard or Guard(), Fast.of(config)
+        stage = stage._replace(respond=self.fast.passing(method, stage.respond))
+        self.stage, self.method, self.config, self.device = stage, method, config, device
         self._compiled_stage = stage._replace(respond=self.fast.compiled(stage.respond))
         begin(stage, method)
         self.optimizer = make_optimizer(method, config)
@@ -55,20 +56,22 @@ class Training:
             # The gradients of one micro-batch would be where the next one's graph writes.
             raise UserError("--accumulate: --compile reduce-overhead needs whole batches; take --compile default")
         kept, held_out = _split(len(data.train.targets), stage.holdout, config.data_seed)
-        self.loader = self._loader(data, kept, config.data_seed)
-        self._held_out = self._loader(data, held_out, config.data_seed + 1) if stage.holdout else None
+        augmentation = augmentation_of(config, data)
+        self.loader = self._loader(data, kept, config.data_seed, augmentation)
+        unmixed = augmentation._replace(mixup=0.0, cutmix=0.0)
+        self._held_out = self._loader(data, held_out, config.data_seed + 1, unmixed) if stage.holdout else None
         self._held_out_batches: Iterator[Batch] | None = None
         self.meter = EpochMeter(device)
         self._outcomes: list[tuple[dict[str, Tensor], Tensor | None, Tensor]] = []  # of the step's micro-batches
 
-    def _loader(self, data: ImageData, subset: Tensor, seed: int) -> Loader:
+    def _loader(self, data: ImageData, subset: Tensor, seed: int, augmentation: Augmentation) -> Loader:
         config, method = self.config, self.method
         loader = Loader(
             data.train,
             data,
             config.batch_size,
             self.device,
-            augmentation=data.augmentation,
+            augmentation=augmentation,
             seed=seed,
             views=method.views,
             min_batch=method.min_batch,
@@ -84,7 +87,7 @@ class Training:
     def batch_key(self) -> tuple:
         """Equal for two runs of one process exactly if their batches and micro-batches of an epoch are."""
         config, method = self.config, self.method
-        shown = (config.data_seed, method.views, self.stage.holdout, self.loader.min_batch)
+        shown = (config.data_seed, method.views, self.stage.holdout, self.loader.min_batch, self.loader.augmentation)
         return (*shown, method.min_batch, config.batch_size, config.accumulate)
 
     def learning_rate(self, epoch: int) -> float:
@@ -118,7 +121,11 @@ class Training:
         """The micro-batches of this process's batch; a short batch may have fewer."""
         smallest = (batch.whole or len(batch.targets) * count_processes()) // count_processes()
         parts = batch.parts(max(min(self.config.accumulate, smallest // self.method.min_batch), 1))
-        return [part._replace(images=self.fast.lay_out(part.images)) for part in parts]
+        return [self._laid_out(part) for part in parts]
+
+    def _laid_out(self, batch: Batch) -> Batch:
+        source = None if batch.source is None else self.fast.lay_out(batch.source)
+        return batch._replace(images=self.fast.lay_out(batch.images), source=source)
 
     def is_whole(self, part: Batch) -> bool:
         """Whether this is a micro-batch of a batch as all but the last are."""
@@ -144,18 +151,19 @@ class Training:
             losses, logits = add_gradients(
                 self.replica, stage, part, teacher_output, self.progress, self.fast.autocast(self.device), share
             )
-        self._outcomes.append((losses, logits, part.targets))
+        self._outcomes.append((losses, logits, part.classes))
 
     def finish_step(self, number: int) -> bool:
         """The optimizer's step of this number; returns False where it was skipped."""
         sums: dict[str, Tensor] = {}
         for losses, _, _ in self._outcomes:
-            sums |= {name: sums.get(name, 0) + value.detach() for name, value in losses.items()}
+            for name, value in losses.items():
+                sums[name] = sums[name] + value.detach() if name in sums else value.detach()
         if not self.guard.judge(sums, parameters_of(self.optimizer), number):
             return False
         self.optimizer.step()
-        for losses, logits, targets in self._outcomes:
-            self.meter.update(losses, logits, targets)
+        for losses, logits, classes in self._outcomes:
+            self.meter.update(losses, logits, classes)
         return True
 
     def state(self, number: int) -> dict:
@@ -171,6 +179,18 @@ class Training:
         if not self.meter.has_images:
             raise UserError(f"--max_bad_steps: every step of {self.title} was skipped; the training diverged")
         return self.meter.summary()
+
+
+def augmentation_of(config: Configuration, data: ImageData) -> Augmentation:
+    """The data set's augmentation of the training images, with what a run asks for."""
+    return data.augmentation._replace(
+        policy=config.augment,
+        colour_jitter=config.colour_jitter,
+        random_erasing=config.random_erasing,
+        mixup=config.mixup,
+        cutmix=config.cutmix,
+        balanced=config.balanced_sampling,
+    )
 
 
 def train_epoch(
@@ -241,7 +261,7 @@ def step(runs: Sequence, batch: Batch, teacher: Teacher | None, number: int) -> 
                 output, preact = None, training.method.teacher_preact
                 if teacher is not None and training.stage.needs_teacher:
                     if preact not in outputs:
-                        outputs[preact] = teacher(part.images, preact, training.is_whole(part))
+                        outputs[preact] = teacher(teacher.shown(part), preact, training.is_whole(part))
                     output = outputs[preact]
                 training.add_gradients(batch, part, output, part_number == len(parts))
                 if part_number == len(parts):

@@ -202,8 +202,13 @@ class EpochMeter:
     @torch.no_grad()
     def update(self, losses: dict[str, Tensor], logits: Tensor | None, targets: Tensor) -> None:
         """Count one batch: named weighted losses, logits (B, K) if there are any, classes (B,)."""
-        for name, value in losses.items():
-            self._losses[name] = self._losses.get(name, 0.0) + value.detach() * len(targets)
+        values = [value.detach() for value in losses.values()]
+        for name, value in zip(losses, values, strict=True):
+            if name not in self._losses:
+                self._losses[name] = torch.zeros_like(value)
+        if losses:  # all terms in one operation
+            sums = torch._foreach_mul(values, len(targets))
+            torch._foreach_add_([self._losses[name] for name in losses], sums)
         if logits is not None:
             self._correct += (logits.argmax(1) == targets).sum()
             self._has_logits = True

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from dataset import ImageData
+from dataset import Batch, ImageData
 from errors import UserError
 from helper.checkpoint import contained, upgrade
 from helper.download import published_name, read_timm, read_torchvision
@@ -37,6 +37,8 @@ from models.wrappers import describe_wrapper
 
 #: How far, in points of accuracy, a teacher may be from its recorded or published accuracy.
 TEACHER_TOLERANCE = 0.5
+#: Between the classes of `--teacher_classes`; the last of them that a text holds is meant.
+SEPARATORS = (",", ";", "\n")
 INIT, INIT_NAME = "--init", "--model_s (in train_teacher.py: --model)"
 
 
@@ -206,16 +208,30 @@ class FrozenTeacher(nn.Module):
         return self.network.outputs(images, preact)
 
 
+def with_class_names(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Given values, with names in place of the file that `--teacher_classes` may name: they are what is recorded."""
+    if values.get("teacher_classes") is None:
+        return dict(values)
+    names = _class_names(values["teacher_classes"])
+    fitting = (one for number, one in enumerate(SEPARATORS) if not set(SEPARATORS[number:]) & set("".join(names)))
+    return {**values, "teacher_classes": next(fitting).join(names)}
+
+
+def _class_names(wanted: str) -> list[str]:
+    """The names or numbers in a text like a,b or, where names hold commas, a;b, or in the lines of a file."""
+    if not os.path.isfile(wanted):
+        separator = next((one for one in reversed(SEPARATORS) if one in wanted), None)
+        return [name.strip() for name in wanted.split(separator or SEPARATORS[0])]
+    with contained(f"--teacher_classes: {wanted}"), open(wanted, encoding="utf-8") as file:
+        return [line.strip() for line in file if line.strip()]
+
+
 def read_at_classes(source: Network, wanted: str) -> Network:
     """The teacher with the columns of its classifier that `--teacher_classes` names, a name or number each.
 
     Raises `UserError` where a class is unknown.
     """
-    if os.path.isfile(wanted):
-        with contained(f"--teacher_classes: {wanted}"), open(wanted, encoding="utf-8") as file:
-            names = [line.strip() for line in file if line.strip()]
-    else:
-        names = [name.strip() for name in wanted.split(",")]
+    names = _class_names(wanted)
     own = read_preprocessing(source.path)
     known = list(own.categories if own is not None else source.record.get("classes") or ())
     numbers = {name: number for number, name in reversed(list(enumerate(known)))}
@@ -258,6 +274,8 @@ class Teacher:
         self.source, self.fast, self.device = source, fast, device
         view = as_it_was_trained(source, data, image_size)
         self.image_size = data.image_size if view is None else view.image_size
+        #: Whether it resizes the images as they are held, in place of those that are resized for the student.
+        self.sees_source = view is not None and data.resized is not None
         # As its file holds it, for methods to read shapes and copy parts from.
         self.network = (source.network if view is None else view).eval().to(device)
         probe_shapes(self.network, data.image_size)
@@ -272,6 +290,10 @@ class Teacher:
         compute = self._compiled if is_whole else self.frozen
         with self.fast.autocast(self.device), self.fast.naming_compiler():
             return compute(images, preact)
+
+    def shown(self, batch: Batch) -> Tensor:
+        """The images of a batch that the teacher is given."""
+        return batch.images if batch.source is None or not self.sees_source else batch.source
 
     def predict(self, images: Tensor) -> Tensor:
         """Logits (B, K) for images (B, 3, H, W)."""

@@ -18,6 +18,7 @@ from dataset import (
     Images,
     Loader,
     StreamedImages,
+    class_weights,
     data_changes,
     data_identity,
     hold_out,
@@ -41,6 +42,7 @@ from helper.command_line import Given
 from helper.distributed import (
     average_statistics,
     by_main,
+    choose_kernels,
     count_processes,
     describe_batch,
     device_of,
@@ -70,6 +72,7 @@ from helper.networks import (
     read_initial,
     read_teacher,
     start_from,
+    with_class_names,
 )
 from helper.optim import parameters_of
 from helper.run_folder import BEST, CONFIG, LAST, RESULT, FolderElsewhere, RunFolder
@@ -77,7 +80,7 @@ from helper.settings import Configuration, all_settings, check_shared, identity,
 from helper.signals import StopRequest
 from models import build_model
 from models.backbone import probe_shapes
-from models.checkpoints import load_weights
+from models.checkpoints import load_weights, weights_digest
 from models.classes import compare_classes
 from models.cost import count_parameters
 from models.external import is_external
@@ -110,7 +113,7 @@ def open_runs(given: Given) -> Opened:
     teacher = None if path is None else main_first(lambda: read_teacher(path, first.get("model_t"), ema))
     of_teacher = {} if teacher is None else teacher.settings_as_teacher()
     for run in given.runs:
-        run |= by_main(lambda run=run: _dataset_of(stored | run, of_teacher))
+        run |= by_main(lambda run=run: with_class_names(run) | _dataset_of(stored | run, of_teacher))
     source, initial, of_initial = None if folder else first.get("init"), None, {}
     if source is not None and "model_s" not in first:
         initial = None if is_external(source) else main_first(lambda: read_initial(source, None, ema))
@@ -177,6 +180,7 @@ class Inputs(NamedTuple):
 
 def load_inputs(config: Configuration) -> Inputs:
     """Load the data set of the runs; raises `UserError` where that is impossible."""
+    choose_kernels(config.deterministic)
     device = device_of(config.device)
     # Only a folder that was named on the command line is written to.
     may_download = config.data is None or config.origins["data"] == "command line"
@@ -224,6 +228,19 @@ def _part_loader(images: Images | StreamedImages, data: ImageData, batch_size: i
     return Loader(images, data, batch_size, device, subset=mine)
 
 
+def _as_held(inputs: Inputs) -> Loader:
+    """The test images in the size in which they are held; whatever else sees them resizes that."""
+    data = inputs.data._replace(resized=None)
+    return _part_loader(data.test, data, inputs.test_loader.batch_size, inputs.device)
+
+
+def class_weights_of(config: Configuration, data: ImageData) -> torch.Tensor | None:
+    """What `--class_weights` gives each class (K,), None without it; the file is the main process's."""
+    if config.class_weights is None:
+        return None
+    return by_main(lambda: class_weights(config.class_weights, data.train.targets, data.classes))
+
+
 def prepare_teacher(source: Network | None, inputs: Inputs, config: Configuration) -> Teacher | None:
     """The frozen teacher, its accuracy measured; raises `UserError` where it does not fit the data or its record."""
     if source is None:
@@ -236,7 +253,8 @@ def prepare_teacher(source: Network | None, inputs: Inputs, config: Configuratio
         others = compare_classes(source.record.get("classes"), data.classes)
         if others is not None and not config.allow_teacher_gap:
             raise UserError(f"--path_t: {others}; use the data that the teacher knows, or --allow_teacher_gap")
-        measured = evaluate(teacher.predict, inputs.test_loader, "checking the teacher")
+        shown = _as_held(inputs) if teacher.sees_source else inputs.test_loader
+        measured = evaluate(teacher.predict, shown, "checking the teacher")
         teacher.accuracy = measured["test_accuracy"]
         note = check_accuracy(source, data.name, teacher.accuracy, config.allow_teacher_gap)
     else:
@@ -262,7 +280,7 @@ def prepared(opened: Opened, inputs: Inputs, teacher: Teacher | None) -> Iterato
             runs: list[Run] = []
             for config, label in zip(opened.configs, _labels(opened.configs), strict=True):
                 found = {"data_digest": inputs.identity["digest"], "mean": inputs.data.mean, "std": inputs.data.std}
-                config = config.replace("the data", **found)
+                config = _with_weights(config.replace("the data", **found), inputs.data)
                 if teacher is not None and teacher.image_size != inputs.data.image_size:
                     config = config.replace("teacher's weights", teacher_image_size=teacher.image_size)
                 folder = _open_folder(config, preparations)
@@ -281,6 +299,20 @@ def prepared(opened: Opened, inputs: Inputs, teacher: Teacher | None) -> Iterato
                 folders.callback(run.close)
                 runs.append(run)
         yield runs
+
+
+def _with_weights(config: Configuration, data: ImageData) -> Configuration:
+    """The run with the digest of its class weights; raises `UserError` where a resumed run began with others."""
+    weights = class_weights_of(config, data)
+    if weights is None:
+        return config
+    digest = weights_digest({"weights": weights})
+    if config.get("weights_digest") not in (None, digest) and not config.accept_changes:
+        raise UserError(
+            f"--class_weights: {config.class_weights} is not what {config.folder} began with; restore the file, or "
+            "accept the new weights with --accept_changes"
+        )
+    return config.replace("the class weights", weights_digest=digest)
 
 
 def _labels(configs: Sequence[Configuration]) -> list[str]:
@@ -410,6 +442,7 @@ class Run:
             num_classes=self.data.num_classes,
             image_size=self.data.image_size,
             train_targets=self.data.train.targets,
+            class_weights=class_weights_of(config, self.data),
         ).to(inputs.device)
         if teacher is not None:
             check_apart(self.method, teacher.network, config.distill)
@@ -502,6 +535,8 @@ class Run:
     def begin(self) -> None:
         """Say what is trained; go to the stage of the next epoch."""
         self.folder.log(describe_data(self.data, self.inputs.device))
+        if changes := self.training.loader.augmentation.describe():
+            self.folder.log(changes)
         self.folder.log(describe_method(self.method, self.stages, self.config.model_s, self.data.image_size))
         if division := describe_batch(self.config):
             self.folder.log(division)

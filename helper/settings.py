@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from dataset import DATASETS
+from dataset import BALANCED, DATASETS, POLICIES
 from distiller_zoo import DISTILLERS, find_distiller
 from errors import UserError
 from helper.fast import COMPILE, PRECISIONS, computes_bfloat16
@@ -20,6 +20,7 @@ from setting import RECIPE, Setting, count, number, whole
 
 NETWORK, TEACHER, INITIAL, DATA = "network", "teacher and method", "initial weights", "data"
 TRAINING = "training (defaults: helper/recipes.py)"
+AUGMENTATION = "augmentation, and what each class counts"
 SPEED, RUN, FOUND = "speed: the same training, computed faster", "run", "found out when the run starts"
 SOURCES = (
     "a run's, an exported network, or RepDistiller's; or published weights by name, torchvision:resnet34, "
@@ -91,6 +92,29 @@ def _colour(text: str) -> tuple[int, ...]:
     return parts
 
 
+def _below_one(text: str) -> float:
+    if not 0 <= float(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be 0 or more and below 1, not {text}")
+    return float(text)
+
+
+def _probability(text: str) -> float:
+    if not 0 <= float(text) <= 1:
+        raise argparse.ArgumentTypeError(f"must be a probability from 0 to 1, not {text}")
+    return float(text)
+
+
+def _alpha(text: str) -> float:
+    value = float(text)
+    if value and not 0.01 <= value <= 100:  # samples of smaller ones round to one half
+        raise argparse.ArgumentTypeError(f"must be 0 or from 0.01 to 100, not {text}")
+    return value
+
+
+def _weights(text: str) -> str:
+    return text if text == BALANCED else os.path.abspath(_path(text))
+
+
 def _statistics(value: Any) -> tuple[float, ...]:
     if not isinstance(value, list | tuple) or len(value) != 3 or not all(type(part) is float for part in value):
         raise ValueError("it must be three numbers")
@@ -129,7 +153,6 @@ SETTINGS: tuple[Setting, ...] = (
         group=TEACHER,
         metavar="FILE",
         resume="free",
-        identity="none",  # teacher_digest says who taught
         shared=True,
         is_path=True,
     ),
@@ -155,8 +178,8 @@ SETTINGS: tuple[Setting, ...] = (
         ("--teacher_classes",),
         str,
         None,
-        "read the teacher's logits at these of its classes, in the order of the data's: names with commas between "
-        "them, or a file with a name or a number in each line",
+        "read the teacher's logits at these of its classes, in the order of the data's: names or numbers with commas "
+        "(or, where names hold commas, with ;) between them, or a file with one in each line",
         group=TEACHER,
         metavar="NAMES|FILE",
         shared=True,
@@ -233,7 +256,8 @@ SETTINGS: tuple[Setting, ...] = (
         ("--image_size",),
         _image_size,
         32,
-        "of folder (32) and imagenet (224): images become squares of this size",
+        "images of folder (32) and imagenet (224) become squares of this size; those of other data sets are "
+        "held with 32 pixels and resized to it on the device (bilinear)",
         group=DATA,
         shared=True,
     ),
@@ -311,6 +335,71 @@ SETTINGS: tuple[Setting, ...] = (
     Setting(("--nesterov",), bool, False, "Nesterov's momentum", group=TRAINING),
     Setting(("--drop_momentum",), bool, False, "start with no momentum after each milestone", group=TRAINING),
     Setting(
+        ("--augment",),
+        str,
+        "standard",
+        "standard: the data set's own crops and flips; or these and torchvision's policy of this name",
+        choices=POLICIES,
+        group=AUGMENTATION,
+    ),
+    Setting(
+        ("--colour_jitter",),
+        _below_one,
+        0.0,
+        "scale brightness, contrast and saturation by factors from 1 - S to 1 + S",
+        group=AUGMENTATION,
+        metavar="S",
+    ),
+    Setting(
+        ("--random_erasing",),
+        _probability,
+        0.0,
+        "erase a rectangle of an image with this probability",
+        group=AUGMENTATION,
+        metavar="P",
+    ),
+    Setting(
+        ("--mixup",),
+        _alpha,
+        0.0,
+        "mix the images of a batch in shares from Beta(ALPHA, ALPHA); student and teacher see the same mixed images",
+        group=AUGMENTATION,
+        metavar="ALPHA",
+    ),
+    Setting(
+        ("--cutmix",),
+        _alpha,
+        0.0,
+        "paste a rectangle of one image into another, its area from Beta(ALPHA, ALPHA); with --mixup one of them for "
+        "each batch",
+        group=AUGMENTATION,
+        metavar="ALPHA",
+    ),
+    Setting(
+        ("--label_smoothing",),
+        _below_one,
+        0.0,
+        "share of a label that is spread over all classes, in the cross entropy",
+        group=AUGMENTATION,
+        metavar="S",
+    ),
+    Setting(
+        ("--class_weights",),
+        _weights,
+        None,
+        "what a class counts in the cross entropy: balanced (inverse to its number of images), or a file with a class "
+        "and its weight in each line",
+        group=AUGMENTATION,
+        metavar="balanced|FILE",
+    ),
+    Setting(
+        ("--balanced_sampling",),
+        bool,
+        False,
+        "draw the images of an epoch so that every class is equally likely, instead of showing each once",
+        group=AUGMENTATION,
+    ),
+    Setting(
         ("--max_steps",),
         count,
         None,
@@ -386,6 +475,17 @@ SETTINGS: tuple[Setting, ...] = (
         "torch.compile of both networks' forward passes, in this mode; --fast auto leaves it off. The first step "
         "takes minutes; not tried on a GPU, where reduce-overhead replays CUDA graphs",
         choices=COMPILE,
+        group=SPEED,
+        resume="free",
+        identity="none",
+        shared=True,
+    ),
+    Setting(
+        ("--deterministic",),
+        bool,
+        False,
+        "the same weights from the same command on a GPU too: kernels without chance, slower; torch warns of operations "
+        "that have none. A CPU needs no flag",
         group=SPEED,
         resume="free",
         identity="none",
@@ -471,11 +571,20 @@ SETTINGS: tuple[Setting, ...] = (
     ),
     # Not flags: what a run finds out and keeps.
     Setting(("wrapper_t",), _wrapper, None, "how the teacher's network is wrapped", group=FOUND, identity="none"),
-    Setting(("teacher_digest",), _digest, None, "digest of the teacher's weights", group=FOUND, shared=True),
+    Setting(
+        ("teacher_digest",),
+        _digest,
+        None,
+        "digest of the teacher's weights",
+        group=FOUND,
+        shared=True,
+        instead_of="path_t",
+    ),
     Setting(("data_digest",), _digest, None, "digest of the data", group=FOUND, shared=True),
+    Setting(("weights_digest",), _digest, None, "digest of the class weights", group=FOUND, identity="none"),
     Setting(("mean",), _statistics, None, "mean of the images' channels", group=FOUND, identity="none"),
     Setting(("std",), _statistics, None, "standard deviation of the images' channels", group=FOUND, identity="none"),
-    Setting(("init_digest",), _digest, None, "digest of the initial weights", group=FOUND),
+    Setting(("init_digest",), _digest, None, "digest of the initial weights", group=FOUND, instead_of="init"),
     Setting(
         ("images_per_pass",), _images, RECIPE, "images of a whole batch in one forward pass", group=FOUND, resume="free"
     ),
@@ -587,6 +696,9 @@ def accept_found(found: Mapping[str, Any], stored: Mapping[str, Any], accept: bo
 def check_shared(configs: Iterable[Configuration]) -> None:
     """Raise `UserError` where runs that are to share one process differ in what its runs have in common."""
     first, *others = configs
+    if others and any(config.folder and config.accept_changes for config in (first, *others)):
+        # The images of a process are normalised in one way, and each run keeps that with which it began.
+        raise UserError("--accept_changes: resume each run alone, with --resume RUN: it keeps its own normalisation")
     for other in others:
         for setting in SETTINGS:
             ours, theirs = first.get(setting.argument), other.get(setting.argument)
@@ -601,7 +713,7 @@ def check_shared(configs: Iterable[Configuration]) -> None:
 def identity(config: Mapping[str, Any], kinds: tuple[str, ...] = ("row",)) -> dict[str, Any]:
     """What tells a run's row from other rows; with "run" among the kinds, a run from other runs.
 
-    Runs from before a setting existed had its default.
+    Files count by the digests of their weights. Runs from before a setting existed had its default.
     """
     known = settings_of(config["distill"])
     whole_batch = {"images_per_pass": config["batch_size"]}
@@ -612,6 +724,6 @@ def identity(config: Mapping[str, Any], kinds: tuple[str, ...] = ("row",)) -> di
         for name, value in values.items()
         if name in known and known[name].identity in kinds and value not in (None, RECIPE)
     }
-    if config.get("path_t") and not config.get("teacher_digest"):  # a run from before digests were kept
-        kept["teacher_digest"] = f"unknown, of {config['path_t']}"
+    for replaced in {known[name].instead_of for name in kept}:  # a run from before digests were kept has its path
+        kept.pop(replaced, None)
     return kept

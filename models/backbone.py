@@ -130,8 +130,12 @@ class Backbone(nn.Module):
         raise NotImplementedError(f"{type(self).__name__} names no BatchNorms before its stages' last ReLUs")
 
     def get_feat_modules(self) -> nn.ModuleList:
-        """The layers up to the last stage output, without the head (what AB and FSP train in their first stage)."""
-        raise NotImplementedError(f"{type(self).__name__} names no layers below its head")
+        """The layers up to the last stage output, without the head (what AB and FSP train in their first stage).
+
+        Of a network that does not say: everything that does not hold the classifier.
+        """
+        head = self.get_classifier()
+        return nn.ModuleList(child for child in self.children() if not any(part is head for part in child.modules()))
 
 
 @contextmanager

@@ -34,7 +34,10 @@ ENTRIES: dict[str, tuple[Callable[[object], bool], str]] = {
     "classes": (_are_classes, "a list of names"),
     "mean": (lambda value: _are_three(value, -1e3), "three finite numbers"),
     "std": (lambda value: _are_three(value, 1e-6), "three numbers above 0"),
-    "image_size": (lambda value: _is_count(value, 8, LARGEST_IMAGE), f"pixels, 8 to {LARGEST_IMAGE}"),
+    **dict.fromkeys(
+        ("image_size", "source_size"),
+        (lambda value: _is_count(value, 8, LARGEST_IMAGE), f"pixels, 8 to {LARGEST_IMAGE}"),
+    ),
     "margin": (lambda value: _is_count(value, -LARGEST_IMAGE, LARGEST_IMAGE), f"pixels, up to {LARGEST_IMAGE}"),
     "num_classes": (lambda value: _is_count(value, 1, MOST_CLASSES), f"a number of classes, 1 to {MOST_CLASSES}"),
     "accuracy": (lambda value: _is_number(value, 0, 100), "a percentage"),

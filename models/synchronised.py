@@ -93,9 +93,10 @@ class SyncBatchNormActOnCPU(_Activated, SyncBatchNormOnCPU):
 def update_statistics(bn: nn.Module, mean: Tensor, variance: Tensor, number: Tensor | int) -> None:
     """Move the running statistics (C,) towards a batch's mean and biased variance (C,) over `number` values each."""
     unbiased = variance * (number / (number - 1))
-    bn.running_mean.lerp_(mean.to(bn.running_mean.dtype), bn.momentum)
-    bn.running_var.lerp_(unbiased.to(bn.running_var.dtype), bn.momentum)
-    bn.num_batches_tracked += 1
+    running = [bn.running_mean, bn.running_var]
+    torch._foreach_lerp_(running, [mean.to(running[0].dtype), unbiased.to(running[1].dtype)], bn.momentum)
+    if bn.num_batches_tracked is not None:  # the fast path counts those of all BatchNorms in one operation
+        bn.num_batches_tracked += 1
 
 
 def synchronise(module: nn.Module) -> None:

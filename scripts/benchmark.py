@@ -72,7 +72,8 @@ class Contender:
         self.teacher = FrozenTeacher(self.fast.prepare_teacher(teacher.to(self.device), data.image_size))
         self.teacher_pass = self.fast.compiled(self.teacher.forward, outlives=True)
         stage = self.method.main_stage(240)
-        self.stage = stage._replace(respond=self.fast.compiled(stage.respond))
+        respond = self.fast.passing(self.method, stage.respond)
+        self.stage = stage._replace(respond=self.fast.compiled(respond))
         begin(self.stage, self.method)
         self.optimizer = torch.optim.SGD(
             self.method.parameters(), 1e-3, 0.9, weight_decay=5e-4, fused=self.fast.fused_optimizer or None

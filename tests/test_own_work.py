@@ -1,5 +1,6 @@
 """The page for newcomers works as it stands: its files are saved, its commands are run in their order."""
 
+import json
 import re
 import shlex
 from pathlib import Path
@@ -16,7 +17,8 @@ import train_teacher
 from helper import download
 from helper.tables import jobs
 from scripts import compare, export_student, predict, report, reproduce
-from tests.conftest import ROOT
+from tests.conftest import ROOT, message_of
+from tests.run_folders import metrics
 
 PAGE = (ROOT / "docs" / "own_work.md").read_text()
 MAINS = {
@@ -81,18 +83,19 @@ def in_process(monkeypatch) -> None:
     monkeypatch.setattr(jobs, "_start", start)
 
 
-def run_method_of_the_page() -> type:
-    """Save nothing: the page's file is executed, and the method found as the folder's files are."""
-    [code] = [block for block in blocks("python") if "FeatureDistiller" in block]
-    namespace = {"__name__": "mean_map"}
-    exec(compile(code, "mean_map.py", "exec"), namespace)
-    return namespace["MeanMap"]
+@pytest.fixture
+def _methods_of_the_page(monkeypatch):
+    """Save nothing: the page's files are executed, and their methods found as the folder's files are."""
+    for code in [block for block in blocks("python") if "FeatureDistiller" in block]:
+        namespace = {"__name__": "own"}
+        exec(compile(code, "own.py", "exec"), namespace)
+        [method] = [one for one in namespace.values() if getattr(one, "source", "") == "an example"]
+        monkeypatch.setitem(distiller_zoo.DISTILLERS, method.name, method)
 
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Precision loss:RuntimeWarning")  # scipy's, where all seeds have one accuracy
-def test_the_commands_run_in_their_order(photographs, _downloads, monkeypatch, capsys):
-    monkeypatch.setitem(distiller_zoo.DISTILLERS, "mean_map", run_method_of_the_page())
+def test_the_commands_run_in_their_order(photographs, _downloads, _methods_of_the_page, monkeypatch, capsys):
     in_process(monkeypatch)
     ran = []
     for command in (line for block in blocks("bash") for line in block.splitlines() if line.strip()):
@@ -103,6 +106,7 @@ def test_the_commands_run_in_their_order(photographs, _downloads, monkeypatch, c
     assert set(ran) == set(MAINS)
     printed = capsys.readouterr().out
     assert "| folder | resnet20 | resnet8 | mean_map -b 10 |" in printed
+    assert "| folder | resnet20 | resnet8 | regressed_map -b 10 --map_power 1 |" in printed
     assert "| folder | - | resnet18 | ce --init torchvision:resnet18 |" in printed
     assert "which is new: 1000 classes there, 2 here" in printed
     assert all(Path(name).exists() for name in ("report.html", "student.onnx"))
@@ -111,7 +115,19 @@ def test_the_commands_run_in_their_order(photographs, _downloads, monkeypatch, c
     assert len(predictions) == 6 and all("cat" in line and "dog" in line for line in predictions)
 
 
-def test_the_network_of_the_page_teaches_and_learns(few_images, tmp_path, monkeypatch, capsys):
+def test_a_method_with_a_flag_and_a_stage_of_its_own(few_images, distil, _methods_of_the_page, capsys):
+    with pytest.raises(SystemExit):
+        train_cifar_student.main(["--help"])
+    assert "power p of the difference between the maps (2)" in " ".join(capsys.readouterr().out.split())
+    run = distil("--map_power", "1", "--epochs", "2", distill="regressed_map")
+    first, *rest = metrics(run)
+    assert first["stage"] == "regressor" and first["loss_regressor"] > 0
+    assert len(rest) == 2 and all(epoch["loss_regressed_map"] > 0 for epoch in rest)
+    assert json.loads((run / "config.json").read_text())["map_power"] == 1.0
+    assert "map_power" in message_of(train_cifar_student.main, ["--resume", str(run), "--map_power", "2"])
+
+
+def test_the_network_of_the_page_teaches_and_learns(few_images, teacher_run, tmp_path, monkeypatch, capsys):
     [code] = [block for block in blocks("python") if "Backbone" in block]
     namespace = {"__name__": "tiny"}
     exec(compile(code, "tiny.py", "exec"), namespace)
@@ -119,12 +135,14 @@ def test_the_network_of_the_page_teaches_and_learns(few_images, tmp_path, monkey
     short = ["--epochs", "1", "--save_dir", str(tmp_path)]
     train_teacher.main(["--model", "tiny", *short])
     teacher = tmp_path / "digits_ce_tiny_trial1" / "last.pth"
-    for distill in ("norm", "attention"):
+    for distill in ("norm", "attention", "abound"):  # the last trains its layers below the head alone, first
         train_cifar_student.main(["--distill", distill, "--path_t", str(teacher), "--model_s", "tiny", *short])
+    of_ours = ["--path_t", str(teacher_run / "last.pth"), "--model_s", "tiny", "--max_steps", "1"]
+    train_cifar_student.main(["--distill", "norm", *of_ours, *short])
     export_student.main([str(tmp_path / "digits_norm_tiny_tiny_trial1" / "last.pth")])
     assert "same class on 364 of 364" in capsys.readouterr().out
 
 
 def test_the_method_is_the_one_of_the_architecture_page():
-    [code] = [block for block in blocks("python") if "FeatureDistiller" in block]
+    [code] = [block for block in blocks("python") if "MeanMap" in block]
     assert code in (ROOT / "docs" / "architecture.md").read_text()

@@ -25,7 +25,7 @@ ROOMS = {
     "scripts": {"errors", "setting", "models", "dataset", "distiller_zoo", "crd", "helper"},
     "train_teacher": {"errors", "helper"},
     "train_cifar_student": {"errors", "helper"},
-    "train_imagenet_student": {"errors", "helper"},
+    "train_imagenet_student": {"errors", "helper", "train_cifar_student"},
 }
 FILES = sorted(path for room in ROOMS for path in (*ROOT.glob(f"{room}.py"), *ROOT.glob(f"{room}/**/*.py")))
 

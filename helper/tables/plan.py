@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import os
 import re
 import shlex
 import zlib
@@ -16,7 +17,7 @@ from distiller_zoo import DISTILLERS, find_distiller
 from errors import UserError
 from helper.checkpoint import build_distiller
 from helper.command_line import parse, resolve, student_parser, teacher_parser
-from helper.networks import Network, read_teacher
+from helper.networks import INIT, Network, read_network, with_class_names
 from helper.recipes import CIFAR_PAIRS
 from helper.run_folder import CONFIG, LAST, PREVIOUS, is_taken, next_folder
 from helper.settings import FOUND, SETTINGS, Configuration, identity
@@ -52,7 +53,9 @@ SET_BY_PLAN = {
     "--methods or --variants of reproduce.py name methods": "--distill",
 }
 #: What only the run itself finds out.
-FOUND_OUT = {setting.argument for setting in SETTINGS if setting.group == FOUND}
+#: The digests of files' weights, and the path that each is of.
+DIGESTS = {setting.argument: setting.instead_of for setting in SETTINGS if setting.instead_of}
+FOUND_OUT = {setting.argument for setting in SETTINGS if setting.group == FOUND} - set(DIGESTS)
 DIGEST = "teacher_digest"
 
 
@@ -102,14 +105,11 @@ class Job(NamedTuple):
 
 
 def _identity(config: Mapping[str, Any], with_teacher: bool = True) -> dict[str, Any]:
-    """What a plan can know of what tells a run from others. A teacher of another library is its name."""
-    told = identity(config, ("row", "run"))
-    told = {name: value for name, value in told.items() if name == DIGEST or name not in FOUND_OUT}
-    if not with_teacher:
-        told.pop(DIGEST, None)
-    elif is_external(config.get("path_t") or ""):
-        told[DIGEST] = config["path_t"]
-    return told
+    """What a plan can know of what tells a run from others. Weights of another library are their name."""
+    published = {digest: None for digest, path in DIGESTS.items() if is_external(config.get(path) or "")}
+    left_out = FOUND_OUT if with_teacher else FOUND_OUT | {DIGEST, DIGESTS[DIGEST]}
+    told = identity({**config, **published}, ("row", "run"))
+    return {name: value for name, value in told.items() if name not in left_out}
 
 
 def _as_key(config: Mapping[str, Any], with_teacher: bool = True) -> str:
@@ -117,9 +117,9 @@ def _as_key(config: Mapping[str, Any], with_teacher: bool = True) -> str:
 
 
 def trial_name(number: int, flags: Sequence[str]) -> str:
-    """The name of a trial in the run folder's name: 1; with `-b 11` 1_b_11."""
+    """The name of a trial in the run folder's name: 1; with `-b 11` 1_b_11, with `-b 1e-5` 1_b_1e_5."""
     words = [re.sub(r"[^A-Za-z0-9_.-]", "-", re.sub(r"^--?(?=[A-Za-z])", "", word)) for word in flags]
-    name = "_".join(words)
+    name = re.sub(r"-(\d+)$", r"_\1", "_".join(words))  # name-5 is the folder of a fifth run of one name
     if len(name) > LONGEST_TRIAL:
         name = f"{name[:LONGEST_TRIAL]}_{zlib.crc32(' '.join(flags).encode()):08x}"
     return f"{number}_{name}" if name else str(number)
@@ -189,16 +189,18 @@ class Shelf:
             return next_folder(self.save_dir, config.name), "missing"
         return min(found, key=lambda one: STATES.index(one[1]))
 
-    def digest(self, path: Path, name: str) -> str:
-        """Of a teacher's weights; raises `UserError` where the file is gone or none."""
+    def digest(self, path: Path, name: str, flag: str = "--save_dir", ema: bool = False) -> str:
+        """Of a file's weights, a teacher's or initial ones; raises `UserError` where the file is gone or none."""
         version = _version(path)
         if version is None:
-            raise UserError(f"--save_dir: {path} is gone, which the students of {name} read")
-        if version not in self._digests:
-            record = read_checkpoint(path, "--save_dir").get("record")
+            raise UserError(f"{flag}: {path} is gone, which the students of {name} read")
+        key = (*version, ema)
+        if key not in self._digests:
+            record = read_checkpoint(path, flag).get("record")
             known = record.get("digest") if isinstance(record, Mapping) else None
-            self._digests[version] = known if isinstance(known, str) else read_teacher(str(path), name).digest
-        return self._digests[version]
+            read = known if isinstance(known, str) else read_network(str(path), name, flag, "--model_s", ema).digest
+            self._digests[key] = read
+        return self._digests[key]
 
     def renew(self, job: Job) -> Job:
         """The job as it is by now: another process may have begun or finished it, or its teacher."""
@@ -328,10 +330,14 @@ class Plan:
     ) -> Job:
         """The job of a seed, whose flags are `words`; those that its trial is named by are `flags`."""
         if words not in self._given:
-            [self._given[words]] = parse(self._parsers[words[0]], words).runs
+            [given] = parse(self._parsers[words[0]], words).runs
+            self._given[words] = with_class_names(given)
         trial = trial_name(number, flags)
         given = dict(self._given[words], seed=number, trial=trial, save_dir=self.save_dir)
         config = resolve(given, of_teacher=of_teacher)
+        if config.init is not None and os.path.isfile(config.init):
+            found = self.shelf.digest(Path(config.init), config.model_s, INIT, config.ema)
+            config = config.replace("initial weights", init_digest=found)
         return Job(row, config, (*words, "--seed", str(number), "--save_dir", self.save_dir))
 
     def _network_of_shapes(self, name: str, role: str) -> Backbone:

@@ -51,6 +51,12 @@ SETTINGS = {
     "decay_norms": True,
     "seed": 0,
     "data_seed": 0,
+    "augment": "standard",
+    "colour_jitter": 0.0,
+    "random_erasing": 0.0,
+    "mixup": 0.0,
+    "cutmix": 0.0,
+    "balanced_sampling": False,
 }
 
 

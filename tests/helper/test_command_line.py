@@ -117,6 +117,14 @@ def test_the_seed_is_the_trial_unless_it_is_given():
     assert parse_teacher("--model", "resnet8", "--trial", "7", "--seed", "3").seed == 3
 
 
+@pytest.mark.parametrize(("seed", "seeds"), [((), [3, 4]), (("--seed", "7"), [7, 8])])
+def test_trials_of_a_sweep_count_from_the_named_one(seed, seeds):
+    argv = ["--model", "resnet8", "--trial", "3", "--trials", "2", "--sweep", "epochs=5,6", *seed]
+    runs = parse(teacher_parser(), argv).runs
+    assert [run["trial"] for run in runs] == ["3_epochs5", "4_epochs5", "3_epochs6", "4_epochs6"]
+    assert [run["seed"] for run in runs] == seeds * 2
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
@@ -125,7 +133,17 @@ def test_the_seed_is_the_trial_unless_it_is_given():
         ("--distill kd --model_s resnet8 -b 2", "-b/--beta: not used by --distill kd"),
         ("--distill ft --model_s resnet8", "--path_t: --distill ft reads no teacher"),
         ("--distill norm", "--model_s NAME"),
-        ("--model_s resnet8 --image_size 64", "--image_size: only --dataset folder"),
+        (
+            "--model_s resnet8 --distill crd --mixup 0.2",
+            "--mixup: --distill crd cannot learn from mixed images: its",
+        ),
+        ("--model_s resnet8 --distill sskd --cutmix 1", "--cutmix: --distill sskd cannot learn from mixed images"),
+        ("--model_s resnet8 --mixup 0.001", "--mixup: must be 0 or from 0.01 to 100"),
+        ("--model_s resnet8 --label_smoothing 0.1 -r 0", "--label_smoothing: has no effect with -r/--gamma 0"),
+        (
+            "--model_s resnet8 --class_weights balanced --balanced_sampling",
+            "--balanced_sampling: --class_weights",
+        ),
         ("--model_s resnet8 --hint_depth 2", "unrecognized arguments: --hint_depth 2"),
         ("--model_s resnet8 -s 0", "-s/--co_sponge: must be 1 to 2147483647, not 0"),
         ("--model_s resnet8 -r -1", "must be a number from 0 to 1e+30"),
@@ -134,6 +152,7 @@ def test_the_seed_is_the_trial_unless_it_is_given():
         ("--model_s resnet8 --kd_T 0", "must be above 0"),
         ("--model_s resnet8 -r much", "-r/--gamma: invalid number value"),
         ("--model_s resnet8 --lr_decay_epochs 1,x", "must be epochs like"),
+        ("--model_s resnet8 --trial 1-2", "--trial: 1-2 ends like the folder of a second run"),
         ("--model_s resnet8 --trial ../1", "--trial: must be a name of letters"),
         ("--model_s resnet8 --seed 99999999999999999999", "--seed: must be a whole number"),
         ("--model_s resnet8 --dataset folder --image_size 4", "--image_size: must be 8 to 10,000 pixels"),

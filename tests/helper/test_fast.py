@@ -3,6 +3,7 @@
 import copy
 import functools
 import json
+import os
 
 import pytest
 import torch
@@ -69,6 +70,15 @@ def test_a_fast_run_goes_on_as_it_was(distil):
     train_cifar_student.main(["--resume", str(cut)])
     assert same_state(weights(whole), weights(cut))
     assert json.loads((cut / "config.json").read_text())["fast"] == "auto"
+
+
+def test_deterministic_chooses_the_kernels_of_this_run_and_changes_nothing_on_a_cpu(distil, monkeypatch):
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    repeated = distil(*FLAGS, "--deterministic")
+    assert torch.are_deterministic_algorithms_enabled() and os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    plain = distil(*FLAGS)
+    assert not torch.are_deterministic_algorithms_enabled()
+    assert same_state(weights(repeated), weights(plain))
 
 
 def test_the_teacher_is_folded_in_the_run_only(distil, monkeypatch):

@@ -24,6 +24,7 @@ def distil_from(monkeypatch, save_dir):
 
     def call(name: str, *flags: str, classes: int = 1000, size: int = 64):
         def read(_):
+            torch.manual_seed(0)
             return build_model(f"timm:{name}", classes, size), {"dataset": "imagenet"}
 
         monkeypatch.setattr(networks, "read_timm", read)
@@ -56,6 +57,31 @@ def test_logits_of_other_classes_are_refused_or_read_at_some_of_them(distil_from
     assert metrics(run)[0]["loss_kd"] > 0
     message = message_of(lambda argv: distil_from("resnet10t", *argv), ["--teacher_classes", "0,1000"])
     assert "the teacher has no class 1000" in message
+
+
+def test_the_classes_of_a_file_are_recorded_and_the_file_is_no_longer_needed(distil_from, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = tmp_path / "names.txt"
+    names.write_text("\n".join(map(str, range(10))))
+    run = distil_from("resnet10t", "--distill", "kd", "--teacher_classes", "names.txt")
+    assert json.loads((run / "config.json").read_text())["teacher_classes"] == "0,1,2,3,4,5,6,7,8,9"
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    train_cifar_student.main(["--resume", str(run), "--max_steps", "2"])
+    train_cifar_student.main(["--resume", str(run), "--teacher_classes", str(names), "--max_steps", "3"])
+    names.write_text("\n".join(map(str, range(1, 11))))
+    argv = ["--resume", str(run), "--teacher_classes", str(names)]
+    assert "teacher_classes 0,1,2" in message_of(train_cifar_student.main, argv)
+
+
+@pytest.mark.parametrize("names", [["a", "b"], ["a, an a", "b"], ["a; or, an a", "b"]])
+def test_names_of_classes_are_recorded_as_they_are_read_again(names, tmp_path):
+    path = tmp_path / "names.txt"
+    path.write_text("\n".join(names))
+    once = networks.with_class_names({"teacher_classes": str(path)})
+    assert networks.with_class_names(once) == once and once["teacher_classes"] != str(path)
+    source = Network("", "resnet8", build_model("resnet8", 2), 2, record={"classes": ["b", *names[:1]]})
+    assert networks.read_at_classes(source, once["teacher_classes"]).record["classes"] == names
 
 
 def test_the_view_is_the_teachers_own_normalisation_exactly():

@@ -210,6 +210,13 @@ def test_runs_that_go_on_together_have_the_same_data(train):
         train("--trials", "2", "--resume", "--max_steps", "2")
 
 
+def test_runs_whose_changes_are_accepted_are_resumed_alone(train):
+    """Each keeps the mean and deviation with which it began, and those of a process are one."""
+    train("--trials", "2", "--max_steps", "1", *FLAGS)
+    with pytest.raises(UserError, match=r"--accept_changes: resume each run alone"):
+        train("--trials", "2", "--resume", "--accept_changes", "--max_steps", "2")
+
+
 def test_runs_are_told_apart_on_the_terminal(train, capsys):
     train("--sweep", "distill=kd,hint", "--max_steps", "1", *FLAGS)
     lines = [line for line in capsys.readouterr().out.splitlines() if "test accuracy" in line]

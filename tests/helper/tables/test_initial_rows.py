@@ -2,8 +2,10 @@
 
 import json
 
+import torch
+
 from helper.command_line import resolve
-from helper.tables.plan import Shelf
+from helper.tables.plan import Plan, Shelf, Variant
 from helper.tables.rows import read_rows
 from tests.run_folders import make_run
 
@@ -12,6 +14,38 @@ def test_runs_of_other_initial_weights_are_other_rows(tmp_path):
     runs = [make_run(tmp_path, "ce", 1, [50.0]), make_run(tmp_path, "ce", 2, [60.0], init="timm:resnet8")]
     rows, _ = read_rows(runs)
     assert sorted(row.label for row in rows) == ["ce", "ce --init timm:resnet8"]
+
+
+def test_initial_weights_are_told_apart_by_their_digest_wherever_the_file_is(tmp_path):
+    origins = [("a.pth", "1"), ("moved/a.pth", "1"), ("a.pth", "2"), ("a.pth", None), ("b.pth", None)]
+    runs = [
+        make_run(tmp_path, "ce", seed, [50.0], init=path, init_digest=digest and digest * 64)
+        for seed, (path, digest) in enumerate(origins)
+    ]
+    rows, left = read_rows(runs)
+    assert not left
+    found = {tuple(runs.index(record.folder) for record in row.records): row.apart for row in rows}
+    assert found == {(0, 1): "init 11111111", (2,): "init 22222222", (3,): "--init a.pth", (4,): ""}
+
+
+def test_a_plan_finds_a_run_by_the_digest_of_its_initial_weights(tmp_path):
+    weights = tmp_path / "weights.pth"
+
+    def found(digest: str) -> str:
+        torch.save({"model": {}, "record": {"digest": digest}}, weights)
+        jobs = Plan(str(tmp_path / "save")).jobs(
+            [("resnet14", "resnet8")], [Variant("ft", ("--init", str(weights)))], 1
+        )
+        return next(job for job in jobs if job.config.init)
+
+    job = found("1" * 64)
+    assert (job.state, job.config.init_digest) == ("missing", "1" * 64)
+    job.folder.mkdir(parents=True)
+    stored = job.config.as_json() | {"init": "elsewhere.pth"}
+    (job.folder / "config.json").write_text(json.dumps(stored))
+    (job.folder / "last.pth").touch()
+    assert found("1" * 64).state == "begun"
+    assert found("2" * 64).state == "missing"
 
 
 def test_a_plan_takes_no_run_of_other_initial_weights_for_its_own(tmp_path):

@@ -78,7 +78,7 @@ def test_rows_whose_flags_read_alike_are_two_rows(tmp_path):
         return [job for job in Plan(str(tmp_path)).jobs(PAIR, read_variants(text), 1) if job.config.distill == "ft"]
 
     both = listed("ft -s 11; ft --init timm:11; ft --init timm-11")
-    assert [job.folder.name.partition("trial")[2] for job in both] == ["1_s_11", "1_init_timm-11", "1_init_timm-11"]
+    assert [job.folder.name.partition("trial")[2] for job in both] == ["1_s_11", "1_init_timm_11", "1_init_timm_11"]
     assert len({job.key for job in both}) == 3
     pretend(both[1], "result.json")
     assert [job.state for job in listed("ft --init timm-11; ft --init timm:11")] == ["missing", "finished"]

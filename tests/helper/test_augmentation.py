@@ -1,0 +1,152 @@
+"""Runs with augmentation, mixed images and classes that count differently: each flag, and exact resume."""
+
+import json
+
+import pytest
+import torch
+
+import train_cifar_student
+import train_teacher
+from helper import loops
+from helper import run as run_module
+from helper.networks import Teacher
+from tests.conftest import message_of
+from tests.run_folders import assert_same_end, load, metrics, same_state, state, weights
+
+pytestmark = pytest.mark.usefixtures("few_images")
+ALL = (
+    "--augment",
+    "randaugment",
+    "--colour_jitter",
+    "0.4",
+    "--random_erasing",
+    "0.3",
+    "--mixup",
+    "0.3",
+    "--cutmix",
+    "1",
+)
+ALL += ("--label_smoothing", "0.1", "--balanced_sampling")
+STEP = ("--model", "resnet8", "--batch_size", "32", "--max_steps", "1")
+
+
+@pytest.fixture
+def train(save_dir):
+    """Call `train_teacher.py` for a step; returns the run folder, the newest."""
+
+    def call(*flags: str):
+        known = set(save_dir.iterdir()) if save_dir.exists() else set()
+        train_teacher.main([*STEP, "--save_dir", str(save_dir), *flags])
+        return next(iter(set(save_dir.iterdir()) - known))
+
+    return call
+
+
+def config_of(run) -> dict:
+    return json.loads((run / "config.json").read_text())
+
+
+def test_a_run_that_is_stopped_within_an_epoch_ends_in_the_same_weights(distil, monkeypatch):
+    flags = ("--batch_size", "32", "--epochs", "2", "--save_every_steps", "1", *ALL)
+    whole = distil(*flags, distill="kd")
+    save = run_module.Run.save_within_epoch
+
+    def save_then_stop(self, number, stopping):
+        save(self, number, stopping)
+        if (self.epoch, number) == (1, 2):
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(run_module.Run, "save_within_epoch", save_then_stop)
+        distil(*flags, "--trial", "cut", "--seed", "1", distill="kd")
+    cut = next(path for path in whole.parent.iterdir() if path.name.endswith("trialcut"))
+    assert state(cut)["epoch_state"]["steps"] == 2
+    train_cifar_student.main(["--resume", str(cut)])
+    assert_same_end(whole, cut)
+    assert "besides crops and flips: policy randaugment" in (whole / "log.txt").read_text()
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--augment", "trivialaugment"),
+        ("--colour_jitter", "0.4"),
+        ("--random_erasing", "1"),
+        ("--mixup", "0.2"),
+        ("--cutmix", "1"),
+        ("--label_smoothing", "0.1"),
+        ("--class_weights", "balanced"),
+        ("--balanced_sampling",),
+    ],
+    ids=lambda flags: flags[0],
+)
+def test_a_flag_changes_what_is_learnt_and_one_setting(train, flags):
+    without, with_it = train(), train(*flags, "--trial", "with", "--seed", "1")
+    before, after = config_of(without), config_of(with_it)
+    (name,) = {name for name in before if before[name] != after[name]} - {"trial", "origins", "weights_digest"}
+    assert "--" + name == flags[0]
+    assert not same_state(weights(without), weights(with_it))
+    off = train("--no-balanced_sampling", "--mixup", "0", "--augment", "standard", "--trial", "off", "--seed", "1")
+    assert same_state(weights(without), weights(off)), "given as it is by default it changes nothing"
+
+
+def test_teacher_and_student_see_the_same_mixed_images_and_targets(distil, monkeypatch):
+    seen = {"teacher": [], "student": [], "targets": []}
+    call, add = Teacher.__call__, loops.add_gradients
+
+    def teacher_sees(self, images, preact, is_whole):
+        seen["teacher"].append(images)
+        return call(self, images, preact, is_whole)
+
+    def student_sees(method, stage, batch, *rest):
+        seen["student"].append(batch.images)
+        seen["targets"].append(batch.targets)
+        return add(method, stage, batch, *rest)
+
+    monkeypatch.setattr(Teacher, "__call__", teacher_sees)
+    monkeypatch.setattr(loops, "add_gradients", student_sees)
+    run = distil("--batch_size", "32", "--max_steps", "2", "--mixup", "1", "--accumulate", "2", distill="dkd")
+    student, targets = seen["student"], torch.cat(seen["targets"])
+    given = [images for images in seen["teacher"] if any(images is one for one in student)]
+    assert len(student) == 4 and len(given) == 4
+    assert targets.shape == (64, 10) and bool(((targets > 0).sum(1) == 2).any())
+    assert torch.allclose(targets.sum(1), torch.ones(64))
+    assert 0 <= metrics(run)[0]["train_accuracy"] <= 100
+
+
+def test_runs_of_one_process_are_as_they_would_be_alone(distil):
+    """Those whose batches differ take turns."""
+    shared = ("--batch_size", "32", "--max_steps", "2", "--data_seed", "5", "--seed", "3")
+    distil(*shared, "--sweep", "mixup=0,0.5", distill="kd")
+    alone = distil(*shared, "--mixup", "0.5", distill="kd")
+    both = next(path for path in alone.parent.iterdir() if "mixup0.5" in path.name)
+    assert same_state(weights(both), weights(alone))
+
+
+def test_class_weights_that_have_changed_are_refused(train, tmp_path):
+    file = tmp_path / "weights.txt"
+    file.write_text("\n".join(f"{digit} {digit + 1}" for digit in range(10)))
+    run = train("--class_weights", str(file), "--epochs", "3")
+    file.write_text("\n".join(f"{digit} {10 - digit}" for digit in range(10)))
+    resume = ["--resume", str(run), "--max_steps", "2"]
+    message = message_of(train_teacher.main, resume)
+    assert f"--class_weights: {file} is not what {run} began with" in message
+    train_teacher.main([*resume, "--accept_changes"])
+    assert state(run)["step"] == 2
+    file.unlink()
+    assert "cannot be read" in message_of(train_teacher.main, [*resume[:3], "4"])
+    message = message_of(train_teacher.main, [*STEP, "--class_weights", str(file), "--save_dir", str(tmp_path / "no")])
+    assert "--class_weights" in message and not any((tmp_path / "no").glob("*"))
+
+
+def test_a_student_may_have_another_size_than_what_is_held_and_than_the_teacher(distil, teacher_run, capsys):
+    run = distil("--batch_size", "32", "--max_steps", "1", "--image_size", "48", distill="kd")
+    config, record = config_of(run), load(run / "last.pth")["record"]
+    assert (config["image_size"], config["teacher_image_size"]) == (48, 32)
+    assert (record["image_size"], record["source_size"]) == (48, 32)
+    accuracy = load(teacher_run / "last.pth")["record"]["accuracy"]
+    assert f"{accuracy:.2f} % (on record: {accuracy:.2f} %)" in capsys.readouterr().out, (
+        "it sees what it was trained on"
+    )
+    train_cifar_student.main(["--resume", str(run), "--max_steps", "2"])
+    assert state(run)["step"] == 2
