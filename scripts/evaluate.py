@@ -258,9 +258,17 @@ def measure(seen: Seen, tested: Tested, teacher: Teacher | None, data: ImageData
     """Everything that is said of a network, as JSON can hold it."""
     judged, logits, record = seen.judged, seen.logits, seen.judged.record
     left_out = len(data.test.targets) - len(tested.targets)
-    about: dict[str, Any] = {"network": judged.source, "model": judged.name, "digest": record.get("digest")}
-    about |= {"dataset": data.name, "data": record.get("data"), "image_size": data.image_size}
-    about |= {"test_images": len(tested.targets), "test_unreadable": left_out, "classes": list(data.classes)}
+    about: dict[str, Any] = {
+        "network": judged.source,
+        "model": judged.name,
+        "digest": record.get("digest"),
+        "dataset": data.name,
+        "data": record.get("data"),
+        "image_size": data.image_size,
+        "test_images": len(tested.targets),
+        "test_unreadable": left_out,
+        "classes": list(data.classes),
+    }
     about |= judge(logits, tested.targets)
     wrong = logits.double().softmax(1).amax(1).masked_fill(logits.argmax(1) == tested.targets, -1)
     about["worst_errors"] = _shown(wrong, wrong >= 0, logits, tested, data)
