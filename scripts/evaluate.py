@@ -22,16 +22,15 @@ with starting():
     from PIL import Image
     from torch import Tensor
 
-    from dataset import DATASETS, ImageData, Loader, StreamedImages, is_image_folder, load_data
+    from dataset import DATASETS, ImageData, Loader, StreamedImages, is_image_folder
     from helper.checkpoint import rebuild
     from helper.command_line import Parser
     from helper.distributed import find_device
-    from helper.export import read_deployed
+    from helper.export import RecordedData, read_deployed
     from helper.log import progress_bar
     from helper.metrics import METRICS, RESAMPLES, MinibatchCKA, divergences, fidelity, judge
     from helper.networks import Network, as_it_was_trained, read_network
     from helper.run_folder import LAST, RESULT, replacing
-    from helper.settings import count_cores
     from helper.tables.pages import render
     from helper.tables.rows import FIDELITY
     from models.backbone import Output
@@ -116,54 +115,21 @@ def _responding(method) -> Callable[[Tensor], Output]:
 # Data.
 
 
-class Wanted(NamedTuple):
-    """The data that a network is judged on; networks that want the same share them."""
-
-    dataset: str
-    folder: str | None
-    image_size: int
-    normalisation: tuple[tuple[float, ...], tuple[float, ...]] | None
-    background: tuple[int, ...]
-    split: float
-    holdout: int
-    may_download: bool
-
-    def load(self) -> ImageData:
-        """The data set, test images streamed where they are files."""
-        place = (self.dataset, self.folder, self.image_size, min(4, count_cores()), sys.maxsize, self.may_download)
-        return load_data(
-            *place,
-            background=self.background,
-            stream=True,
-            split=self.split,
-            holdout=self.holdout,
-            normalisation=self.normalisation,
-        )
-
-
-def data_for(judged: Judged, args) -> Wanted:
+def data_for(judged: Judged, args) -> RecordedData:
     """What NETWORK is judged on: the flags, else its record, else what its published weights were trained on."""
-    record, own = judged.record, read_preprocessing(judged.source)
-    dataset, folder = args.dataset or record.get("dataset"), args.data or record.get("data")
+    record, own = dict(judged.record), read_preprocessing(judged.source)
+    dataset = args.dataset or record.get("dataset")
     if args.dataset is None and args.data is not None and dataset not in ("folder", "imagenet"):
         dataset = "folder" if is_image_folder(args.data) else dataset
     if dataset is None:
         raise UserError(
             f"--dataset: {judged.source} does not say what it was trained on; name the data set, or a folder by --data"
         )
-    mean, std = record.get("mean") or (own and own.mean), record.get("std") or (own and own.std)
-    size = args.image_size or record.get("image_size") or (own and own.test_size)
-    given = args.data is not None or args.dataset is not None
-    return Wanted(
-        dataset,
-        folder,
-        size or (224 if dataset == "imagenet" else 32),
-        (tuple(mean), tuple(std)) if mean and std else None,
-        tuple(record.get("background") or (255, 255, 255)),
-        args.split if args.split is not None else 0.0 if given else record.get("split") or 0.0,
-        0 if given else record.get("holdout") or 0,
-        folder is None or args.data is not None,
-    )
+    if own is not None:
+        record = {"mean": own.mean, "std": own.std, "image_size": own.test_size} | record
+    is_other = args.dataset is not None or args.data is not None
+    wanted = RecordedData.of(record, dataset if is_other else None, args.data, args.image_size)
+    return wanted._replace(dataset=dataset, split=wanted.split if args.split is None else args.split)
 
 
 def check_classes(judged: Judged, data: ImageData) -> None:
@@ -446,7 +412,7 @@ def judge_all(args) -> list[Judgement]:
     device = find_device(args.device)
     judged = [read_judged(source, args.model, device) for source in args.networks]
     source = args.teacher and read_network(args.teacher, None, "--teacher", "--teacher")
-    groups: dict[Wanted, list[Judged]] = {}
+    groups: dict[RecordedData, list[Judged]] = {}
     for one in judged:
         groups.setdefault(data_for(one, args), []).append(one)
     found = []
