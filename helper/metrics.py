@@ -1,11 +1,13 @@
 """What is measured: of a split's logits, of two networks' maps, and of an epoch while it is trained."""
 
+import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy
 import torch
+from sklearn.metrics import confusion_matrix, f1_score, precision_recall_fscore_support, recall_score
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -28,12 +30,46 @@ def loss(logits: Tensor, targets: Tensor) -> float:
     return float(F.cross_entropy(logits.double(), targets))
 
 
+def balanced_accuracy(logits: Tensor, targets: Tensor) -> float:
+    """The mean over the classes of the share of their images that is right (%)."""
+    recalls = recall_score(targets, logits.argmax(1), labels=targets.unique(), average=None, zero_division=0)
+    return 100 * float(recalls.mean())
+
+
+def macro_f1(logits: Tensor, targets: Tensor) -> float:
+    """The mean over the classes of the F1 score (%)."""
+    return 100 * float(f1_score(targets, logits.argmax(1), average="macro", zero_division=0))
+
+
 #: What is measured on the images of a whole split: name -> function (logits (n, K), classes (n,)) -> number.
 METRICS: dict[str, Callable[[Tensor, Tensor], float]] = {
     "accuracy": accuracy,
     "accuracy_top5": accuracy_top5,
     "loss": loss,
+    "balanced_accuracy": balanced_accuracy,
+    "macro_f1": macro_f1,
 }
+
+
+def _lower(value: float) -> float:
+    return -value if math.isfinite(value) else -math.inf
+
+
+#: What the best epoch may be chosen by: one of `METRICS` -> function of its value, larger for a better epoch.
+BEST_BY: dict[str, Callable[[float], float]] = {
+    "accuracy": float,
+    "balanced_accuracy": float,
+    "macro_f1": float,
+    "loss": _lower,
+}
+
+
+def best_epoch(records: Sequence[Mapping[str, float]], metric: str) -> int:
+    """The number of the best epoch, from 1, by a metric on the held-out images, or the test images where there are
+    none; the first of equals."""
+    values = [record.get(f"holdout_{metric}", record.get(f"test_{metric}")) for record in records]
+    goodness = [BEST_BY[metric](math.nan if value is None else value) for value in values]
+    return goodness.index(max(goodness)) + 1
 
 
 #: Bins of the confidence, as in Guo et al., ICML 2017.
@@ -45,12 +81,9 @@ RESAMPLES, COVERED = 1000, 0.95
 def judge(logits: Tensor, targets: Tensor) -> dict[str, Any]:
     """What the logits (n, K) of a split say of a network, given the classes (n,): every one of `METRICS`, and by name
 
-    balanced_accuracy (%), macro_f1 (%), the `calibration`, intervals (name -> [low, high]), confusion (K x K counts,
-    row by row a true class), and per_class: images, accuracy (%, recall), precision (%) and f1 (%) of each. A class
-    without test images has no share in the means over classes.
+    the `calibration`, intervals (name -> [low, high]), confusion (K x K counts, row by row a true class), and
+    per_class: images, accuracy (%, recall), precision (%) and f1 (%) of each class.
     """
-    from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
-
     labels = range(logits.shape[1])
     true, found = targets.numpy(), logits.argmax(1).numpy()
     precision, recall, f1, images = precision_recall_fscore_support(true, found, labels=labels, zero_division=0)
@@ -61,8 +94,6 @@ def judge(logits: Tensor, targets: Tensor) -> dict[str, Any]:
     of_images = {"accuracy": 100.0 * (true == found), "accuracy_top5": 100.0 * top5.numpy(), "loss": losses.numpy()}
     return {
         **{name: measure(logits, targets) for name, measure in METRICS.items()},
-        "balanced_accuracy": 100 * float(recall[images > 0].mean()),
-        "macro_f1": 100 * float(f1[images > 0].mean()),
         **calibration(logits, targets),
         "intervals": mean_intervals(of_images) | _class_intervals(true, found, len(labels)),
         "confusion": confusion_matrix(true, found, labels=labels).tolist(),
@@ -86,9 +117,10 @@ def _class_intervals(true: numpy.ndarray, found: numpy.ndarray, classes: int) ->
     drawn = numpy.random.default_rng(0).multinomial(len(true), counts / len(true), RESAMPLES).astype(float)
     of_true, of_found = (drawn @ numpy.eye(classes)[side] for side in pairs)  # images (resamples, K)
     right = (drawn * (pairs[0] == pairs[1])) @ numpy.eye(classes)[pairs[0]]
-    present = of_true > 0
-    scores = {"balanced_accuracy": right / of_true.clip(1), "macro_f1": 2 * right / (of_true + of_found).clip(1)}
-    return {name: _interval(100 * values.mean(1, where=present)) for name, values in scores.items()}
+    counted = {"balanced_accuracy": of_true, "macro_f1": (of_true + of_found) / 2}
+    return {
+        name: _interval(100 * (right / count.clip(0.5)).mean(1, where=count > 0)) for name, count in counted.items()
+    }
 
 
 def _interval(values: list[float] | numpy.ndarray) -> list[float]:
