@@ -83,16 +83,18 @@ class Judged(NamedTuple):
     folder: Path | None = None  # of its run
 
 
+def file_of(source: str) -> str:
+    """The checkpoint of a run folder; anything else is returned as it is."""
+    return str(Path(source, LAST)) if Path(source).is_dir() else source
+
+
 def read_judged(source: str, model: str | None, device: torch.device) -> Judged:
     """Read NETWORK; raises `UserError`."""
-    path, folder = source, None
-    if not is_external(source):
-        if Path(source).is_dir():
-            path, folder = str(Path(source, LAST)), Path(source)
-        if Path(path).suffix.lower() in PROGRAMS:
-            program = read_deployed(path, NETWORK)
-            on_cpu = lambda images: program.predict(images.cpu()).to(device)  # noqa: E731
-            return Judged(source, program.record.get("model_name", "?"), program.record, on_cpu)
+    path, folder = file_of(source), Path(source) if Path(source).is_dir() else None
+    if not is_external(source) and Path(path).suffix.lower() in PROGRAMS:
+        program = read_deployed(path, NETWORK)
+        on_cpu = lambda images: program.predict(images.cpu()).to(device)  # noqa: E731
+        return Judged(source, program.record.get("model_name", "?"), program.record, on_cpu)
     found = read_network(path, model, NETWORK, "--model")
     network, trained, notes, record = found.network.eval().to(device), None, list(found.notes), dict(found.record)
     checkpoint = {} if is_external(path) else read_checkpoint(path, NETWORK)
@@ -411,7 +413,7 @@ def judge_all(args) -> list[Judgement]:
     """Judge every network, those that want the same data together; prints each one's numbers."""
     device = find_device(args.device)
     judged = [read_judged(source, args.model, device) for source in args.networks]
-    source = args.teacher and read_network(args.teacher, None, "--teacher", "--teacher")
+    source = args.teacher and read_network(file_of(args.teacher), None, "--teacher", "--teacher")
     groups: dict[RecordedData, list[Judged]] = {}
     for one in judged:
         groups.setdefault(data_for(one, args), []).append(one)
