@@ -4,7 +4,7 @@ python scripts/benchmark.py [--pairs resnet32x4:resnet8x4,...] [--n 8] [--batch_
     [--compile default] [--reference "OTHER/train_student.py --epochs 1"]
 
 All thirteen pairs of the tables by default, with the geometric mean of their ratios; with
-`--json docs/benchmarks/step_NAME.json` the records are kept.
+`--json docs/benchmarks/step_cpu.json` the records are kept.
 
 Plain: the expanded feature is computed by convolutions, float32, eager, contiguous, images one by one through PIL in
 worker processes. Fast: what `--fast auto` chooses here, images in memory, and compiled where `--compile` asks for it;
