@@ -128,6 +128,7 @@ def with_statistics(network):
     return network.eval()
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("kept", [False, True])
 @pytest.mark.parametrize("name", ["timm:repvgg_a0", "timm:mobileone_s0", "timm:repghostnet_050"])
 @torch.no_grad()

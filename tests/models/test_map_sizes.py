@@ -30,6 +30,7 @@ def step(distill: str, pair: tuple[str, str], map_size: str) -> tuple[float, lis
     return losses[distill].item(), method.notes()
 
 
+@pytest.mark.quick(3)
 @pytest.mark.parametrize("distill", METHODS)
 @pytest.mark.parametrize("pair", [("timm:test_vit", "timm:test_resnet"), ("timm:test_resnet", "timm:test_vit")])
 def test_every_size_is_brought_to_the_other_and_it_is_said(distill, pair):
