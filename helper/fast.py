@@ -49,7 +49,9 @@ class _Converted(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *gradients):
-        there = [(gradient, dtype) for gradient, dtype in zip(gradients, ctx.dtypes, strict=True) if gradient is not None]
+        there = [
+            (gradient, dtype) for gradient, dtype in zip(gradients, ctx.dtypes, strict=True) if gradient is not None
+        ]
         converted = iter(_convert(*zip(*there, strict=True)) if there else ())
         return None, *(None if gradient is None else next(converted) for gradient in gradients)
 

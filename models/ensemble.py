@@ -17,7 +17,10 @@ def shares_of(weights: Sequence[float] | None, count: int) -> tuple[float, ...]:
     if len(weights) != count or min(weights) < 0 or sum(weights) <= 0:
         written = ", ".join(f"{weight:g}" for weight in weights)
         raise UserError(f"{count} networks need {count} weights, none below 0 and one above, not {written}")
-    return tuple(weight / sum(weights) for weight in weights)
+    total = sum(weights)
+    if abs(total - 1) < 1e-9:
+        return tuple(weights)  # as shares are stored, and read again
+    return tuple(weight / total for weight in weights)
 
 
 class Ensemble(Backbone):

@@ -113,7 +113,14 @@ def fuse_activations(network: Backbone, images: Tensor, context: Callable) -> Ba
         with torch.no_grad(), context():
             fused = Fused(network, {preact: _fused_graph(network, preact, images) for preact in preacts})
             same = all(_agree(network.outputs(images, preact), fused.outputs(images, preact)) for preact in preacts)
-    except (fx.proxy.TraceError, NameError, RuntimeError, TypeError, ValueError, AttributeError):  # from tracer or device library
+    except (
+        fx.proxy.TraceError,
+        NameError,
+        RuntimeError,
+        TypeError,
+        ValueError,
+        AttributeError,
+    ):  # from tracer or device library
         return network
     return fused.eval() if same else network
 
