@@ -1,8 +1,8 @@
 """An encoded image to a square of pixels: the one place that does so, for memory, streaming and prediction.
 
 An image becomes a square in this order: its EXIF rotation is applied, transparency is laid on a colour, it becomes RGB
-of 8 bits, its shorter side is resized (antialiased, bilinear unless a teacher's own test says otherwise) and the centre
-is cut out; training crops take a random part instead. Nothing here needs torch, so that worker processes start without it.
+of 8 bits, its shorter side is resized (antialiased; bilinear, unless asked otherwise) and the centre is cut out;
+training crops take a random part instead. Nothing here needs torch, so that worker processes start without it.
 """
 
 import io

@@ -168,8 +168,8 @@ class NORM(Distiller):
         if self.ft == "none":
             if self.co_sponge != 1 or [channels] != teacher_channels:
                 raise UserError(
-                    f"--ft none matches the raw maps: it needs -s 1 and a teacher of equal channels (student {channels}, "
-                    f"teacher {', '.join(map(str, teacher_channels))}); use --ft default"
+                    "--ft none matches the raw maps: it needs -s 1, one teacher and equal channels (student "
+                    f"{channels}, teacher {', '.join(map(str, teacher_channels))}); use --ft default"
                 )
             self.transform = None
         else:

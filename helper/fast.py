@@ -14,7 +14,7 @@ from models.backbone import Backbone, Output
 from models.folding import fold_batch_norms
 from models.fusing import fuse_activations
 
-PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 #: Modes of torch.compile; the last one replays CUDA graphs.
 COMPILE = ("off", "default", "reduce-overhead")
 #: Compilations of one function, at most: runs side by side share the functions of their networks and methods.
@@ -216,11 +216,26 @@ def _copy(output: Output) -> Output:
     return Output(*cloned, tuple(map(_copy, others)))
 
 
+def check_precision(precision: str, device: torch.device) -> None:
+    """Raise `UserError` where a device has no units for a precision."""
+    if precision == "float16" and device.type == "cpu":
+        raise UserError(
+            "--precision float16: a CPU emulates it, a hundred times slower; take float32 or bfloat16, or --device cuda"
+        )
+
+
 def computes_bfloat16(device: torch.device) -> bool:
     """Whether bfloat16 products have units of their own here, and are not emulated."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
     return device.type == "cpu" and torch.ops.mkldnn._is_mkldnn_bf16_supported() and _has_bfloat16_units()
+
+
+def has_matrix_units(device: torch.device) -> bool:
+    """Whether products of matrices have units of their own: AMX on a CPU, tensor cores on a GPU."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (7, 0)
+    return device.type == "cpu" and torch.cpu._is_amx_tile_supported()
 
 
 def _has_bfloat16_units() -> bool:

@@ -10,6 +10,7 @@ import itertools
 import statistics
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
@@ -21,10 +22,14 @@ from distiller_zoo import DISTILLERS, Progress, Task
 from errors import UserError, run_script
 from helper.command_line import Parser, pairs
 from helper.distributed import find_device
-from helper.loops import begin, train_step
+from helper.fast import Fast
+from helper.guard import Guard
+from helper.loops import add_gradients, begin
+from helper.metrics import EpochMeter
 from helper.networks import FrozenTeacher
+from helper.optim import parameters_of
 from models import build_model
-from scripts.benchmarks.parts import recipe_method, report
+from scripts.benchmarks.parts import recipe_method, report, wait_for
 from setting import count
 
 IMAGES, CLASSES, SIZE = 50_000, 100, 32
@@ -33,28 +38,48 @@ IMAGES, CLASSES, SIZE = 50_000, 100, 32
 class Stepper:
     """A method with its optimizer, ready to take training steps on one batch of random images."""
 
-    def __init__(self, name: str, pair: tuple[str, str], batch_size: int, device: torch.device):
+    def __init__(
+        self, name: str, pair: tuple[str, str], batch_size: int, device: torch.device, fast: Fast | None = None
+    ):
+        fast = fast or Fast()
         needs_teacher = DISTILLERS[name].needs_teacher
         network = build_model(pair[0], CLASSES) if needs_teacher else None
         targets = torch.arange(IMAGES) % CLASSES
         task = Task(CLASSES, SIZE, batch_size, targets)
         self.method = recipe_method(name, build_model(pair[1], CLASSES), network, pair, task).to(device)
-        *_, self.stage = self.method.stages(240)
-        self.teacher = FrozenTeacher(network.to(device)) if self.stage.needs_teacher else None
+        self.method = fast.prepare_student(self.method, device)
+        *_, stage = self.method.stages(240)
+        self.stage = stage._replace(respond=fast.passing(self.method, stage.respond))
+        self.teacher, self.context = None, partial(fast.autocast, device)
+        if stage.needs_teacher:
+            self.teacher = FrozenTeacher(fast.prepare_teacher(network.eval().to(device), SIZE))
         begin(self.stage, self.method)
         trained = [parameter for parameter in self.method.parameters() if parameter.requires_grad]
-        self.optimizer = torch.optim.SGD(trained, lr=1e-4, momentum=0.9)
+        self.optimizer = torch.optim.SGD(trained, lr=1e-4, momentum=0.9, fused=fast.fused_optimizer or None)
         views, _ = VIEWS[self.method.views]
         index = torch.arange(batch_size, device=device)
         images = torch.randn(views * batch_size, 3, SIZE, SIZE, device=device)
-        self.batch = Batch(images, targets.to(device)[index], index)
+        self.guard, self.meter = Guard(), EpochMeter(device)
+        self.batch = Batch(fast.lay_out(images), targets.to(device)[index], index)
+
+    def step(self) -> None:
+        """Take one step: teacher, student, losses, guard, optimizer and meter."""
+        output = None
+        if self.teacher is not None:
+            with self.context():
+                output = self.teacher(self.batch.images, self.method.teacher_preact)
+        self.optimizer.zero_grad(set_to_none=True)
+        losses, logits = add_gradients(self.method, self.stage, self.batch, output, Progress(120, 240), self.context())
+        self.guard.judge(losses, parameters_of(self.optimizer), 1)
+        self.optimizer.step()
+        self.meter.update(losses, logits, self.batch.targets)
 
     def seconds(self) -> float:
-        """Take one step, teacher included, and time it."""
+        """Time of one step."""
+        wait_for(self.batch.images.device)
         start = time.perf_counter()
-        output = None if self.teacher is None else self.teacher(self.batch.images, self.method.teacher_preact)
-        losses, _ = train_step(self.method, self.stage, self.optimizer, self.batch, output, Progress(120, 240))
-        sum(losses.values()).item()  # waits for the device
+        self.step()
+        wait_for(self.batch.images.device)
         return time.perf_counter() - start
 
 

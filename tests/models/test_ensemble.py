@@ -121,5 +121,5 @@ def test_what_cannot_be_averaged_or_shared_is_refused():
         with pytest.raises(UserError, match="2 networks need 2 weights"):
             Ensemble(pair, weights)
     for distill, hyper_parameters in (("simkd", {}), ("srrl", {}), ("norm", {"ft": "none", "co_sponge": 1})):
-        with pytest.raises(UserError, match="choose|use --ft default"):
+        with pytest.raises(UserError, match=r"choose|use --ft default"):
             DISTILLERS[distill](build_model("resnet8", CLASSES), Ensemble(pair), TASK, **hyper_parameters)

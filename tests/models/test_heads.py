@@ -35,11 +35,7 @@ def test_an_encoder_without_a_classifier_teaches_what_reads_no_logits(name):
         output = encoder.outputs(images())
     assert encoder.num_classes == 0 and output.logits.shape == (2, 0) and output.pooled.shape[1] > 0
     for distill in ("norm", "attention", "rkd", "hint"):
-        method = (
-            DISTILLERS[distill](build_model("resnet8", CLASSES), encoder, TASK)
-            if distill == "norm"
-            else DISTILLERS[distill](build_model("resnet8", CLASSES), encoder, TASK)
-        )
+        method = DISTILLERS[distill](build_model("resnet8", CLASSES), encoder, TASK)
         assert all(loss.isfinite() for loss in one_step(method, encoder).values())
     for distill, weights in (("norm", {"alpha": 1.0}), ("kd", {}), ("dkd", {}), ("srrl", {})):
         with pytest.raises(UserError, match=r"no classifier, the data 7 classes.*-a 0"):
