@@ -287,9 +287,8 @@ def _check_teacher(teacher: Teacher, number: int, inputs: Inputs, config: Config
     data are image files; raises `UserError` where it does not fit the data or its record."""
     source, data = teacher.source.teachers[number], inputs.data
     if source.num_classes != data.num_classes:
-        return (
-            f"teacher {source.name}: its {source.num_classes} classes are not those of the data; its maps alone teach"
-        )
+        has = f"its {source.num_classes} classes are not those of the data" if source.num_classes else "no classifier"
+        return f"teacher {source.name}: {has}; its maps alone teach"
     others = compare_classes(source.record.get("classes"), data.classes)
     if others is not None and not config.allow_teacher_gap:
         raise UserError(f"--path_t: {others}; use the data that the teacher knows, or --allow_teacher_gap")
