@@ -41,6 +41,8 @@ class Ensemble(Backbone):
         super().__init__()
         self.shares = shares_of(weights, len(networks))
         self.networks = nn.ModuleList(networks)
+        counts = {network.num_classes for network in networks}
+        self._num_classes = counts.pop() if len(counts) == 1 else 0
         self.shows_preactivations = networks[0].shows_preactivations
 
     @property
@@ -50,8 +52,7 @@ class Ensemble(Backbone):
     @property
     def num_classes(self):
         """K of every network; 0 where they differ."""
-        counts = {network.num_classes for network in self.networks}
-        return counts.pop() if len(counts) == 1 else 0
+        return self._num_classes
 
     def describe(self, image_size):
         parts = [network.describe(image_size) for network in self.networks]
