@@ -325,13 +325,10 @@ def own_test(source: Network, data: ImageData) -> Preprocessing | None:
     """How the weights' library, or the record of their run, tests them; None where nobody says, where the data are no
     image files, and where that is how they are tested here anyway."""
     own, record = read_preprocessing(source.path), source.record
-    if (
-        own is None
-        and all(record.get(name) for name in ("mean", "std", "image_size"))
-        and not record.get("source_size")
-    ):
-        size, cut = record["image_size"], max(-(record.get("margin") or 0), 0)
-        own = Preprocessing(tuple(record["mean"]), tuple(record["std"]), size, size, size + 2 * cut, "bilinear")
+    mean, std, size = (record.get(name) for name in Preprocessing._fields[:3])
+    if own is None and mean and std and size and not record.get("source_size"):
+        resize = size + 2 * max(-(record.get("margin") or 0), 0)
+        own = Preprocessing(tuple(mean), tuple(std), size, size, resize, "bilinear")
     if own is None or data.test_files is None:
         return None
     size = data.image_size

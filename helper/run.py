@@ -808,7 +808,7 @@ class Run:
             "accuracy_mean_last_five": sum(last_five) / len(last_five),
             **self._averages_accuracies(number),
             "best_epoch": number,
-            "protocol": describe_protocol(self.config.holdout),
+            "protocol": describe_protocol(self.config.holdout, self.config.best_by),
             "epochs": self.epoch,
             "steps": self.step,
             "teacher_accuracy": None if self.teacher is None else self.teacher.accuracy,

@@ -45,7 +45,17 @@ def test_the_search_never_trains_on_the_held_out_images(distil, monkeypatch):
 @pytest.mark.parametrize("place", ["within the search", "behind the search's first epoch"])
 def test_a_search_that_is_cut_goes_on_as_if_it_had_not_been(distil, monkeypatch, place):
     keep_images(monkeypatch, 128, 32)
-    flags = ("--batch_size", "64", "--epochs", "1", "--init_epochs", "2", "--save_every_steps", "1", "--allow_teacher_gap")
+    flags = (
+        "--batch_size",
+        "64",
+        "--epochs",
+        "1",
+        "--init_epochs",
+        "2",
+        "--save_every_steps",
+        "1",
+        "--allow_teacher_gap",
+    )
     whole = distil(*flags, distill="distpro")
     save, save_last = run.Run._save, run.Run._save_last
 
