@@ -204,19 +204,13 @@ class FeatureTransform(nn.Module):
             raise ValueError(f"N must be at least 1, not {n}")
         if form not in FORMS:
             raise ValueError(f"form must be one of {', '.join(FORMS)}, not {form}")
-<<<<<<< HEAD
         widths = [teacher_channels] if isinstance(teacher_channels, int) else list(teacher_channels)
         self.teacher_channels, self.n, self.residual, self.form = sum(widths), n, residual, form
         self._shares = [1.0] * len(widths) if shares is None else list(shares)
         self._parts = [n * width for width in widths]  # channels of each teacher's segments
-        self.few_operations = False  # `Matching` where it applies: the same numbers up to rounding
-        expanded_channels = n * self.teacher_channels
-=======
-        self.teacher_channels, self.n, self.residual, self.form = teacher_channels, n, residual, form
         #: `Matching` where it applies, and products in bfloat16 where x is: the same numbers up to rounding.
         self.few_operations = False
-        expanded_channels = n * teacher_channels
->>>>>>> main
+        expanded_channels = n * self.teacher_channels
         self.expand = nn.Sequential(
             nn.Conv2d(channels, expanded_channels, 1, bias=False), nn.BatchNorm2d(expanded_channels)
         )
@@ -272,34 +266,23 @@ class FeatureTransform(nn.Module):
         costs = multiply_adds(pixels, channels, self.teacher_channels, self.n, needs_moments)
         return min(costs, key=costs.get)
 
-<<<<<<< HEAD
     def _total(self, losses: Iterable[Tensor]) -> Tensor | None:
         """The teachers' losses, summed with their shares; None of no teacher."""
         weighted = [loss if share == 1 else share * loss for share, loss in zip(self._shares, losses, strict=False)]
         return functools.reduce(operator.add, weighted) if weighted else None
 
     def _direct(self, x: Tensor, targets: Sequence[Tensor], to_map: Callable) -> tuple[Tensor, Tensor | None]:
-        columns = x.to(self.expand[0].weight.dtype).transpose(0, 1).flatten(1)
-=======
-    def _direct(self, x: Tensor, target: Tensor | None, to_map: Callable) -> tuple[Tensor, Tensor | None]:
         dtype = self.expand[0].weight.dtype
         low = x.dtype if self.few_operations and x.dtype == torch.bfloat16 else dtype
         columns = x.to(low).transpose(0, 1).flatten(1)
->>>>>>> main
         expanded = _layer(self.expand, columns)
         out = _layer(self.contract, expanded)
         out, expanded = (each.unflatten(1, (len(x), *x.shape[2:])).transpose(0, 1) for each in (out, expanded))
         if self.residual:
             out = out + x
-<<<<<<< HEAD
         parts = zip(targets, expanded.split(self._parts, 1), strict=False)
-        matched = ((match_size(to_map(part), *each.shape[2:]), each.to(part.dtype)) for each, part in parts)
+        matched = ((match_size(to_map(part), *each.shape[2:]), each.to(dtype)) for each, part in parts)
         return out, self._total(norm_loss(*pair) for pair in matched)
-=======
-        if target is None:
-            return out, None
-        return out, norm_loss(match_size(to_map(expanded), *target.shape[2:]), target.to(dtype))
->>>>>>> main
 
     def _collapsed(self, x: Tensor, targets: Sequence[Tensor], to_map: Callable) -> tuple[Tensor, Tensor | None]:
         """The second-moment form of docs/norm.md; everything is centred before it is multiplied."""
