@@ -2,6 +2,7 @@
 
 from dataset.balance import BALANCED, class_weights
 from dataset.changes import POLICIES
+from dataset.decoding import Centre
 from dataset.folders import is_image_folder
 from dataset.identity import data_changes, data_digest, data_identity
 from dataset.images import Augmentation, ImageData, Images, hold_out
@@ -19,6 +20,7 @@ __all__ = [
     "VIEWS",
     "Augmentation",
     "Batch",
+    "Centre",
     "ImageData",
     "Images",
     "Loader",

@@ -15,10 +15,15 @@ With `--sync_bn` both BatchNorms are synchronised, and so are these moments: the
 `Matching` is the same in training, forward and backward pass written out in few operations: eager operations on small
 maps take as long as they are many.
 
+Of several teachers each has N segments of its own, behind those of the teachers before it, and a loss of its own; the
+losses are summed with the teachers' shares.
+
 Shapes: B batch, C student channels, Ct teacher channels, P = B*H*W pixels (B*T tokens); `rows` are pixels x channels.
 """
 
-from collections.abc import Callable
+import functools
+import operator
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -178,44 +183,58 @@ class Matching(torch.autograd.Function):
 class FeatureTransform(nn.Module):
     """The transform as one module: `forward(x, target)` -> (out, loss).
 
+    teacher_channels: Ct, or of several teachers theirs, which have N * (Ct1 + Ct2 + ...) channels; `shares` are what
+    the loss of each counts, 1 by default.
     form: "direct" runs the two layers one after the other; "collapsed" works on second moments and never holds anything
     of size P x (N*Ct); "auto" takes the one with fewer multiply-adds. Both give the same numbers. Statistics, output
     and loss are computed in float32 or better, outside autocast.
     """
 
-    def __init__(self, channels: int, teacher_channels: int, n: int, residual: bool = True, form: str = "auto"):
+    def __init__(
+        self,
+        channels: int,
+        teacher_channels: int | Sequence[int],
+        n: int,
+        residual: bool = True,
+        form: str = "auto",
+        shares: Sequence[float] | None = None,
+    ):
         super().__init__()
         if n < 1:
             raise ValueError(f"N must be at least 1, not {n}")
         if form not in FORMS:
             raise ValueError(f"form must be one of {', '.join(FORMS)}, not {form}")
-        self.teacher_channels, self.n, self.residual, self.form = teacher_channels, n, residual, form
+        widths = [teacher_channels] if isinstance(teacher_channels, int) else list(teacher_channels)
+        self.teacher_channels, self.n, self.residual, self.form = sum(widths), n, residual, form
+        self._shares = [1.0] * len(widths) if shares is None else list(shares)
+        self._parts = [n * width for width in widths]  # channels of each teacher's segments
         #: `Matching` where it applies, and products in bfloat16 where x is: the same numbers up to rounding.
         self.few_operations = False
-        expanded_channels = n * teacher_channels
+        expanded_channels = n * self.teacher_channels
         self.expand = nn.Sequential(
             nn.Conv2d(channels, expanded_channels, 1, bias=False), nn.BatchNorm2d(expanded_channels)
         )
         self.contract = nn.Sequential(nn.Conv2d(expanded_channels, channels, 1, bias=False), nn.BatchNorm2d(channels))
 
     def forward(
-        self, x: Tensor, target: Tensor | None = None, to_map: Callable[[Tensor], Tensor] = _same
+        self, x: Tensor, target: Tensor | Sequence[Tensor] | None = None, to_map: Callable[[Tensor], Tensor] = _same
     ) -> tuple[Tensor, Tensor | None]:
-        """x (B, C, H, W), target (B, Ct, H, W) or None -> (out as x, matching loss or None).
+        """x (B, C, H, W), target (B, Ct, H, W), or one of each teacher, or None -> (out as x, matching loss or None).
 
         `to_map` takes what has x's positions, (B, channels, H, W) or tokens (B, channels, T, 1), to the map that is
         matched. To a smaller target the expanded map is pooled, by maximum where the sizes divide (in the direct form).
         """
-        needs_moments = target is not None or self.expand[1].training or self.contract[1].training
+        targets = [] if target is None else [target] if isinstance(target, Tensor) else list(target)
+        needs_moments = bool(targets) or self.expand[1].training or self.contract[1].training
         with torch.autocast(x.device.type, enabled=False):
             # A maximum is in no second moment; an average is linear.
-            pools = target is not None and takes_maximum(to_map(x).shape[2:], target.shape[2:])
+            pools = any(takes_maximum(to_map(x).shape[2:], each.shape[2:]) for each in targets)
             if pools or self._chosen_form(x, needs_moments) == "direct":
-                out, loss = self._direct(x, target, to_map)
-            elif self.few_operations and target is not None and self._fits_matching(x, target, to_map):
-                out, loss = self._matched(x, target)
+                out, loss = self._direct(x, targets, to_map)
+            elif self.few_operations and len(targets) == 1 and self._fits_matching(x, targets[0], to_map):
+                out, loss = self._matched(x, targets[0])
             elif needs_moments:
-                out, loss = self._collapsed(x, target, to_map)
+                out, loss = self._collapsed(x, targets, to_map)
             else:
                 out, loss = self._apply_affine(x), None
         return out.to(x.dtype), loss
@@ -247,7 +266,12 @@ class FeatureTransform(nn.Module):
         costs = multiply_adds(pixels, channels, self.teacher_channels, self.n, needs_moments)
         return min(costs, key=costs.get)
 
-    def _direct(self, x: Tensor, target: Tensor | None, to_map: Callable) -> tuple[Tensor, Tensor | None]:
+    def _total(self, losses: Iterable[Tensor]) -> Tensor | None:
+        """The teachers' losses, summed with their shares; None of no teacher."""
+        weighted = [loss if share == 1 else share * loss for share, loss in zip(self._shares, losses, strict=False)]
+        return functools.reduce(operator.add, weighted) if weighted else None
+
+    def _direct(self, x: Tensor, targets: Sequence[Tensor], to_map: Callable) -> tuple[Tensor, Tensor | None]:
         dtype = self.expand[0].weight.dtype
         low = x.dtype if self.few_operations and x.dtype == torch.bfloat16 else dtype
         columns = x.to(low).transpose(0, 1).flatten(1)
@@ -256,11 +280,11 @@ class FeatureTransform(nn.Module):
         out, expanded = (each.unflatten(1, (len(x), *x.shape[2:])).transpose(0, 1) for each in (out, expanded))
         if self.residual:
             out = out + x
-        if target is None:
-            return out, None
-        return out, norm_loss(match_size(to_map(expanded), *target.shape[2:]), target.to(dtype))
+        parts = zip(targets, expanded.split(self._parts, 1), strict=False)
+        matched = ((match_size(to_map(part), *each.shape[2:]), each.to(dtype)) for each, part in parts)
+        return out, self._total(norm_loss(*pair) for pair in matched)
 
-    def _collapsed(self, x: Tensor, target: Tensor | None, to_map: Callable) -> tuple[Tensor, Tensor | None]:
+    def _collapsed(self, x: Tensor, targets: Sequence[Tensor], to_map: Callable) -> tuple[Tensor, Tensor | None]:
         """The second-moment form of docs/norm.md; everything is centred before it is multiplied."""
         dtype = torch.promote_types(self.expand[0].weight.dtype, torch.float32)
         (conv1, bn1), (conv2, bn2) = self.expand, self.contract
@@ -277,15 +301,18 @@ class FeatureTransform(nn.Module):
         out = bn2(_to_map(z, x).to(bn2.weight.dtype))
         if self.residual:
             out = out + x.to(out.dtype)
-        if target is None:
-            return out, None
-        matched = match_size(to_map(x), *target.shape[2:])
-        if matched is not x:  # the moments of the pixels that are matched
-            pixels, matched_mean, centred = _moments(_to_rows(matched, dtype), over_all)
-            mean_y = mean_y + a @ (matched_mean - mean)
-            variance1 = over_all(_projected_squares(w1, centred)) / pixels
-        target, variance_y = _to_rows(target, dtype), (scale1.square() * variance1).sum()
-        return out, self._collapsed_loss(a, variance_y, mean_y, centred, target, pixels, over_all)
+        losses = []
+        of_channels = (each.split(self._parts) for each in (a, w1, scale1, variance1, mean_y))
+        for target, (a, w1, scale1, variance1, mean_y) in zip(targets, zip(*of_channels, strict=True), strict=False):
+            matched, moments = match_size(to_map(x), *target.shape[2:]), (pixels, mean, centred)
+            if matched is not x:  # the moments of the pixels that are matched
+                moments = _moments(_to_rows(matched, dtype), over_all)
+                mean_y = mean_y + a @ (moments[1] - mean)
+                variance1 = over_all(_projected_squares(w1, moments[2])) / moments[0]
+            variance_y = (scale1.square() * variance1).sum()
+            rows = _to_rows(target, dtype)
+            losses.append(self._collapsed_loss(a, variance_y, mean_y, moments[2], rows, moments[0], over_all))
+        return out, self._total(losses)
 
     def _collapsed_loss(
         self,
@@ -301,11 +328,11 @@ class FeatureTransform(nn.Module):
         target_mean = over_all(target.sum(0)) / pixels
         target_centred = target - target_mean
         cross = target_centred.T @ centred  # (Ct, C)
-        segments = a.unflatten(0, (self.n, self.teacher_channels))
+        segments = a.unflatten(0, (self.n, -1))
         sums = self.n * target_centred.square().sum() - 2 * (segments.sum(0) * cross).sum()
         centred_part = variance_y + over_all(sums) / pixels
         mean_part = (mean_y.unflatten(0, (self.n, -1)) - target_mean).square().sum()
-        return (centred_part + mean_part) / self.teacher_channels
+        return (centred_part + mean_part) / target.shape[1]
 
     def _apply_affine(self, x: Tensor) -> Tensor:
         weight, bias = self._affine(torch.promote_types(self.expand[0].weight.dtype, torch.float32))

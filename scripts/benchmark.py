@@ -74,9 +74,9 @@ class Contender:
     def __init__(self, pair: tuple[str, str], n: int, data: ImageData, args: Namespace, form: str, fast: Fast):
         self.device, self.fast = args.device, fast
         torch.manual_seed(0)
-        teacher = build_model(pair[0], data.num_classes).eval()
+        teacher = build_model(pair[0], data.num_classes, data.image_size).eval()
         task = Task(data.num_classes, data.image_size, args.batch_size, data.train.targets)
-        student = build_model(pair[1], data.num_classes)
+        student = build_model(pair[1], data.num_classes, data.image_size)
         self.method = recipe_method("norm", student, teacher, pair, task, co_sponge=n, ft_form=form).to(self.device)
         if form == "direct":
             self.method.transform = PlainTransform.like(self.method.transform)
