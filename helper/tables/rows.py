@@ -259,7 +259,7 @@ class Row(NamedTuple):
         label = [config["distill"]]
         # A run that started from other weights or was cut short is not what a paper reports.
         label += [known[name].written(config[name]) for name in ("init", "max_steps") if config[name] is not None]
-        for flag in flags:
+        for flag in (flag for flag in flags if flag.identity == "row"):
             usual = recipe.get(flag.argument, (flag.default, ""))[0]
             value = config.get(flag.argument, usual)
             if flag.full_run is None and flag.written(value) != flag.written(usual):

@@ -91,6 +91,13 @@ def test_settings_that_change_no_result_split_no_row(runs):
     assert len(read_rows(runs)[0]) == 1
 
 
+def test_runs_from_before_larger_students_were_pooled_are_rows_of_the_same_name(tmp_path):
+    for seed, choice in enumerate(("refuse", "pool"), 1):
+        make_run(tmp_path, "norm", seed, [1.0], larger_student=choice)
+    [row], _ = read_rows(tmp_path.iterdir())
+    assert row.method == "norm" and len(row.records) == 2
+
+
 def test_students_of_two_teachers_are_two_rows(tmp_path, runs):
     edit(runs[1], path_t="moved/last.pth")
     assert len(read_rows(runs)[0]) == 1, "the same weights, moved"
