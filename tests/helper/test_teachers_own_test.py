@@ -19,9 +19,10 @@ timm = pytest.importorskip("timm")
 
 
 def picture(width: int, height: int) -> Image.Image:
-    """Smooth colours, so that a pixel that is moved shows and rounding does not."""
-    x, y = numpy.meshgrid(numpy.linspace(0, 6, width), numpy.linspace(0, 9, height))
-    return Image.fromarray((127 + 120 * numpy.stack([numpy.sin(x), numpy.cos(y), numpy.sin(x + y)], 2)).astype("uint8"))
+    """Waves and edges, so that another crop shows, and another interpolation."""
+    x, y = numpy.meshgrid(numpy.linspace(0, 48, width), numpy.linspace(0, 72, height))
+    waves, edges = numpy.stack([numpy.sin(x), numpy.cos(y), numpy.sin(x + y)], 2), numpy.sin(3 * x) * numpy.cos(2 * y)
+    return Image.fromarray((127 + 60 * waves + 60 * numpy.sign(edges)[..., None]).astype("uint8"))
 
 
 def centre_of(source: str) -> Centre:
@@ -53,7 +54,7 @@ SOURCES = (
     "torchvision:resnet50@IMAGENET1K_V2",  # cuts half pixels
     "timm:resnet10t.c3_in1k",
     "timm:vit_base_patch16_clip_224.openai",  # bicubic
-    "timm:convnext_base.clip_laiona_augreg_ft_in1k_384",  # squashed
+    "timm:convnext_base.fb_in22k_ft_in1k_384",  # squashed
 )
 
 
@@ -64,7 +65,7 @@ def test_what_is_shown_is_what_the_library_shows(source, size):
     image.save(file, "PNG")
     (shown,) = read_views(file.getvalue, centre_of(source))
     difference = torch.from_numpy(shown.copy()).permute(2, 0, 1) - 255 * theirs(source)(image)
-    assert difference.abs().max() <= 3 and difference.abs().mean() < 0.5
+    assert difference.abs().max() < 2.5 and difference.abs().mean() < 0.2
 
 
 @pytest.fixture
