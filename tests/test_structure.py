@@ -130,7 +130,6 @@ RECORDS = {
     ("helper.networks", "settings_as_teacher"): "a network's fields, as the settings that they decide",
     ("helper.networks", "read_network"): "entries of a file's record",
     ("helper.networks", "_check_record"): "entries of a file's record",
-    ("scripts.export_student", "read_trained"): "entries of a file's record",
     ("helper.tables.plan", "_job"): "values that a plan gives to a run",
 }
 
