@@ -1,6 +1,7 @@
 """The data sets by name, in memory or read from a disk; a batch is always (images, targets, index)."""
 
 from dataset.balance import BALANCED, class_weights
+from dataset.cache import RowCache, differences
 from dataset.changes import POLICIES
 from dataset.folders import is_image_folder
 from dataset.identity import data_changes, data_digest, data_identity
@@ -22,11 +23,13 @@ __all__ = [
     "ImageData",
     "Images",
     "Loader",
+    "RowCache",
     "StreamedImages",
     "class_weights",
     "data_changes",
     "data_digest",
     "data_identity",
+    "differences",
     "epoch_seed",
     "hold_out",
     "is_image_folder",

@@ -377,6 +377,7 @@ def resolve(
     values = {name: value for name, (value, _) in merged.items()}
     refuse_without_effect(find_distiller(distill), values, given)
     _check_targets(values)
+    _check_cache(values)
     return Configuration(values, {name: origin for name, (_, origin) in merged.items()}, folder)
 
 
@@ -394,6 +395,25 @@ def _check_targets(values: Mapping[str, Any]) -> None:
         raise UserError(f"--{of_labels[0]}: has no effect with -r/--gamma 0: there is no cross entropy; leave it out")
     if values["class_weights"] and values["balanced_sampling"]:
         raise UserError("--balanced_sampling: --class_weights makes up for rare classes already; leave one of them out")
+
+
+def _check_cache(values: Mapping[str, Any]) -> None:
+    """Raise `UserError` where what a method reads of the teacher cannot be stored."""
+    method = find_distiller(values["distill"])
+    if values["cache_teacher"] is None:
+        if values["cache_top_k"] is not None:
+            raise UserError("--cache_top_k: has no effect without --cache_teacher; leave it out")
+        return
+    maps = [name for name in method.reads if name in ("maps", "final", "activated")]
+    if maps:
+        raise UserError(
+            f"--cache_teacher: --distill {method.name} reads the teacher's feature maps, which are too large to store; "
+            "leave it out, or choose a method that reads logits or pooled vectors"
+        )
+    if values["balanced_sampling"]:
+        raise UserError(
+            "--cache_teacher: --balanced_sampling may show an image twice in an epoch, with two crops; leave one out"
+        )
 
 
 def _is_of_data(argument: str) -> bool:

@@ -183,7 +183,9 @@ class Training:
 
 def augmentation_of(config: Configuration, data: ImageData) -> Augmentation:
     """The data set's augmentation of the training images, with what a run asks for."""
+    off = {"pad": 0, "flip": False, "scale": None} if config.augment == "none" else {}
     return data.augmentation._replace(
+        **off,
         policy=config.augment,
         colour_jitter=config.colour_jitter,
         random_erasing=config.random_erasing,
@@ -261,7 +263,7 @@ def step(runs: Sequence, batch: Batch, teacher: Teacher | None, number: int) -> 
                 output, preact = None, training.method.teacher_preact
                 if teacher is not None and training.stage.needs_teacher:
                     if preact not in outputs:
-                        outputs[preact] = teacher(teacher.shown(part), preact, training.is_whole(part))
+                        outputs[preact] = teacher.teach(part, training, run.epochs_over + 1, preact)
                     output = outputs[preact]
                 training.add_gradients(batch, part, output, part_number == len(parts))
                 if part_number == len(parts):

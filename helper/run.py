@@ -63,6 +63,7 @@ from helper.log import (
 )
 from helper.loops import Training, evaluate, format_title, random_state, set_random_state, train_epoch
 from helper.networks import (
+    CachedTeacher,
     Network,
     Teacher,
     check_accuracy,
@@ -248,7 +249,11 @@ def prepare_teacher(source: Network | None, inputs: Inputs, config: Configuratio
     data = inputs.data
     if config.teacher_classes is not None:
         source = read_at_classes(source, config.teacher_classes)
-    teacher = Teacher(source, data, config.teacher_image_size, Fast.of(config), inputs.device)
+    parts = (source, data, config.teacher_image_size, Fast.of(config), inputs.device)
+    if config.cache_teacher is None:
+        teacher = Teacher(*parts)
+    else:
+        teacher = CachedTeacher(*parts, folder=config.cache_teacher, top_k=config.cache_top_k)
     if source.num_classes == data.num_classes:
         others = compare_classes(source.record.get("classes"), data.classes)
         if others is not None and not config.allow_teacher_gap:
@@ -298,6 +303,8 @@ def prepared(opened: Opened, inputs: Inputs, teacher: Teacher | None) -> Iterato
                     _record_changes(run)
                 folders.callback(run.close)
                 runs.append(run)
+        if teacher is not None:
+            folders.callback(teacher.close)
         yield runs
 
 
@@ -540,6 +547,8 @@ class Run:
         self.folder.log(describe_method(self.method, self.stages, self.config.model_s, self.data.image_size))
         if division := describe_batch(self.config):
             self.folder.log(division)
+        if self.teacher is not None and (line := self.teacher.open_for(self.training)):
+            self.folder.log(line)
         self._go_to_next_stage()
 
     def _go_to_next_stage(self) -> None:

@@ -173,6 +173,7 @@ SETTINGS: tuple[Setting, ...] = (
         "resolution at which the teacher sees the images; default: the one that its weights were trained with",
         group=TEACHER,
         shared=True,
+        decides_outputs=True,
     ),
     Setting(
         ("--teacher_classes",),
@@ -182,6 +183,29 @@ SETTINGS: tuple[Setting, ...] = (
         "(or, where names hold commas, with ;) between them, or a file with one in each line",
         group=TEACHER,
         metavar="NAMES|FILE",
+        shared=True,
+        decides_outputs=True,
+    ),
+    Setting(
+        ("--cache_teacher",),
+        _path,
+        None,
+        "store the teacher's logits, and pooled vectors where the method reads them, in this folder, and read them there "
+        "in later runs that show the same images",
+        group=TEACHER,
+        metavar="FOLDER",
+        resume="free",
+        identity="none",
+        shared=True,
+        is_path=True,
+    ),
+    Setting(
+        ("--cache_top_k",),
+        count,
+        None,
+        "store the K largest logits alone; the rest of the probability is spread evenly over the other classes",
+        group=TEACHER,
+        metavar="K",
         shared=True,
     ),
     Setting(
@@ -211,6 +235,7 @@ SETTINGS: tuple[Setting, ...] = (
         choices=DATASETS,
         group=DATA,
         shared=True,
+        decides_outputs=True,
     ),
     Setting(
         ("--data",),
@@ -231,6 +256,7 @@ SETTINGS: tuple[Setting, ...] = (
         group=DATA,
         metavar="SHARE",
         shared=True,
+        decides_outputs=True,
     ),
     Setting(
         ("--background",),
@@ -240,6 +266,7 @@ SETTINGS: tuple[Setting, ...] = (
         group=DATA,
         metavar="R,G,B",
         shared=True,
+        decides_outputs=True,
     ),
     Setting(
         ("--stream",),
@@ -260,6 +287,7 @@ SETTINGS: tuple[Setting, ...] = (
         "held with 32 pixels and resized to it on the device (bilinear)",
         group=DATA,
         shared=True,
+        decides_outputs=True,
     ),
     Setting(
         ("--holdout",),
@@ -270,6 +298,7 @@ SETTINGS: tuple[Setting, ...] = (
         group=DATA,
         metavar="K",
         shared=True,
+        decides_outputs=True,
     ),
     Setting(
         ("--num_workers",),
@@ -338,9 +367,11 @@ SETTINGS: tuple[Setting, ...] = (
         ("--augment",),
         str,
         "standard",
-        "standard: the data set's own crops and flips; or these and torchvision's policy of this name",
+        "standard: the data set's own crops and flips; none: not even these; or these and torchvision's policy of this "
+        "name",
         choices=POLICIES,
         group=AUGMENTATION,
+        decides_outputs=True,
     ),
     Setting(
         ("--colour_jitter",),
@@ -349,6 +380,7 @@ SETTINGS: tuple[Setting, ...] = (
         "scale brightness, contrast and saturation by factors from 1 - S to 1 + S",
         group=AUGMENTATION,
         metavar="S",
+        decides_outputs=True,
     ),
     Setting(
         ("--random_erasing",),
@@ -357,6 +389,7 @@ SETTINGS: tuple[Setting, ...] = (
         "erase a rectangle of an image with this probability",
         group=AUGMENTATION,
         metavar="P",
+        decides_outputs=True,
     ),
     Setting(
         ("--mixup",),
@@ -365,6 +398,7 @@ SETTINGS: tuple[Setting, ...] = (
         "mix the images of a batch in shares from Beta(ALPHA, ALPHA); student and teacher see the same mixed images",
         group=AUGMENTATION,
         metavar="ALPHA",
+        decides_outputs=True,
     ),
     Setting(
         ("--cutmix",),
@@ -374,6 +408,7 @@ SETTINGS: tuple[Setting, ...] = (
         "each batch",
         group=AUGMENTATION,
         metavar="ALPHA",
+        decides_outputs=True,
     ),
     Setting(
         ("--label_smoothing",),
@@ -437,6 +472,7 @@ SETTINGS: tuple[Setting, ...] = (
         group=SPEED,
         shared=True,
         auto=lambda device: "bfloat16" if computes_bfloat16(device) else "float32",
+        decides_outputs=True,
     ),
     Setting(
         ("--channels_last",),
@@ -507,6 +543,7 @@ SETTINGS: tuple[Setting, ...] = (
         "of order and augmentation (--seed); runs that are trained together share the first one's",
         group=RUN,
         identity="none",
+        decides_outputs=True,
     ),
     Setting(
         ("--save_dir",),
@@ -570,7 +607,15 @@ SETTINGS: tuple[Setting, ...] = (
         shared=True,
     ),
     # Not flags: what a run finds out and keeps.
-    Setting(("wrapper_t",), _wrapper, None, "how the teacher's network is wrapped", group=FOUND, identity="none"),
+    Setting(
+        ("wrapper_t",),
+        _wrapper,
+        None,
+        "how the teacher's network is wrapped",
+        group=FOUND,
+        identity="none",
+        decides_outputs=True,
+    ),
     Setting(
         ("teacher_digest",),
         _digest,
@@ -579,11 +624,22 @@ SETTINGS: tuple[Setting, ...] = (
         group=FOUND,
         shared=True,
         instead_of="path_t",
+        decides_outputs=True,
     ),
-    Setting(("data_digest",), _digest, None, "digest of the data", group=FOUND, shared=True),
+    Setting(("data_digest",), _digest, None, "digest of the data", group=FOUND, shared=True, decides_outputs=True),
     Setting(("weights_digest",), _digest, None, "digest of the class weights", group=FOUND, identity="none"),
-    Setting(("mean",), _statistics, None, "mean of the images' channels", group=FOUND, identity="none"),
-    Setting(("std",), _statistics, None, "standard deviation of the images' channels", group=FOUND, identity="none"),
+    Setting(
+        ("mean",), _statistics, None, "mean of the images' channels", group=FOUND, identity="none", decides_outputs=True
+    ),
+    Setting(
+        ("std",),
+        _statistics,
+        None,
+        "standard deviation of the images' channels",
+        group=FOUND,
+        identity="none",
+        decides_outputs=True,
+    ),
     Setting(("init_digest",), _digest, None, "digest of the initial weights", group=FOUND, instead_of="init"),
     Setting(
         ("images_per_pass",), _images, RECIPE, "images of a whole batch in one forward pass", group=FOUND, resume="free"
