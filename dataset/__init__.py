@@ -9,7 +9,7 @@ from dataset.images import Augmentation, ImageData, Images, hold_out
 from dataset.loader import Batch, Loader
 from dataset.prediction import read_normalised
 from dataset.seeds import epoch_seed
-from dataset.sources import DATASETS, load_data
+from dataset.sources import DATASETS, WITHOUT_LABELS, load_data
 from dataset.streaming import StreamedImages
 from dataset.views import VIEWS
 
@@ -18,6 +18,7 @@ __all__ = [
     "DATASETS",
     "POLICIES",
     "VIEWS",
+    "WITHOUT_LABELS",
     "Augmentation",
     "Batch",
     "ImageData",

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from errors import UserError
 from helper.run_folder import save
+from models.backbone import Backbone
 from models.checkpoints import load_exported, read_checkpoint
 
 #: Under this name the record lies in a `.pt2` archive and in an ONNX file's metadata.
@@ -60,7 +61,17 @@ def write_onnx(network: nn.Module, record: Mapping, path: str) -> None:
 def read_pth(path: str, flag: str = "MODEL") -> Deployed:
     """Read what `write_pth` wrote."""
     network, record = load_exported(read_checkpoint(path, flag), f"{flag}: {path}")
+    check_classifies(network, f"{flag}: {path}")
     return Deployed(network, record)
+
+
+def check_classifies(network: Backbone, source: str) -> None:
+    """Raise `UserError` for a network without a classifier: it gives no logits."""
+    if not network.num_classes:
+        raise UserError(
+            f"{source} was trained without labels and has no classifier, so there are no logits to export or to "
+            "predict from; train one from it with --init, or let it teach (--path_t)"
+        )
 
 
 def read_pt2(path: str, flag: str = "MODEL") -> Deployed:

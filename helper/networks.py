@@ -239,9 +239,7 @@ def read_at_classes(source: Network, wanted: str) -> Network:
 
     Raises `UserError` where a class is unknown.
     """
-    names = _class_names(wanted)
-    own = read_preprocessing(source.path)
-    known = list(own.categories if own is not None else source.record.get("classes") or ())
+    names, known = _class_names(wanted), known_classes(source)
     numbers = {name: number for number, name in reversed(list(enumerate(known)))}
     columns = [numbers.get(name, int(name) if name.isdecimal() else -1) for name in names]
     for name, column in zip(names, columns, strict=True):
@@ -257,6 +255,18 @@ def read_at_classes(source: Network, wanted: str) -> Network:
     return source._replace(
         network=network, num_classes=len(columns), record=record, notes=[*source.notes, note], accuracy=None
     )
+
+
+def known_classes(source: Network) -> list[str]:
+    """The names of a network's classes, in their order; empty where nobody says them."""
+    own = read_preprocessing(source.path)
+    return list(own.categories if own is not None else source.record.get("classes") or ())
+
+
+def classes_taught(source: Network) -> list[str]:
+    """The classes that a student learns from a teacher's logits: their names, or their numbers."""
+    known = known_classes(source)
+    return known if len(known) == source.num_classes else [str(number) for number in range(source.num_classes)]
 
 
 def as_it_was_trained(source: Network, data: ImageData, image_size: int | None) -> TeacherView | None:
@@ -341,6 +351,10 @@ class CachedTeacher(Teacher):
         super().__init__(source, data, image_size, fast, device)
         if count_processes() > 1:
             raise UserError(f"{self.FLAG}: it is for runs of one process; leave it out under torchrun")
+        try:
+            Path(folder).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"{self.FLAG}: {folder} cannot be made: {error.strerror}; name another place") from None
         shapes = probe_shapes(self.network, data.image_size)
         if top_k is not None and top_k >= shapes.num_classes:
             raise UserError(f"--cache_top_k: the teacher has {shapes.num_classes} classes; leave it out to keep all")

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from dataset import (
+    WITHOUT_LABELS,
     ImageData,
     Images,
     Loader,
@@ -25,7 +26,8 @@ from dataset import (
     is_image_folder,
     load_data,
 )
-from distiller_zoo import Progress
+from dataset.folders import list_folder
+from distiller_zoo import Progress, find_distiller
 from errors import Stopped, UserError
 from helper import command_line
 from helper.checkpoint import (
@@ -61,13 +63,24 @@ from helper.log import (
     format_losses,
     format_result,
 )
-from helper.loops import Training, evaluate, format_title, random_state, set_random_state, train_epoch
+from helper.loops import (
+    Training,
+    evaluate,
+    format_title,
+    matching_loss,
+    pooled_features,
+    random_state,
+    set_random_state,
+    train_epoch,
+)
+from helper.metrics import best_without_labels, probe, summarise_without_labels
 from helper.networks import (
     CachedTeacher,
     Network,
     Teacher,
     check_accuracy,
     check_apart,
+    classes_taught,
     name_of_published,
     read_at_classes,
     read_initial,
@@ -89,6 +102,9 @@ from models.synchronised import synchronise
 
 #: Images per batch when testing; where they are wider than SMALL pixels, as many as in training.
 EVALUATION_BATCH, SMALL = 512, 64
+#: Of images that only a probe is fitted to, the share that tests it where they have no test images.
+#: And how many training images tell the matching loss where none are held out.
+PROBE_SPLIT, JUDGED_IMAGES = 0.2, 1000
 #: What a resumed run takes up besides weights, optimizer and skipped steps.
 STATE = ("stage_number", "epoch", "stage_step", "step", "epochs_over", "seconds", "records", "epoch_state")
 
@@ -138,6 +154,11 @@ def _dataset_of(values: Mapping[str, Any], of_teacher: Mapping[str, Any]) -> dic
     """What `--data` says of the data set where nothing else does: {"dataset": "folder"} for a folder of images."""
     embedded = all_settings()["dataset"].default
     known = values.get("dataset") or of_teacher.get("dataset") or embedded
+    if values.get("labels") == "none" and values.get("data") is not None and known not in WITHOUT_LABELS:
+        if "dataset" in values:
+            return {}  # what is wrong is said where the images are read
+        print(f"--labels none: the images below {values['data']}: --dataset folder")
+        return {"dataset": "folder"}
     if values.get("data") is None or known != embedded:
         return {}
     if "dataset" in values:
@@ -177,6 +198,7 @@ class Inputs(NamedTuple):
     test_loader: Loader
     choosing_loader: Loader | None  # held-out training images for choosing; `data` lacks them
     identity: dict  # what tells whether the data are still the same
+    probe: tuple[Loader, Loader] | None = None  # labelled images to fit a probe of the features to, and to test it on
 
 
 def load_inputs(config: Configuration) -> Inputs:
@@ -194,6 +216,7 @@ def load_inputs(config: Configuration) -> Inputs:
             stream={"auto": None, "on": True, "off": False}[config.stream],
             split=config.split,
             holdout=config.holdout,
+            labelled=config.labels != "none",
             normalisation=_recorded_normalisation(config),
             device_memory=torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None,
         )
@@ -208,7 +231,23 @@ def load_inputs(config: Configuration) -> Inputs:
             raise UserError(f"--holdout: {error}; choose another number") from None
         data = data._replace(train=train)
         choosing_loader = _part_loader(held_out, data, batch_size, device)
-    return Inputs(device, data, _part_loader(data.test, data, batch_size, device), choosing_loader, what)
+    probe = None if config.data_probe is None else _load_probe(config, data, reading[2:], batch_size, device)
+    return Inputs(device, data, _part_loader(data.test, data, batch_size, device), choosing_loader, what, probe)
+
+
+def _load_probe(
+    config: Configuration, data: ImageData, reading: tuple, batch_size: int, device: torch.device
+) -> tuple[Loader, Loader]:
+    """The images of `--data_probe`, prepared as the unlabelled ones are: to fit to, and to test on."""
+    normalisation, folder = (data.mean, data.std), config.data_probe
+    try:
+        split = 0.0 if list_folder(folder, may_split=True).test else PROBE_SPLIT
+        named: dict[str, Any] = {"background": config.background, "split": split, "normalisation": normalisation}
+        labelled = load_data(config.dataset, folder, config.image_size, *reading, **named)
+    except UserError as error:
+        raise UserError(str(error).replace("--data:", "--data_probe:", 1)) from None
+    train, test = (_part_loader(part.to(device), labelled, batch_size, device) for part in labelled[1:3])
+    return train, test
 
 
 def _recorded_normalisation(config: Configuration) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
@@ -254,7 +293,9 @@ def prepare_teacher(source: Network | None, inputs: Inputs, config: Configuratio
         teacher = Teacher(*parts)
     else:
         teacher = CachedTeacher(*parts, folder=config.cache_teacher, top_k=config.cache_top_k)
-    if source.num_classes == data.num_classes:
+    if not data.labelled:
+        note = f"teacher {source.name}: its accuracy is not measured: the images have no labels"
+    elif source.num_classes == data.num_classes:
         others = compare_classes(source.record.get("classes"), data.classes)
         if others is not None and not config.allow_teacher_gap:
             raise UserError(f"--path_t: {others}; use the data that the teacher knows, or --allow_teacher_gap")
@@ -423,6 +464,11 @@ def _raise_failures(runs: Sequence["Run"]) -> None:
         raise UserError("; ".join(f"{run.folder.label.strip(' []')}: {error}" for run, error in failed))
 
 
+def _spread(n: int, is_training: bool) -> torch.Tensor:
+    """Sample indices that tell the matching loss: of held-out images all, of training images some, evenly spread."""
+    return torch.arange(0, n, max(-(-n // JUDGED_IMAGES), 1) if is_training else 1)
+
+
 class Run:
     """Everything that one training run holds; `train` goes through its stages and their epochs."""
 
@@ -437,6 +483,11 @@ class Run:
     ):
         self.config, self.inputs, self.folder, self.data = config, inputs, folder, inputs.data
         self.teacher, self._alone = teacher, alone
+        if not self.data.labelled:
+            learns = teacher is not None and find_distiller(config.distill).trains_classifier(config)
+            self.data = self.data._replace(classes=classes_taught(teacher.source) if learns else [])
+            if count_processes() > 1:
+                raise UserError("--labels none: it is for runs of one process")
         torch.manual_seed(config.seed)
         student = build_model(config.model_s, self.data.num_classes, self.data.image_size)
         probe_shapes(student, self.data.image_size)
@@ -628,11 +679,27 @@ class Run:
 
     def _test(self) -> dict[str, float]:
         """Accuracies on the test images, and on the held-out ones where there are any."""
+        if not self.data.labelled:
+            return self._judge()
         test = evaluate(self.method.predict, self.inputs.test_loader, "testing")
         if self.inputs.choosing_loader is not None:
             held_out = evaluate(self.method.predict, self.inputs.choosing_loader, "held-out images")
             test |= {name.replace("test", "holdout"): value for name, value in held_out.items()}
         return test
+
+    def _judge(self) -> dict[str, float]:
+        """How well a run without labels matches its teacher, and what its features are good for."""
+        name, images = self._judged_images()
+        loader = self.training.judging_loader(images, self.data, _spread(len(images.targets), name == "train"))
+        judged = {f"{name}_matching_loss": matching_loss(self.training, self.teacher, loader)}
+        if self.inputs.probe is not None:
+            network = self.method.export()
+            judged |= probe(*(pooled_features(network, part) for part in self.inputs.probe))
+        return judged
+
+    def _judged_images(self) -> tuple[str, Images | StreamedImages]:
+        held_out = self.inputs.choosing_loader
+        return ("train", self.data.train) if held_out is None else ("holdout", held_out.images)
 
     # Checkpoints.
 
@@ -709,8 +776,28 @@ class Run:
 
     # The result.
 
+    def _accuracies(self) -> dict[str, Any]:
+        accuracies, best_epoch = [record["test_accuracy"] for record in self.records], self._best_epoch()
+        last_five = accuracies[-5:]
+        return {
+            "accuracy_last": accuracies[-1],
+            "accuracy_best": accuracies[best_epoch - 1],
+            "accuracy_mean_last_five": sum(last_five) / len(last_five),
+            "best_epoch": best_epoch,
+            "protocol": describe_protocol(self.config.holdout),
+        }
+
+    def _without_labels(self) -> dict[str, Any]:
+        summary = summarise_without_labels(self.records)
+        name, images = self._judged_images()
+        of = f"{len(_spread(len(images.targets), name == 'train'))} {'training' if name == 'train' else 'held-out'}"
+        chosen = "best linear probe" if summary["best_by"] == "probe_accuracy" else "lowest matching loss"
+        return summary | {"protocol": f"{chosen}, matching loss on {of} images"}
+
     def _best_epoch(self) -> int:
         """Counted from 1; the first of equals."""
+        if not self.data.labelled:
+            return best_without_labels(self.records)[1]
         chosen_by = [record.get("holdout_accuracy", record["test_accuracy"]) for record in self.records]
         return chosen_by.index(max(chosen_by)) + 1
 
@@ -719,14 +806,8 @@ class Run:
             self.result = self.folder.read_json(RESULT)
             self.folder.log(format_result(self.result))
             return
-        accuracies, best_epoch = [record["test_accuracy"] for record in self.records], self._best_epoch()
-        last_five = accuracies[-5:]
         self.result = {
-            "accuracy_last": accuracies[-1],
-            "accuracy_best": accuracies[best_epoch - 1],
-            "accuracy_mean_last_five": sum(last_five) / len(last_five),
-            "best_epoch": best_epoch,
-            "protocol": describe_protocol(self.config.holdout),
+            **(self._accuracies() if self.data.labelled else self._without_labels()),
             "epochs": self.epoch,
             "steps": self.step,
             "teacher_accuracy": None if self.teacher is None else self.teacher.accuracy,

@@ -190,8 +190,8 @@ SETTINGS: tuple[Setting, ...] = (
         ("--cache_teacher",),
         _path,
         None,
-        "store the teacher's logits, and pooled vectors where the method reads them, in this folder, and read them there "
-        "in later runs that show the same images",
+        "store the teacher's logits, and pooled vectors where the method reads them, in this folder, and read them "
+        "there in later runs that show the same images",
         group=TEACHER,
         metavar="FOLDER",
         resume="free",
@@ -244,6 +244,29 @@ SETTINGS: tuple[Setting, ...] = (
         "where the data are stored or downloaded to; for folder and imagenet: the folder with train/ and val|test/",
         group=DATA,
         metavar="PATH",
+        resume="free",
+        shared=True,
+        is_path=True,
+    ),
+    Setting(
+        ("--labels",),
+        str,
+        "folders",
+        "what says the classes of a folder of images: its class folders, or none: images at any depth, from which a "
+        "method learns what the teacher shows of them",
+        choices=("folders", "none"),
+        group=DATA,
+        shared=True,
+        decides_outputs=True,
+    ),
+    Setting(
+        ("--data_probe",),
+        _path,
+        None,
+        "with --labels none: a labelled folder of images, on which pooled features are tested after every epoch, by a "
+        "linear probe (which chooses the best epoch) and by nearest neighbours",
+        group=DATA,
+        metavar="FOLDER",
         resume="free",
         shared=True,
         is_path=True,

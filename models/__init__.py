@@ -1,6 +1,7 @@
 """The networks by name: `model_dict[name](num_classes=...)`, the names of RepDistiller; other libraries' by prefix."""
 
 import difflib
+import warnings
 from collections.abc import Callable
 
 from errors import UserError
@@ -89,4 +90,7 @@ def build_model(name: str, num_classes: int, image_size: int | None = None) -> B
     `image_size` is that of the images it will read: some networks of other libraries are built for one size.
     """
     options = {"image_size": image_size} if is_external(name) else {}
-    return find_builder(name)(num_classes=num_classes, **options)
+    with warnings.catch_warnings():
+        if not num_classes:  # a network without a classifier has an empty layer in its place
+            warnings.filterwarnings("ignore", "Initializing zero-element tensors")
+        return find_builder(name)(num_classes=num_classes, **options)

@@ -26,7 +26,7 @@ with starting():
     from distiller_zoo import Distiller, Predictor
     from helper.checkpoint import network_of, rebuild, rebuild_official, upgrade
     from helper.command_line import Parser
-    from helper.export import FORMATS
+    from helper.export import FORMATS, check_classifies
     from helper.run_folder import replacing
     from models import imagenet_model_dict
     from models.backbone import Backbone
@@ -149,6 +149,7 @@ def main(argv=None) -> Path:
     )
     args = parser.parse_args(argv)
     trained = read_trained(args.checkpoint, args.model_s, args.ft)
+    check_classifies(trained.method.export(), f"CKPT: {args.checkpoint}")
     source = Path(args.checkpoint)
     out = args.out or source.with_name(f"{source.stem}_exported.pth")
     files = _files(out, args.format, source)
