@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim.swa_utils import AveragedModel
 
 from dataset import ImageData
 from distiller_zoo import Distiller, Task, find_distiller
@@ -32,6 +33,8 @@ from models.checkpoints import (
 from models.preprocessing import TeacherView
 from models.wrappers import describe_wrapper, wrap
 
+#: The entry of a checkpoint that holds the moving average of the weights to ship; as timm calls it.
+AVERAGE = "model_ema"
 #: More training images are a damaged number.
 MOST_IMAGES = 10**8
 
@@ -98,17 +101,32 @@ def network_of(method: Distiller) -> tuple[Weights, dict]:
 
 
 def make_checkpoint(
-    method: Distiller, config: Configuration, data: Mapping[str, Any], training: Mapping[str, Any], **known: Any
+    method: Distiller, config: Configuration, data: Mapping[str, Any], average: AveragedModel | None, **known: Any
 ) -> dict:
-    """A checkpoint of a run; `known` are further entries of the record, `training` what only resuming needs."""
+    """A checkpoint of a run, with the moving average of its method if there is one; `known` are further entries of the
+    record."""
     weights, record = network_of(method)
     record = {"model_name": config.model_s, **record, **data, "dataset": config.dataset, "data": config.data, **known}
     record["distill"] = config.distill
-    return {
-        "model": weights,
-        "record": record,
-        "training": {"config": dict(config), "distiller": method.state_dict(), **training},
-    }
+    training = {"config": dict(config), "distiller": method.state_dict()}
+    if average is None:
+        return {"model": weights, "record": record, "training": training}
+    averaged, training["ema"] = network_of(average.module)[0], average.module.state_dict()
+    return {"model": weights, AVERAGE: averaged, "record": record, "training": training}
+
+
+def take_average(checkpoint: Mapping, source: str) -> dict:
+    """A run's checkpoint with the moving average of the weights in place of the raw ones; raises `UserError` where it
+    holds none. The accuracy on record is that of the average."""
+    if AVERAGE not in checkpoint:
+        raise UserError(f"{source} holds no moving average of weights for --ema; --ema_decay D trains one")
+    with contained(f"{source} is not a whole checkpoint of a run"):
+        record = dict(checkpoint["record"])
+        record |= {"accuracy": record.get("accuracy_ema"), "digest": weights_digest(checkpoint[AVERAGE])}
+        training = dict(checkpoint["training"])
+        training["distiller"] = training.pop("ema")
+        others = {key: value for key, value in checkpoint.items() if key != AVERAGE}
+        return others | {"model": checkpoint[AVERAGE], "record": record, "training": training}
 
 
 def upgrade(checkpoint: Mapping, source: str) -> dict:

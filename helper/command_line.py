@@ -421,9 +421,10 @@ def _check_labels(values: Mapping[str, Any]) -> None:
             f"--labels none: --distill {method.name} cannot train without labels: {method.needs_targets}; choose "
             "another method"
         )
-    of_labels = [name for name in ("mixup", "cutmix", "balanced_sampling", "split") if values[name]]
-    if of_labels:
-        raise UserError(f"--{of_labels[0]}: it needs labels, and there are none (--labels none); leave it out")
+    known = settings.settings_of(method.name)
+    given = [name for name, one in known.items() if one.needs_labels and values.get(name) not in (None, one.default)]
+    if given:
+        raise UserError(f"--{given[0]}: it needs labels, and there are none (--labels none); leave it out")
     if values["data"] is None:
         raise UserError("--labels none: name the folder of images with --data")
 

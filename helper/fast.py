@@ -14,7 +14,7 @@ from models.backbone import Backbone, Output
 from models.folding import fold_batch_norms
 from models.fusing import fuse_activations
 
-PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 #: Modes of torch.compile; the last one replays CUDA graphs.
 COMPILE = ("off", "default", "reduce-overhead")
 #: Compilations of one function, at most: runs side by side share the functions of their networks and methods.
@@ -49,7 +49,9 @@ class _Converted(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *gradients):
-        there = [(gradient, dtype) for gradient, dtype in zip(gradients, ctx.dtypes, strict=True) if gradient is not None]
+        there = [
+            (gradient, dtype) for gradient, dtype in zip(gradients, ctx.dtypes, strict=True) if gradient is not None
+        ]
         converted = iter(_convert(*zip(*there, strict=True)) if there else ())
         return None, *(None if gradient is None else next(converted) for gradient in gradients)
 
@@ -213,11 +215,26 @@ def _copy(output: Output) -> Output:
     return Output([feature_map.clone() for feature_map in maps], *(other.clone() for other in others))
 
 
+def check_precision(precision: str, device: torch.device) -> None:
+    """Raise `UserError` where a device has no units for a precision."""
+    if precision == "float16" and device.type == "cpu":
+        raise UserError(
+            "--precision float16: a CPU emulates it, a hundred times slower; take float32 or bfloat16, or --device cuda"
+        )
+
+
 def computes_bfloat16(device: torch.device) -> bool:
     """Whether bfloat16 products have units of their own here, and are not emulated."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
     return device.type == "cpu" and torch.ops.mkldnn._is_mkldnn_bf16_supported() and _has_bfloat16_units()
+
+
+def has_matrix_units(device: torch.device) -> bool:
+    """Whether products of matrices have units of their own: AMX on a CPU, tensor cores on a GPU."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (7, 0)
+    return device.type == "cpu" and torch.cpu._is_amx_tile_supported()
 
 
 def _has_bfloat16_units() -> bool:

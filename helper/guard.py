@@ -23,10 +23,21 @@ class Guard:
 
     def __init__(self, most_skipped: int = 0):
         self.most_skipped, self.skipped = most_skipped, 0
+        self.overflows = 0  # steps that were left out to lower the scale of float16's losses
         self._place, self._flag = "", ""
         self._names: tuple[str, ...] = ()
         self._seen: Tensor | None = None  # (terms + 2,) of the first bad step, or of the last: losses, gradient, number
         self._buffers: list[tuple[Tensor, Tensor]] = []
+
+    def overflowed(self, losses: dict[str, Tensor], parameters: Sequence[Tensor]) -> bool:
+        """Whether all losses are finite and the gradient is not: the loss was scaled too high for float16. Waits for
+        the device; the same in all processes."""
+        gradient = get_total_norm([one.grad for one in parameters if one.grad is not None], torch.inf)
+        values = torch.stack([loss.detach().float() for loss in losses.values()])
+        if largest_of_all(not bool((values.abs() < LIMIT).all())) or not largest_of_all(not bool(gradient < LIMIT)):
+            return False
+        self.overflows += 1
+        return True
 
     def begin_epoch(self, title: str, has_own_rate: bool) -> None:
         """What messages say of where the run is, and which learning rate is too high."""

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
-from torch import Tensor, distributed
+from torch import Tensor, distributed, nn
 
 from dataset import Augmentation, Batch, ImageData, Images, Loader, StreamedImages, epoch_seed
 from distiller_zoo import Distiller, Progress, Stage
@@ -23,10 +23,12 @@ from helper.guard import Guard
 from helper.log import progress_bar
 from helper.metrics import METRICS, EpochMeter
 from helper.networks import Teacher
-from helper.optim import SCHEDULES, make_optimizer, parameters_of, step_learning_rate
+from helper.optim import SCHEDULES, make_optimizer, parameters_of, step_learning_rate, warm_up
 from helper.settings import Configuration
 from models.backbone import Backbone, Output
 
+#: A loss that is scaled below this and whose gradient is still not finite in float16 has no finite gradient.
+SMALLEST_SCALE = 2.0**-10
 #: Number of epochs between two passes over the held-out images in one epoch, so that no two are alike.
 PASSES_APART = 100_000
 
@@ -49,7 +51,13 @@ class Training:
         self._compiled_stage = stage._replace(respond=self.fast.compiled(stage.respond))
         begin(stage, method)
         self.optimizer = make_optimizer(method, config)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "float16")
         self.replica = Replica(method, method.uses_everything and _uses_all_weights(method))
+        if stage.before_step is not None and self.scaler.is_enabled():
+            raise UserError(
+                f"--precision float16: stage {stage.name} of --distill {config.distill} takes gradients of "
+                "its own, which are not scaled; take bfloat16"
+            )
         if stage.before_step is not None and config.accumulate > 1:
             raise UserError(f"--accumulate: stage {stage.name} of --distill {config.distill} needs whole batches")
         if self.fast.compile == "reduce-overhead" and config.accumulate > 1:
@@ -101,23 +109,31 @@ class Training:
         shown = (config.data_seed, method.views, self.stage.holdout, self.loader.min_batch, self.loader.augmentation)
         return (*shown, method.min_batch, config.batch_size, config.accumulate)
 
-    def learning_rate(self, epoch: int) -> float:
-        """Of an epoch of this stage, counted from 1."""
+    def learning_rate(self, epoch: int, step: int | None = None) -> float:
+        """Of a step of an epoch of this stage, the step counted from 0 (None: the last), the epoch from 1."""
+        config, steps = self.config, len(self.loader)
+        step = steps - 1 if step is None else step
+        warm = config.lr_warmup_epochs if self.stage.milestones is None else 0
+        share = warm_up(epoch, step, steps, warm)
+        return self._scheduled(epoch, step) if share == 1 else share * self._scheduled(epoch, step)
+
+    def _scheduled(self, epoch: int, step: int) -> float:
+        """The rate without warm-up."""
         config, stage = self.config, self.stage
         base = stage.learning_rate or config.learning_rate
         if stage.milestones is not None:
             return step_learning_rate(base, epoch, stage.milestones, config.lr_decay_rate)
-        return SCHEDULES[config.lr_decay](base, epoch, config, stage.epochs, len(self.loader))
+        return SCHEDULES[config.lr_decay](base, epoch, config, stage.epochs, len(self.loader), step)
 
     def begin_epoch(self, progress: Progress, epochs_over: int, state: dict | None) -> None:
         """Prepare an epoch of this stage; `state` is where an interrupted one stopped. What is random depends on the
         seed and on the epochs of the whole run that are over."""
         self.progress, epoch = progress, epochs_over + 1
         torch.manual_seed(epoch_seed(self.config.seed, epoch, stream="training"))
-        rate, first = self.learning_rate(progress.epoch + 1), state["steps"] if state else 0
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        if self.config.drop_momentum and not first and rate != self.learning_rate(max(progress.epoch, 1)):
+        first = state["steps"] if state else 0
+        self.set_learning_rate(first)
+        rates = self._scheduled(progress.epoch + 1, 0), self._scheduled(max(progress.epoch, 1), 0)
+        if self.config.drop_momentum and not first and rates[0] != rates[1]:
             self.optimizer.state.clear()
         begin(self.stage, self.method)
         self.title = format_title(self.stage.name, progress)
@@ -142,8 +158,15 @@ class Training:
         """Whether this is a micro-batch of a batch as all but the last are."""
         return len(part.targets) == images_per_pass(self.config.batch_size, self.config.accumulate)
 
-    def begin_step(self) -> None:
-        """Forget the gradients of the step before."""
+    def set_learning_rate(self, step: int) -> None:
+        """Give the optimizer the rate of a step of this epoch, counted from 0."""
+        rate = self.learning_rate(self.progress.epoch + 1, step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+
+    def begin_step(self, number: int) -> None:
+        """Forget the gradients of the step before; take the learning rate of this one, counted from 1."""
+        self.set_learning_rate(number - 1)
         self.optimizer.zero_grad(set_to_none=True)
         self._outcomes = []
 
@@ -160,7 +183,14 @@ class Training:
         stage = self._compiled_stage if self.is_whole(part) else self.stage
         with self.replica.only_adding(not is_last), self.fast.naming_compiler():
             losses, logits = add_gradients(
-                self.replica, stage, part, teacher_output, self.progress, self.fast.autocast(self.device), share
+                self.replica,
+                stage,
+                part,
+                teacher_output,
+                self.progress,
+                self.fast.autocast(self.device),
+                share,
+                self.scaler.scale,
             )
         self._outcomes.append((losses, logits, part.classes))
 
@@ -170,12 +200,25 @@ class Training:
         for losses, _, _ in self._outcomes:
             for name, value in losses.items():
                 sums[name] = sums[name] + value.detach() if name in sums else value.detach()
-        if not self.guard.judge(sums, parameters_of(self.optimizer), number):
+        if not self._may_step(sums, parameters_of(self.optimizer), number):
             return False
-        self.optimizer.step()
+        if self.config.clip_grad:
+            nn.utils.clip_grad_norm_(parameters_of(self.optimizer), self.config.clip_grad)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
         for losses, logits, classes in self._outcomes:
             self.meter.update(losses, logits if self._labelled else None, classes)
         return True
+
+    def _may_step(self, losses: dict[str, Tensor], trained: list[Tensor], number: int) -> bool:
+        """Judge the gradients, which are as large as without float16 afterwards; a step that float16 overflowed in
+        lowers the scale (Micikevicius et al., ICLR 2018)."""
+        self.scaler.unscale_(self.optimizer)
+        may_lower = self.scaler.is_enabled() and self.scaler.get_scale() >= SMALLEST_SCALE
+        good = not (may_lower and self.guard.overflowed(losses, trained)) and self.guard.judge(losses, trained, number)
+        if not good:
+            self.scaler.update()
+        return good
 
     def state(self, number: int) -> dict:
         """Where the epoch is after its step of this number, to resume from."""
@@ -188,7 +231,8 @@ class Training:
             self.stage.after_epoch(self.progress)
         self.guard.look()
         if not self.meter.has_images:
-            raise UserError(f"--max_bad_steps: every step of {self.title} was skipped; the training diverged")
+            flag = "--precision float16" if self.guard.overflows else "--max_bad_steps"
+            raise UserError(f"{flag}: every step of {self.title} was skipped; the training diverged")
         return self.meter.summary()
 
 
@@ -264,7 +308,7 @@ def step(runs: Sequence, batch: Batch, teacher: Teacher | None, number: int) -> 
     if not runs:
         return
     for run in runs:
-        run.training.begin_step()
+        run.training.begin_step(number)
     parts = runs[0].training.parts(batch)
     for part_number, part in enumerate(parts, 1):
         outputs: dict[bool, Output] = {}  # with maps before their last ReLU, or behind it
@@ -363,6 +407,13 @@ def begin(stage: Stage, method: Distiller) -> None:
         module.requires_grad_(True).train()
 
 
+def without_trunk(stage: Stage, method: Distiller) -> Stage:
+    """A stage that trains of the student only its classifier; the rest is frozen, its BatchNorms in eval mode."""
+    networks = [part for part in method.student.modules() if isinstance(part, Backbone)]
+    trained = [part.get_classifier() if part in networks else part for part in stage.trained]
+    return stage._replace(trained=trained)
+
+
 def train_step(
     method: Distiller,
     stage: Stage,
@@ -387,14 +438,16 @@ def add_gradients(
     progress: Progress,
     autocast: AbstractContextManager | None = None,
     share: float = 1.0,
+    scale: Callable[[Tensor], Tensor] | None = None,
 ) -> tuple[dict[str, Tensor], Tensor | None]:
-    """Forward and backward of the losses times `share` -> (named weighted losses, student's logits)."""
+    """Forward and backward of the losses times `share`, `scale`d -> (named weighted losses, student's logits)."""
     with autocast or nullcontext():
         logits, losses = method(batch, teacher_output, progress, stage)
     if not losses:
         raise UserError("every loss weight is 0: there is nothing to train; set -r, -a or -b")
     total = functools.reduce(operator.add, losses.values())
-    (total if share == 1 else share * total).backward()
+    total = total if share == 1 else share * total
+    (scale(total) if scale else total).backward()
     return losses, logits
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+from sklearn.metrics import f1_score, recall_score
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -33,12 +34,46 @@ def loss(logits: Tensor, targets: Tensor) -> float:
     return float(F.cross_entropy(logits.double(), targets))
 
 
+def balanced_accuracy(logits: Tensor, targets: Tensor) -> float:
+    """The mean over the classes of the share of their images that is right (%)."""
+    recalls = recall_score(targets, logits.argmax(1), labels=targets.unique(), average=None, zero_division=0)
+    return 100 * float(recalls.mean())
+
+
+def macro_f1(logits: Tensor, targets: Tensor) -> float:
+    """The mean over the classes of the F1 score (%)."""
+    return 100 * float(f1_score(targets, logits.argmax(1), average="macro", zero_division=0))
+
+
 #: What is measured on the images of a whole split: name -> function (logits (n, K), classes (n,)) -> number.
 METRICS: dict[str, Callable[[Tensor, Tensor], float]] = {
     "accuracy": accuracy,
     "accuracy_top5": accuracy_top5,
     "loss": loss,
+    "balanced_accuracy": balanced_accuracy,
+    "macro_f1": macro_f1,
 }
+
+
+def _lower(value: float) -> float:
+    return -value if math.isfinite(value) else -math.inf
+
+
+#: What the best epoch may be chosen by: one of `METRICS` -> function of its value, larger for a better epoch.
+BEST_BY: dict[str, Callable[[float], float]] = {
+    "accuracy": float,
+    "balanced_accuracy": float,
+    "macro_f1": float,
+    "loss": _lower,
+}
+
+
+def best_epoch(records: Sequence[Mapping[str, float]], metric: str) -> int:
+    """The number of the best epoch, from 1, by a metric on the held-out images, or the test images where there are
+    none; the first of equals."""
+    values = [record.get(f"holdout_{metric}", record.get(f"test_{metric}")) for record in records]
+    goodness = [BEST_BY[metric](math.nan if value is None else value) for value in values]
+    return goodness.index(max(goodness)) + 1
 
 
 def probe(train: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor]) -> dict[str, float]:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from dataset import VIEWS, Batch, ImageData, RowCache, differences
 from dataset.cache import EVERY
 from errors import UserError
-from helper.checkpoint import contained, upgrade
+from helper.checkpoint import AVERAGE, contained, take_average, upgrade
 from helper.distributed import count_processes
 from helper.download import published_name, read_timm, read_torchvision
 from helper.fast import Fast
@@ -102,7 +102,11 @@ def read_network(path: str, name: str | None, flag: str, name_flag: str, ema: bo
     with contained(f"{source} cannot be used"):
         notes: list[str] = []
         if "record" in checkpoint or "model_name" in checkpoint:
-            notes += ["it is a file of this toolbox, which holds one set of weights: --ema changes nothing"] * ema
+            if AVERAGE in checkpoint:
+                checkpoint = take_average(checkpoint, source) if ema else checkpoint
+                notes += ["it holds raw weights and their moving average; --ema takes the average"] * (not ema)
+            else:
+                notes += ["it is a file of this toolbox, which holds one set of weights: --ema changes nothing"] * ema
             network, record = load_exported(checkpoint, source)
             found = record["model_name"]
         else:

@@ -365,8 +365,80 @@ CHOSEN = (
     _standardised("mlkd", {"alpha": 6.0, "beta": 6.0}, _LSKD_MLKD, "vgg13", MOBILE_V2),
 )
 
+#: The values of `--recipe`, and what each is.
+RECIPES = {
+    "tables": "the papers' runs",
+    "patient": "Beyer et al., CVPR 2022: mixed images, long cosine, with --distill kd the KL divergence alone",
+    "a3": "Wightman et al., 2021: LAMB, mixed and cut images, few epochs",
+    "finetune": "AdamW at a small rate with a warm-up, for --init",
+}
+
+
+def _recipe(name: str, values: Mapping[str, object], source: str, dataset: Sequence[str] | None = None) -> Row:
+    return Row(values, source, dataset=dataset, chosen=("recipe", name))
+
+
+_BEYER = "Beyer et al. (CVPR 2022), section 3"
+_WIGHTMAN = (
+    "Wightman et al. (2021), table 2, A3; the cross entropy is not its binary one, images are of the data's size"
+)
+_ADAMW = {"optimizer": "adamw", "lr_decay": "cos", "clip_grad": 1.0}
+#: What a recipe changes for any method, on top of all other rows.
+CHOSEN_RECIPES = (
+    _recipe(
+        "patient",
+        {**_ADAMW, "mixup": 1.0, "batch_size": 512, "learning_rate": 1e-3, "weight_decay": 1e-4, "epochs": 1200},
+        f"{_BEYER}; rate and decay are searched there, and so is the length, from 100 epochs to 10,000",
+    ),
+    _recipe("patient", {"batch_size": 4096, "epochs": 300}, f"{_BEYER}, ImageNet: its shortest run", ("imagenet",)),
+    _recipe("patient", {"batch_size": 64, "epochs": 160}, "ours: 1,433 images; ten times the tables' run", ("digits",)),
+    Row({"gamma": 0.0, "alpha": 1.0}, f"{_BEYER}: no labels", ("kd",), chosen=("recipe", "patient")),
+    _recipe(
+        "a3",
+        {
+            "optimizer": "lamb",
+            "learning_rate": 8e-3,
+            "weight_decay": 0.02,
+            "decay_norms": False,
+            "batch_size": 2048,
+            "epochs": 100,
+            "lr_decay": "cos",
+            "lr_warmup_epochs": 5,
+            "augment": "randaugment",
+            "mixup": 0.1,
+            "cutmix": 1.0,
+        },
+        _WIGHTMAN,
+    ),
+    _recipe(
+        "a3",
+        {"batch_size": 256, "learning_rate": 1e-3},
+        "ours: small data sets need steps; the rate is scaled with the batch",
+        SMALL_IMAGES,
+    ),
+    _recipe(
+        "a3",
+        {"batch_size": 64, "learning_rate": 1e-3, "epochs": 32, "lr_warmup_epochs": 2},
+        "ours: 1,433 images",
+        ("digits",),
+    ),
+    _recipe(
+        "finetune",
+        {
+            **_ADAMW,
+            "learning_rate": 1e-4,
+            "weight_decay": 0.01,
+            "decay_norms": False,
+            "batch_size": 64,
+            "epochs": 20,
+            "lr_warmup_epochs": 2,
+        },
+        "ours: a tenth of AdamW's usual rate and its usual decay, as trained weights need little change",
+    ),
+)
+
 #: All rows, in the order in which later ones win.
-ROWS = (*COMMON, *WEIGHTS, *CIFAR, *CIFAR_PAIR_WEIGHTS, *IMAGENET, *CHOSEN)
+ROWS = (*COMMON, *WEIGHTS, *CIFAR, *CIFAR_PAIR_WEIGHTS, *IMAGENET, *CHOSEN, *CHOSEN_RECIPES)
 
 #: The three (teacher, student) pairs of the NORM paper's ImageNet tables.
 IMAGENET_PAIRS = (_R18, _MOBILENET, _QUARTER)

@@ -27,7 +27,7 @@ from dataset import (
     load_data,
 )
 from dataset.folders import list_folder
-from distiller_zoo import Progress, find_distiller
+from distiller_zoo import Distiller, Progress, find_distiller
 from errors import Stopped, UserError
 from helper import command_line
 from helper.checkpoint import (
@@ -53,7 +53,7 @@ from helper.distributed import (
     one_by_one_here,
     rank,
 )
-from helper.fast import Fast
+from helper.fast import Fast, check_precision
 from helper.guard import Guard
 from helper.log import (
     describe_data,
@@ -72,8 +72,9 @@ from helper.loops import (
     random_state,
     set_random_state,
     train_epoch,
+    without_trunk,
 )
-from helper.metrics import best_without_labels, probe, summarise_without_labels
+from helper.metrics import best_epoch, best_without_labels, probe, summarise_without_labels
 from helper.networks import (
     CachedTeacher,
     Network,
@@ -88,16 +89,16 @@ from helper.networks import (
     start_from,
     with_class_names,
 )
-from helper.optim import parameters_of
+from helper.optim import average_of, check_rates, parameters_of, take_up
 from helper.run_folder import BEST, CONFIG, LAST, RESULT, FolderElsewhere, RunFolder
 from helper.settings import Configuration, all_settings, check_shared, identity, read_stored
 from helper.signals import StopRequest
 from models import build_model
-from models.backbone import probe_shapes
+from models.backbone import Backbone, probe_shapes
 from models.checkpoints import load_weights, weights_digest
 from models.classes import compare_classes
 from models.cost import count_parameters
-from models.external import is_external
+from models.external import DROPS, is_external
 from models.synchronised import synchronise
 
 #: Images per batch when testing; where they are wider than SMALL pixels, as many as in training.
@@ -142,6 +143,14 @@ def open_runs(given: Given) -> Opened:
         return command_line.resolve(run, stored, of_teacher, of_initial, folder)
 
     configs = by_main(lambda: command_line.share_order([resolve(run) for run in given.runs], given))
+    for config in configs:
+        check_rates(config)
+        check_precision(config.precision, device_of(config.device))
+        if config.patience and not config.holdout:
+            raise UserError(
+                "--patience: the test images must not decide when a run ends; keep training images for that, with "
+                "--holdout K"
+            )
     check_shared(configs)
     if source is not None and any(config.folder is None for config in configs):
         initial = initial or main_first(lambda: read_initial(source, configs[0].model_s, ema))
@@ -469,6 +478,14 @@ def _spread(n: int, is_training: bool) -> torch.Tensor:
     return torch.arange(0, n, max(-(-n // JUDGED_IMAGES), 1) if is_training else 1)
 
 
+def _new_student(config: Configuration, data: ImageData) -> Backbone:
+    """A freshly initialised student, with the dropout that was chosen for it."""
+    drops = {name: rate for name in DROPS if (rate := config[name]) is not None}
+    student = build_model(config.model_s, data.num_classes, data.image_size, drops)
+    probe_shapes(student, data.image_size)
+    return student
+
+
 class Run:
     """Everything that one training run holds; `train` goes through its stages and their epochs."""
 
@@ -489,8 +506,7 @@ class Run:
             if count_processes() > 1:
                 raise UserError("--labels none: it is for runs of one process")
         torch.manual_seed(config.seed)
-        student = build_model(config.model_s, self.data.num_classes, self.data.image_size)
-        probe_shapes(student, self.data.image_size)
+        student = _new_student(config, self.data)
         if initial is not None and config.folder is None:
             folder.log(start_from(initial, student, config.model_s, self.data.classes, config.dataset))
         self.method = build_distiller(
@@ -507,7 +523,9 @@ class Run:
         if config.sync_bn and count_processes() > 1:
             synchronise(self.method)
         Fast.of(config).prepare_student(self.method, inputs.device)
-        self.stages = self.method.stages(config.epochs)
+        stages, frozen = self.method.stages(config.epochs), config.freeze == "trunk"
+        self.stages = [without_trunk(stage, self.method) if frozen else stage for stage in stages]
+        self.average = average_of(self.method, config.ema_decay)
         self.guard = Guard(config.max_bad_steps)
         self.step, self.epochs_over, self.seconds = 0, 0, 0.0  # what is over, in all stages
         self.records: list[dict] = []  # of every epoch of the main stage
@@ -566,7 +584,12 @@ class Run:
         return self.error is not None or self.result is not None or (self.in_main_stage and self._stage_is_over())
 
     def _stage_is_over(self) -> bool:
-        return self.epoch >= self.stages[self.stage_number].epochs or self._steps_left() == 0
+        over = self.epoch >= self.stages[self.stage_number].epochs or self._steps_left() == 0
+        return over or self._is_out_of_patience()
+
+    def _is_out_of_patience(self) -> bool:
+        patience = self.config.patience
+        return bool(patience and self.records) and self.epoch - self._best_epoch() >= patience
 
     def _steps_left(self) -> int | None:
         """How many steps `--max_steps` leaves of the stage; None where there is no limit."""
@@ -621,6 +644,8 @@ class Run:
         training, last = self.training, self.last_step
         if not training.finish_step(number):
             self.folder.log_quietly(f"{training.title} step {number}/{last} skipped: a number in it was not finite")
+        elif self.average is not None and self.in_main_stage:
+            self.average.update_parameters(self.method)
         if number % self.config.print_freq == 0 and training.meter.has_images:
             self.guard.look()
             self.latest = format_losses(training.meter.summary())
@@ -631,16 +656,23 @@ class Run:
         every = self.config.save_every_steps
         if self.error is None and (stopping or (every and number % every == 0)):
             with self.finishing():
-                average_statistics(self.method)
+                self._average_statistics()
                 epoch_state = self.training.state(number)  # names a bad step, before its weights are looked at
-                self._save_last(self._checkpoint(None), epoch_state)
+                self._save_last(self._checkpoint({}), epoch_state)
 
     def end_steps(self) -> None:
         """Take the means of the epoch, whose steps are done."""
         if self.error is None:
             self._means = self.training.end_epoch()
-            average_statistics(self.method)
+            self._average_statistics()
             self.method.eval()
+
+    def _average_statistics(self) -> None:
+        """Of all processes, each of which has seen its own part of the batches."""
+        average_statistics(self.method)
+        if self.average is not None:
+            average_statistics(self.average.train())
+            self.average.eval()
 
     def end_epoch(self) -> None:
         """Test, record and save; begin the next stage or finish where this one is over."""
@@ -666,8 +698,9 @@ class Run:
         self.epoch_state = None
         self.epoch, self.stage_step, self.step = self.epoch + 1, self.stage_step + steps, self.step + steps
         self.epochs_over, self.seconds = self.epochs_over + 1, self.seconds + time.perf_counter() - (self._started or 0)
-        rate = self.training.learning_rate(self.epoch)
+        rate = self.training.learning_rate(self.epoch, steps - 1)
         skipped = {"skipped_steps": self.guard.skipped} if self.config.max_bad_steps else {}
+        skipped |= {"overflowed_steps": self.guard.overflows} if self.training.scaler.is_enabled() else {}
         record = {"epoch": self.epoch, "step": self.step, "learning_rate": rate, **measured, **skipped}
         if self.in_main_stage:
             self.records.append(record)
@@ -678,12 +711,19 @@ class Run:
         self._save(record)
 
     def _test(self) -> dict[str, float]:
-        """Accuracies on the test images, and on the held-out ones where there are any."""
+        """What is measured on the test images, and on the held-out ones where there are any; also of the average."""
         if not self.data.labelled:
             return self._judge()
-        test = evaluate(self.method.predict, self.inputs.test_loader, "testing")
+        test = self._test_method(self.method)
+        if self.average is not None:
+            averaged = self._test_method(self.average.module)
+            test |= {f"{name}_ema": value for name, value in averaged.items() if "unreadable" not in name}
+        return test
+
+    def _test_method(self, method: Distiller) -> dict[str, float]:
+        test = evaluate(method.predict, self.inputs.test_loader, "testing")
         if self.inputs.choosing_loader is not None:
-            held_out = evaluate(self.method.predict, self.inputs.choosing_loader, "held-out images")
+            held_out = evaluate(method.predict, self.inputs.choosing_loader, "held-out images")
             test |= {name.replace("test", "holdout"): value for name, value in held_out.items()}
         return test
 
@@ -703,7 +743,7 @@ class Run:
 
     # Checkpoints.
 
-    def _checkpoint(self, accuracy: float | None) -> dict:
+    def _checkpoint(self, record: Mapping[str, float]) -> dict:
         """The networks and what is known of them; never of diverged ones."""
         self.guard.check_weights(self.method)
         teacher = None
@@ -711,17 +751,21 @@ class Run:
             source = self.teacher.source
             teacher = {"name": source.name, "digest": source.digest, "accuracy": self.teacher.accuracy}
             teacher["num_classes"] = source.num_classes
-        known = {"accuracy": accuracy, "epoch": self.epoch, "teacher": teacher, "max_steps": self.config.max_steps}
+        known = {"accuracy": record.get("test_accuracy"), "epoch": self.epoch, "teacher": teacher}
+        known |= {"accuracy_ema": record["test_accuracy_ema"]} if "test_accuracy_ema" in record else {}
+        known["max_steps"] = self.config.max_steps
         known["identity"] = self.inputs.identity
-        return make_checkpoint(self.method, self.config, data_record(self.data), {}, **known)
+        averaged = self.average if self.average is not None and self.average.n_averaged else None
+        return make_checkpoint(self.method, self.config, data_record(self.data), averaged, **known)
 
     def _save_last(self, checkpoint: dict, epoch_state: dict | None) -> None:
         state = {name: getattr(self, name) for name in STATE} | {"epoch_state": epoch_state}
         state |= {"skipped_steps": self.guard.skipped, "optimizer": self.training.optimizer.state_dict()}
+        state |= {"overflows": self.guard.overflows, "scaler": self.training.scaler.state_dict()}
         self.folder.save(LAST, checkpoint | {"training": checkpoint["training"] | state})
 
     def _save(self, record: dict) -> None:
-        checkpoint = self._checkpoint(record.get("test_accuracy"))
+        checkpoint = self._checkpoint(record)
         if self.in_main_stage:
             # The first of equals is kept, so the last epoch does not overwrite the best for a tie.
             if self._best_epoch() == self.epoch:
@@ -742,10 +786,15 @@ class Run:
             load_weights(self.method, self.config.model_s, training["distiller"], source)
             optimizer = self.training.optimizer
             state = check_optimizer(training["optimizer"], parameters_of(optimizer))
-            optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
+            take_up(optimizer, state, training["optimizer"]["param_groups"])
             for name in STATE:
                 setattr(self, name, training[name])
-            self.guard.skipped = training["skipped_steps"]
+            self.guard.skipped, self.guard.overflows = training["skipped_steps"], training.get("overflows", 0)
+            if self.training.scaler.is_enabled():
+                self.training.scaler.load_state_dict(training["scaler"])
+            if self.average is not None and "ema" in training:
+                load_weights(self.average.module, self.config.model_s, training["ema"], source)
+                self.average.n_averaged.fill_(1)
             self._check_epochs()
         self.folder.keep_metrics_until(self.epochs_over)
         stage = self.stages[self.stage_number]
@@ -777,13 +826,14 @@ class Run:
     # The result.
 
     def _accuracies(self) -> dict[str, Any]:
-        accuracies, best_epoch = [record["test_accuracy"] for record in self.records], self._best_epoch()
+        accuracies, number = [record["test_accuracy"] for record in self.records], self._best_epoch()
         last_five = accuracies[-5:]
         return {
             "accuracy_last": accuracies[-1],
-            "accuracy_best": accuracies[best_epoch - 1],
+            "accuracy_best": accuracies[number - 1],
             "accuracy_mean_last_five": sum(last_five) / len(last_five),
-            "best_epoch": best_epoch,
+            **self._averages_accuracies(number),
+            "best_epoch": number,
             "protocol": describe_protocol(self.config.holdout),
         }
 
@@ -798,8 +848,14 @@ class Run:
         """Counted from 1; the first of equals."""
         if not self.data.labelled:
             return best_without_labels(self.records)[1]
-        chosen_by = [record.get("holdout_accuracy", record["test_accuracy"]) for record in self.records]
-        return chosen_by.index(max(chosen_by)) + 1
+        return best_epoch(self.records, self.config.best_by)
+
+    def _averages_accuracies(self, best: int) -> dict[str, float]:
+        """Of the moving average, where there is one, after the last epoch and after the best."""
+        if self.average is None or "test_accuracy_ema" not in self.records[-1]:
+            return {}
+        last, chosen = (self.records[number - 1]["test_accuracy_ema"] for number in (0, best))
+        return {"accuracy_last_ema": last, "accuracy_best_ema": chosen}
 
     def _finish(self) -> None:
         if self._started is None and (self.folder.path / RESULT).exists():  # resumed, with nothing left to do
@@ -823,6 +879,8 @@ class Run:
             "device": str(self.inputs.device),
             "threads": torch.get_num_threads(),
         }
+        if self._is_out_of_patience():
+            self.folder.log(f"stopped early: no better {self.config.best_by} in {self.config.patience} epochs")
         self.folder.append_outcome(identity(self.config, ("row", "run")), self.result)
         self.folder.write_json(RESULT, self.result)
         self.folder.log(format_result(self.result))

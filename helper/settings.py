@@ -14,7 +14,9 @@ from dataset import BALANCED, DATASETS, POLICIES
 from distiller_zoo import DISTILLERS, find_distiller
 from errors import UserError
 from helper.fast import COMPILE, PRECISIONS, computes_bfloat16
+from helper.metrics import BEST_BY
 from helper.optim import OPTIMIZERS, SCHEDULES
+from helper.recipes import RECIPES
 from models import find_builder
 from setting import RECIPE, Setting, count, number, whole
 
@@ -280,6 +282,7 @@ SETTINGS: tuple[Setting, ...] = (
         metavar="SHARE",
         shared=True,
         decides_outputs=True,
+        needs_labels=True,
     ),
     Setting(
         ("--background",),
@@ -343,6 +346,15 @@ SETTINGS: tuple[Setting, ...] = (
         identity="none",
         shared=True,
     ),
+    Setting(
+        ("--recipe",),
+        str,
+        "tables",
+        "whose defaults are taken; " + "; ".join(f"{name}: {what}" for name, what in RECIPES.items()),
+        choices=RECIPES,
+        group=TRAINING,
+        identity="none",  # the values that it sets tell runs apart
+    ),
     Setting(("--batch_size",), count, RECIPE, "global batch size; the learning rate is not rescaled", group=TRAINING),
     Setting(
         ("--accumulate",),
@@ -368,9 +380,35 @@ SETTINGS: tuple[Setting, ...] = (
         group=TRAINING,
         resume="free",
     ),
-    Setting(("--optimizer",), str, "sgd", "the optimizer", choices=OPTIMIZERS, group=TRAINING),
+    Setting(
+        ("--optimizer",), str, "sgd", "the optimizer; lamb and adan are timm's", choices=OPTIMIZERS, group=TRAINING
+    ),
     Setting(("--learning_rate",), number, RECIPE, "the initial learning rate", group=TRAINING),
-    Setting(("--lr_decay",), str, RECIPE, "the learning rate schedule", choices=SCHEDULES, group=TRAINING),
+    Setting(
+        ("--lr_decay",),
+        str,
+        RECIPE,
+        "the learning rate schedule: step falls after every one of --lr_decay_epochs, cos is half a cosine, one_cycle "
+        "rises over the first 0.3 of the run and falls over the rest, in every step",
+        choices=SCHEDULES,
+        group=TRAINING,
+    ),
+    Setting(
+        ("--lr_warmup_epochs",),
+        whole,
+        0,
+        "the learning rate grows linearly, in every step, over these first epochs of the main stage; cos then takes "
+        "the rest of the run",
+        full_run=RECIPE,
+        group=TRAINING,
+        metavar="E",
+    ),
+    Setting(
+        ("--min_learning_rate",), number, 0.0, "floor of the schedule, where cos and one_cycle end", group=TRAINING
+    ),
+    Setting(
+        ("--clip_grad",), number, 0.0, "scale the gradient down to this norm (0: no)", group=TRAINING, metavar="NORM"
+    ),
     Setting(
         ("--lr_decay_epochs",),
         _epochs,
@@ -386,6 +424,58 @@ SETTINGS: tuple[Setting, ...] = (
     Setting(("--momentum",), number, RECIPE, "momentum of SGD", group=TRAINING),
     Setting(("--nesterov",), bool, False, "Nesterov's momentum", group=TRAINING),
     Setting(("--drop_momentum",), bool, False, "start with no momentum after each milestone", group=TRAINING),
+    Setting(
+        ("--ema_decay",),
+        _share,
+        0.0,
+        "also keep an exponential moving average of the student's weights and statistics, D of it in every step "
+        "(0: no); it is tested and saved next to the raw weights",
+        group=TRAINING,
+        metavar="D",
+        needs_labels=True,
+    ),
+    Setting(
+        ("--drop_rate",),
+        _share,
+        None,
+        "dropout of a student of torchvision or timm (default: its library's)",
+        group=TRAINING,
+        metavar="P",
+    ),
+    Setting(
+        ("--drop_path_rate",),
+        _share,
+        None,
+        "drop path (stochastic depth) of a student of torchvision or timm, of its last branch (default: its library's)",
+        group=TRAINING,
+        metavar="P",
+    ),
+    Setting(
+        ("--freeze",),
+        str,
+        "none",
+        "trunk: train only the student's classifier, and what the method adds; its BatchNorms are in eval mode",
+        choices=("none", "trunk"),
+        group=TRAINING,
+    ),
+    Setting(
+        ("--best_by",),
+        str,
+        "accuracy",
+        "what the best epoch is chosen by, on the held-out images where there are any",
+        choices=BEST_BY,
+        group=TRAINING,
+        needs_labels=True,
+    ),
+    Setting(
+        ("--patience",),
+        whole,
+        0,
+        "early stopping: end after E epochs without a better one; needs --holdout (0: no)",
+        group=TRAINING,
+        metavar="E",
+        resume="free",
+    ),
     Setting(
         ("--augment",),
         str,
@@ -422,6 +512,7 @@ SETTINGS: tuple[Setting, ...] = (
         group=AUGMENTATION,
         metavar="ALPHA",
         decides_outputs=True,
+        needs_labels=True,
     ),
     Setting(
         ("--cutmix",),
@@ -432,6 +523,7 @@ SETTINGS: tuple[Setting, ...] = (
         group=AUGMENTATION,
         metavar="ALPHA",
         decides_outputs=True,
+        needs_labels=True,
     ),
     Setting(
         ("--label_smoothing",),
@@ -440,6 +532,7 @@ SETTINGS: tuple[Setting, ...] = (
         "share of a label that is spread over all classes, in the cross entropy",
         group=AUGMENTATION,
         metavar="S",
+        needs_labels=True,
     ),
     Setting(
         ("--class_weights",),
@@ -449,6 +542,7 @@ SETTINGS: tuple[Setting, ...] = (
         "and its weight in each line",
         group=AUGMENTATION,
         metavar="balanced|FILE",
+        needs_labels=True,
     ),
     Setting(
         ("--balanced_sampling",),
@@ -456,6 +550,7 @@ SETTINGS: tuple[Setting, ...] = (
         False,
         "draw the images of an epoch so that every class is equally likely, instead of showing each once",
         group=AUGMENTATION,
+        needs_labels=True,
     ),
     Setting(
         ("--max_steps",),
@@ -543,8 +638,8 @@ SETTINGS: tuple[Setting, ...] = (
         ("--deterministic",),
         bool,
         False,
-        "the same weights from the same command on a GPU too: kernels without chance, slower; torch warns of operations "
-        "that have none. A CPU needs no flag",
+        "the same weights from the same command on a GPU too, with slower kernels; torch warns of operations that have "
+        "none. A CPU needs no flag",
         group=SPEED,
         resume="free",
         identity="none",

@@ -2,7 +2,8 @@
 
 import difflib
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 
 from errors import UserError
 from models.backbone import Backbone
@@ -84,12 +85,17 @@ def find_builder(name: str) -> Callable[..., Backbone]:
     return builder
 
 
-def build_model(name: str, num_classes: int, image_size: int | None = None) -> Backbone:
-    """A freshly initialised network; raises `UserError` for an unknown name.
+def build_model(
+    name: str, num_classes: int, image_size: int | None = None, drops: Mapping[str, float] = MappingProxyType({})
+) -> Backbone:
+    """A freshly initialised network; raises `UserError` for an unknown name, or where it has nothing to drop.
 
-    `image_size` is that of the images it will read: some networks of other libraries are built for one size.
+    `image_size` is that of the images it will read: some networks of other libraries are built for one size. `drops`
+    are rates from 0 to 1 by the names of `external.DROPS`, of networks of other libraries.
     """
-    options = {"image_size": image_size} if is_external(name) else {}
+    options = {"image_size": image_size, "drops": drops} if is_external(name) else {}
+    if drops and not is_external(name):
+        raise UserError(f"--{next(iter(drops))}: {name} has no dropout; only networks of torchvision and timm have")
     with warnings.catch_warnings():
         if not num_classes:  # a network without a classifier has an empty layer in its place
             warnings.filterwarnings("ignore", "Initializing zero-element tensors")

@@ -6,8 +6,9 @@ of one blank image (in torchvision_split.py and timm_split.py); nothing is known
 
 import difflib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib import import_module
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,10 @@ from models.split import Split, patches_to_map, ramp
 
 #: Library -> the module that names, builds and splits its networks; imported when a network of it is asked for.
 LIBRARIES = {"torchvision": "models.torchvision_split", "timm": "models.timm_split"}
+
+
+#: What a network may drop at random while it trains: features before its classifier, and whole residual branches.
+DROPS = ("drop_rate", "drop_path_rate")
 
 
 class External(Backbone):
@@ -137,16 +142,19 @@ def build_pretrained(name: str, image_size: int | None = None) -> External:
     return External(plain, network, tools.split(plain, network, num_classes, image_size), num_classes)
 
 
-def build_external(name: str, num_classes: int, image_size: int | None = None) -> External:
+def build_external(
+    name: str, num_classes: int, image_size: int | None = None, drops: Mapping[str, float] = MappingProxyType({})
+) -> External:
     """A freshly initialised network; with 0 classes an encoder, without a classifier.
 
-    `image_size` is needed by networks whose weights belong to one size, and not by others. Raises `UserError` where
-    the network cannot be built or read.
+    `image_size` is needed by networks whose weights belong to one size, and not by others. `drops` are rates by the
+    names of `DROPS`; without one the network has its library's. Raises `UserError` where the network cannot be built or
+    read, or has nothing to drop.
     """
     library, _, architecture = name.partition(":")
     tools = import_module(LIBRARIES[library])
     try:
-        network = tools.build(architecture, num_classes, image_size)
+        network = tools.build(architecture, num_classes, image_size, drops)
     except (TypeError, ValueError, RuntimeError, AssertionError) as error:
         raise UserError(f"{name}: {library} cannot build it with {num_classes} classes: {first_line(error)}") from None
     return External(name, network, tools.split(name, network, num_classes, image_size), num_classes)

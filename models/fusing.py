@@ -21,7 +21,8 @@ CLOSENESS = {torch.bfloat16: 0.05, torch.float32: 1e-3}
 
 
 class FusedConvolution(nn.Conv2d):
-    """relu(convolution + other), where `relu` and `other` are optional; `overwrites`: the sum may take other's place."""
+    """relu(convolution + other), where `relu` and `other` are optional; the sum may take other's place where it
+    `overwrites`."""
 
     def __init__(self, layer: nn.Conv2d, relu: bool, overwrites: bool):
         sizes: dict[str, Any] = {name: getattr(layer, name) for name in ("stride", "padding", "dilation", "groups")}
@@ -63,29 +64,33 @@ class _Outputs(nn.Module):
         return self.network.outputs(x, self.preact)
 
 
+class _Images(fx.Proxy):
+    """Traced images whose sizes are known, but for their number: networks decide by them."""
+
+    @property
+    def shape(self) -> tuple:
+        return self.size(0), *self.tracer.sizes
+
+
 class _Tracer(fx.Tracer):
-    """Follows slices of a chain of layers, which are modules of nobody, and decides by what `images` (B, 3, H, W) give
-    where the network asks for a size."""
+    """Traces a network for images of known sizes (3, H, W)."""
 
-    def __init__(self, images: Tensor):
+    def __init__(self, sizes: torch.Size):
         super().__init__()
-        self.images = images
+        self.sizes = sizes
 
-    def to_bool(self, asked: fx.Proxy) -> bool:
-        graph, copies = fx.Graph(), {}
-        graph.graph_copy(self.graph, copies)
-        graph.output(copies[asked.node])
-        with torch.no_grad():
-            return bool(fx.GraphModule(self.root, graph)(self.images))
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _Images(node, self) if node.op == "placeholder" else super().proxy(node)
 
     def call_module(self, module: nn.Module, forward: Callable, args: tuple, kwargs: dict) -> Any:
-        if type(module) is nn.Sequential:
+        if type(module) is nn.Sequential:  # a slice of one is a module of nobody
             return forward(*args, **kwargs)
         return super().call_module(module, forward, args, kwargs)
 
 
 class Fused(Wrapper):
-    """A network by its graphs with fused convolutions: one for the maps behind their last ReLU, one for those before."""
+    """A network by its graphs with fused convolutions, one for the maps behind their last ReLU and one for those before
+    it."""
 
     def __init__(self, network: Backbone, graphs: dict[bool, nn.Module]):
         super().__init__(network)
@@ -113,7 +118,14 @@ def fuse_activations(network: Backbone, images: Tensor, context: Callable) -> Ba
         with torch.no_grad(), context():
             fused = Fused(network, {preact: _fused_graph(network, preact, images) for preact in preacts})
             same = all(_agree(network.outputs(images, preact), fused.outputs(images, preact)) for preact in preacts)
-    except (fx.proxy.TraceError, NameError, RuntimeError, TypeError, ValueError, AttributeError):  # from tracer or device library
+    except (
+        fx.proxy.TraceError,
+        NameError,
+        RuntimeError,
+        TypeError,
+        ValueError,
+        AttributeError,
+    ):  # from tracer or device library
         return network
     return fused.eval() if same else network
 
@@ -129,7 +141,7 @@ def _agree(expected: Output, found: Output) -> bool:
 
 def _fused_graph(network: Backbone, preact: bool, images: Tensor) -> fx.GraphModule:
     root = _Outputs(network, preact).eval()
-    traced = fx.GraphModule(root, _Tracer(images).trace(root))
+    traced = fx.GraphModule(root, _Tracer(images.shape[1:]).trace(root))
     for node in list(traced.graph.nodes):  # two names of one map would hide that it is still read
         if node.op == "call_module" and type(traced.get_submodule(node.target)) is nn.Identity:
             node.replace_all_uses_with(node.args[0])

@@ -5,7 +5,7 @@ networks whose features are tokens.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from inspect import Parameter, signature
 from types import ModuleType
 from typing import Any
@@ -44,10 +44,29 @@ def list_names() -> list[str]:
     return _timm().list_models()
 
 
-def build(architecture: str, num_classes: int, image_size: int | None = None) -> nn.Module:
+def build(architecture: str, num_classes: int, image_size: int | None, drops: Mapping[str, float]) -> nn.Module:
     """A network without trained weights."""
     options = _size_options(architecture, image_size)
-    return _timm().create_model(architecture, pretrained=False, num_classes=num_classes, **options)
+    for name, rate in drops.items():
+        _check_drop(architecture, name, rate)
+    return _timm().create_model(architecture, pretrained=False, num_classes=num_classes, **options, **drops)
+
+
+def _check_drop(architecture: str, name: str, rate: float) -> None:
+    """Raise `UserError` where a network does not drop what this rate is of."""
+    from timm.layers import DropPath
+
+    try:
+        with torch.device("meta"):
+            network = _timm().create_model(architecture, **{name: rate or 0.1})
+    except TypeError:  # it has no such argument
+        layers: list[nn.Module] = []
+    else:
+        layers = list(network.modules())
+    paths = any(isinstance(layer, DropPath) for layer in layers)
+    units = any(getattr(layer, "drop_rate", 0) or (isinstance(layer, nn.Dropout) and layer.p) for layer in layers)
+    if not (paths if name == "drop_path_rate" else units):
+        raise UserError(f"--{name}: timm:{architecture} drops nothing of this kind; leave the flag out")
 
 
 def build_pretrained(architecture: str, image_size: int | None = None) -> nn.Module:

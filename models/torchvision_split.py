@@ -8,13 +8,15 @@ stage outputs are sums of a block and its residual, equally spaced.
 import math
 import operator
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 import torchvision
 from torch import Tensor, fx, nn
 from torchvision.ops import StochasticDepth
 
+from errors import UserError
 from models.preprocessing import INTERPOLATIONS, Preprocessing
 from models.split import Split, columns_to_tokens, equally_spaced, no_map, patches_to_map, probe, tokens_to_columns
 
@@ -25,6 +27,8 @@ HEAD_LAYERS = (
     + (nn.ReLU, nn.ReLU6, nn.Hardswish, nn.SiLU, nn.GELU, nn.Tanh)
 )
 
+#: What can be dropped: the layer that does it, and what it is called.
+DROP_LAYERS = {"drop_rate": (nn.Dropout, "dropout"), "drop_path_rate": (StochasticDepth, "stochastic depth")}
 #: torchvision's transformers have a class token before the patches.
 PREFIX = 1
 
@@ -34,8 +38,25 @@ def list_names() -> list[str]:
     return torchvision.models.list_models(module=torchvision.models)
 
 
-def build(architecture: str, num_classes: int, image_size: int | None = None) -> nn.Module:
+def build(architecture: str, num_classes: int, image_size: int | None, drops: Mapping[str, float]) -> nn.Module:
     """A network without trained weights, and without the auxiliary classifiers that change what it returns."""
+    network = _build(architecture, num_classes, image_size)
+    for name, rate in drops.items():
+        _set_drop(network, f"--{name}: torchvision:{architecture}", *DROP_LAYERS[name], rate)
+    return network
+
+
+def _set_drop(network: nn.Module, source: str, kind: type[nn.Module], what: str, rate: float) -> None:
+    """Give the layers of one kind this rate; where theirs grows with the depth, up to this one."""
+    layers: list[Any] = [layer for layer in network.modules() if isinstance(layer, kind)]
+    largest = max((layer.p for layer in layers), default=0.0)
+    if not layers:
+        raise UserError(f"{source} has no {what}; leave the flag out")
+    for layer in layers:
+        layer.p = rate * layer.p / largest if largest else rate
+
+
+def _build(architecture: str, num_classes: int, image_size: int | None) -> nn.Module:
     options = {"aux_logits": False, "init_weights": True} if architecture in ("googlenet", "inception_v3") else {}
     options |= {"weights": None, "num_classes": num_classes}
     with warnings.catch_warnings(action="ignore", category=UserWarning):  # of a classifier without classes

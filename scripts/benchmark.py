@@ -1,17 +1,24 @@
 """Training speed: the plain formulation and the fast path side by side, in one run.
 
 python scripts/benchmark.py [--pairs resnet32x4:resnet8x4,...] [--n 8] [--batch_size 64] [--json FILE] [--profile FILE]
-    [--compile default]
+    [--compile default] [--reference "OTHER/train_student.py --epochs 1"]
+
+All thirteen pairs of the tables by default, with the geometric mean of their ratios; with
+`--json docs/benchmarks/step_NAME.json` the records are kept.
 
 Plain: the expanded feature is computed by convolutions, float32, eager, contiguous, images one by one through PIL in
 worker processes. Fast: what `--fast auto` chooses here, images in memory, and compiled where `--compile` asks for it;
 the compiler's own time is in `compile_s` and in no step. Steps of both alternate, so that what else the machine does
 falls on both. The ratios are what to quote. The floor is what a step would take at the measured rates of matrix
-products and of copying: floor_s = max(operations / rate, bytes / bandwidth), in the fast path's precision.
+products and of copying: floor_s = max(operations / rate, bytes / bandwidth), in the fast path's precision. A step has
+the run's guard and meter. Launches are counted as scripts/benchmarks/launches.py says.
 """
 
 import itertools
+import json
+import shlex
 import statistics
+import subprocess
 import sys
 import time
 from argparse import Namespace
@@ -24,19 +31,24 @@ import torch
 
 from dataset import Batch, ImageData, Loader, load_data
 from distiller_zoo import Progress, Task
-from errors import run_script
+from errors import UserError, run_script
 from helper.command_line import Parser, pairs
 from helper.distributed import find_device
-from helper.fast import COMPILE, PRECISIONS, Fast
-from helper.loops import begin, train_step
+from helper.fast import COMPILE, PRECISIONS, Fast, has_matrix_units
+from helper.guard import Guard
+from helper.loops import add_gradients, begin
+from helper.metrics import EpochMeter
 from helper.networks import FrozenTeacher
+from helper.optim import parameters_of
 from helper.recipes import CIFAR_PAIRS
 from helper.settings import SETTINGS
 from models import build_model
 from models.backbone import Output
+from scripts.benchmarks.launches import count_launches
 from scripts.benchmarks.parts import (
     count_bytes,
     count_flops,
+    machine_name,
     matrix_rate,
     memory_rate,
     peak_memory,
@@ -78,6 +90,7 @@ class Contender:
         self.optimizer = torch.optim.SGD(
             self.method.parameters(), 1e-3, 0.9, weight_decay=5e-4, fused=self.fast.fused_optimizer or None
         )
+        self.guard, self.meter = Guard(), EpochMeter(self.device)
 
     def teach(self, batch: Batch) -> Output:
         """The teacher's part of a step."""
@@ -87,7 +100,12 @@ class Contender:
     def learn(self, batch: Batch, output: Output) -> None:
         """The student's part of a step."""
         batch = batch._replace(images=self.fast.lay_out(batch.images))
-        train_step(*(self.method, self.stage, self.optimizer, batch, output, PROGRESS), self.fast.autocast(self.device))
+        autocast = self.fast.autocast(self.device)
+        self.optimizer.zero_grad(set_to_none=True)
+        losses, logits = add_gradients(self.method, self.stage, batch, output, PROGRESS, autocast)
+        self.guard.judge(losses, parameters_of(self.optimizer), 1)
+        self.optimizer.step()
+        self.meter.update(losses, logits, batch.targets)
 
     def step(self, batch: Batch) -> None:
         """One training step, teacher included."""
@@ -128,7 +146,7 @@ def measure(pair: tuple[str, str], n: int, data: ImageData, args: Namespace, rat
     step = {contender: statistics.median(times) for contender, times in steps.items()}
     rate = {contender: args.batch_size / statistics.median(times) for contender, times in epochs.items()}
     with torch.compiler.set_stance("force_eager"):  # what is compiled cannot be counted
-        flops = count_flops(lambda: fast.step(held))
+        flops, launches = count_flops(lambda: fast.step(held)), _launches(plain, fast, held)
     moved = _bytes_of_a_step(fast, held)
     return {
         "pair": f"{pair[0]}:{pair[1]}",
@@ -147,11 +165,31 @@ def measure(pair: tuple[str, str], n: int, data: ImageData, args: Namespace, rat
         "flops": flops,
         "bytes": moved,
         "achieved_flops_per_s": flops / step[fast],
+        **launches,
         "fast": args.fast._asdict(),
         "compile_s": first[fast] - step[fast] if fast.fast.compile != "off" else 0.0,
         **rates,
         **(measure_trials(pair, n, data, args) if args.trials > 1 else {}),
     }
+
+
+def _launches(plain: Contender, fast: Contender, batch: Batch) -> dict[str, int]:
+    counts = {"plain": count_launches(lambda: plain.step(batch)), "fast": count_launches(lambda: fast.step(batch))}
+    return {f"{what}_{name}": getattr(found, what) for name, found in counts.items() for what in found._fields[:2]}
+
+
+def count_reference(command: str) -> dict[str, int]:
+    """What a step of another code's training script launches; raises `UserError` where it cannot be counted."""
+    counter = Path(__file__).resolve().parent / "benchmarks" / "launches.py"
+    script, *arguments = shlex.split(command)
+    script = Path(script).resolve()
+    done = subprocess.run(
+        [sys.executable, str(counter), str(script), *arguments], capture_output=True, text=True, cwd=script.parent
+    )
+    if done.returncode:
+        raise UserError(f"--reference: {(done.stderr.strip().splitlines() or ['it failed'])[-1][:300]}")
+    counts = json.loads(done.stdout.strip().splitlines()[-1])
+    return {f"{name}_reference": value for name, value in counts.items()}
 
 
 def measure_trials(pair: tuple[str, str], n: int, data: ImageData, args: Namespace) -> dict:
@@ -238,10 +276,23 @@ def table(records: list[dict]) -> str:
         step, epoch = (plain_step, fast_step, step_ratio), (plain_epoch, fast_epoch, epoch_ratio)
         rows.append((*names, *step, *epoch, memory, floor))
     lines = ["| " + " | ".join(row) + " |" for row in rows]
+    if "launches_fast" in records[0]:
+        lines += ["", *_launch_lines(records)]
     for kind in ("step_ratio", "epoch_ratio", *(("trials_ratio",) if "trials_ratio" in records[0] else ())):
         mean = statistics.geometric_mean(record[kind] for record in records)
         lines.append(f"\ngeometric mean of the {kind.replace('_', ' ')}s: {mean:.2f}")
     return "\n".join(lines)
+
+
+def _launch_lines(records: list[dict]) -> list[str]:
+    """A table of launches; with those of a reference, where they were counted."""
+    names = [name for name in ("reference", "plain", "fast") if f"launches_{name}" in records[0]]
+    head = ["pair", "N", *(f"launches, {name}" for name in names), *(f"synchronisations, {name}" for name in names)]
+    rows = [head, ["--"] * len(head)]
+    for record in records:
+        counts = [str(record[f"{what}_{name}"]) for what in ("launches", "synchronisations") for name in names]
+        rows.append([record["pair"].replace(":", " -> "), str(record["n"]), *counts])
+    return ["| " + " | ".join(row) + " |" for row in rows]
 
 
 def _counts(text: str) -> list[int]:
@@ -264,6 +315,11 @@ def main(argv=None) -> list[dict]:
     parser.add_argument(
         "--compile", choices=COMPILE, default="off", help="mode of torch.compile in the fast path (off)"
     )
+    parser.add_argument(
+        "--reference",
+        metavar="COMMAND",
+        help="also count the launches of another code's training script: FILE and flags",
+    )
     parser.add_argument("--json", metavar="FILE", help="write the records there")
     parser.add_argument("--profile", metavar="FILE", help="instead: one pair's kernels, and a trace in FILE")
     args = parser.parse_args(argv)
@@ -272,6 +328,9 @@ def main(argv=None) -> list[dict]:
     if args.profile:
         profile(args.pairs[0], args.n[0], data, args)
         return []
+    machine = {"machine": machine_name(args.device), "matrix_units": has_matrix_units(args.device)}
+    print(f"{machine['machine']}, {'with' if machine['matrix_units'] else 'without'} matrix units")
+    reference = count_reference(args.reference) if args.reference else {}
     rates = {
         "flops_per_s": matrix_rate(args.device, PRECISIONS[args.fast.precision]),
         "bytes_per_s": memory_rate(args.device),
@@ -279,7 +338,7 @@ def main(argv=None) -> list[dict]:
     }
     print(", ".join(f"{name} {value:.3g}" for name, value in rates.items()))
     cases = itertools.product(args.pairs, args.n)
-    return report((measure(*case, data, args, rates) for case in cases), table, args.json)
+    return report((measure(*case, data, args, rates) | machine | reference for case in cases), table, args.json)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """What the tests share: small runs on the embedded digits, and a command line that is called in process."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -107,6 +107,15 @@ def pair_networks(teacher: str, student: str, num_classes: int = 10):
     return build_model(teacher, num_classes).eval(), build_model(student, num_classes)
 
 
-@pytest.fixture(params=CIFAR_PAIRS, ids=lambda pair: "->".join(pair))
+def slow_but(cases: Iterable, *quick) -> list:
+    """Cases of a test of which --fast runs `quick` alone; the others are marked slow."""
+    return [case if case in quick else pytest.param(case, marks=pytest.mark.slow) for case in cases]
+
+
+#: One family, and two networks whose last maps differ.
+QUICK_PAIRS = (("resnet56", "resnet20"), ("wrn_40_2", "ShuffleV1"))
+
+
+@pytest.fixture(params=slow_but(CIFAR_PAIRS, *QUICK_PAIRS), ids="->".join)
 def cifar_pair(request) -> tuple[str, str]:
     return request.param

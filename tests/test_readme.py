@@ -92,7 +92,8 @@ def help_of(script: str, capsys) -> str:
 @pytest.mark.parametrize("command", named_commands())
 def test_commands_that_are_not_run_are_legal(command, capsys):
     """Training commands are parsed; of other scripts the flags must be in --help. ... stands for a value or flags."""
-    words = shlex.split(command.replace("mean_map", "hint"), comments=True)  # the example that own_work.md adds
+    command = re.sub("mean_map|regressed_map", "hint", command).replace("--map_power", "--hint_layer")  # of own_work.md
+    words = shlex.split(command, comments=True)
     words = [word for before, word in zip(["", *words], words, strict=False) if word != "..." or before[:2] == "--"]
     script = next((word for word in words if word.endswith((".py", ".sh"))), None)
     if script is None:  # python -m pytest and the like

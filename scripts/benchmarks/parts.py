@@ -1,7 +1,9 @@
 """What the benchmarks measure with: the plain input pipeline, memory, work, and the floor that the device sets."""
 
 import json
+import math
 import os
+import platform
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -105,9 +107,28 @@ def peak_memory(step: Callable[[], None], device: torch.device) -> int:
 
 def count_flops(step: Callable[[], None]) -> int:
     """Floating point operations of the convolutions and matrix products of a step, backward included."""
-    with FlopCounterMode(display=False) as counter:
+    fused = torch.ops.mkldnn._convolution_pointwise, torch.ops.mkldnn._convolution_pointwise_
+    with FlopCounterMode(display=False, custom_mapping=dict.fromkeys(fused, _fused_flops)) as counter:
         step()
     return counter.get_total_flops()
+
+
+def _fused_flops(*shapes, out_shape, **_) -> int:
+    """Of a convolution with others inside: (x, weight, bias, ...), or with another map beside x."""
+    weight = shapes[2] if shapes[2] is not None and len(shapes[2]) == 4 else shapes[1]
+    return 2 * math.prod(out_shape) * math.prod(weight[1:])
+
+
+def machine_name(device: torch.device) -> str:
+    """The name of the processor that computes."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return f"{len(os.sched_getaffinity(0))} cores of {names[0]}" if names else platform.processor() or "CPU"
 
 
 def count_bytes(networks: list[nn.Module], run: Callable[[], None]) -> int:
@@ -116,7 +137,7 @@ def count_bytes(networks: list[nn.Module], run: Callable[[], None]) -> int:
 
     def add(layer, inputs, output):
         nonlocal total
-        (images,) = inputs
+        images, *_ = inputs
         tensors = (images, output, layer.weight)
         total += sum(tensor.numel() for tensor in tensors) * output.element_size()
 

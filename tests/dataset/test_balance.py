@@ -64,12 +64,12 @@ def test_every_class_is_drawn_equally_often():
     assert of_last[of_last > 0].double().mean() < 5, "spread over the images of the class"
 
 
-def loader_of(balanced: bool = True, **options) -> Loader:
+def loader_of(policy: str = "trivialaugment", **options) -> Loader:
     n = len(TARGETS)
     pixels = torch.randint(0, 256, (n, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
     images = Images(pixels, TARGETS)
     data = ImageData("fake", images, images, CLASSES, (0.5,) * 3, (0.25,) * 3, Augmentation())
-    augmentation = data.augmentation._replace(balanced=balanced, policy="trivialaugment")
+    augmentation = data.augmentation._replace(balanced=True, policy=policy)
     return Loader(images, data, 8, CPU, augmentation, seed=3, **options)
 
 
@@ -88,8 +88,10 @@ def test_balanced_epochs_are_as_long_and_depend_on_seed_and_epoch():
         assert torch.equal(whole.targets, torch.cat([share.targets for share in shares]))
 
 
-def test_an_image_that_is_shown_again_is_cropped_and_changed_anew():
-    index, images = (torch.cat(parts) for parts in zip(*((b.index, b.images) for b in loader_of().batches(1))))  # noqa: B905
+@pytest.mark.parametrize("policy", ["standard", "trivialaugment"])
+def test_an_image_that_is_shown_again_is_cropped_and_changed_anew(policy):
+    batches = list(loader_of(policy).batches(1))
+    index, images = torch.cat([batch.index for batch in batches]), torch.cat([batch.images for batch in batches])
     sample = int(torch.bincount(index).argmax())
     again = images[index == sample]
     assert len(again) > 2 and len(again.flatten(1).unique(dim=0)) > len(again) // 2

@@ -171,6 +171,7 @@ def test_the_methods_of_the_tables_are_there():
     assert set(f"{repdistiller} {others} ce".split()) == set(DISTILLERS)
 
 
+@pytest.mark.slow
 def test_a_new_method_is_one_new_file(tmp_path, teacher_run):
     """The example of docs/architecture.md, in a copy of the repository."""
     (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "architecture.md").read_text(), re.DOTALL)

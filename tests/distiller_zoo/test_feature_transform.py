@@ -9,7 +9,7 @@ from torch import nn
 from distiller_zoo.feature_transform import FeatureTransform, multiply_adds, norm_loss
 from distiller_zoo.norm import match_size
 from models.backbone import probe_shapes
-from tests.conftest import pair_networks
+from tests.conftest import pair_networks, slow_but
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}
 
@@ -54,8 +54,51 @@ def assert_same(ours, theirs, tolerance):
         assert error <= tolerance, f"{name}: {error:.1e}"
 
 
+@pytest.mark.parametrize("residual", [True, False], ids=["default", "plain"])
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_few_operations_are_the_same_step(dtype, residual):
+    few = make_transform(6, 5, 3, residual, "collapsed", dtype)
+    many = copy.deepcopy(few)
+    few.few_operations, few.called = True, []
+    matched = few._matched
+    few._matched = lambda *given: few.called.append(True) or matched(*given)
+    x, target = torch.randn(4, 6, 3, 3, dtype=dtype) + 1, torch.randn(4, 5, 3, 3, dtype=dtype) + 2
+    assert_same(everything(few, x, target), everything(many, x, target), 10 * TOLERANCE[dtype])
+    assert few.called
+
+
+def test_few_operations_take_what_only_reads_one_of_both_results():
+    transform = make_transform(6, 5, 3, True, "collapsed")
+    few, x, target = copy.deepcopy(transform), torch.randn(4, 6, 3, 3).double(), torch.randn(4, 5, 3, 3).double()
+    few.few_operations = True
+    for read in (lambda out, loss: out.square().sum(), lambda out, loss: loss):
+        for each in (transform, few):
+            each.zero_grad()
+            read(*each(x, target)).backward()
+        for ours, theirs in zip(few.parameters(), transform.parameters(), strict=True):
+            wanted = torch.zeros_like(theirs) if theirs.grad is None else theirs.grad
+            found = torch.zeros_like(ours) if ours.grad is None else ours.grad
+            assert torch.allclose(found, wanted, atol=1e-9)
+
+
+@pytest.mark.parametrize("case", ["eval", "frozen", "pooled", "small"])
+def test_few_operations_stand_aside_where_they_do_not_apply(case):
+    transform = make_transform(6, 5, 3, True, "collapsed")
+    transform.few_operations = True
+    transform.train(case != "eval")
+    transform.contract[1].train(case in ("pooled", "small"))
+    x, target = torch.randn(4, 6, 4, 4).double(), torch.randn(4, 5, 4, 4).double()
+    if case == "pooled":
+        target = target[..., :3, :3]
+    if case == "small":
+        x, target = x[:1, :, :2, :2], target[:1, :, :2, :2]
+    transform._matched = None  # would fail
+    out, loss = transform(x, target)
+    assert out.shape == x.shape and loss > 0
+
+
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
-@pytest.mark.parametrize("n", [2, 4, 8, 16])
+@pytest.mark.parametrize("n", slow_but([2, 8, 16], 2))
 def test_both_forms_agree_on_every_pair(cifar_pair, n, training):
     teacher, student = (probe_shapes(network, 32).final for network in pair_networks(*cifar_pair))
     channels, height, width = student

@@ -9,6 +9,7 @@ from dataset.images import Augmentation, ImageData, Images
 from distiller_zoo.distpro import DistPro
 from helper import run
 from helper.loops import _endless
+from tests.conftest import keep_images
 from tests.run_folders import metrics, same_state, state
 
 
@@ -26,7 +27,8 @@ def test_held_out_images_come_in_passes_that_differ_and_can_be_taken_up_anywhere
     assert not torch.equal(passes[0], passes[1]) and not torch.equal(passes[1], passes[2])
 
 
-def test_the_search_never_trains_on_the_held_out_images(distil, few_images, monkeypatch):
+def test_the_search_never_trains_on_the_held_out_images(distil, monkeypatch):
+    keep_images(monkeypatch, 128, 32)
     seen, original = {"steps": set(), "held out": set()}, DistPro.move_scores
 
     def spy(self, optimizer, batch, teacher, held_out, progress):
@@ -35,13 +37,25 @@ def test_the_search_never_trains_on_the_held_out_images(distil, few_images, monk
         original(self, optimizer, batch, teacher, held_out, progress)
 
     monkeypatch.setattr(DistPro, "move_scores", spy)
-    distil("--batch_size", "32", "--epochs", "1", "--init_epochs", "1", distill="distpro")
+    distil("--batch_size", "32", "--epochs", "1", "--init_epochs", "1", "--allow_teacher_gap", distill="distpro")
     assert not seen["steps"] & seen["held out"] and (len(seen["steps"]), len(seen["held out"])) == (102, 26)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("place", ["within the search", "behind the search's first epoch"])
-def test_a_search_that_is_cut_goes_on_as_if_it_had_not_been(distil, few_images, monkeypatch, place):
-    flags = ("--batch_size", "64", "--epochs", "1", "--init_epochs", "2", "--save_every_steps", "1")
+def test_a_search_that_is_cut_goes_on_as_if_it_had_not_been(distil, monkeypatch, place):
+    keep_images(monkeypatch, 128, 32)
+    flags = (
+        "--batch_size",
+        "64",
+        "--epochs",
+        "1",
+        "--init_epochs",
+        "2",
+        "--save_every_steps",
+        "1",
+        "--allow_teacher_gap",
+    )
     whole = distil(*flags, distill="distpro")
     save, save_last = run.Run._save, run.Run._save_last
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import train_cifar_student
+from distiller_zoo import Task, find_distiller
 from errors import UserError
 from helper import fast, settings
 from helper.command_line import parse, resolve, teacher_parser
@@ -104,6 +105,43 @@ def test_depthwise_convolutions_stay_in_float32_on_a_cpu():
     assert depthwise and all((types[name] == torch.float32) == (name in depthwise) for name in types)
     assert torch.allclose(logits.float(), plain, atol=0.1 * plain.abs().max().item())
     assert list(quick.state_dict()) == keys
+
+
+def gradients(method, respond, chosen):
+    method.zero_grad()
+    with chosen.autocast(torch.device("cpu")):
+        output = respond(torch.ones(2, 3, 32, 32), None)
+    output.logits.float().square().sum().backward()
+    return {name: value.grad for name, value in method.named_parameters()}, output.logits
+
+
+def test_weights_converted_at_once_are_those_that_autocast_converts():
+    chosen = fast.Fast(precision="bfloat16", fused_optimizer=True)
+    method = find_distiller("ce")(build_model("resnet8", 10), None, Task(10, 32, 2, torch.arange(2)))
+    twin = copy.deepcopy(method)
+    (plain, expected), (quick, found) = (
+        gradients(method, method.respond, chosen),
+        gradients(twin, chosen.passing(twin, twin.respond), chosen),
+    )
+    assert torch.equal(expected, found) and found.dtype == torch.bfloat16
+    for name, gradient in plain.items():
+        assert gradient.dtype == torch.float32 and torch.equal(gradient, quick[name]), name
+    assert same_state(method.state_dict(), twin.state_dict())  # running statistics and numbers of batches too
+    assert all(parameter.dtype == torch.float32 for parameter in twin.parameters())
+
+
+def test_a_pass_that_fails_leaves_the_numbers_of_batches_in_place():
+    method = find_distiller("ce")(build_model("resnet8", 10), None, Task(10, 32, 2, torch.arange(2)))
+    respond = fast.Fast(fused_optimizer=True).passing(method, method.respond)
+    keys = list(method.state_dict())
+    with pytest.raises(RuntimeError):
+        respond(torch.ones(2, 5, 32, 32), None)
+    assert list(method.state_dict()) == keys
+
+
+def test_the_plain_path_is_the_methods_own_pass():
+    method = find_distiller("ce")(build_model("resnet8", 10), None, Task(10, 32, 2, torch.arange(2)))
+    assert fast.Fast().passing(method, method.respond) == method.respond
 
 
 @pytest.fixture

@@ -26,6 +26,9 @@ RECORD = {
     "peak_memory_plain",
     "peak_memory_fast",
     "floor_s",
+    "launches_plain",
+    "launches_fast",
+    "flops",
 }
 SMALL = ["--pairs", "resnet14:resnet8", "--batch_size", "8", "--steps", "1"]
 
@@ -41,7 +44,8 @@ def test_the_speed_benchmark_writes_its_records(tmp_path, capsys):
         numbers = [record[key] for key in RECORD - {"pair", "device"}]
         assert all(math.isfinite(number) and number > 0 for number in numbers)
         assert record["step_ratio"] == pytest.approx(record["plain_step_s"] / record["fast_step_s"])
-        assert record["trials_ratio"] > 0
+        assert record["trials_ratio"] > 0 and record["launches_fast"] < record["launches_plain"] / 2
+        assert record["synchronisations_fast"] == 0 and record["machine"] and record["matrix_units"] in (True, False)
     assert "| resnet14 -> resnet8 | 2 |" in capsys.readouterr().out
 
 
@@ -73,12 +77,24 @@ def test_plain_and_fast_take_the_same_step():
         assert torch.allclose(value.float(), quick[key].float(), rtol=1e-3, atol=1e-4), key
 
 
+def test_operations_inside_a_fused_convolution_are_counted():
+    data, args = load_data("digits", None), benchmark.Namespace(device=torch.device("cpu"), batch_size=8)
+    batch = Batch(torch.randn(8, 3, 32, 32), torch.arange(8), torch.arange(8))
+    work = []
+    for fold in (False, True):
+        contender = benchmark.Contender(("resnet14", "resnet8"), 4, data, args, "direct", Fast(fold_teacher=fold))
+        work.append(benchmark.count_flops(lambda contender=contender: contender.step(batch)))
+    assert work[0] == work[1]
+
+
 def test_methods_are_timed_beside_kd_and_refusals_are_told(capsys):
     flags = ["--methods", "kd,fsp", "--pairs", "resnet14:resnet8,vgg13:resnet8", "--batch_size", "4", "--steps", "1"]
     timed, vgg, fsp, refused = methods.main(flags)
     assert timed["ratio"] > 0 and vgg["ratio"] > 0 and fsp["ratio"] > 0
     assert "ratio" not in refused and "equal" in refused["refused"]
-    assert "| fsp |" in capsys.readouterr().out
+    assert timed["cached_ratio"] > 0 and "cached_ratio" not in fsp
+    shown = capsys.readouterr().out
+    assert "| fsp |" in shown and "(cached teacher: " in shown
 
 
 def test_losses_are_timed_beside_their_formula(capsys):
