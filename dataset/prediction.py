@@ -1,11 +1,13 @@
-"""One image file, as a network that was trained here is shown it."""
+"""Image files to predict: which they are, and each one as a network that was trained here is shown it."""
 
+import glob
 import os
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor
 
-from dataset.decoding import WHITE, BrokenImage, Centre, Place, read_views
+from dataset.decoding import WHITE, BrokenImage, Centre, Place, endings, read_views
 from dataset.images import resize
 from errors import UserError
 
@@ -29,3 +31,30 @@ def read_normalised(path: str | os.PathLike, record: dict, flag: str = "IMAGE") 
     image = torch.nn.functional.pad(torch.tensor(pixels).permute(2, 0, 1), [max(margin, 0)] * 4)
     mean, std = (torch.tensor(record[name]).view(3, 1, 1) for name in ("mean", "std"))
     return resize(((image / 255 - mean) / std)[None], record["image_size"])[0]
+
+
+def find_images(names: Iterable[str], flag: str = "IMAGE") -> Iterator[str]:
+    """The files that names stand for, in order: a file itself, the images below a folder, what a pattern matches.
+
+    A name that is none of these is returned as it is. Raises `UserError`, naming `flag`, for a folder or a pattern
+    without images.
+    """
+    for name in names:
+        is_pattern = glob.has_magic(name) and not os.path.lexists(name)
+        found = sorted(glob.glob(name, recursive=True)) if is_pattern else [name]
+        empty = True
+        for path in found:
+            for image in _below(path) if os.path.isdir(path) else [path]:
+                empty = False
+                yield image
+        if empty:
+            raise UserError(f"{flag}: {name} {'matches no file' if is_pattern else 'is a folder without images'}")
+
+
+def _below(folder: str) -> Iterator[str]:
+    """The images below a folder, by the endings of their names; hidden ones are left out."""
+    for place, folders, names in os.walk(folder):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in sorted(names):
+            if not name.startswith(".") and os.path.splitext(name)[1].lower() in endings():
+                yield os.path.join(place, name)

@@ -53,7 +53,7 @@ def _layer(layer: nn.Sequential, columns: Tensor) -> Tensor:
     """A 1x1 convolution and its BatchNorm, (C, P) -> (M, P), as one matrix product: faster where maps are small."""
     conv, bn = layer
     # As rows, (P, M), BatchNorm would add in an order that loses a digit of float32.
-    return bn((conv.weight.flatten(1) @ columns)[None, :, :, None])[0, :, :, 0]
+    return bn((conv.weight.flatten(1).to(columns.dtype) @ columns)[None, :, :, None])[0, :, :, 0]
 
 
 def _own(values: Tensor) -> Tensor:
@@ -111,66 +111,67 @@ def multiply_adds(pixels: int, channels: int, teacher_channels: int, n: int, mom
 class Matching(torch.autograd.Function):
     """The collapsed form up to the second BatchNorm, in training: (z, loss, mean (C,), variance (M,) of the first one).
 
-    x (B, C, H, W), target (B, Ct, H, W), w1 (M, C), weight and bias (M,) of BN1, its eps, w2 (C, M) -> z (P, C); M is
-    N*Ct. The gradients are those of docs/norm.md. They need that what reads z does not see its mean, as a BatchNorm in
-    training does not: columns of dz sum to 0. Mean and variance have no gradient.
+    x (B, C, H, W), target (B, Ct, H, W), w1 (M, C), weight and bias (M,) of BN1, its eps, w2 (C, M) -> z (P, C) without
+    its mean; M is N*Ct. Products are taken in bfloat16 where x is, all else in w1's precision. The gradients are those
+    of docs/norm.md. They need that what reads z does not see its mean, as a BatchNorm in training does not: columns of
+    dz sum to 0. Mean and variance have no gradient.
     """
 
     @staticmethod
     def forward(ctx, x, target, w1, weight, bias, eps, w2):
         ctx.set_materialize_grads(False)  # mean and variance would get zeros
+        low = x.dtype if x.dtype == torch.bfloat16 else w1.dtype
         channels, teacher_channels = x.shape[1], target.shape[1]
         rows = [each.permute(0, 2, 3, 1).flatten(0, 2) for each in (x, target)]
         pixels = len(rows[0])
         both = w1.new_empty(pixels, channels + teacher_channels)
         torch.cat(rows, 1, out=both)
-        variances, means = torch.var_mean(both, 0, correction=0)
+        means = both.mean(0)
         both -= means
-        centred, mean_t = both[:, :channels], means[channels:]
+        spread = both[:, channels:].square().sum().view(1, 1)
+        both, w1_low, w2_low = both.to(low), w1.to(low), w2.to(low)
         # (S; Q): the student's scatter, and its products with the teacher, both over P
-        moments = torch.addmm(w1.new_empty(()), both.T, centred, beta=0, alpha=1 / pixels)
-        scatter, cross = moments[:channels], moments[channels:]
+        moments = torch.addmm(both[0, :1], both.T, both[:, :channels], beta=0, alpha=1 / pixels)
+        cross = moments[channels:].to(w1.dtype)
 
-        projected = w1 @ scatter
+        projected = (w1_low @ moments[:channels]).to(w1.dtype)
         variance = (projected * w1).sum(1).clamp_min_(0)  # rounding can fall below zero
         root = (variance + eps).rsqrt_()
         scale = weight * root
         a = scale[:, None] * w1
-        k = w2 @ a
-        z = torch.addmm(w2 @ bias, centred, k.T)
+        segments, a = a.unflatten(0, (-1, teacher_channels)).sum(0), a.to(low)
+        k = w2_low @ a
 
-        scaled, segments = scale * variance, a.unflatten(0, (-1, teacher_channels)).sum(0)
-        away = mean_t - bias.unflatten(0, (-1, teacher_channels))
+        scaled, away = scale * variance, means[channels:] - bias.unflatten(0, (-1, teacher_channels))
         n, share = len(away), 1 / teacher_channels
-        spread = variances[channels:].sum().view(1, 1)
-        loss = torch.addmm(spread, scale[None], scaled[:, None], beta=n)  # a dot product and a sum as one operation
-        loss = torch.addmm(loss, segments.view(1, -1), cross.reshape(-1, 1), alpha=-2)
-        loss = torch.addmm(loss, away.view(1, -1), away.view(-1, 1), beta=share, alpha=share)
-        ctx.save_for_backward(both, w1, w2, a, k, root, scale, scaled, projected, cross, segments, away)
-        ctx.like = x.shape, x.dtype
-        mean = means[:channels]
+        # Each is a sum and a dot product in one operation.
+        loss = torch.addmm(spread, scale[None], scaled[:, None], beta=1 / pixels, alpha=1 / n)
+        loss = torch.addmm(loss, segments.view(1, -1), cross.reshape(-1, 1), alpha=-2 / n)
+        loss = torch.addmm(loss, away.view(1, -1), away.view(-1, 1), beta=share * n, alpha=share)
+        ctx.save_for_backward(both, w1, w1_low, w2_low, a, k, root, scale, scaled, projected, cross, segments, away)
+        ctx.shape, mean = x.shape, means[:channels]
         ctx.mark_non_differentiable(mean, variance)
-        return z, loss.view(()), mean, variance
+        return both[:, :channels] @ k.T, loss.view(()), mean, variance
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dz, dloss, *_):
-        both, w1, w2, a, k, root, scale, scaled, projected, cross, segments, away = ctx.saved_tensors
-        (batch, channels, *size), dtype = ctx.like
-        teacher_channels, pixels = cross.shape[0], len(both)
-        dz = both.new_zeros(pixels, channels) if dz is None else dz
-        factor = (both.new_zeros(()) if dloss is None else dloss) * (-2 / teacher_channels)
+        both, w1, w1_low, w2_low, a, k, root, scale, scaled, projected, cross, segments, away = ctx.saved_tensors
+        batch, channels, *size = ctx.shape
+        dz = both.new_zeros(len(both), channels) if dz is None else dz
+        factor = (w1.new_zeros(()) if dloss is None else dloss) * (-2 / len(cross))
         dk = dz.T @ both[:, :channels]
-        dw2, da = dk @ a.T, w2.T @ dk
+        dw2, da = (dk @ a.T).to(w1.dtype), (w2_low.T @ dk).to(w1.dtype)
         da.unflatten(0, away.shape).addcmul_(cross, factor)
         dweight = torch.addcmul((da * w1).sum(1), scaled, factor, value=-1) * root
         less = scale * torch.addcmul(scale * factor, dweight, root)  # -2 d(loss)/d(variance)
         dw1 = (scale[:, None] * da).addcmul_(projected, less[:, None], value=-1)
-        dmoments = w1.new_empty(both.shape[1], channels)
-        torch.addmm(dmoments[0], (less[:, None] * w1).T, w1, beta=0, alpha=-1, out=dmoments[:channels])
+        weighted, dmoments = torch.empty_like(w1_low), both.new_empty(both.shape[1], channels)
+        torch.mul(less[:, None], w1, out=weighted)
+        torch.addmm(dmoments[0], weighted.T, w1_low, beta=0, alpha=-1, out=dmoments[:channels])
         torch.mul(segments, factor, out=dmoments[channels:])
-        dx = torch.addmm(dz @ k, both, dmoments, alpha=1 / pixels)
-        dx = dx.to(dtype).view(batch, *size, channels).permute(0, 3, 1, 2)
+        dx = torch.addmm(dz @ k, both, dmoments, alpha=1 / len(both))
+        dx = dx.view(batch, *size, channels).permute(0, 3, 1, 2)
         return dx, None, dw1, dweight, (factor * away).flatten(), None, dw2
 
 
@@ -189,7 +190,8 @@ class FeatureTransform(nn.Module):
         if form not in FORMS:
             raise ValueError(f"form must be one of {', '.join(FORMS)}, not {form}")
         self.teacher_channels, self.n, self.residual, self.form = teacher_channels, n, residual, form
-        self.few_operations = False  # `Matching` where it applies: the same numbers up to rounding
+        #: `Matching` where it applies, and products in bfloat16 where x is: the same numbers up to rounding.
+        self.few_operations = False
         expanded_channels = n * teacher_channels
         self.expand = nn.Sequential(
             nn.Conv2d(channels, expanded_channels, 1, bias=False), nn.BatchNorm2d(expanded_channels)
@@ -232,6 +234,8 @@ class FeatureTransform(nn.Module):
         z, loss, mean, variance = Matching.apply(x, target, w1, bn1.weight, bn1.bias, bn1.eps, w2)
         update_statistics(bn1, w1.detach() @ mean, variance, len(z))
         out = bn2(_to_map(z, x)).to(x.dtype)
+        # The mean that z is without. Autograd keeps the running mean, but in training its gradient does not read it.
+        bn2.running_mean.data.addmv_(w2.data, bn1.bias.data, alpha=bn2.momentum)
         return (out + x if self.residual else out), loss
 
     def _chosen_form(self, x: Tensor, needs_moments: bool) -> str:
@@ -244,7 +248,9 @@ class FeatureTransform(nn.Module):
         return min(costs, key=costs.get)
 
     def _direct(self, x: Tensor, target: Tensor | None, to_map: Callable) -> tuple[Tensor, Tensor | None]:
-        columns = x.to(self.expand[0].weight.dtype).transpose(0, 1).flatten(1)
+        dtype = self.expand[0].weight.dtype
+        low = x.dtype if self.few_operations and x.dtype == torch.bfloat16 else dtype
+        columns = x.to(low).transpose(0, 1).flatten(1)
         expanded = _layer(self.expand, columns)
         out = _layer(self.contract, expanded)
         out, expanded = (each.unflatten(1, (len(x), *x.shape[2:])).transpose(0, 1) for each in (out, expanded))
@@ -252,7 +258,7 @@ class FeatureTransform(nn.Module):
             out = out + x
         if target is None:
             return out, None
-        return out, norm_loss(match_size(to_map(expanded), *target.shape[2:]), target.to(expanded.dtype))
+        return out, norm_loss(match_size(to_map(expanded), *target.shape[2:]), target.to(dtype))
 
     def _collapsed(self, x: Tensor, target: Tensor | None, to_map: Callable) -> tuple[Tensor, Tensor | None]:
         """The second-moment form of docs/norm.md; everything is centred before it is multiplied."""

@@ -79,9 +79,9 @@ def data_record(data: ImageData) -> dict:
         "mean": list(data.mean),
         "std": list(data.std),
         "image_size": data.image_size,
-        "source_size": data.train.image_size if data.resized else None,
         "margin": data.margin,
         "train_images": len(data.train.targets),
+        **({"source_size": data.train.image_size} if data.resized else {}),
     }
 
 

@@ -1,12 +1,15 @@
-"""A trained network as a file for other programs: `.pth`, torch.export's `.pt2`, ONNX; and reading any of them again.
+"""A trained network as a file for other programs: `.pth`, `.safetensors`, torch.export's `.pt2`, ONNX; and reading any
+of them again.
 
 Every file says of itself what the network was trained on: class names, normalisation, image size (the record). The
-networks take normalised images (B, 3, H, W), of any B, and give logits (B, K).
+networks take normalised images (B, 3, H, W), of any B, and give logits (B, K); programs may have the normalisation and
+the softmax inside (`Program`).
 """
 
 import importlib
 import io
 import json
+import sys
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -14,16 +17,24 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.export.passes import move_to_device_pass
 
+from dataset import ImageData, load_data
 from errors import UserError
 from helper.run_folder import save
+from helper.settings import count_cores
 from models.backbone import Backbone
 from models.checkpoints import load_exported, read_checkpoint
+from models.files import RECORD
 
-#: Under this name the record lies in a `.pt2` archive and in an ONNX file's metadata.
-RECORD = "record.json"
 #: The entries of the record without which an image file cannot be brought to the network.
 NEEDED = ("classes", "mean", "std", "image_size")
+#: Images that a file is calibrated with at once, and what is quantised of its operations.
+CALIBRATION_BATCH, QUANTISED = (
+    32,
+    ("Conv", "Gemm", "MatMul", "Add", "Relu", "GlobalAveragePool", "AveragePool", "MaxPool"),
+)
+CPU = torch.device("cpu")
 
 
 class Deployed(NamedTuple):
@@ -33,36 +44,195 @@ class Deployed(NamedTuple):
     record: dict
 
 
-def write_pth(network: nn.Module, record: Mapping, path: str) -> None:
+class RecordedData(NamedTuple):
+    """The data set of a network, as its record has it; what is given explicitly replaces that."""
+
+    dataset: str
+    folder: str | None
+    image_size: int
+    normalisation: tuple[tuple[float, ...], tuple[float, ...]] | None
+    background: tuple[int, ...]
+    split: float
+    holdout: int
+    may_download: bool  # only to a folder that a person has named
+
+    @classmethod
+    def of(
+        cls, record: Mapping, dataset: str | None = None, folder: str | None = None, image_size: int | None = None
+    ) -> "RecordedData":
+        """The data that a record names, or `dataset` and `folder`, which have splits of their own."""
+        is_recorded = dataset is None and folder is None
+        name, place = dataset or record.get("dataset") or "digits", folder or record.get("data")
+        size = image_size or record.get("image_size") or (224 if name == "imagenet" else 32)
+        mean, std = record.get("mean"), record.get("std")
+        normalisation = (tuple(mean), tuple(std)) if mean and std else None
+        splits = (record.get("split") or 0.0, record.get("holdout") or 0) if is_recorded else (0.0, 0)
+        background = tuple(record.get("background") or (255, 255, 255))
+        return cls(name, place, size, normalisation, background, *splits, place is None or folder is not None)
+
+    def load(self) -> ImageData:
+        """The data set, its files read from the disk as they are needed; raises `UserError`."""
+        place = (self.dataset, self.folder, self.image_size, min(4, count_cores()), sys.maxsize, self.may_download)
+        return load_data(
+            *place,
+            background=self.background,
+            stream=True,
+            split=self.split,
+            holdout=self.holdout,
+            normalisation=self.normalisation,
+        )
+
+
+class Program(NamedTuple):
+    """How a program, a `.pt2` or ONNX file, is called besides being shown normalised images and giving logits."""
+
+    pixels: bool = False  # it takes uint8 (B, 3, H, W) and normalises them itself
+    probabilities: bool = False  # it ends with the softmax
+    opset: int | None = None  # of ONNX; None: the exporter's own
+
+    @classmethod
+    def of(cls, record: Mapping) -> "Program":
+        """What a program's record says."""
+        return cls(record.get("input") == "pixels", record.get("output") == "probabilities")
+
+    def recorded(self, record: Mapping) -> dict:
+        """The record of a program."""
+        return {**record, "input": self.input, "output": self.output}
+
+    @property
+    def input(self) -> str:
+        return "pixels" if self.pixels else "images"
+
+    @property
+    def output(self) -> str:
+        return "probabilities" if self.probabilities else "logits"
+
+
+#: A program as the formats were before there was a choice.
+PLAIN = Program()
+
+
+class Whole(nn.Module):
+    """A network with what its `Program` has inside: uint8 or normalised images (B, 3, H, W) -> (B, K)."""
+
+    def __init__(self, network: nn.Module, record: Mapping, program: Program):
+        super().__init__()
+        self.network, self.program = network, program
+        self.eval()
+        if program.pixels:
+            mean, std = _statistics(record)
+            self.register_buffer("mean", mean)
+            self.register_buffer("std", std)
+
+    def forward(self, images: Tensor) -> Tensor:
+        if self.program.pixels:
+            images = (images.float() / 255 - self.mean) / self.std
+        logits = self.network(images)
+        return logits.softmax(1) if self.program.probabilities else logits
+
+
+def _statistics(record: Mapping) -> tuple[Tensor, Tensor]:
+    mean, std = (torch.tensor(record[name], dtype=torch.float32).view(3, 1, 1) for name in ("mean", "std"))
+    return mean, std
+
+
+def to_pixels(images: Tensor, record: Mapping) -> Tensor:
+    """Normalised images -> the uint8 pixels that they were, or the nearest."""
+    mean, std = _statistics(record)
+    return ((images.cpu() * std + mean) * 255).round().clamp(0, 255).byte()
+
+
+def as_logits(predict: Callable[[Tensor], Tensor], record: Mapping) -> Callable[[Tensor], Tensor]:
+    """A program that is called as every `Deployed`: normalised images -> logits, up to a constant per image."""
+    program = Program.of(record)
+    if program == PLAIN:
+        return predict
+
+    def call(images: Tensor) -> Tensor:
+        output = predict(to_pixels(images, record) if program.pixels else images)
+        return output.clamp_min(torch.finfo(output.dtype).tiny).log() if program.probabilities else output
+
+    return call
+
+
+def write_pth(network: nn.Module, record: Mapping, path: str, program: Program = PLAIN) -> None:
     """Weights under `model` and the `record`, as a run's checkpoint has them; `load_exported` reads them."""
     save({"model": network.state_dict(), "record": dict(record)}, path)
 
 
-def write_pt2(network: nn.Module, record: Mapping, path: str) -> None:
+def write_safetensors(network: nn.Module, record: Mapping, path: str, program: Program = PLAIN) -> None:
+    """The weights by their names, and the record as metadata."""
+    safetensors = _need("safetensors.torch", format="safetensors")
+    weights = {name: value.detach().cpu().contiguous().clone() for name, value in network.state_dict().items()}
+    Path(path).write_bytes(safetensors.save(weights, {RECORD: json.dumps(record)}))
+
+
+def write_pt2(network: nn.Module, record: Mapping, path: str, program: Program = PLAIN) -> None:
     """A program by `torch.export`, for `torch.export.load` or AOTInductor; needs none of this project's code."""
-    program = _trace(network, record)
+    with _without_warnings(), torch.no_grad():
+        exported = torch.export.export(*_traced(network, record, program), dynamic_shapes=_any_batch())
     content = io.BytesIO()
     with _without_warnings():
-        torch.export.save(program, content, extra_files={RECORD: json.dumps(record)})
+        torch.export.save(exported, content, extra_files={RECORD: json.dumps(program.recorded(record))})
     Path(path).write_bytes(content.getvalue())
 
 
-def write_onnx(network: nn.Module, record: Mapping, path: str) -> None:
-    """An ONNX file with input `images` and output `logits`; the record's entries are its metadata_props."""
+def write_onnx(network: nn.Module, record: Mapping, path: str, program: Program = PLAIN) -> None:
+    """An ONNX file whose input and output are called as `Program` says; the record is in its metadata_props.
+
+    Raises `UserError` where torch cannot write the opset.
+    """
     _need("onnxscript", "onnx")
-    program = _trace(network, record)
-    with _without_warnings():
-        names: dict[str, Any] = {"input_names": ["images"], "output_names": ["logits"]}
-        model: Any = torch.onnx.export(program, dynamo=True, verbose=False, **names)
-    model.model.metadata_props[RECORD] = json.dumps(record)
+    names: dict[str, Any] = {"input_names": [program.input], "output_names": [program.output]}
+    if program.opset is not None:
+        names["opset_version"] = program.opset
+    with _without_warnings(), torch.no_grad():
+        whole, images = _traced(network, record, program)
+        model: Any = torch.onnx.export(whole, images, dynamo=True, verbose=False, dynamic_shapes=_any_batch(), **names)
+    model.model.metadata_props[RECORD] = json.dumps(program.recorded(record))
     model.save(path, external_data=False)
+    opset, _ = onnx_versions(path)
+    if program.opset not in (None, opset):
+        raise UserError(f"--opset: this torch cannot write opset {program.opset} but {opset}; choose 18 or more")
 
 
-def read_pth(path: str, flag: str = "MODEL") -> Deployed:
-    """Read what `write_pth` wrote."""
+def onnx_versions(path: str) -> tuple[int, int]:
+    """The opset of an ONNX file, and its IR version."""
+    model = _need("onnx").load(path, load_external_data=False)
+    return next(one.version for one in model.opset_import if one.domain in ("", "ai.onnx")), model.ir_version
+
+
+def write_int8(source: str, path: str, images: Tensor) -> None:
+    """An ONNX file quantised to 8 bits (onnxruntime, static, QDQ, weights per channel), calibrated on normalised images
+    (n, 3, H, W); of its program only convolutions, linear layers and what is between them are quantised."""
+    quantization = _need("onnxruntime.quantization", "onnx")
+    shapes = importlib.import_module("onnxruntime.quantization.shape_inference")
+    model = read_onnx(source)
+    program = Program.of(model.record)
+    shown = to_pixels(images, model.record) if program.pixels else images
+    batches = iter([{program.input: part.numpy()} for part in shown.split(CALIBRATION_BATCH)])
+
+    class Reader(quantization.CalibrationDataReader):
+        def get_next(self):
+            return next(batches, None)
+
+    prepared = f"{path}.prepared"
+    try:
+        with _without_warnings():
+            shapes.quant_pre_process(source, prepared)
+            quantization.quantize_static(
+                prepared, path, Reader(), per_channel=True, op_types_to_quantize=list(QUANTISED)
+            )
+    finally:
+        Path(prepared).unlink(missing_ok=True)
+
+
+def read_pth(path: str, flag: str = "MODEL", device: torch.device = CPU) -> Deployed:
+    """Read what `write_pth` or `write_safetensors` wrote."""
     network, record = load_exported(read_checkpoint(path, flag), f"{flag}: {path}")
     check_classifies(network, f"{flag}: {path}")
-    return Deployed(network, record)
+    network = network.to(device)
+    return Deployed(lambda images: network(images.to(device)).cpu(), record)
 
 
 def check_classifies(network: Backbone, source: str) -> None:
@@ -74,38 +244,51 @@ def check_classifies(network: Backbone, source: str) -> None:
         )
 
 
-def read_pt2(path: str, flag: str = "MODEL") -> Deployed:
+def read_pt2(path: str, flag: str = "MODEL", device: torch.device = CPU) -> Deployed:
     """Read what `write_pt2` wrote. Only for files of one's own: torch.export.load may run code that a file holds."""
     extra = {RECORD: ""}
     try:
         with open(path, "rb") as file, _without_warnings():
-            module = torch.export.load(file, extra_files=extra).module()
+            program = torch.export.load(file, extra_files=extra)
+            module = (program if device == CPU else move_to_device_pass(program, device)).module()
     except Exception as error:  # torch raises whatever its parsers do
         raise _unreadable(path, flag, error) from None
-    return Deployed(module, _read_record(extra[RECORD], path, flag))
+    record = _read_record(extra[RECORD], path, flag)
+    return Deployed(as_logits(lambda images: module(images.to(device)).cpu(), record), record)
 
 
-def read_onnx(path: str, flag: str = "MODEL") -> Deployed:
-    """Read what `write_onnx` wrote, with onnxruntime on the CPU."""
+def read_onnx(path: str, flag: str = "MODEL", device: torch.device = CPU) -> Deployed:
+    """Read what `write_onnx` wrote, with onnxruntime; on CUDA where its package for GPUs is installed."""
     runtime = _need("onnxruntime")
+    provider = f"{device.type.upper()}ExecutionProvider"
+    if provider not in runtime.get_available_providers():
+        raise UserError(f"--device: onnxruntime has no {provider} here; take --device cpu, or install onnxruntime-gpu")
     try:
-        session = runtime.InferenceSession(Path(path).read_bytes(), providers=["CPUExecutionProvider"])
+        session = runtime.InferenceSession(Path(path).read_bytes(), providers=[provider])
     except Exception as error:  # onnxruntime has exceptions of its own for every kind of damage
         raise _unreadable(path, flag, error) from None
     record = _read_record(session.get_modelmeta().custom_metadata_map.get(RECORD), path, flag)
+    program = Program.of(record)
 
     def predict(images: Tensor) -> Tensor:
-        (logits,) = session.run(["logits"], {"images": images.numpy()})
-        return torch.from_numpy(logits)
+        (output,) = session.run([program.output], {program.input: images.numpy()})
+        return torch.from_numpy(output)
 
-    return Deployed(predict, record)
+    return Deployed(as_logits(predict, record), record)
 
 
 #: Writer and reader by the name of the format, which is the file's suffix too.
-FORMATS = {"pth": (write_pth, read_pth), "pt2": (write_pt2, read_pt2), "onnx": (write_onnx, read_onnx)}
+FORMATS = {
+    "pth": (write_pth, read_pth),
+    "safetensors": (write_safetensors, read_pth),
+    "pt2": (write_pt2, read_pt2),
+    "onnx": (write_onnx, read_onnx),
+}
+#: Those that hold a program, which may have more than the network inside.
+PROGRAMS = ("pt2", "onnx")
 
 
-def read_deployed(path: str, flag: str = "MODEL") -> Deployed:
+def read_deployed(path: str, flag: str = "MODEL", device: torch.device = CPU) -> Deployed:
     """Read an exported network of any format, by its suffix; raises `UserError`."""
     suffix = Path(path).suffix.lstrip(".").lower()
     if not Path(path).is_file():
@@ -113,15 +296,18 @@ def read_deployed(path: str, flag: str = "MODEL") -> Deployed:
     if suffix not in FORMATS:
         raise UserError(f"{flag}: {path} is no .{', .'.join(FORMATS)} file; scripts/export_student.py writes them")
     _, read = FORMATS[suffix]
-    return read(path, flag)
+    return read(path, flag, device)
 
 
-def _trace(network: nn.Module, record: Mapping) -> torch.export.ExportedProgram:
+def _traced(network: nn.Module, record: Mapping, program: Program) -> tuple[nn.Module, tuple[Tensor]]:
+    """What an exporter runs: (the module, its arguments)."""
     size = record["image_size"]
-    images = torch.zeros(2, 3, size, size)
-    batch = torch.export.Dim("batch")
-    with _without_warnings(), torch.no_grad():
-        return torch.export.export(network.eval(), (images,), dynamic_shapes=({0: batch},))
+    images = torch.zeros(2, 3, size, size, dtype=torch.uint8 if program.pixels else torch.float32)
+    return network.eval() if program == PLAIN else Whole(network, record, program), (images,)
+
+
+def _any_batch() -> tuple[dict[int, Any]]:
+    return ({0: torch.export.Dim("batch")},)
 
 
 def _without_warnings() -> warnings.catch_warnings:
@@ -129,13 +315,13 @@ def _without_warnings() -> warnings.catch_warnings:
     return warnings.catch_warnings(action="ignore")
 
 
-def _need(*modules: str):
+def _need(*modules: str, format: str = "onnx"):
     """Import optional libraries and return the first; raises `UserError` where one is missing."""
     try:
         return [importlib.import_module(module) for module in modules][0]  # noqa: RUF015  all of them are needed
     except ImportError as error:
         raise UserError(
-            f"--format onnx: {error.name} is not installed; pip install -r requirements-extras.txt"
+            f"--format {format}: {error.name} is not installed; pip install -r requirements-extras.txt"
         ) from None
 
 

@@ -22,7 +22,7 @@ MOST_COMPILATIONS = 256
 
 
 class Float32Convolution(nn.Conv2d):
-    """A convolution that autocast leaves in float32."""
+    """A convolution that is computed in float32 whatever its input is; its output is as its input."""
 
     @classmethod
     def like(cls, layer: nn.Conv2d) -> "Float32Convolution":
@@ -35,7 +35,7 @@ class Float32Convolution(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):
-            return super().forward(x.to(self.weight.dtype))
+            return super().forward(x.to(self.weight.dtype)).to(x.dtype)
 
 
 class _Converted(torch.autograd.Function):
@@ -117,9 +117,12 @@ class Fast(NamedTuple):
     def prepare_student(self, distiller: nn.Module, device: torch.device) -> nn.Module:
         """The same module as this run trains it."""
         if self.precision != "float32" and device.type == "cpu":
-            # oneDNN's backward pass of depthwise convolutions is slower in bfloat16 than in float32.
+            # oneDNN's backward pass of depthwise convolutions is slower in bfloat16 than in float32, but with matrix
+            # units only where they have a stride.
+            any_stride = not has_matrix_units(device)
             for name, layer in list(distiller.named_modules()):
-                if type(layer) is nn.Conv2d and layer.groups == layer.in_channels > 1:
+                depthwise = type(layer) is nn.Conv2d and layer.groups == layer.in_channels > 1
+                if depthwise and (any_stride or layer.stride != (1, 1)):
                     distiller.set_submodule(name, Float32Convolution.like(layer))
         for module in distiller.modules():
             if hasattr(module, "few_operations"):

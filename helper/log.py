@@ -44,9 +44,10 @@ def describe_method(distiller: Distiller, stages: Sequence[Stage], model_name: s
     )
 
 
-def describe_protocol(holdout: int | None) -> str:
-    """Which images the best epoch of a run is chosen on, as `result.json` and tables say it."""
-    return f"best on {holdout} held-out" if holdout else "best on test"
+def describe_protocol(holdout: int | None, metric: str = "accuracy") -> str:
+    """Which images the best epoch of a run is chosen on, and by what, as `result.json` and tables say it."""
+    images = f"best on {holdout} held-out" if holdout else "best on test"
+    return images if metric == "accuracy" else f"{images} by {metric}"
 
 
 def format_losses(means: dict[str, float]) -> str:
@@ -59,8 +60,8 @@ def format_losses(means: dict[str, float]) -> str:
 def format_epoch(record: dict, title: str) -> str:
     """An epoch's line in the log."""
     seconds = record["data_wait_s"] + record["compute_s"]
-    tests = {name: record[f"{name}_accuracy"] for name in ("holdout", "test") if f"{name}_accuracy" in record}
-    test = "".join(f", {name} {accuracy:.2f} %" for name, accuracy in tests.items())
+    kinds = {f"{name}_accuracy{of}": f"{name}{of and ' of EMA'}" for of in ("", "_ema") for name in ("holdout", "test")}
+    test = "".join(f", {kind} {record[name]:.2f} %" for name, kind in kinds.items() if name in record)
     test += "".join(f", {describe_measured(name, record[name])}" for name in record if is_without_labels(name))
     return (
         f"{title}: {format_losses(record)}{test}, "
@@ -93,10 +94,11 @@ def format_result(result: dict) -> str:
     """The three accuracies, each by its name, and what was left out of them."""
     if "accuracy_last" not in result:
         return format_without_labels(result)
-    lost = result.get("test_unreadable")
+    lost, average = result.get("test_unreadable"), result.get("accuracy_last_ema")
     return (
         f"test accuracy: last {result['accuracy_last']:.2f} %, best {result['accuracy_best']:.2f} % (epoch "
         f"{result['best_epoch']}, {result['protocol']}), mean of the last five epochs "
         f"{result['accuracy_mean_last_five']:.2f} %"
+        + ("" if average is None else f"; of the EMA: last {average:.2f} %, best {result['accuracy_best_ema']:.2f} %")
         + (f"; {lost} of {result['test_images']} test images unreadable, left out" if lost else "")
     )

@@ -1,4 +1,4 @@
-"""What is measured while training: weighted losses by name, accuracy, and where the time goes."""
+"""What is measured: of a split's logits, of two networks' maps, and of an epoch while it is trained."""
 
 import math
 import time
@@ -6,8 +6,9 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy
 import torch
-from sklearn.metrics import f1_score, recall_score
+from sklearn.metrics import confusion_matrix, f1_score, precision_recall_fscore_support, recall_score
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -116,6 +117,146 @@ def summarise_without_labels(records: Sequence[Mapping[str, float]]) -> dict[str
         if measured in records[-1]:
             summary |= {f"{measured}_last": records[-1][measured], f"{measured}_best": records[best - 1][measured]}
     return summary
+
+
+#: Bins of the confidence, as in Guo et al., ICML 2017.
+BINS = 15
+#: Resamples of the test images, and the share of them that an interval holds.
+RESAMPLES, COVERED = 1000, 0.95
+
+
+def judge(logits: Tensor, targets: Tensor) -> dict[str, Any]:
+    """What the logits (n, K) of a split say of a network, given the classes (n,): every one of `METRICS`, and by name
+
+    the `calibration`, intervals (name -> [low, high]), confusion (K x K counts, row by row a true class), and
+    per_class: images, accuracy (%, recall), precision (%) and f1 (%) of each class.
+    """
+    labels = range(logits.shape[1])
+    true, found = targets.numpy(), logits.argmax(1).numpy()
+    precision, recall, f1, images = precision_recall_fscore_support(true, found, labels=labels, zero_division=0)
+    columns = [images.tolist(), *((100 * values).tolist() for values in (recall, precision, f1))]
+    names = ("images", "accuracy", "precision", "f1")
+    top5 = (logits.topk(min(5, logits.shape[1]), 1).indices == targets[:, None]).any(1)
+    losses = F.cross_entropy(logits.double(), targets, reduction="none")
+    of_images = {"accuracy": 100.0 * (true == found), "accuracy_top5": 100.0 * top5.numpy(), "loss": losses.numpy()}
+    return {
+        **{name: measure(logits, targets) for name, measure in METRICS.items()},
+        **calibration(logits, targets),
+        "intervals": mean_intervals(of_images) | _class_intervals(true, found, len(labels)),
+        "confusion": confusion_matrix(true, found, labels=labels).tolist(),
+        "per_class": [dict(zip(names, values, strict=True)) for values in zip(*columns, strict=True)],
+    }
+
+
+def mean_intervals(of_images: Mapping[str, numpy.ndarray]) -> dict[str, list[float]]:
+    """Percentile intervals of means over the test images, by bootstrap (Efron & Tibshirani 1993, chapter 13)."""
+    generator, found = numpy.random.default_rng(0), {}
+    for name, values in of_images.items():
+        n = len(values)
+        means = [values[generator.integers(0, n, n)].mean() for _ in range(RESAMPLES)]
+        found[name] = _interval(means)
+    return found
+
+
+def _class_intervals(true: numpy.ndarray, found: numpy.ndarray, classes: int) -> dict[str, list[float]]:
+    """The same of the means over classes. To resample images is to draw how often each (true, found) occurs."""
+    pairs, counts = numpy.unique(numpy.stack([true, found]), axis=1, return_counts=True)
+    drawn = numpy.random.default_rng(0).multinomial(len(true), counts / len(true), RESAMPLES).astype(float)
+    of_true, of_found = (drawn @ numpy.eye(classes)[side] for side in pairs)  # images (resamples, K)
+    right = (drawn * (pairs[0] == pairs[1])) @ numpy.eye(classes)[pairs[0]]
+    counted = {"balanced_accuracy": of_true, "macro_f1": (of_true + of_found) / 2}
+    return {
+        name: _interval(100 * (right / count.clip(0.5)).mean(1, where=count > 0)) for name, count in counted.items()
+    }
+
+
+def _interval(values: list[float] | numpy.ndarray) -> list[float]:
+    outside = 100 * (1 - COVERED) / 2
+    return [float(end) for end in numpy.percentile(values, [outside, 100 - outside])]
+
+
+def calibration(logits: Tensor, targets: Tensor) -> dict[str, Any]:
+    """How far confidence (the largest probability) and accuracy are apart (Guo et al., ICML 2017, equation 5).
+
+    ece: the expected calibration error (%) over `BINS` bins of equal width; reliability: of each bin that holds images
+    its limits (0..1), images, mean confidence (%) and accuracy (%).
+    """
+    confidence, found = logits.double().softmax(1).max(1)
+    right = (found == targets).double()
+    place = (confidence * BINS).ceil().long().clamp(1, BINS) - 1
+    bins = []
+    for number in place.unique().tolist():
+        inside = place == number
+        means = {"confidence": confidence[inside].mean(), "accuracy": right[inside].mean()}
+        one = {"limits": [number / BINS, (number + 1) / BINS], "images": int(inside.sum())}
+        bins.append(one | {name: 100 * float(mean) for name, mean in means.items()})
+    gaps = [one["images"] * abs(one["confidence"] - one["accuracy"]) for one in bins]
+    return {"ece": sum(gaps) / len(targets), "reliability": bins}
+
+
+def fidelity(logits: Tensor, teacher_logits: Tensor, targets: Tensor) -> dict[str, Any]:
+    """How a student's logits (n, K) compare with its teacher's (Stanton et al., NeurIPS 2021), given classes (n,).
+
+    agreement: images (%) that both give one class; kl: mean KL(teacher || student) of the probabilities, in nats;
+    intervals of both; outcomes: images (%) by who is right.
+    """
+    ours, theirs = logits.argmax(1), teacher_logits.argmax(1)
+    same, right, teacher_right = ours == theirs, ours == targets, theirs == targets
+    outcomes = {
+        "both right": right & teacher_right,
+        "only the student right": right & ~teacher_right,
+        "only the teacher right": ~right & teacher_right,
+        "both wrong, same class": same & ~right,
+        "both wrong, different classes": ~same & ~right & ~teacher_right,
+    }
+    of_images = {"agreement": 100.0 * same.numpy(), "kl": divergences(logits, teacher_logits).numpy()}
+    return {
+        **{name: float(values.mean()) for name, values in of_images.items()},
+        "intervals": mean_intervals(of_images),
+        "outcomes": {name: 100 * float(which.double().mean()) for name, which in outcomes.items()},
+    }
+
+
+def divergences(logits: Tensor, teacher_logits: Tensor) -> Tensor:
+    """KL(teacher || student) of every image (n,), in nats, from logits (n, K)."""
+    ours, theirs = (values.double().log_softmax(1) for values in (logits, teacher_logits))
+    return F.kl_div(ours, theirs, reduction="none", log_target=True).sum(1)
+
+
+class MinibatchCKA:
+    """Linear CKA of two networks' maps over the batches of a split, from HSIC's unbiased estimator.
+
+    Nguyen, Raghu & Kornblith, ICLR 2021, equations 2 and 3. It needs batches of four images or more, in random order:
+    shorter ones are left out.
+    """
+
+    def __init__(self):
+        self._sums = torch.zeros(3, dtype=torch.float64)
+
+    def update(self, first: Tensor, second: Tensor) -> None:
+        """Count a batch of maps, (B, ...) of any shape each."""
+        if len(first) >= 4:
+            x, y = (_gram(maps) for maps in (first, second))
+            self._sums += torch.stack([_hsic(x, y), _hsic(x, x), _hsic(y, y)]).cpu()
+
+    def value(self) -> float | None:
+        """About 0 (unrelated) to 1 (equal up to rotation and scale); None where a map does not vary."""
+        both, first, second = self._sums.tolist()
+        return both / (first * second) ** 0.5 if first > 0 and second > 0 else None
+
+
+def _gram(maps: Tensor) -> Tensor:
+    """Maps (B, ...) -> products of every two images (B, B), without the diagonal."""
+    rows = maps.flatten(1).float()
+    rows = rows - rows.mean(0)  # changes no HSIC, and spares rounding
+    return (rows @ rows.T).double().fill_diagonal_(0)
+
+
+def _hsic(x: Tensor, y: Tensor) -> Tensor:
+    """HSIC's unbiased estimator of Gram matrices (B, B) without their diagonals (Song et al., JMLR 2012)."""
+    n = len(x)
+    total = x.sum() * y.sum() / ((n - 1) * (n - 2)) - 2 / (n - 2) * (x.sum(0) @ y.sum(0))
+    return ((x * y).sum() + total) / (n * (n - 3))
 
 
 class EpochMeter:

@@ -834,7 +834,7 @@ class Run:
             "accuracy_mean_last_five": sum(last_five) / len(last_five),
             **self._averages_accuracies(number),
             "best_epoch": number,
-            "protocol": describe_protocol(self.config.holdout),
+            "protocol": describe_protocol(self.config.holdout, self.config.best_by),
         }
 
     def _without_labels(self) -> dict[str, Any]:

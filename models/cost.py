@@ -1,12 +1,14 @@
 """What a network costs: parameters, multiply-adds, latency."""
 
 import time
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from models.backbone import Backbone, evaluating
+from models.backbone import evaluating
 
 
 def count_parameters(network: nn.Module) -> int:
@@ -23,9 +25,13 @@ def count_multiply_adds(network: nn.Module, image_size: int) -> int:
 
 
 @torch.inference_mode()
-def measure_latency(networks: list[Backbone], image_size: int, batch_size: int = 1, rounds: int = 30) -> list[float]:
+def measure_latency(
+    networks: Sequence[Callable[[Tensor], Any]], image_size: int, batch_size: int = 1, rounds: int = 30
+) -> list[float]:
     """Milliseconds of one forward pass of each network in eval mode, the best of `rounds`, measured in turns."""
-    images = torch.zeros(batch_size, 3, image_size, image_size).to(next(networks[0].parameters()))
+    first = networks[0]
+    device = next(first.parameters()).device if isinstance(first, nn.Module) else "cpu"
+    images = torch.zeros(batch_size, 3, image_size, image_size, device=device)
     best = [float("inf")] * len(networks)
     for warm_up in (True, *([False] * rounds)):
         for position, network in enumerate(networks):

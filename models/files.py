@@ -1,6 +1,7 @@
 """Files of weights: what is in them, as a dictionary of tensors, numbers and text. No code in a file is ever run."""
 
 import io
+import json
 import os
 import zipfile
 from collections.abc import Mapping
@@ -16,6 +17,8 @@ from models.pickled import Program, Storage, Unknown, check_size, make_storage
 MAGIC, PROTOCOL = 0x1950A86A20F9469CFC6C, 1001
 
 
+#: Under this name an exported file that is no pickle holds its record: a `.pt2`, an ONNX file, a `.safetensors`.
+RECORD = "record.json"
 #: What other files begin with: (offset, bytes, what it is).
 SIGNATURES = (
     (0, b"\xff\xd8\xff", "a JPEG image"),
@@ -36,7 +39,6 @@ SIGNATURES = (
     (0, b"\x08\x08\x12", "an ONNX file; name the checkpoint that it was exported from"),
     (0, b"\x08\x09\x12", "an ONNX file; name the checkpoint that it was exported from"),
     (0, b"\x08\x0a\x12", "an ONNX file; name the checkpoint that it was exported from"),
-    (8, b'{"', "a safetensors file; give its name the ending .safetensors"),
 )
 
 
@@ -79,7 +81,7 @@ def read_checkpoint(path: str | os.PathLike, flag: str = "checkpoint") -> dict:
 def _read(file: BinaryIO, path: str) -> object:
     start = file.read(512)
     file.seek(0)
-    if path.lower().endswith(".safetensors"):
+    if path.lower().endswith(".safetensors") or start[8:10] == b'{"':  # the length of its header, and the header
         return _read_safetensors(path)
     for offset, signature, kind in SIGNATURES:
         if start[offset : offset + len(signature)] == signature:
@@ -96,7 +98,10 @@ def _read_safetensors(path: str) -> dict:
         safetensors = import_module("safetensors.torch")
     except ImportError:
         raise UserError(f"{path}: safetensors is not installed; pip install -r requirements-extras.txt") from None
-    return safetensors.load_file(path)
+    weights = safetensors.load_file(path)
+    with import_module("safetensors").safe_open(path, "pt") as file:
+        record = (file.metadata() or {}).get(RECORD)
+    return weights if record is None else {"model": weights, "record": json.loads(record)}
 
 
 def _read_archive(file: BinaryIO) -> object:

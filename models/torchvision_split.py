@@ -53,7 +53,7 @@ def _set_drop(network: nn.Module, source: str, kind: type[nn.Module], what: str,
     if not layers:
         raise UserError(f"{source} has no {what}; leave the flag out")
     for layer in layers:
-        layer.p = rate * layer.p / largest if largest else rate
+        layer.p = rate * (layer.p / largest) if largest else rate
 
 
 def _build(architecture: str, num_classes: int, image_size: int | None) -> nn.Module:

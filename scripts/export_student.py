@@ -1,15 +1,15 @@
 """Write the plain network of a trained student: transform folded in, adapters and teacher left behind.
 
-python scripts/export_student.py save/<run>/best.pth [--out FILE] [--format pth,onnx,pt2]
+python scripts/export_student.py save/<run>/best.pth [--out FILE] [--format pth,safetensors,onnx,pt2] [--int8]
 
 CKPT is a checkpoint of a run, or a student by the official NORM code. Each file that was written is read back and
-compared with the trained network on real images before it takes its name.
+compared with the trained network on real images before it takes its name. A model card is written next to the files.
 """
 
 import argparse
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,23 +20,41 @@ from errors import UserError, run_script, starting
 with starting():
     import torch
     from torch import Tensor, nn
-    from torch.nn import functional as F
 
-    from dataset import Loader, load_data
+    from dataset import ImageData, Loader
     from distiller_zoo import Distiller, Predictor
-    from helper.checkpoint import network_of, rebuild, rebuild_official, upgrade
+    from helper.checkpoint import network_of, rebuild, rebuild_official, take_average, upgrade
     from helper.command_line import Parser
-    from helper.export import FORMATS, check_classifies
+    from helper.export import (
+        CPU,
+        FORMATS,
+        PROGRAMS,
+        Deployed,
+        Program,
+        RecordedData,
+        check_classifies,
+        onnx_versions,
+        read_onnx,
+        write_int8,
+    )
+    from helper.log import describe_protocol
+    from helper.loops import evaluate
     from helper.run_folder import replacing
+    from helper.tables.pages import in_markdown
     from models import imagenet_model_dict
     from models.backbone import Backbone
     from models.checkpoints import read_checkpoint
     from models.cost import count_parameters, measure_latency
     from models.wrappers import describe_wrapper, merge_branches
+    from setting import count
 
 #: How many images both networks are compared on, and how far their logits may differ, relative to the largest.
 COMPARED_IMAGES = 1000
 TOLERANCE = 1e-3
+#: How many training images an int8 file is calibrated on, and more points lost than this are warned of.
+CALIBRATION_IMAGES, QUANTISED_BATCH, LOST_POINTS = 512, 100, 1.0
+#: What a model card's heading begins with.
+CARD = "Model card"
 #: How a file becomes the network's input, as every export says it.
 IMAGES = (
     "turned as EXIF says; transparency on the background colour; shorter side resized with antialiasing to image_size "
@@ -51,48 +69,56 @@ class Trained(NamedTuple):
     record: dict  # model_name, image_size, and where they are known data set, classes, normalisation, accuracy, ...
 
 
-def read_trained(path: str, model_s: str | None, ft: str) -> Trained:
-    """Read CKPT: a run's checkpoint, or a student of the official NORM code with or without its transform."""
+def read_trained(path: str, model_s: str | None, ft: str, ema: bool = False) -> Trained:
+    """Read CKPT: a run's checkpoint, with `ema` the moving average of its weights; or a student of the official NORM
+    code with or without its transform."""
     source = f"CKPT: {path}"
     checkpoint = upgrade(read_checkpoint(path, "CKPT"), source)
+    if ema:
+        checkpoint = take_average(checkpoint, source)
     if "training" not in checkpoint:
         method, name = rebuild_official(checkpoint, source, model_s, ft)
         return Trained(method, {"model_name": name, "image_size": 224 if name in imagenet_model_dict else 32})
     method, config = rebuild(checkpoint, source)
     if model_s not in (None, config["model_s"]):
         raise UserError(f"--model_s: {path} holds {config['model_s']}, not {model_s}")
-    return Trained(method, dict(checkpoint["record"]))
+    of_data = {name: config.get(name) for name in ("split", "holdout", "background")}
+    return Trained(method, of_data | dict(checkpoint["record"]))
 
 
-def real_images(record: dict, dataset: str | None, folder: str | None) -> tuple[Tensor, str]:
-    """Normalised test images (n, 3, H, W) and their data set: the run's own, else digits; of the run's size."""
-    name = dataset or record.get("dataset") or "digits"
+def data_to_compare(record: dict, dataset: str | None, folder: str | None) -> ImageData:
+    """The run's own data set, as far as it is there, else digits; of the run's size."""
     try:
-        # Only a folder that was named on the command line is written to.
-        place = folder or record.get("data")
-        data = load_data(name, place, record["image_size"], may_download=place is None or folder is not None)
+        return RecordedData.of(record, dataset, folder).load()
     except UserError as error:
         if dataset is not None:
             raise
         print(f"{error}\ncomparing on digits instead")
-        data = load_data("digits")
-    images = next(iter(Loader(data.test, data, COMPARED_IMAGES, torch.device("cpu")).batches())).images
-    size = record["image_size"]
-    return images if images.shape[-1] == size else F.interpolate(images, size, mode="bilinear"), data.name
+    return RecordedData.of(record, "digits")._replace(folder=None).load()
+
+
+def real_images(data: ImageData) -> Tensor:
+    """Normalised test images (n, 3, H, W), of whole numbers as pixels."""
+    images = next(iter(Loader(data.test, data, COMPARED_IMAGES, CPU).batches())).images
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (data.mean, data.std))
+    return (((images * std + mean) * 255).round().clamp(0, 255) / 255 - mean) / std
 
 
 @torch.inference_mode()
-def compare(trained: nn.Module, exported: Callable[[Tensor], Tensor], images: Tensor, name: str) -> None:
-    """Print how far the logits of both networks lie apart; raises `UserError` where that is more than rounding."""
-    before, after = (torch.cat([network(part) for part in images.split(100)]) for network in (trained, exported))
+def compare(trained: nn.Module, exported: Deployed, images: Tensor, name: str) -> None:
+    """Print how far the outputs of both networks are apart; raises `UserError` where that is more than rounding."""
+    before, after = (torch.cat([one(part) for part in images.split(100)]) for one in (trained, exported.predict))
     if not before.isfinite().all():
         raise UserError(
             f"CKPT: the trained network's logits on {name} are not finite; it diverged, take another epoch's"
         )
+    what = "logit"
+    if Program.of(exported.record).probabilities:
+        what, before, after = "probability", before.softmax(1), after.softmax(1)
     difference, scale = float((before - after).abs().max()), float(before.abs().max())
     same = int((before.argmax(1) == after.argmax(1)).sum())
     print(
-        f"largest difference of a logit: {difference:.2e} (logits up to {scale:.1f}) on {len(images)} test images of "
+        f"largest difference of a {what}: {difference:.2e} (up to {scale:.1f}) on {len(images)} test images of "
         f"{name}; same class on {same} of {len(images)}"
     )
     if not difference <= TOLERANCE * scale:
@@ -115,45 +141,147 @@ def _formats(text: str) -> list[str]:
     return formats
 
 
-def _files(out: Path, formats: list[str] | None, source: Path) -> dict[str, Path]:
+def _files(out: Path, formats: list[str] | None, source: Path, int8: bool) -> dict[str, Path]:
     """The files to write, by format; raises `UserError` where they cannot be made."""
     suffix = out.suffix.lstrip(".")
     if formats is None and suffix and suffix not in FORMATS:
         raise UserError(f"--out: .{suffix} is an unknown format; there are .{', .'.join(FORMATS)}")
     formats = formats or [suffix if suffix in FORMATS else "pth"]
+    if int8 and "onnx" not in formats:
+        print("--int8 quantises the ONNX file, which is written too")
+        formats = [*formats, "onnx"]
     files = {kind: out.with_suffix(f".{kind}") if len(formats) > 1 or suffix in FORMATS else out for kind in formats}
     if not out.parent.is_dir():
         raise UserError(f"--out: there is no folder {out.parent}")
     for file in files.values():
         if file.is_dir() or file.resolve() == source.resolve():
             raise UserError(f"--out: {file} is a folder or CKPT itself; name another file")
-    beside = out.with_suffix(".json")
-    if beside.exists() and "model_name" not in beside.read_text(encoding="utf-8", errors="replace"):
-        raise UserError(f"--out: {beside} is another file, and would be overwritten; choose another name")
+    for beside, written in ((out.with_suffix(".json"), "model_name"), (out.with_suffix(".md"), CARD)):
+        if beside.exists() and written not in beside.read_text(encoding="utf-8", errors="replace"):
+            raise UserError(f"--out: {beside} is another file, and would be overwritten; choose another name")
     return files
 
 
-def main(argv=None) -> Path:
-    parser = Parser((__doc__ or "").split("\n")[0])
-    parser.add_argument("checkpoint", metavar="CKPT", help="best.pth or last.pth of a run, or an official NORM student")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="default: <CKPT>_exported.pth next to it")
-    parser.add_argument("--model_s", metavar="NAME", help="for official files whose weights fit several models")
-    parser.add_argument("--ft", choices=("default", "plain"), default="default", help="transform of an official file")
-    parser.add_argument("--dataset", help="test images to compare on; default: the run's data set")
-    parser.add_argument("--data", metavar="PATH", help="where that data set is stored")
-    parser.add_argument(
-        "--format",
-        type=_formats,
-        metavar="F,F",
-        help="pth, pt2 (torch.export), onnx; default: the suffix of --out, pth",
+def _program(args, formats: Iterable[str], record: dict) -> Program:
+    """What the programs have inside; raises `UserError` where a flag has no effect or what it needs is unknown."""
+    program = Program(args.pixels, args.probabilities, args.opset)
+    if program._replace(opset=None) != Program() and not set(formats) & set(PROGRAMS):
+        flag = "--pixels" if args.pixels else "--probabilities"
+        raise UserError(f"{flag}: of the formats only {' and '.join(PROGRAMS)} hold a program; add --format onnx")
+    if args.opset is not None and "onnx" not in formats:
+        raise UserError("--opset: only ONNX files have one; add --format onnx")
+    if args.pixels and not (record.get("mean") and record.get("std")):
+        raise UserError("--pixels: CKPT does not say its mean and std; leave it out")
+    return program
+
+
+# Quantisation.
+
+
+def calibration_images(data: ImageData) -> Tensor:
+    """Some normalised training images (n, 3, H, W), as the network is shown test images."""
+    some = torch.randperm(len(data.train.targets), generator=torch.Generator().manual_seed(0))[:CALIBRATION_IMAGES]
+    return next(iter(Loader(data.train, data, len(some), CPU, subset=some).batches())).images
+
+
+def quantise(source: Path, data: ImageData) -> tuple[Path, str]:
+    """Write an int8 file next to an ONNX file -> (its path, a line on accuracy, size and latency of both)."""
+    target = source.with_name(f"{source.stem}_int8.onnx")
+    with replacing(target) as temporary:
+        write_int8(str(source), temporary, calibration_images(data))
+    models = [read_onnx(str(path), "--int8").predict for path in (source, target)]
+    loader = Loader(data.test, data, QUANTISED_BATCH, CPU)
+    before, after = (evaluate(one, loader, "testing")["test_accuracy"] for one in models)
+    sizes = [path.stat().st_size / 2**20 for path in (source, target)]
+    latencies = measure_latency(models, data.image_size)
+    line = (
+        f"int8: accuracy {after:.2f} % (float {before:.2f} %) on {len(data.test.targets)} test images of {data.name}, "
+        f"{sizes[1]:.2f} MiB (float {sizes[0]:.2f} MiB), {latencies[1]:.2f} ms for one image (float "
+        f"{latencies[0]:.2f} ms; best of 30, onnxruntime on this CPU)"
     )
-    args = parser.parse_args(argv)
-    trained = read_trained(args.checkpoint, args.model_s, args.ft)
-    check_classifies(trained.method.export(), f"CKPT: {args.checkpoint}")
-    source = Path(args.checkpoint)
+    if before - after > LOST_POINTS:
+        line += f"; warning: it loses {before - after:.2f} points"
+    return target, line
+
+
+# The model card.
+
+
+def _accuracy(record: dict, source: Path) -> str:
+    if record.get("accuracy") is None:
+        return "unknown: the file does not say"
+    protocols = {"best": describe_protocol(record.get("holdout")), "last": "the last"}
+    chosen = f" ({protocols[source.stem]})" if source.stem in protocols else ""
+    epoch = f"; epoch {record['epoch']}{chosen}" if record.get("epoch") else ""
+    tried = f"; trained for {record['max_steps']} steps only" if record.get("max_steps") else ""
+    return f"{record['accuracy']:.2f} % top-1 on the test images, float32, one centre crop{epoch}{tried}"
+
+
+def model_card(record: dict, source: Path, files: Iterable[Path], lines: Iterable[str]) -> str:
+    """What somebody who receives the files must know, as Markdown."""
+    teacher, classes = record.get("teacher"), record.get("classes") or ()
+    taught = "no teacher"
+    if teacher:
+        accuracy = "" if teacher.get("accuracy") is None else f", {teacher['accuracy']:.2f} % on the same test images"
+        taught = f"{teacher['name']}, digest {teacher['digest']}{accuracy}"
+    counted = f"{len(classes)} classes" + (f", {record['train_images']:,} training images" if classes else "")
+    rows = {
+        "network": f"{record['model_name']}, digest {record.get('digest', 'unknown')}",
+        "data": f"{record.get('dataset') or 'unknown'}: {counted}",
+        "classes": f"{', '.join(classes[:20])}{', ...' if len(classes) > 20 else ''}" or "unknown",
+        "method": f"--distill {record['distill']}" if record.get("distill") else "unknown",
+        "teacher": taught,
+        "accuracy": _accuracy(record, source),
+        "input": f"RGB, {record['image_size']}x{record['image_size']}",
+        "preparation": IMAGES,
+        "mean, std": f"{record.get('mean', 'unknown')}, {record.get('std', 'unknown')}",
+        "licence": "TO FILL IN",
+        "limits": "TO FILL IN: what it must not be used for, and which images it was not tested on",
+    }
+    shown = "\n".join(f"| {name} | {in_markdown(str(value))} |" for name, value in rows.items())
+    sizes = "\n".join(f"- `{file.name}`, {file.stat().st_size / 2**20:.2f} MiB" for file in files)
+    return f"# {CARD}: {record['model_name']}\n\n|  |  |\n| -- | -- |\n{shown}\n\n## Files\n\n{sizes}\n\n" + "".join(
+        f"{line}\n\n" for line in lines
+    )
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file; raises `UserError` where that is impossible."""
+    with replacing(path) as temporary:
+        Path(temporary).write_text(text, encoding="utf-8")
+
+
+def make_parser() -> Parser:
+    """The flags of this script."""
+    parser = Parser((__doc__ or "").split("\n")[0])
+    add = parser.add_argument
+    add("checkpoint", metavar="CKPT", help="best.pth or last.pth of a run, or an official NORM student")
+    add("--out", type=Path, metavar="FILE", help="default: <CKPT>_exported.pth next to it")
+    add("--model_s", metavar="NAME", help="for official files whose weights fit several models")
+    add("--ema", action="store_true", help="the moving average of the weights, of a run with --ema_decay")
+    add("--ft", choices=("default", "plain"), default="default", help="transform of an official file")
+    add("--dataset", help="images to compare on; default: the run's data set")
+    add("--data", metavar="PATH", help="where that data set is stored")
+    formats = "pth, safetensors, pt2 (torch.export), onnx; default: the suffix of --out, pth"
+    add("--format", type=_formats, metavar="F,F", help=formats)
+    add("--opset", type=count, metavar="N", help="of the ONNX file; default: the exporter's own")
+    add("--pixels", action="store_true", help="pt2 and onnx take uint8 pixels and normalise them themselves")
+    add("--probabilities", action="store_true", help="pt2 and onnx end with the softmax")
+    add("--int8", action="store_true", help="also write an ONNX file of 8 bits, calibrated on training images")
+    return parser
+
+
+def main(argv=None) -> Path:
+    args = make_parser().parse_args(argv)
+    trained, source = read_trained(args.checkpoint, args.model_s, args.ft, args.ema), Path(args.checkpoint)
+    check_classifies(trained.method.export(), f"CKPT: {source}")
     out = args.out or source.with_name(f"{source.stem}_exported.pth")
-    files = _files(out, args.format, source)
-    images, name = real_images(trained.record, args.dataset, args.data)
+    files = _files(out, args.format, source, args.int8)
+    program = _program(args, files, trained.record)
+    data = data_to_compare(trained.record, args.dataset, args.data)
+    if args.int8 and data.name != trained.record.get("dataset"):
+        raise UserError("--int8: it is calibrated on the run's training images, which are not there; name --data")
+    images = real_images(data)
     predictor = Predictor(trained.method).eval()
     network, merged = merge_branches(trained.method.export(), images.shape[-1])
     _, of_network = network_of(trained.method)
@@ -161,11 +289,18 @@ def main(argv=None) -> Path:
     for kind, file in files.items():
         write, read = FORMATS[kind]
         with replacing(file) as temporary:
-            write(network, record, temporary)
-            compare(predictor, read(temporary, "--out").predict, images, name)
-        print(f"exported {record['model_name']}: {file}")
-    with replacing(out.with_suffix(".json")) as temporary:
-        Path(temporary).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+            write(network, record, temporary, program)
+            compare(predictor, read(temporary, "--out"), images, data.name)
+            versions = "; opset {}, IR {}".format(*onnx_versions(temporary)) if kind == "onnx" else ""
+        print(f"exported {record['model_name']}: {file}{versions}")
+    written, lines = list(files.values()), []
+    if args.int8:
+        target, line = quantise(files["onnx"], data)
+        print(f"exported {record['model_name']}: {target}\n{line}")
+        written, lines = [*written, target], [line]
+    write_text(out.with_suffix(".json"), json.dumps(record, indent=2) + "\n")
+    write_text(out.with_suffix(".md"), model_card(record, source, written, lines))
+    print(f"model card: {out.with_suffix('.md')}; its licence is to be filled in")
     describe(predictor, network, images.shape[-1])
     for note in filter(None, (trained.method.export_note(), merged)):
         print(f"note: {note}")

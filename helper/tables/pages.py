@@ -261,16 +261,21 @@ class Interval(NamedTuple):
     high: float
 
 
+def render(template: str, **values: Any) -> str:
+    """A page from a template of this folder."""
+    folder = Path(__file__).parent
+    environment = Environment(loader=FileSystemLoader(folder), autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    return environment.get_template(template).render(**values)
+
+
 def as_html(rows: Sequence[Row], pictures: Mapping[str, str]) -> str:
     """One self-contained page: a table for every data set with settings and curves, figures, and `pictures` (name ->
     SVG) of networks. It needs no network, and scripts for sorting alone."""
-    folder = Path(__file__).parent
-    environment = Environment(loader=FileSystemLoader(folder), autoescape=True, trim_blocks=True, lstrip_blocks=True)
     sections = [
         _section(number, title, of_title) for number, (title, of_title) in enumerate(figures.groups(rows).items(), 1)
     ]
     names = [(name.replace("_", " "), Markup(svg)) for name, svg in pictures.items()]
-    return environment.get_template(TEMPLATE).render(sections=sections, pictures=names, titles=ACCURACIES, note=NOTE)
+    return render(TEMPLATE, sections=sections, pictures=names, titles=ACCURACIES, note=NOTE)
 
 
 def _section(number: int, title: str, rows: Sequence[Row]) -> dict[str, Any]:

@@ -233,7 +233,7 @@ class Row(NamedTuple):
 
     @property
     def protocol(self) -> str:
-        return describe_protocol(self.config["holdout"])
+        return describe_protocol(self.config["holdout"], self.config.get("best_by", "accuracy"))
 
     @property
     def dataset(self) -> str:

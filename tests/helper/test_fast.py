@@ -91,20 +91,25 @@ def test_the_teacher_is_folded_in_the_run_only(distil, monkeypatch):
     assert len(folded) == 1
 
 
-def test_depthwise_convolutions_stay_in_float32_on_a_cpu():
+def test_depthwise_convolutions_stay_in_float32_on_a_cpu(monkeypatch):
+    monkeypatch.setattr(fast, "has_matrix_units", lambda device: False)
     student, images = build_model("ShuffleV2", 10), torch.randn(2, 3, 32, 32)
     keys, plain = list(student.state_dict()), student.eval()(images)
     quick = fast.Fast(precision="bfloat16").prepare_student(copy.deepcopy(student), torch.device("cpu"))
-    types = {}
-    for name, layer in quick.named_modules():
-        if isinstance(layer, torch.nn.Conv2d):
-            layer.register_forward_hook(lambda layer, given, out, name=name: types.update({name: out.dtype}))
+    depthwise = [layer for layer in quick.modules() if isinstance(layer, torch.nn.Conv2d) and layer.groups > 1]
+    assert depthwise and all(isinstance(layer, fast.Float32Convolution) for layer in depthwise)
+    x = torch.randn(2, depthwise[0].in_channels, 8, 8).bfloat16()
     with torch.autocast("cpu", torch.bfloat16):
-        logits = quick(images)
-    depthwise = {name for name in types if quick.get_submodule(name).groups > 1}
-    assert depthwise and all((types[name] == torch.float32) == (name in depthwise) for name in types)
+        logits, out = quick(images), depthwise[0](x)
+    exact = depthwise[0](x.float())
+    assert out.dtype == torch.bfloat16 and torch.equal(out, exact.bfloat16()) and exact.dtype == torch.float32
     assert torch.allclose(logits.float(), plain, atol=0.1 * plain.abs().max().item())
     assert list(quick.state_dict()) == keys
+    monkeypatch.setattr(fast, "has_matrix_units", lambda device: True)
+    same = fast.Fast(precision="bfloat16").prepare_student(copy.deepcopy(student), torch.device("cpu"))
+    layers = [layer for layer in same.modules() if isinstance(layer, torch.nn.Conv2d) and layer.groups > 1]
+    assert {layer.stride for layer in layers if isinstance(layer, fast.Float32Convolution)} == {(2, 2)}
+    assert {layer.stride for layer in layers if not isinstance(layer, fast.Float32Convolution)} == {(1, 1)}
 
 
 def gradients(method, respond, chosen):

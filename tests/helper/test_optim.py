@@ -1,8 +1,19 @@
 """Learning rates: pure functions of the epoch, those of the published runs."""
 
-import pytest
+import copy
+from types import SimpleNamespace
 
-from helper.optim import cosine_learning_rate, step_learning_rate
+import pytest
+import torch
+
+from helper.optim import (
+    SCHEDULES,
+    cosine_learning_rate,
+    make_optimizer,
+    step_learning_rate,
+    take_up,
+    warm_up,
+)
 
 
 def test_learning_rates_are_those_of_the_recipe():
@@ -16,3 +27,67 @@ def test_the_cosine_never_rises_again():
     for steps in (1, 2, 5):
         rates = [cosine_learning_rate(0.1, epoch, 100, steps) for epoch in range(100)]
         assert rates == sorted(rates, reverse=True)
+
+
+def rates(epochs: int, steps: int, **settings) -> list[float]:
+    """Every rate of a run."""
+    defaults = {"lr_decay": "cos", "learning_rate": 1.0, "lr_warmup_epochs": 0, "min_learning_rate": 0.0}
+    config = SimpleNamespace(**defaults | {"lr_decay_epochs": (2,), "lr_decay_rate": 0.1} | settings)
+    return [
+        warm_up(epoch, step, steps, config.lr_warmup_epochs)
+        * SCHEDULES[config.lr_decay](config.learning_rate, epoch, config, epochs, steps, step)
+        for epoch in range(1, epochs + 1)
+        for step in range(steps)
+    ]
+
+
+@pytest.mark.parametrize(("epochs", "steps"), [(1, 20), (5, 8), (2, 1)])
+def test_one_cycle_is_torchs(epochs, steps):
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1.0, epochs * steps, cycle_momentum=False)
+    theirs = []
+    for _ in range(epochs * steps):
+        theirs.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step() if len(theirs) < epochs * steps else None
+    assert rates(epochs, steps, lr_decay="one_cycle") == pytest.approx(theirs)
+
+
+def test_warm_up_goes_by_steps_and_the_cosine_takes_the_rest():
+    found = rates(3, 1000, lr_warmup_epochs=1)
+    assert found[:2] == pytest.approx([0.001, 0.002]) and found[999] == 1.0
+    assert found[1000:2000] == [1.0] * 1000 and found[2000] == pytest.approx(0.5, abs=2e-3)
+
+
+def test_no_schedule_falls_below_its_floor():
+    assert rates(4, 1, lr_decay="step", min_learning_rate=0.5) == [1.0, 1.0, 0.5, 0.5]
+    for schedule in ("cos", "one_cycle"):
+        found = rates(200, 2, lr_decay=schedule, min_learning_rate=0.02)
+        assert min(found) >= 0.02 and found[-1] == pytest.approx(0.02, abs=1e-3)
+
+
+@pytest.mark.parametrize("name", ["lamb", "adan", "adamw", "sgd"])
+def test_an_optimizer_is_taken_up_where_it_was(name):
+    config = SimpleNamespace(optimizer=name, momentum=0.9, nesterov=False, weight_decay=0.1, fused_optimizer=False)
+    config.decay_norms = False
+    gradients = torch.randn(5, 4, 3)
+
+    def step(module, optimizer, gradient):
+        module.weight.grad, module.bias.grad = gradient.clone(), gradient[:, 0].clone()
+        optimizer.param_groups[0]["lr"] = optimizer.param_groups[1]["lr"] = 0.1
+        optimizer.step()
+
+    module = torch.nn.Linear(3, 4)
+    optimizer = make_optimizer(module, config)
+    for gradient in gradients[:3]:
+        step(module, optimizer, gradient)
+    other, saved = copy.deepcopy(module), copy.deepcopy(optimizer.state_dict())
+    resumed = make_optimizer(other, config)
+    take_up(resumed, saved["state"], saved["param_groups"])
+    for gradient in gradients[3:]:
+        step(module, optimizer, gradient)
+        step(other, resumed, gradient)
+    assert torch.equal(module.weight, other.weight) and torch.equal(module.bias, other.bias)
+    saved["param_groups"][0]["count"] = torch.nan
+    with pytest.raises(ValueError, match="not finite"):
+        take_up(resumed, saved["state"], saved["param_groups"])

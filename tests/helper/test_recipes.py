@@ -2,10 +2,16 @@
 
 from dataset import DATASETS
 from distiller_zoo import DISTILLERS
-from helper.recipes import CIFAR_PAIRS, IMAGENET_PAIRS, ROWS, resolve
+from helper.command_line import resolve as resolve_run
+from helper.recipes import CIFAR_PAIRS, IMAGENET_PAIRS, RECIPES, ROWS, find_rows, resolve
 from helper.settings import SETTINGS as TABLE
-from helper.settings import all_settings
+from helper.settings import all_settings, identity
 from models import imagenet_model_dict, model_dict
+
+
+def config(distill, model_s, of_teacher=None, **given):
+    """A run's configuration."""
+    return resolve_run({"distill": distill, "model_s": model_s, **given}, of_teacher=of_teacher)
 
 
 def test_the_rows_lie_over_each_other():
@@ -46,3 +52,32 @@ def test_rows_of_a_method_that_are_of_one_pair_or_data_set():
     assert value("alpha", "imagenet", "resnet34", "resnet18", "srrl", srrl_form="pooled") == 1
     sskd = resolve("imagenet", "resnet34", "resnet18", "sskd")
     assert (sskd["init_learning_rate"][0], sskd["weight_decay"][0]) == (0.1, 5e-4)
+
+
+def test_a_recipe_is_on_top_of_the_tables_and_below_flags():
+    def run(**given):
+        return config("kd", "resnet8", of_teacher={"path_t": "t.pth", "model_t": "resnet20"}, **given)
+
+    plain, patient = run(), run(recipe="patient")
+    assert (patient.gamma, patient.alpha, patient.lr_decay, patient.mixup, patient.clip_grad) == (0, 1, "cos", 1, 1)
+    assert patient.origins["clip_grad"] == "kd with recipe patient" and patient.epochs == 160
+    assert run(recipe="patient", gamma=0.5).gamma == 0.5
+    tables = run(recipe="tables")
+    assert {name for name in plain if plain[name] != tables[name]} == set()
+    assert identity(plain) == identity(tables) != identity(patient)
+
+
+def test_the_warm_up_of_a_recipe_scales_with_the_run():
+    def warm_up(**given):
+        return config("ce", "resnet8", recipe="finetune", **given).lr_warmup_epochs
+
+    assert (warm_up(), warm_up(epochs=40), warm_up(epochs=1), warm_up(epochs=40, lr_warmup_epochs=3)) == (2, 4, 1, 3)
+
+
+def test_every_recipe_is_whole_on_every_data_set():
+    for name in RECIPES:
+        for dataset in DATASETS:
+            found = config("ce", "resnet8", recipe=name, dataset=dataset)
+            assert found.min_learning_rate <= found.learning_rate and found.lr_warmup_epochs < found.epochs
+            row = find_rows(dataset, None, "resnet8", "ce", {"recipe": name})
+            assert name == "tables" or any(one.chosen == ("recipe", name) for one in row.values())

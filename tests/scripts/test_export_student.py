@@ -11,10 +11,10 @@ import numpy
 import pytest
 import torch
 
-from dataset import load_data
 from distiller_zoo import Predictor, Task
 from distiller_zoo.feature_transform import FeatureTransform
 from distiller_zoo.norm import FTBaseline
+from helper.export import RecordedData
 from models import build_model
 from models.checkpoints import identify, load_exported, read_checkpoint, split_official_norm
 from models.cost import count_parameters
@@ -172,7 +172,7 @@ def test_faults_are_named_and_write_nothing(distil, tmp_path):
 
 def test_a_network_that_diverged_is_not_written(distil, monkeypatch):
     run = distil(*SHORT)
-    monkeypatch.setattr(export_student, "real_images", lambda *_: (torch.full((2, 3, 32, 32), math.inf), "digits"))
+    monkeypatch.setattr(export_student, "real_images", lambda *_: torch.full((2, 3, 32, 32), math.inf))
     assert "logits on digits are not finite" in message_of(export_student.main, [str(run / "best.pth")])
     assert not Path(run / "best_exported.pth").exists()
 
@@ -234,11 +234,11 @@ def test_an_imagenet_student_takes_images_of_its_size(tmp_path):
     assert trained.record["image_size"] == 224
 
 
-def test_a_file_does_not_say_where_to_download_to(tmp_path, monkeypatch):
-    asked = []
-    monkeypatch.setattr(export_student, "load_data", lambda *a, **named: asked.append(named) or load_data("digits"))
+def test_a_file_does_not_say_where_to_download_to(tmp_path):
     record = {"dataset": "cifar100", "data": str(tmp_path / "there"), "image_size": 32}
-    export_student.real_images(record, None, None)
-    export_student.real_images(record, None, "here")
-    export_student.real_images(record | {"data": None}, None, None)
-    assert [named["may_download"] for named in asked] == [False, True, True]
+    data = [
+        RecordedData.of(record),
+        RecordedData.of(record, folder="here"),
+        RecordedData.of(record | {"data": None}),
+    ]
+    assert [one.may_download for one in data] == [False, True, True]

@@ -1,0 +1,454 @@
+"""Judge networks on test images: python scripts/evaluate.py NETWORK... [--teacher T]
+
+NETWORK is a run folder (its last.pth), a checkpoint, an exported .pth, .pt2 or .onnx file, or published weights
+(torchvision:NAME, timm:NAME). Data set, image size and normalisation are those on record unless flags say otherwise.
+One class per image: data of several labels per image are not judged.
+"""
+
+import base64
+import io
+import json
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from errors import UserError, run_script, starting
+
+with starting():
+    import torch
+    from PIL import Image
+    from torch import Tensor
+
+    from dataset import DATASETS, ImageData, Loader, StreamedImages, is_image_folder
+    from helper.checkpoint import rebuild
+    from helper.command_line import Parser
+    from helper.distributed import find_device
+    from helper.export import RecordedData, read_deployed
+    from helper.log import progress_bar
+    from helper.metrics import METRICS, RESAMPLES, MinibatchCKA, divergences, fidelity, judge
+    from helper.networks import Network, as_it_was_trained, read_network
+    from helper.run_folder import LAST, RESULT, replacing
+    from helper.tables.pages import render
+    from helper.tables.rows import FIDELITY
+    from models.backbone import Output
+    from models.checkpoints import read_checkpoint
+    from models.classes import compare_classes
+    from models.external import is_external
+    from models.preprocessing import read_preprocessing
+    from setting import count
+
+NETWORK, PROGRAMS = "NETWORK", (".pt2", ".onnx")
+#: How many of the worst errors, and of the images on which two networks disagree most, are named and shown.
+SHOWN = 24
+#: Images on the page are at most this many pixels wide; up to `SMALL` they are stored without loss.
+THUMBNAIL, SMALL = 128, 64
+#: How many pairs of classes the page lists.
+CONFUSIONS = 12
+#: Up to this many classes the confusion matrix is shown.
+MATRIX_CLASSES = 40
+#: The metrics of a network: title, unit.
+TITLES = {
+    "accuracy": ("accuracy", " %"),
+    "accuracy_top5": ("top-5 accuracy", " %"),
+    "balanced_accuracy": ("balanced accuracy", " %"),
+    "macro_f1": ("macro F1", " %"),
+    "loss": ("loss", ""),
+    "ece": ("calibration error", " %"),
+}
+#: The metrics of a network and its teacher.
+TEACHER_TITLES = {
+    "agreement": ("agreement", " %"),
+    "kl": ("KL divergence", " nats"),
+    "cka_unfolded": ("CKA before folding", ""),
+    "cka": ("CKA", ""),
+}
+
+
+# Networks.
+
+
+class Judged(NamedTuple):
+    """A network to be judged: `source` names it, `logits` and `outputs` compute images (B, 3, H, W)."""
+
+    source: str
+    name: str
+    record: Mapping[str, Any]  # what its file says of it
+    logits: Callable[[Tensor], Tensor]
+    outputs: Callable[[Tensor], Output] | None = None  # None: a program, which shows no maps
+    trained: Callable[[Tensor], Output] | None = None  # as the run trained it, where its checkpoint is there
+    notes: Sequence[str] = ()
+    folder: Path | None = None  # of its run
+
+
+def file_of(source: str) -> str:
+    """The checkpoint of a run folder; anything else is returned as it is."""
+    return str(Path(source, LAST)) if Path(source).is_dir() else source
+
+
+def read_judged(source: str, model: str | None, device: torch.device) -> Judged:
+    """Read NETWORK; raises `UserError`."""
+    path, folder = file_of(source), Path(source) if Path(source).is_dir() else None
+    if not is_external(source) and Path(path).suffix.lower() in PROGRAMS:
+        program = read_deployed(path, NETWORK)
+        on_cpu = lambda images: program.predict(images.cpu()).to(device)  # noqa: E731
+        return Judged(source, program.record.get("model_name", "?"), program.record, on_cpu)
+    found = read_network(path, model, NETWORK, "--model")
+    network, trained, notes, record = found.network.eval().to(device), None, list(found.notes), dict(found.record)
+    checkpoint = {} if is_external(path) else read_checkpoint(path, NETWORK)
+    if "training" in checkpoint:
+        record |= checkpoint["training"].get("config", {}) | record
+        try:
+            method, _ = rebuild(checkpoint, path)
+            trained = _responding(method.to(device))
+        except UserError as error:
+            notes.append(f"its maps before folding are unknown: {error}")
+        folder = folder or (Path(path).parent if (Path(path).parent / RESULT).exists() else None)
+    record |= {"digest": found.digest, "num_classes": found.num_classes}
+    return Judged(source, found.name, record, lambda images: network(images), network.outputs, trained, notes, folder)
+
+
+def _responding(method) -> Callable[[Tensor], Output]:
+    return lambda images: method.respond(images, None)
+
+
+# Data.
+
+
+def data_for(judged: Judged, args) -> RecordedData:
+    """What NETWORK is judged on: the flags, else its record, else what its published weights were trained on."""
+    record, own = dict(judged.record), read_preprocessing(judged.source)
+    dataset = args.dataset or record.get("dataset")
+    if args.dataset is None and args.data is not None and dataset not in ("folder", "imagenet"):
+        dataset = "folder" if is_image_folder(args.data) else dataset
+    if dataset is None:
+        raise UserError(
+            f"--dataset: {judged.source} does not say what it was trained on; name the data set, or a folder by --data"
+        )
+    if own is not None:
+        record = {"mean": own.mean, "std": own.std, "image_size": own.test_size} | record
+    is_other = args.dataset is not None or args.data is not None
+    wanted = RecordedData.of(record, dataset if is_other else None, args.data, args.image_size)
+    return wanted._replace(dataset=dataset, split=wanted.split if args.split is None else args.split)
+
+
+def check_classes(judged: Judged, data: ImageData) -> None:
+    """Raise `UserError` where a network's classes are not those of the data."""
+    classes = judged.record.get("classes")
+    number = judged.record.get("num_classes")
+    number = classes and len(classes) if number is None else number
+    if number is not None and number != data.num_classes:
+        raise UserError(f"--data: {judged.source} has {number} classes, the data {data.num_classes}")
+    own = read_preprocessing(judged.source)
+    others = compare_classes(classes or (own and own.categories), data.classes)
+    if others is not None:
+        raise UserError(f"--data: {judged.source}: {others}")
+
+
+# Measuring.
+
+
+class Teacher(NamedTuple):
+    """The teacher, as it sees the images of the data."""
+
+    source: Network
+    outputs: Callable[[Tensor], Output]
+
+
+def read_teacher(source: Network, data: ImageData, device: torch.device) -> Teacher:
+    """A teacher for these data, in its own normalisation and size."""
+    view = as_it_was_trained(source, data, None)
+    network = (source.network if view is None else view).eval().to(device)
+    return Teacher(source, network.outputs)
+
+
+class Seen:
+    """What the test images have shown of one network: logits (n, K), and how its maps compare with the teacher's."""
+
+    def __init__(self, judged: Judged):
+        self.judged, self._logits = judged, []
+        self.cka, self.cka_unfolded = MinibatchCKA(), MinibatchCKA()
+        self.folds = False  # whether the trained network's last map is another than the shipped one's
+
+    def see(self, images: Tensor, teacher: Output | None) -> None:
+        """Count a batch, with the teacher's outputs for it."""
+        if teacher is None or self.judged.outputs is None:
+            self._logits.append(self.judged.logits(images).float().cpu())
+            return
+        output = self.judged.outputs(images)
+        self._logits.append(output.logits.float().cpu())
+        self.cka.update(output.activated, teacher.activated)
+        if self.judged.trained is not None and (self.folds or len(self._logits) == 1):
+            trained = self.judged.trained(images).activated
+            self.folds = trained.shape != output.activated.shape or not torch.equal(trained, output.activated)
+            self.cka_unfolded.update(trained, teacher.activated)
+
+    @property
+    def logits(self) -> Tensor:
+        return torch.cat(self._logits)
+
+
+class Tested(NamedTuple):
+    """The test images as they were shown: sample indices (n,), classes (n,), the teacher's logits (n, K) if any."""
+
+    index: Tensor
+    targets: Tensor
+    teacher_logits: Tensor | None
+
+
+@torch.inference_mode()
+def test(seen: Sequence[Seen], teacher: Teacher | None, data: ImageData, device: torch.device, batch: int) -> Tested:
+    """Show every test image to all networks, in random order, as CKA needs it."""
+    order = torch.randperm(len(data.test.targets), generator=torch.Generator().manual_seed(0))
+    loader = Loader(data.test, data, batch, device, subset=order)
+    index, targets, logits = [], [], []
+    for part in progress_bar(loader.batches(), "testing", len(loader)):
+        if not len(part.targets):
+            continue
+        output = None if teacher is None else teacher.outputs(part.images)
+        for one in seen:
+            one.see(part.images, output)
+        index.append(part.index.cpu())
+        targets.append(part.targets.cpu())
+        logits.append(Tensor() if output is None else output.logits.float().cpu())
+    if not index:
+        raise UserError("--data: no readable image; repair or remove the files")
+    return Tested(torch.cat(index), torch.cat(targets), None if teacher is None else torch.cat(logits))
+
+
+def name_of(data: ImageData, sample: int) -> str:
+    """An image's file, or its number in the test split."""
+    return data.test.name_of(sample) if isinstance(data.test, StreamedImages) else f"test image {sample}"
+
+
+def measure(seen: Seen, tested: Tested, teacher: Teacher | None, data: ImageData) -> dict[str, Any]:
+    """Everything that is said of a network, as JSON can hold it."""
+    judged, logits, record = seen.judged, seen.logits, seen.judged.record
+    left_out = len(data.test.targets) - len(tested.targets)
+    about: dict[str, Any] = {
+        "network": judged.source,
+        "model": judged.name,
+        "digest": record.get("digest"),
+        "dataset": data.name,
+        "data": record.get("data"),
+        "image_size": data.image_size,
+        "test_images": len(tested.targets),
+        "test_unreadable": left_out,
+        "classes": list(data.classes),
+    }
+    about |= judge(logits, tested.targets)
+    wrong = logits.double().softmax(1).amax(1).masked_fill(logits.argmax(1) == tested.targets, -1)
+    about["worst_errors"] = _shown(wrong, wrong >= 0, logits, tested, data)
+    if teacher is None:
+        return about
+    source = teacher.source
+    about["teacher"] = {"network": source.path, "model": source.name, "digest": source.digest}
+    cka = {"cka_unfolded": seen.cka_unfolded if seen.folds else None, "cka": seen.cka if judged.outputs else None}
+    about |= {name: value for name, one in cka.items() if one and (value := one.value()) is not None}
+    if tested.teacher_logits is not None and tested.teacher_logits.shape == logits.shape:
+        compared = fidelity(logits, tested.teacher_logits, tested.targets)
+        about["intervals"] |= compared.pop("intervals")
+        about |= compared
+        about["teacher"]["accuracy"] = METRICS["accuracy"](tested.teacher_logits, tested.targets)
+        apart = divergences(logits, tested.teacher_logits)
+        others = tested.teacher_logits.argmax(1) != logits.argmax(1)
+        about["disagreements"] = _shown(apart, others, logits, tested, data)
+    return about
+
+
+def _shown(values: Tensor, which: Tensor, logits: Tensor, tested: Tested, data: ImageData) -> list[dict[str, Any]]:
+    """The images of `which` (n,) with the largest values (n,), and what is predicted of them."""
+    found, probabilities = [], logits.double().softmax(1)
+    for row in values.masked_fill(~which, -1).argsort(descending=True)[: min(SHOWN, int(which.sum()))].tolist():
+        predicted, sample = int(logits[row].argmax()), int(tested.index[row])
+        one = {"image": name_of(data, sample), "sample": sample, "class": data.classes[int(tested.targets[row])]}
+        one |= {"predicted": data.classes[predicted], "confidence": 100 * float(probabilities[row, predicted])}
+        if tested.teacher_logits is not None and tested.teacher_logits.shape == logits.shape:
+            one["teacher"] = data.classes[int(tested.teacher_logits[row].argmax())]
+        found.append(one)
+    return found
+
+
+# Text.
+
+
+def numbers(about: Mapping[str, Any], name: str) -> tuple[str, str]:
+    """A metric and its interval, empty where it has none."""
+    digits = 4 if name in ("loss", "kl", "cka", "cka_unfolded") else 2
+    interval = about["intervals"].get(name, ())
+    return f"{about[name]:.{digits}f}", " to ".join(f"{end:.{digits}f}" for end in interval)
+
+
+def _line(about: Mapping[str, Any], name: str, title: str, unit: str) -> str:
+    value, interval = numbers(about, name)
+    return f"  {title:<19} {value}{unit}" + (f" ({interval})" if interval else "")
+
+
+def by_accuracy(about: Mapping[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    """The classes that have test images, each with its numbers, the least accurate first."""
+    classes = zip(about["classes"], about["per_class"], strict=True)
+    return sorted((one for one in classes if one[1]["images"]), key=lambda one: one[1]["accuracy"])
+
+
+def as_text(about: Mapping[str, Any]) -> str:
+    """The numbers of a network, with 95 % intervals in brackets."""
+    lost = f"; {about['test_unreadable']} unreadable, left out" if about["test_unreadable"] else ""
+    lines = [f"{about['network']}: {about['model']} on {about['test_images']} test images of {about['dataset']}{lost}"]
+    lines += [_line(about, name, *title) for name, title in TITLES.items()]
+    lowest = [f"{name} {one['accuracy']:.1f} %" for name, one in by_accuracy(about)]
+    lines.append(f"  per class           {', '.join(lowest[:10])}{', ... (lowest 10)' if len(lowest) > 10 else ''}")
+    confused = confusions(about)[:5]
+    lines.append(
+        f"  most confused       {', '.join(f'{true} as {found} {n}' for n, true, found in confused) or 'none'}"
+    )
+    if "teacher" in about:
+        accuracy = f", {about['teacher']['accuracy']:.2f} %" if "accuracy" in about["teacher"] else ""
+        lines.append(f"  teacher             {about['teacher']['network']}: {about['teacher']['model']}{accuracy}")
+        lines += [_line(about, name, *title) for name, title in TEACHER_TITLES.items() if name in about]
+        lines += [f"  {name:<30} {share:.2f} %" for name, share in about.get("outcomes", {}).items()]
+    return "\n".join(lines)
+
+
+def confusions(about: Mapping[str, Any]) -> list[tuple[int, str, str]]:
+    """(images, their class, the class they are taken for), the most frequent first."""
+    classes = about["classes"]
+    return sorted(
+        (
+            (n, classes[true], classes[found])
+            for true, row in enumerate(about["confusion"])
+            for found, n in enumerate(row)
+            if n and true != found
+        ),
+        key=lambda one: (-one[0], one[1], one[2]),
+    )
+
+
+# HTML.
+
+
+class Judgement(NamedTuple):
+    """A network that was judged: its numbers, and the images that they name."""
+
+    about: dict[str, Any]
+    judged: Judged
+    pictures: dict[int, str]  # sample index -> data URI
+
+
+def pictures_of(about: Mapping[str, Any], data: ImageData) -> dict[int, str]:
+    """The images that a network's numbers name, as they were shown to it."""
+    samples = sorted({one["sample"] for name in ("worst_errors", "disagreements") for one in about.get(name, ())})
+    if not samples:
+        return {}
+    loader = Loader(data.test, data, len(samples), torch.device("cpu"), subset=torch.tensor(samples))
+    (batch,) = loader.batches()
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (data.mean, data.std))
+    pixels = ((batch.images * std + mean) * 255).round().clamp(0, 255).byte().permute(0, 2, 3, 1).numpy()
+    return {sample: _data_uri(image) for sample, image in zip(batch.index.tolist(), pixels, strict=True)}
+
+
+def _data_uri(pixels) -> str:
+    image, content = Image.fromarray(pixels), io.BytesIO()
+    image.thumbnail((THUMBNAIL, THUMBNAIL))
+    image.save(content, "PNG" if image.width <= SMALL else "JPEG")
+    kind = "png" if image.width <= SMALL else "jpeg"
+    return f"data:image/{kind};base64,{base64.b64encode(content.getvalue()).decode()}"
+
+
+def _cells(about: Mapping[str, Any], name: str, title: str, unit: str) -> dict[str, Any]:
+    """A line of the page's table of numbers."""
+    value, interval = numbers(about, name)
+    ends = about["intervals"].get(name) if unit == " %" else None
+    return {"title": title, "value": value + unit, "interval": interval, "ends": ends}
+
+
+def as_html(found: Sequence[Judgement]) -> str:
+    """One self-contained page: numbers, reliability, confusions, the worst errors as pictures."""
+    titles = TITLES | TEACHER_TITLES
+    networks = [
+        {
+            "about": about,
+            "notes": one.judged.notes,
+            "pictures": one.pictures,
+            "lines": [_cells(about, name, *title) for name, title in titles.items() if name in about],
+            "fullest": max(bin["images"] for bin in about["reliability"]),
+            "confusions": confusions(about)[:CONFUSIONS],
+            "classes": by_accuracy(about)[:MATRIX_CLASSES],
+            "has_matrix": len(about["classes"]) <= MATRIX_CLASSES,
+            "is_large": about["image_size"] > SMALL,
+        }
+        for one in found
+        for about in [one.about]
+    ]
+    return render("evaluation.html.j2", networks=networks, resamples=RESAMPLES)
+
+
+def write(path: Path, content: str) -> None:
+    """Write a text file; raises `UserError` where that is impossible."""
+    with replacing(path) as temporary:
+        Path(temporary).write_text(content, encoding="utf-8", errors="backslashreplace")
+    print(f"written: {path}")
+
+
+def make_parser() -> Parser:
+    """The flags of this script."""
+    parser = Parser((__doc__ or "").split("\n")[0])
+    add = parser.add_argument
+    add("networks", nargs="+", metavar=NETWORK, help="run folder, checkpoint, export, torchvision:NAME or timm:NAME")
+    add("--teacher", metavar="T", help="compare with this network: agreement, KL, CKA of the last maps")
+    add("--model", metavar="NAME", help="the model's name, where a file of another code does not say it")
+    add("--dataset", choices=DATASETS, help="default: the network's own, or folder with --data")
+    add("--data", metavar="PATH", help="where the data are stored; default: as on record")
+    add("--split", type=float, metavar="SHARE", help="of the training images, for a folder without test images")
+    add("--image_size", type=count, metavar="PIXELS", help="default: the network's own")
+    add("--batch_size", type=count, default=128, metavar="B")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
+    add("--json", type=Path, metavar="FILE", help="all numbers; of several networks a list")
+    add("--html", type=Path, metavar="FILE", help="one page: numbers, reliability, confusions, worst errors as images")
+    add("--fidelity", action="store_true", help=f"with --teacher: write {FIDELITY} into each run folder, for report.py")
+    return parser
+
+
+def judge_all(args) -> list[Judgement]:
+    """Judge every network, those that want the same data together; prints each one's numbers."""
+    device = find_device(args.device)
+    judged = [read_judged(source, args.model, device) for source in args.networks]
+    source = args.teacher and read_network(file_of(args.teacher), None, "--teacher", "--teacher")
+    groups: dict[RecordedData, list[Judged]] = {}
+    for one in judged:
+        groups.setdefault(data_for(one, args), []).append(one)
+    found = []
+    for wanted, members in groups.items():
+        data = wanted.load()
+        for one in members:
+            check_classes(one, data)
+        teacher = read_teacher(source, data, device) if source else None
+        seen = [Seen(one) for one in members]
+        tested = test(seen, teacher, data, device, args.batch_size)
+        for one in seen:
+            about = measure(one, tested, teacher, data)
+            print(as_text(about), *(f"  note: {note}" for note in one.judged.notes), sep="\n")
+            found.append(Judgement(about, one.judged, pictures_of(about, data) if args.html else {}))
+    return found
+
+
+def main(argv=None) -> list[dict[str, Any]]:
+    args = make_parser().parse_args(argv)
+    if args.fidelity and not args.teacher:
+        raise UserError("--fidelity: name the teacher with --teacher")
+    found = judge_all(args)
+    numbers_of_all = [one.about for one in found]
+    if args.json:
+        write(args.json, json.dumps(numbers_of_all[0] if len(found) == 1 else numbers_of_all, indent=1) + "\n")
+    if args.html:
+        write(args.html, as_html(found))
+    for about, one, _ in found if args.fidelity else ():
+        if one.folder is None:
+            raise UserError(f"--fidelity: {one.source} is in no run folder")
+        write(one.folder / FIDELITY, json.dumps(about, indent=1) + "\n")
+    return numbers_of_all
+
+
+if __name__ == "__main__":
+    run_script(main)

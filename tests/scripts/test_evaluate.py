@@ -1,0 +1,105 @@
+"""scripts/evaluate.py: its numbers against plain torch and scikit-learn, and where it gets its data from."""
+
+import json
+import re
+import shutil
+
+import numpy
+import pytest
+import torch
+from sklearn import metrics
+
+from helper.tables.rows import read_record
+from models import build_model
+from scripts import evaluate, export_student
+from tests.conftest import message_of
+
+SHORT = ("--batch_size", "128", "--max_steps", "6", "--num_workers", "0")
+
+
+def digits() -> tuple[torch.Tensor, torch.Tensor]:
+    """The test images of the embedded digits (n, 3, 32, 32) and their classes, without this code."""
+    from sklearn.datasets import load_digits
+
+    source = load_digits()
+    small = torch.as_tensor(source.images / 16 * 255, dtype=torch.float32)[:, None]
+    large = torch.nn.functional.interpolate(small, size=32, mode="bilinear").round().expand(-1, 3, -1, -1)
+    is_test = numpy.zeros(len(source.target), dtype=bool)
+    for digit in range(10):
+        is_test[numpy.flatnonzero(source.target == digit)[::5]] = True
+    return large[is_test], torch.as_tensor(source.target[is_test])
+
+
+def predicted(path) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits (n, 10) of an exported file by plain torch, and the classes."""
+    file = torch.load(path, weights_only=True)
+    network = build_model("resnet8", 10).eval()
+    network.load_state_dict(file["model"])
+    pixels, targets = digits()
+    mean, std = (torch.tensor(file["record"][name]).view(3, 1, 1) for name in ("mean", "std"))
+    with torch.inference_mode():
+        return network((pixels / 255 - mean) / std), targets
+
+
+def test_the_numbers_are_those_of_torch_and_scikit_learn(distil):
+    run = distil(*SHORT)
+    exported = export_student.main([str(run / "last.pth"), "--format", "pth,onnx,pt2"])
+    logits, targets = predicted(exported)
+    true, found, probabilities = targets.numpy(), logits.argmax(1).numpy(), logits.double().softmax(1).numpy()
+    expected = {
+        "accuracy": 100 * metrics.accuracy_score(true, found),
+        "accuracy_top5": 100 * metrics.top_k_accuracy_score(true, probabilities, k=5),
+        "loss": metrics.log_loss(true, probabilities),
+        "balanced_accuracy": 100 * metrics.balanced_accuracy_score(true, found),
+        "macro_f1": 100 * metrics.f1_score(true, found, average="macro"),
+    }
+    for kind in (".pth", ".onnx", ".pt2"):
+        (about,) = evaluate.main([str(exported.with_suffix(kind))])
+        assert {name: about[name] for name in expected} == pytest.approx(expected, abs=1e-3)
+        assert about["confusion"] == metrics.confusion_matrix(true, found).tolist()
+        assert about["test_images"] == 364 and about["test_unreadable"] == 0
+    for name, value in expected.items():
+        low, high = about["intervals"][name]
+        assert low < value < high
+
+
+def test_fidelity_is_recorded_where_reports_look_for_it(distil, teacher_run, tmp_path, capsys):
+    plain, folded = distil(*SHORT, distill="kd"), distil(*SHORT)
+    teacher, out = str(teacher_run / "last.pth"), tmp_path / "out.json"
+    argv = [str(plain), str(folded), "--teacher", teacher, "--fidelity", "--json", str(out)]
+    both = evaluate.main(argv)
+    assert json.loads(out.read_text()) == both and "CKA before folding" in capsys.readouterr().out
+    first, second = (read_record(run).fidelity for run in (plain, folded))
+    assert "cka_unfolded" not in first, "KD changes no map of its student"
+    assert second["cka_unfolded"] != second["cka"] and 0 <= second["agreement"] <= 100 and second["kl"] > 0
+    assert sum(second["outcomes"].values()) == pytest.approx(100)
+    shutil.rmtree(folded)
+    (itself,) = evaluate.main([teacher, "--teacher", teacher])
+    assert (itself["agreement"], itself["kl"]) == (100, pytest.approx(0)) and itself["cka"] == pytest.approx(1)
+
+
+def test_the_page_holds_everything_it_shows(distil, teacher_run, tmp_path):
+    page = tmp_path / "page.html"
+    run = distil(*SHORT, distill="kd")
+    (about,) = evaluate.main([str(run), "--teacher", str(teacher_run / "last.pth"), "--html", str(page)])
+    text = page.read_text()
+    assert (
+        text.startswith("<!doctype html>") and "<script" not in text and not re.search(r'(src|href)="(?!data:)', text)
+    )
+    named = {one["sample"] for name in ("worst_errors", "disagreements") for one in about[name]}
+    assert len(set(re.findall(r'src="(data:image/png;base64,[^"]+)"', text))) == len(named)
+    assert f"{about['accuracy']:.2f} %" in text and f"{about['kl']:.4f} nats" in text
+    shown = [int(n) for n in re.findall(r'title="\d as \d: (\d+)"', text)]
+    assert shown == [n for row in about["confusion"] for n in row]
+
+
+def test_faults_are_named(distil, tmp_path):
+    run = distil(*SHORT, distill="kd")
+    exported = str(export_student.main([str(run / "last.pth")]))
+    assert "--fidelity: name the teacher" in message_of(evaluate.main, [exported, "--fidelity"])
+    assert "does not exist" in message_of(evaluate.main, [str(tmp_path / "none.pth")])
+    bare = tmp_path / "bare.pth"
+    torch.save(build_model("resnet8", 7).state_dict(), bare)
+    assert "does not say what it was trained on" in message_of(evaluate.main, [str(bare), "--model", "resnet8"])
+    argv = [str(bare), "--model", "resnet8", "--dataset", "digits"]
+    assert "7 classes, the data 10" in message_of(evaluate.main, argv)
