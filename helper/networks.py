@@ -389,7 +389,7 @@ class CachedTeacher(Teacher):
             return f"{self.FLAG} {path}: new{nearest}"
         views, _ = VIEWS[training.method.views]
         epochs = min(cache.count_epochs(name, views * width) for name, width in self._widths.items())
-        return f"{self.FLAG} {path}: {'every epoch' if epochs and not varies else f'{epochs} whole epochs'} there"
+        return f"{self.FLAG} {path}: {'every epoch' if epochs and not varies else f'epochs stored whole: {epochs}'}"
 
     def _describe(self, training: Any) -> tuple[dict[str, Any], bool]:
         """What decides the outputs for the images of an epoch, and whether that differs between epochs."""

@@ -58,7 +58,7 @@ def test_a_run_that_writes_and_one_that_reads_end_in_the_weights_of_one_without(
     passes.clear()
     reads = distil(*SHORT, *flags, *cache, distill=method)
     assert same_state(without, weights(reads)) and not passes
-    assert "2 whole epochs there" in (reads / "log.txt").read_text()
+    assert "epochs stored whole: 2" in (reads / "log.txt").read_text()
 
 
 def test_without_augmentation_one_epoch_fills_it_for_every_seed(distil, tmp_path, passes):
@@ -86,7 +86,16 @@ def test_other_images_or_another_teacher_are_not_read(distil, tmp_path, passes):
 
 def test_whatever_changes_images_is_in_the_description():
     """A new setting of the data or the augmentation is marked, or is known to change no pixel of a training image."""
-    harmless = {"data", "stream", "num_workers", "max_broken", "label_smoothing", "class_weights", "balanced_sampling"}
+    harmless = {
+        "data",
+        "data_probe",
+        "stream",
+        "num_workers",
+        "max_broken",
+        "label_smoothing",
+        "class_weights",
+        "balanced_sampling",
+    }
     unmarked = {one.argument for one in SETTINGS if one.group in (DATA, AUGMENTATION) and not one.decides_outputs}
     assert unmarked == harmless
 
