@@ -478,6 +478,16 @@ def _spread(n: int, is_training: bool) -> torch.Tensor:
     return torch.arange(0, n, max(-(-n // JUDGED_IMAGES), 1) if is_training else 1)
 
 
+def _with_classes(config: Configuration, data: ImageData, teacher: Teacher | None) -> ImageData:
+    """The data; those without labels have the classes that a teacher's logits teach, none where they teach none."""
+    if data.labelled:
+        return data
+    if count_processes() > 1:
+        raise UserError("--labels none: it is for runs of one process; leave torchrun out")
+    learns = teacher is not None and find_distiller(config.distill).trains_classifier(config)
+    return data._replace(classes=classes_taught(teacher.source) if learns else [])
+
+
 def _new_student(config: Configuration, data: ImageData) -> Backbone:
     """A freshly initialised student, with the dropout that was chosen for it."""
     drops = {name: rate for name in DROPS if (rate := config[name]) is not None}
@@ -498,13 +508,9 @@ class Run:
         folder: RunFolder,
         alone: bool,
     ):
-        self.config, self.inputs, self.folder, self.data = config, inputs, folder, inputs.data
+        self.config, self.inputs, self.folder = config, inputs, folder
+        self.data = _with_classes(config, inputs.data, teacher)
         self.teacher, self._alone = teacher, alone
-        if not self.data.labelled:
-            learns = teacher is not None and find_distiller(config.distill).trains_classifier(config)
-            self.data = self.data._replace(classes=classes_taught(teacher.source) if learns else [])
-            if count_processes() > 1:
-                raise UserError("--labels none: it is for runs of one process")
         torch.manual_seed(config.seed)
         student = _new_student(config, self.data)
         if initial is not None and config.folder is None:

@@ -457,6 +457,7 @@ SETTINGS: tuple[Setting, ...] = (
         "trunk: train only the student's classifier, and what the method adds; its BatchNorms are in eval mode",
         choices=("none", "trunk"),
         group=TRAINING,
+        needs_labels=True,
     ),
     Setting(
         ("--best_by",),
