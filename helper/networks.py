@@ -417,8 +417,9 @@ class CachedTeacher(Teacher):
             name: cache.read(name, at, views * width, index) if is_once else None
             for name, width in self._widths.items()
         }
-        if all(rows is not None for rows in found.values()):
-            kept = {name: _by_view(rows, views).to(self.device) for name, rows in found.items()}
+        stored = {name: _by_view(rows, views).to(self.device) for name, rows in found.items() if rows is not None}
+        if stored.keys() == found.keys():
+            kept = stored
         else:
             kept = self._kept(super().teach(part, training, epoch, preact))
             for name, values in kept.items() if is_once else ():
@@ -445,7 +446,8 @@ class CachedTeacher(Teacher):
         else:
             values, classes, rest = kept[f"top{self.top_k}"].split([self.top_k, self.top_k, 1], 1)
             logits = rest.repeat(1, self.num_classes).scatter(1, classes.long(), values)
-        return Output([], None, None, kept.get("pooled"), logits)
+        absent: Any = None
+        return Output([], absent, absent, kept.get("pooled", absent), logits)
 
     def close(self):
         for cache in self._caches.values():

@@ -484,8 +484,9 @@ def _with_classes(config: Configuration, data: ImageData, teacher: Teacher | Non
         return data
     if count_processes() > 1:
         raise UserError("--labels none: it is for runs of one process; leave torchrun out")
-    learns = teacher is not None and find_distiller(config.distill).trains_classifier(config)
-    return data._replace(classes=classes_taught(teacher.source) if learns else [])
+    if teacher is None or not find_distiller(config.distill).trains_classifier(config):
+        return data._replace(classes=[])
+    return data._replace(classes=classes_taught(teacher.source))
 
 
 def _new_student(config: Configuration, data: ImageData) -> Backbone:

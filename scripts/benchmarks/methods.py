@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
@@ -103,7 +104,8 @@ def read_from_disk(stepper: Stepper, folder: str) -> Callable[..., Output] | Non
     def teach(images: torch.Tensor, preact: bool) -> Output:
         found = {name: rows.read(name, 1, kept[name].shape[1], index) for name in names}
         tensors = {name: torch.from_numpy(values).to(device) for name, values in found.items()}
-        return Output([], None, None, tensors.get("pooled"), tensors["logits"])
+        absent: Any = None
+        return Output([], absent, absent, tensors.get("pooled", absent), tensors["logits"])
 
     return teach
 
