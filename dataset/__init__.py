@@ -3,6 +3,7 @@
 from dataset.balance import BALANCED, class_weights
 from dataset.cache import RowCache, differences
 from dataset.changes import POLICIES
+from dataset.decoding import Centre
 from dataset.folders import is_image_folder
 from dataset.identity import data_changes, data_digest, data_identity
 from dataset.images import Augmentation, ImageData, Images, hold_out
@@ -21,6 +22,7 @@ __all__ = [
     "WITHOUT_LABELS",
     "Augmentation",
     "Batch",
+    "Centre",
     "ImageData",
     "Images",
     "Loader",

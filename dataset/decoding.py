@@ -1,8 +1,8 @@
 """An encoded image to a square of pixels: the one place that does so, for memory, streaming and prediction.
 
 An image becomes a square in this order: its EXIF rotation is applied, transparency is laid on a colour, it becomes RGB
-of 8 bits, its shorter side is resized (bilinear, antialiased) and the centre is cut out; training crops take a random
-part instead. Nothing here needs torch, so that worker processes start without it.
+of 8 bits, its shorter side is resized (antialiased; bilinear, unless asked otherwise) and the centre is cut out;
+training crops take a random part instead. Nothing here needs torch, so that worker processes start without it.
 """
 
 import io
@@ -31,6 +31,8 @@ RATIO, TRIES = (3 / 4, 4 / 3), 10
 #: A JPEG is decoded at 1/2, 1/4 or 1/8 of its size where what is shown of it stays this many times the target's size.
 REDUCED = 1.5
 WHITE = (255, 255, 255)
+#: How images are resized unless something else is asked for, as Pillow calls it.
+BILINEAR = "bilinear"
 #: Rotations and mirrorings by their EXIF number, and those that exchange width and height.
 ORIENTATION, TURNED = ExifTags.Base.Orientation, (5, 6, 7, 8)
 
@@ -84,19 +86,21 @@ class Place(NamedTuple):
 
 
 class Centre(NamedTuple):
-    """The centre of an image, whose shorter side is resized to `size` + 2 * `cut`."""
+    """The centre of an image, whose shorter side, or both with `squashes`, is resized to `size` + 2 * `cut`."""
 
     size: int
-    cut: int = 0
+    cut: float = 0
     background: tuple[int, int, int] = WHITE  # under transparency
+    interpolation: str = BILINEAR
+    squashes: bool = False
 
     views = 1
     alone = False
 
     def boxes(self, width: int, height: int, sample: int) -> list[Box]:
         """What is shown of an image of this size, in its pixels, for each view."""
-        side, short = self.size + 2 * self.cut, min(width, height)
-        long = int(side * max(width, height) / short)
+        side, short = int(self.size + 2 * self.cut), min(width, height)
+        long = side if self.squashes else int(side * max(width, height) / short)
         resized = (side, long) if width == short else (long, side)
         # Half a pixel is rounded to an even number, as torchvision's CenterCrop does.
         left, top = (round((length - self.size) / 2) for length in resized)
@@ -114,7 +118,7 @@ class RandomCrops(NamedTuple):
     scale: tuple[float, float]  # share of the image's area
     background: tuple[int, int, int] = WHITE
 
-    alone = True  # cut out before they are resized
+    alone, interpolation = True, BILINEAR  # cut out before they are resized
 
     def boxes(self, width: int, height: int, sample: int) -> list[Box]:
         """A box of whole pixels for each view."""
@@ -193,7 +197,8 @@ def _views(image: Image.Image, crop: Crop, sample: int) -> list[numpy.ndarray]:
         image.load()
         image = ImageOps.exif_transpose(image)
     image = convert_to_rgb(image, crop.background)
-    return [_cut_out(image, [edge / factor for edge in box], crop.size, crop.alone) for box in boxes]
+    how = (crop.size, crop.alone, Image.Resampling[crop.interpolation.upper()])
+    return [_cut_out(image, [edge / factor for edge in box], *how) for box in boxes]
 
 
 def _orientation(image: Image.Image) -> int:
@@ -214,7 +219,7 @@ def _decode_reduced(image: Image.Image, boxes: list[Box], size: int) -> int:
     return round(width / image.size[0])
 
 
-def _cut_out(image: Image.Image, box: list[float], size: int, alone: bool) -> numpy.ndarray:
+def _cut_out(image: Image.Image, box: list[float], size: int, alone: bool, how: Image.Resampling) -> numpy.ndarray:
     """A part of an image, resized: bytes (size, size, 3). What lies around it does not show in its edges if `alone`."""
     width, height = image.size
     box = (max(box[0], 0), max(box[1], 0), min(box[2], width), min(box[3], height))
@@ -222,7 +227,7 @@ def _cut_out(image: Image.Image, box: list[float], size: int, alone: bool) -> nu
         image = image.crop(tuple(int(edge) for edge in box))
         box = (0, 0, *image.size)
     if box != (0, 0, size, size):
-        image = image.resize((size, size), Image.Resampling.BILINEAR, box)
+        image = image.resize((size, size), how, box)
     elif image.size != (size, size):
         image = image.crop(box)
     return numpy.asarray(image)

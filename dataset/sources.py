@@ -121,6 +121,7 @@ def image_folder(folder: str | None, image_size: int, reading: Reading) -> Image
         )
     train, test, classes, split = _from_folder(folder, image_size, 0, reading)
     unreadable: dict[str, str] = {}
+    files = test
     if _is_streamed(folder, image_size, len(train.targets) + len(test.targets), reading):
         mean, std = reading.normalisation or channel_statistics(_sample(train))
     else:
@@ -128,7 +129,7 @@ def image_folder(folder: str | None, image_size: int, reading: Reading) -> Image
         test, unreadable = _in_memory(test, classes)
         mean, std = reading.normalisation or channel_statistics(train.pixels)
     data = ImageData("folder", train, test, classes, mean, std, Augmentation())
-    return data._replace(background=reading.background, split=split, unreadable=unreadable)
+    return data._replace(background=reading.background, split=split, unreadable=unreadable, test_files=files)
 
 
 def imagenet(folder: str | None, image_size: int, reading: Reading) -> ImageData:
@@ -143,7 +144,7 @@ def imagenet(folder: str | None, image_size: int, reading: Reading) -> ImageData
         train, test, classes, split = _from_folder(folder, image_size, cut, reading)
     augmentation = Augmentation(0, True, CROP_SCALE)
     data = ImageData("imagenet", train, test, classes, IMAGENET_MEAN, IMAGENET_STD, augmentation, margin=-cut)
-    return data._replace(background=reading.background, split=split)
+    return data._replace(background=reading.background, split=split, test_files=test)
 
 
 def _has_classes(folder: str) -> bool:

@@ -82,7 +82,7 @@ class StreamedImages:
 
     def __init__(self, source: Source, targets: Tensor, image_size: int, cut: int, reading: Reading):
         self.source, self.targets, self.image_size, self.cut = source, targets, image_size, cut
-        self.reading = reading
+        self.reading, self._centre = reading, Centre(image_size, cut, reading.background)
         self._numbers = torch.arange(len(targets))  # of the samples in the source
         self._broken: dict[str, str] = {}
 
@@ -99,6 +99,12 @@ class StreamedImages:
         return part
 
     keep = select
+
+    def seen_as(self, centre: Centre) -> "StreamedImages":
+        """The same files, each shown as this centre of it."""
+        seen = copy.copy(self)
+        seen.image_size, seen.cut, seen._centre, seen._broken = centre.size, centre.cut, centre, {}
+        return seen
 
     def name_of(self, sample: int) -> str:
         """What messages call the image."""
@@ -162,7 +168,7 @@ class StreamedImages:
         changes: Change | None = None,
     ) -> Iterator[tuple[Tensor, Tensor, dict[int, str]]]:
         """(indices (B,), bytes (views, B, H, W, 3), why each broken row could not be read) of every batch."""
-        crop = crops or Centre(self.image_size, self.cut, self.reading.background)
+        crop = crops or self._centre
         pairs = zip(parts, keys, strict=True)
         requests = ((part, [self._place(sample) for sample in part.tolist()], key.tolist()) for part, key in pairs)
         if self.reading.pool is None or not self.reading.num_workers:

@@ -304,6 +304,7 @@ def widen_output(output: Output | None, reads: Sequence[str]) -> Output | None:
     if output is None:
         return None
     unread = set(Output._fields) - {*reads, "logits"}
-    return output._replace(
-        **{name: widen(value) for name, value in zip(output._fields, output, strict=True) if name not in unread}
-    )
+    widened = {name: widen(value) for name, value in zip(output._fields, output, strict=True) if name not in unread}
+    if others := getattr(output, "others", ()):
+        widened["others"] = tuple(widen_output(other, reads) for other in others)
+    return output._replace(**widened)

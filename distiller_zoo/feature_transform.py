@@ -15,10 +15,15 @@ With `--sync_bn` both BatchNorms are synchronised, and so are these moments: the
 `Matching` is the same in training, forward and backward pass written out in few operations: eager operations on small
 maps take as long as they are many.
 
+Of several teachers each has N segments of its own, behind those of the teachers before it, and a loss of its own; the
+losses are summed with the teachers' shares.
+
 Shapes: B batch, C student channels, Ct teacher channels, P = B*H*W pixels (B*T tokens); `rows` are pixels x channels.
 """
 
-from collections.abc import Callable
+import functools
+import operator
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -53,7 +58,7 @@ def _layer(layer: nn.Sequential, columns: Tensor) -> Tensor:
     """A 1x1 convolution and its BatchNorm, (C, P) -> (M, P), as one matrix product: faster where maps are small."""
     conv, bn = layer
     # As rows, (P, M), BatchNorm would add in an order that loses a digit of float32.
-    return bn((conv.weight.flatten(1).to(columns.dtype) @ columns)[None, :, :, None])[0, :, :, 0]
+    return bn((conv.weight.flatten(1) @ columns)[None, :, :, None])[0, :, :, 0]
 
 
 def _own(values: Tensor) -> Tensor:
@@ -111,111 +116,123 @@ def multiply_adds(pixels: int, channels: int, teacher_channels: int, n: int, mom
 class Matching(torch.autograd.Function):
     """The collapsed form up to the second BatchNorm, in training: (z, loss, mean (C,), variance (M,) of the first one).
 
-    x (B, C, H, W), target (B, Ct, H, W), w1 (M, C), weight and bias (M,) of BN1, its eps, w2 (C, M) -> z (P, C) without
-    its mean; M is N*Ct. Products are taken in bfloat16 where x is, all else in w1's precision. The gradients are those
-    of docs/norm.md. They need that what reads z does not see its mean, as a BatchNorm in training does not: columns of
-    dz sum to 0. Mean and variance have no gradient.
+    x (B, C, H, W), target (B, Ct, H, W), w1 (M, C), weight and bias (M,) of BN1, its eps, w2 (C, M) -> z (P, C); M is
+    N*Ct. The gradients are those of docs/norm.md. They need that what reads z does not see its mean, as a BatchNorm in
+    training does not: columns of dz sum to 0. Mean and variance have no gradient.
     """
 
     @staticmethod
     def forward(ctx, x, target, w1, weight, bias, eps, w2):
         ctx.set_materialize_grads(False)  # mean and variance would get zeros
-        low = x.dtype if x.dtype == torch.bfloat16 else w1.dtype
         channels, teacher_channels = x.shape[1], target.shape[1]
         rows = [each.permute(0, 2, 3, 1).flatten(0, 2) for each in (x, target)]
         pixels = len(rows[0])
         both = w1.new_empty(pixels, channels + teacher_channels)
         torch.cat(rows, 1, out=both)
-        means = both.mean(0)
+        variances, means = torch.var_mean(both, 0, correction=0)
         both -= means
-        spread = both[:, channels:].square().sum().view(1, 1)
-        both, w1_low, w2_low = both.to(low), w1.to(low), w2.to(low)
+        centred, mean_t = both[:, :channels], means[channels:]
         # (S; Q): the student's scatter, and its products with the teacher, both over P
-        moments = torch.addmm(both[0, :1], both.T, both[:, :channels], beta=0, alpha=1 / pixels)
-        cross = moments[channels:].to(w1.dtype)
+        moments = torch.addmm(w1.new_empty(()), both.T, centred, beta=0, alpha=1 / pixels)
+        scatter, cross = moments[:channels], moments[channels:]
 
-        projected = (w1_low @ moments[:channels]).to(w1.dtype)
+        projected = w1 @ scatter
         variance = (projected * w1).sum(1).clamp_min_(0)  # rounding can fall below zero
         root = (variance + eps).rsqrt_()
         scale = weight * root
         a = scale[:, None] * w1
-        segments, a = a.unflatten(0, (-1, teacher_channels)).sum(0), a.to(low)
-        k = w2_low @ a
+        k = w2 @ a
+        z = torch.addmm(w2 @ bias, centred, k.T)
 
-        scaled, away = scale * variance, means[channels:] - bias.unflatten(0, (-1, teacher_channels))
+        scaled, segments = scale * variance, a.unflatten(0, (-1, teacher_channels)).sum(0)
+        away = mean_t - bias.unflatten(0, (-1, teacher_channels))
         n, share = len(away), 1 / teacher_channels
-        # Each is a sum and a dot product in one operation.
-        loss = torch.addmm(spread, scale[None], scaled[:, None], beta=1 / pixels, alpha=1 / n)
-        loss = torch.addmm(loss, segments.view(1, -1), cross.reshape(-1, 1), alpha=-2 / n)
-        loss = torch.addmm(loss, away.view(1, -1), away.view(-1, 1), beta=share * n, alpha=share)
-        ctx.save_for_backward(both, w1, w1_low, w2_low, a, k, root, scale, scaled, projected, cross, segments, away)
-        ctx.shape, mean = x.shape, means[:channels]
+        spread = variances[channels:].sum().view(1, 1)
+        loss = torch.addmm(spread, scale[None], scaled[:, None], beta=n)  # a dot product and a sum as one operation
+        loss = torch.addmm(loss, segments.view(1, -1), cross.reshape(-1, 1), alpha=-2)
+        loss = torch.addmm(loss, away.view(1, -1), away.view(-1, 1), beta=share, alpha=share)
+        ctx.save_for_backward(both, w1, w2, a, k, root, scale, scaled, projected, cross, segments, away)
+        ctx.like = x.shape, x.dtype
+        mean = means[:channels]
         ctx.mark_non_differentiable(mean, variance)
-        return both[:, :channels] @ k.T, loss.view(()), mean, variance
+        return z, loss.view(()), mean, variance
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dz, dloss, *_):
-        both, w1, w1_low, w2_low, a, k, root, scale, scaled, projected, cross, segments, away = ctx.saved_tensors
-        batch, channels, *size = ctx.shape
-        dz = both.new_zeros(len(both), channels) if dz is None else dz
-        factor = (w1.new_zeros(()) if dloss is None else dloss) * (-2 / len(cross))
+        both, w1, w2, a, k, root, scale, scaled, projected, cross, segments, away = ctx.saved_tensors
+        (batch, channels, *size), dtype = ctx.like
+        teacher_channels, pixels = cross.shape[0], len(both)
+        dz = both.new_zeros(pixels, channels) if dz is None else dz
+        factor = (both.new_zeros(()) if dloss is None else dloss) * (-2 / teacher_channels)
         dk = dz.T @ both[:, :channels]
-        dw2, da = (dk @ a.T).to(w1.dtype), (w2_low.T @ dk).to(w1.dtype)
+        dw2, da = dk @ a.T, w2.T @ dk
         da.unflatten(0, away.shape).addcmul_(cross, factor)
         dweight = torch.addcmul((da * w1).sum(1), scaled, factor, value=-1) * root
         less = scale * torch.addcmul(scale * factor, dweight, root)  # -2 d(loss)/d(variance)
         dw1 = (scale[:, None] * da).addcmul_(projected, less[:, None], value=-1)
-        weighted, dmoments = torch.empty_like(w1_low), both.new_empty(both.shape[1], channels)
-        torch.mul(less[:, None], w1, out=weighted)
-        torch.addmm(dmoments[0], weighted.T, w1_low, beta=0, alpha=-1, out=dmoments[:channels])
+        dmoments = w1.new_empty(both.shape[1], channels)
+        torch.addmm(dmoments[0], (less[:, None] * w1).T, w1, beta=0, alpha=-1, out=dmoments[:channels])
         torch.mul(segments, factor, out=dmoments[channels:])
-        dx = torch.addmm(dz @ k, both, dmoments, alpha=1 / len(both))
-        dx = dx.view(batch, *size, channels).permute(0, 3, 1, 2)
+        dx = torch.addmm(dz @ k, both, dmoments, alpha=1 / pixels)
+        dx = dx.to(dtype).view(batch, *size, channels).permute(0, 3, 1, 2)
         return dx, None, dw1, dweight, (factor * away).flatten(), None, dw2
 
 
 class FeatureTransform(nn.Module):
     """The transform as one module: `forward(x, target)` -> (out, loss).
 
+    teacher_channels: Ct, or of several teachers theirs, which have N * (Ct1 + Ct2 + ...) channels; `shares` are what
+    the loss of each counts, 1 by default.
     form: "direct" runs the two layers one after the other; "collapsed" works on second moments and never holds anything
     of size P x (N*Ct); "auto" takes the one with fewer multiply-adds. Both give the same numbers. Statistics, output
     and loss are computed in float32 or better, outside autocast.
     """
 
-    def __init__(self, channels: int, teacher_channels: int, n: int, residual: bool = True, form: str = "auto"):
+    def __init__(
+        self,
+        channels: int,
+        teacher_channels: int | Sequence[int],
+        n: int,
+        residual: bool = True,
+        form: str = "auto",
+        shares: Sequence[float] | None = None,
+    ):
         super().__init__()
         if n < 1:
             raise ValueError(f"N must be at least 1, not {n}")
         if form not in FORMS:
             raise ValueError(f"form must be one of {', '.join(FORMS)}, not {form}")
-        self.teacher_channels, self.n, self.residual, self.form = teacher_channels, n, residual, form
-        #: `Matching` where it applies, and products in bfloat16 where x is: the same numbers up to rounding.
-        self.few_operations = False
-        expanded_channels = n * teacher_channels
+        widths = [teacher_channels] if isinstance(teacher_channels, int) else list(teacher_channels)
+        self.teacher_channels, self.n, self.residual, self.form = sum(widths), n, residual, form
+        self._shares = [1.0] * len(widths) if shares is None else list(shares)
+        self._parts = [n * width for width in widths]  # channels of each teacher's segments
+        self.few_operations = False  # `Matching` where it applies: the same numbers up to rounding
+        expanded_channels = n * self.teacher_channels
         self.expand = nn.Sequential(
             nn.Conv2d(channels, expanded_channels, 1, bias=False), nn.BatchNorm2d(expanded_channels)
         )
         self.contract = nn.Sequential(nn.Conv2d(expanded_channels, channels, 1, bias=False), nn.BatchNorm2d(channels))
 
     def forward(
-        self, x: Tensor, target: Tensor | None = None, to_map: Callable[[Tensor], Tensor] = _same
+        self, x: Tensor, target: Tensor | Sequence[Tensor] | None = None, to_map: Callable[[Tensor], Tensor] = _same
     ) -> tuple[Tensor, Tensor | None]:
-        """x (B, C, H, W), target (B, Ct, H, W) or None -> (out as x, matching loss or None).
+        """x (B, C, H, W), target (B, Ct, H, W), or one of each teacher, or None -> (out as x, matching loss or None).
 
         `to_map` takes what has x's positions, (B, channels, H, W) or tokens (B, channels, T, 1), to the map that is
         matched. To a smaller target the expanded map is pooled, by maximum where the sizes divide (in the direct form).
         """
-        needs_moments = target is not None or self.expand[1].training or self.contract[1].training
+        targets = [] if target is None else [target] if isinstance(target, Tensor) else list(target)
+        needs_moments = bool(targets) or self.expand[1].training or self.contract[1].training
         with torch.autocast(x.device.type, enabled=False):
             # A maximum is in no second moment; an average is linear.
-            pools = target is not None and takes_maximum(to_map(x).shape[2:], target.shape[2:])
+            pools = any(takes_maximum(to_map(x).shape[2:], each.shape[2:]) for each in targets)
             if pools or self._chosen_form(x, needs_moments) == "direct":
-                out, loss = self._direct(x, target, to_map)
-            elif self.few_operations and target is not None and self._fits_matching(x, target, to_map):
-                out, loss = self._matched(x, target)
+                out, loss = self._direct(x, targets, to_map)
+            elif self.few_operations and len(targets) == 1 and self._fits_matching(x, targets[0], to_map):
+                out, loss = self._matched(x, targets[0])
             elif needs_moments:
-                out, loss = self._collapsed(x, target, to_map)
+                out, loss = self._collapsed(x, targets, to_map)
             else:
                 out, loss = self._apply_affine(x), None
         return out.to(x.dtype), loss
@@ -234,8 +251,6 @@ class FeatureTransform(nn.Module):
         z, loss, mean, variance = Matching.apply(x, target, w1, bn1.weight, bn1.bias, bn1.eps, w2)
         update_statistics(bn1, w1.detach() @ mean, variance, len(z))
         out = bn2(_to_map(z, x)).to(x.dtype)
-        # The mean that z is without. Autograd keeps the running mean, but in training its gradient does not read it.
-        bn2.running_mean.data.addmv_(w2.data, bn1.bias.data, alpha=bn2.momentum)
         return (out + x if self.residual else out), loss
 
     def _chosen_form(self, x: Tensor, needs_moments: bool) -> str:
@@ -247,20 +262,24 @@ class FeatureTransform(nn.Module):
         costs = multiply_adds(pixels, channels, self.teacher_channels, self.n, needs_moments)
         return min(costs, key=costs.get)
 
-    def _direct(self, x: Tensor, target: Tensor | None, to_map: Callable) -> tuple[Tensor, Tensor | None]:
+    def _total(self, losses: Iterable[Tensor]) -> Tensor | None:
+        """The teachers' losses, summed with their shares; None of no teacher."""
+        weighted = [loss if share == 1 else share * loss for share, loss in zip(self._shares, losses, strict=False)]
+        return functools.reduce(operator.add, weighted) if weighted else None
+
+    def _direct(self, x: Tensor, targets: Sequence[Tensor], to_map: Callable) -> tuple[Tensor, Tensor | None]:
         dtype = self.expand[0].weight.dtype
-        low = x.dtype if self.few_operations and x.dtype == torch.bfloat16 else dtype
-        columns = x.to(low).transpose(0, 1).flatten(1)
+        columns = x.to(dtype).transpose(0, 1).flatten(1)
         expanded = _layer(self.expand, columns)
         out = _layer(self.contract, expanded)
         out, expanded = (each.unflatten(1, (len(x), *x.shape[2:])).transpose(0, 1) for each in (out, expanded))
         if self.residual:
             out = out + x
-        if target is None:
-            return out, None
-        return out, norm_loss(match_size(to_map(expanded), *target.shape[2:]), target.to(dtype))
+        parts = zip(targets, expanded.split(self._parts, 1), strict=False)
+        matched = ((match_size(to_map(part), *each.shape[2:]), each.to(dtype)) for each, part in parts)
+        return out, self._total(norm_loss(*pair) for pair in matched)
 
-    def _collapsed(self, x: Tensor, target: Tensor | None, to_map: Callable) -> tuple[Tensor, Tensor | None]:
+    def _collapsed(self, x: Tensor, targets: Sequence[Tensor], to_map: Callable) -> tuple[Tensor, Tensor | None]:
         """The second-moment form of docs/norm.md; everything is centred before it is multiplied."""
         dtype = torch.promote_types(self.expand[0].weight.dtype, torch.float32)
         (conv1, bn1), (conv2, bn2) = self.expand, self.contract
@@ -277,15 +296,18 @@ class FeatureTransform(nn.Module):
         out = bn2(_to_map(z, x).to(bn2.weight.dtype))
         if self.residual:
             out = out + x.to(out.dtype)
-        if target is None:
-            return out, None
-        matched = match_size(to_map(x), *target.shape[2:])
-        if matched is not x:  # the moments of the pixels that are matched
-            pixels, matched_mean, centred = _moments(_to_rows(matched, dtype), over_all)
-            mean_y = mean_y + a @ (matched_mean - mean)
-            variance1 = over_all(_projected_squares(w1, centred)) / pixels
-        target, variance_y = _to_rows(target, dtype), (scale1.square() * variance1).sum()
-        return out, self._collapsed_loss(a, variance_y, mean_y, centred, target, pixels, over_all)
+        losses = []
+        of_channels = (each.split(self._parts) for each in (a, w1, scale1, variance1, mean_y))
+        for target, (a, w1, scale1, variance1, mean_y) in zip(targets, zip(*of_channels, strict=True), strict=False):
+            matched, moments = match_size(to_map(x), *target.shape[2:]), (pixels, mean, centred)
+            if matched is not x:  # the moments of the pixels that are matched
+                moments = _moments(_to_rows(matched, dtype), over_all)
+                mean_y = mean_y + a @ (moments[1] - mean)
+                variance1 = over_all(_projected_squares(w1, moments[2])) / moments[0]
+            variance_y = (scale1.square() * variance1).sum()
+            rows = _to_rows(target, dtype)
+            losses.append(self._collapsed_loss(a, variance_y, mean_y, moments[2], rows, moments[0], over_all))
+        return out, self._total(losses)
 
     def _collapsed_loss(
         self,
@@ -301,11 +323,11 @@ class FeatureTransform(nn.Module):
         target_mean = over_all(target.sum(0)) / pixels
         target_centred = target - target_mean
         cross = target_centred.T @ centred  # (Ct, C)
-        segments = a.unflatten(0, (self.n, self.teacher_channels))
+        segments = a.unflatten(0, (self.n, -1))
         sums = self.n * target_centred.square().sum() - 2 * (segments.sum(0) * cross).sum()
         centred_part = variance_y + over_all(sums) / pixels
         mean_part = (mean_y.unflatten(0, (self.n, -1)) - target_mean).square().sum()
-        return (centred_part + mean_part) / self.teacher_channels
+        return (centred_part + mean_part) / target.shape[1]
 
     def _apply_affine(self, x: Tensor) -> Tensor:
         weight, bias = self._affine(torch.promote_types(self.expand[0].weight.dtype, torch.float32))

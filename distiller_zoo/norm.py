@@ -2,7 +2,8 @@
 
     L = gamma * CE(s', y) + alpha * KL_T(s', t') + beta * w(epoch) * L_norm
 
-L_norm matches each of the N segments of the student's expanded map to the teacher's last map (feature_transform.py);
+L_norm matches each of the N segments of the student's expanded map to the teacher's last map (feature_transform.py); of
+several teachers each has N segments of its own, and L_norm is the mean of theirs, weighted as their logits are;
 s' and t' are logits standardised per sample. gamma, alpha, beta are the flags -r, -a, -b; the paper's alpha is -b here
 and its beta is -a. Standardised logits of two classes are constants, so that raw ones are taken there. Deviations from
 the official code are listed in docs/norm.md.
@@ -32,7 +33,7 @@ from distiller_zoo.feature_transform import FORMS, FeatureTransform, norm_loss
 from distiller_zoo.kd import CONSTANT_CLASSES, weighted_kd
 from distiller_zoo.maps import MAP_SIZE, describe_sizes, match_size, takes_maximum
 from errors import UserError
-from models.backbone import Backbone, FinalConv, Output, probe_shapes
+from models.backbone import Backbone, FinalConv, Output, Shapes, probe_shapes
 
 #: w(epoch) of the official code, as (epochs of the full run, ((until this epoch, weight), ...)); epochs count from 0.
 NORM_SCHEDULES = {
@@ -74,10 +75,11 @@ FT_FORM = Flag(("--ft_form",), str, "auto", "how the transform is computed; the 
 LARGER_STUDENT = Flag(
     ("--larger_student",),
     str,
-    "refuse",
-    "where the student's last map is larger than the teacher's: refuse, or pool its expanded map (pool), as the "
-    "official ImageNet loop does; a larger teacher's map is always pooled",
-    choices=("refuse", "pool"),
+    "pool",
+    "where the student's last map is larger than the teacher's: pool its expanded map, as the official ImageNet loop "
+    "does, or refuse, as its CIFAR loop does; a larger teacher's map is always pooled",
+    choices=("pool", "refuse"),
+    identity="none",  # what is refused is no run
 )
 BETA1 = Flag(
     ("-b1", "--beta1"),
@@ -100,10 +102,15 @@ def _check_sizes(student: Sequence[int], teacher: Sequence[int], larger_student:
     if larger_student == "refuse":
         raise UserError(
             f"--model_s: the student's last map ({height} pixels wide) is larger than the teacher's ({size[0]}); "
-            "choose a --model_t with a larger last map, --larger_student pool or --map_size interpolate"
+            "choose a --model_t with a larger last map, --map_size interpolate, or leave --larger_student at pool"
         )
     if form == "collapsed" and takes_maximum((height, width), size):
         raise UserError("--ft_form collapsed cannot max-pool the student's larger map; leave it at auto")
+
+
+def _final_maps(teacher: Output | Shapes | None, name: str = "final") -> list:
+    """The last map of every teacher, or its shape; of no teacher none."""
+    return [] if teacher is None else [getattr(each, name) for each in (teacher, *teacher.others)]
 
 
 class NormOutput(NamedTuple):
@@ -138,7 +145,7 @@ class NORM(Distiller):
         "kd_T": (above_zero(ALPHA),),
         **dict.fromkeys(("beta1", "larger_student", "map_size"), (above_zero(BETA),)),
     }
-    larger_student, map_size = "refuse", "pool"
+    larger_student, map_size = "pool", "pool"
 
     def __init__(self, student: Backbone, teacher: Backbone | None, task, **hyper_parameters):
         super().__init__(student, teacher, task, **hyper_parameters)
@@ -151,24 +158,27 @@ class NORM(Distiller):
                 f"--distill {self.name}: the student's last map must be changed, but {student.cannot_change}"
             )
         student_map = probe_shapes(student, task.image_size).final
-        teacher_map = student_map if teacher is None else probe_shapes(teacher, task.image_size).final
+        teacher_maps = [student_map] if teacher is None else _final_maps(probe_shapes(teacher, task.image_size))
         if self.map_size == "pool":
-            _check_sizes(student_map, teacher_map, self.larger_student, self.ft_form)
-        self._sizes = describe_sizes(student_map, teacher_map, self.map_size, "max")
-        channels, teacher_channels = student_map[0], teacher_map[0]
+            for each in teacher_maps:
+                _check_sizes(student_map, each, self.larger_student, self.ft_form)
+        sizes = (describe_sizes(student_map, each, self.map_size, "max") for each in teacher_maps)
+        self._sizes = list(filter(None, dict.fromkeys(sizes)))
+        channels, teacher_channels = student_map[0], [each[0] for each in teacher_maps]
         if self.ft == "none":
-            if self.co_sponge != 1 or channels != teacher_channels:
+            if self.co_sponge != 1 or [channels] != teacher_channels:
                 raise UserError(
-                    f"--ft none matches the raw maps: it needs -s 1 and equal channels (student {channels}, teacher "
-                    f"{teacher_channels}); use --ft default"
+                    "--ft none matches the raw maps: it needs -s 1, one teacher and equal channels (student "
+                    f"{channels}, teacher {', '.join(map(str, teacher_channels))}); use --ft default"
                 )
             self.transform = None
         else:
-            residual = self.ft == "default"
-            self.transform = FeatureTransform(channels, teacher_channels, self.co_sponge, residual, self.ft_form)
+            shares = (1.0,) if teacher is None else teacher.shares
+            how = (self.co_sponge, self.ft == "default", self.ft_form, shares)
+            self.transform = FeatureTransform(channels, teacher_channels, *how)
 
     def notes(self):
-        notes = [self._sizes] if self._sizes else []
+        notes = list(self._sizes)
         if self.scale != self.ceta and self.student.num_classes:
             notes += [
                 f"-c/--ceta {self.ceta} is off: standardised logits of two classes are constants, without gradient"
@@ -180,19 +190,20 @@ class NORM(Distiller):
         maps, final = student.forward_maps(images)
         loss = None
         if self.ft_position == "pre":
-            final, loss = self._transform(final, None if teacher is None else teacher.final)
+            final, loss = self._transform(final, _final_maps(teacher))
         activated = student.activate(final)
         if self.ft_position == "post":
-            activated, loss = self._transform(activated, None if teacher is None else teacher.activated)
+            activated, loss = self._transform(activated, _final_maps(teacher, "activated"))
         return NormOutput(maps, student.to_map(final), student.to_map(activated), *student.classify(activated), loss)
 
-    def _transform(self, student_map: Tensor, teacher_map: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        to_map, target = self.student.to_map, None if teacher_map is None else self._target(student_map, teacher_map)
+    def _transform(self, student_map: Tensor, teacher_maps: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
+        to_map, targets = self.student.to_map, [self._target(student_map, each) for each in teacher_maps]
         if self.transform is not None:
-            return self.transform(student_map, target, to_map)
+            return self.transform(student_map, targets, to_map)
         with torch.autocast(student_map.device.type, enabled=False):
-            if target is None:
+            if not targets:
                 return student_map, None
+            (target,) = targets
             matched = match_size(to_map(student_map), *target.shape[2:])
             return student_map, norm_loss(matched.to(target.dtype), target)
 

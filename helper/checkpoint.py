@@ -30,6 +30,7 @@ from models.checkpoints import (
     split_official_norm,
     weights_digest,
 )
+from models.ensemble import Ensemble
 from models.preprocessing import TeacherView
 from models.wrappers import describe_wrapper, wrap
 
@@ -164,19 +165,28 @@ def rebuild(checkpoint: Mapping, source: str) -> tuple[Distiller, dict]:
             raise ValueError(f"{data['train_images']} training images")
         targets = torch.arange(data["train_images"]) % max(num_classes, 1)  # only their number matters here
         student = build_model(config["model_s"], num_classes, data["image_size"])
-        teacher = None
-        if config.get("model_t"):
-            known = data.get("teacher") or {}
-            seen = config.get("teacher_image_size") or data["image_size"]
-            teacher = build_model(config["model_t"], known.get("num_classes", num_classes), seen)
-            teacher = wrap(teacher, config.get("wrapper_t"), source)
-            if config.get("teacher_image_size"):
-                same = (0.5,) * 3, (0.5,) * 3
-                teacher = TeacherView(teacher, *same, *same, config["teacher_image_size"])
+        teacher = None if config.get("model_t") is None else _like_teacher(config, data, source)
         method = build_distiller(config, student, teacher, num_classes, data["image_size"], targets)
         weights = training["distiller"]
     load_weights(method, config["model_s"], weights, source)
     return method.eval(), config
+
+
+def _like_teacher(config: Mapping, data: Mapping, source: str) -> Backbone:
+    """A network of the shapes of a run's teacher, or of several."""
+    names, seen = config["model_t"].split(","), config.get("teacher_image_size")
+    known, wrapper = data.get("teacher") or {}, config.get("wrapper_t")
+    classes, sizes = (
+        list(value) if isinstance(value, list | tuple) else [value] * len(names)
+        for value in (known.get("num_classes", len(data["classes"])), seen)
+    )
+    wrappers = [wrapper] if len(names) == 1 else (wrapper or {}).get("teachers", [None] * len(names))
+    networks: list[Backbone] = []
+    for name, count, size, description in zip(names, classes, sizes, wrappers, strict=True):
+        network = wrap(build_model(name, count, size or data["image_size"]), description, source)
+        same = (0.5,) * 3, (0.5,) * 3
+        networks.append(TeacherView(network, *same, *same, size) if size else network)
+    return networks[0] if len(networks) == 1 else Ensemble(networks, config.get("teacher_weights"))
 
 
 def rebuild_official(checkpoint: Mapping, source: str, model_s: str | None, ft: str) -> tuple[Distiller, str]:

@@ -70,8 +70,10 @@ def suggest(word: str, names: Iterable[str]) -> str | None:
     known = {name.lstrip("-").lower(): name for name in names if name.startswith("--")}
     initials = {"".join(part[:1] for part in name.split("_")): flag for name, flag in known.items() if "_" in name}
     begins = [flag for name, flag in known.items() if name.startswith(wanted) and len(wanted) > 2]
+    stems = known | {name.rpartition("_")[0]: flag for name, flag in known.items() if name[-2:-1] == "_"}
+    swapped = next((flag for name, flag in stems.items() if sorted(name) == sorted(wanted)), None)  # --modle: --model_s
     close = difflib.get_close_matches(wanted, known, n=1)
-    return known.get(wanted) or (begins or [initials.get(wanted)])[0] or (known[close[0]] if close else None)
+    return known.get(wanted) or swapped or (begins or [initials.get(wanted)])[0] or (known[close[0]] if close else None)
 
 
 def pairs(text: str) -> list[tuple[str, str]]:

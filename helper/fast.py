@@ -214,8 +214,9 @@ def _counting_once(method: nn.Module, respond: Callable) -> Callable:
 
 
 def _copy(output: Output) -> Output:
-    maps, *others = output
-    return Output([feature_map.clone() for feature_map in maps], *(other.clone() for other in others))
+    maps, *tensors, others = output
+    cloned = [feature_map.clone() for feature_map in maps], *(tensor.clone() for tensor in tensors)
+    return Output(*cloned, tuple(map(_copy, others)))
 
 
 def check_precision(precision: str, device: torch.device) -> None:

@@ -25,7 +25,7 @@ from helper.distributed import count_processes
 from helper.download import published_name, read_timm, read_torchvision
 from helper.fast import Fast
 from helper.recipes import PUBLISHED_TEACHERS
-from helper.settings import all_settings
+from helper.settings import all_settings, sources_of
 from models import model_dict
 from models.backbone import Backbone, Output, probe_shapes, select_classes
 from models.checkpoints import (
@@ -38,9 +38,10 @@ from models.checkpoints import (
     weights_digest,
 )
 from models.classes import compare_classes
+from models.ensemble import Ensemble
 from models.external import is_external
 from models.found import locate_weights, recorded_accuracy
-from models.preprocessing import TeacherView, read_preprocessing
+from models.preprocessing import Preprocessing, TeacherView, read_preprocessing
 from models.wrappers import describe_wrapper
 
 #: How far, in points of accuracy, a teacher may be from its recorded or published accuracy.
@@ -64,13 +65,21 @@ class Network(NamedTuple):
     digest: str = ""
     record: Mapping[str, Any] = MappingProxyType({})  # everything that the file says
     notes: Sequence[str] = ()  # what was chosen or converted in reading it
+    members: Sequence["Network"] = ()  # of several teachers each; `network` is their `Ensemble`
+
+    @property
+    def teachers(self) -> Sequence["Network"]:
+        """Each of several teachers, or the one."""
+        return self.members or (self,)
 
     def settings_as_teacher(self) -> dict[str, Any]:
         """The settings that this network decides where it teaches: what it is, and its data set."""
+        wrappers = [describe_wrapper(each.network) for each in self.teachers]
         return {
             "path_t": self.path,
             "model_t": self.name,
-            "wrapper_t": describe_wrapper(self.network),
+            "wrapper_t": {"teachers": wrappers} if self.members and any(wrappers) else wrappers[0],
+            "teacher_weights": self.network.shares if self.members else None,
             "teacher_digest": self.digest,
             "dataset": self.dataset,
             "data": self.data,
@@ -78,9 +87,35 @@ class Network(NamedTuple):
         }
 
 
-def read_teacher(path: str, model_t: str | None, ema: bool = False) -> Network:
-    """What `--path_t` and `--model_t` name."""
-    return read_network(path, model_t, "--path_t", "--model_t", ema)
+def read_teacher(path: str, model_t: str | None, ema: bool = False, weights: Sequence[float] | None = None) -> Network:
+    """What `--path_t` and `--model_t` name; several teachers as one, with `weights`."""
+    paths = sources_of(path)
+    names = [None] * len(paths) if model_t is None else model_t.split(",")
+    if len(names) != len(paths):
+        raise UserError(f"--model_t: it names {len(names)} networks, --path_t {len(paths)}; name as many, or none")
+    teachers = [read_network(*pair, "--path_t", "--model_t", ema) for pair in zip(paths, names, strict=True)]
+    if len(teachers) > 1:
+        return _together(path, teachers, weights)
+    if weights is not None:
+        raise UserError("--teacher_weights: --path_t names one teacher; leave it out, or name several with commas")
+    return teachers[0]
+
+
+def _together(path: str, teachers: Sequence[Network], weights: Sequence[float] | None) -> Network:
+    """Several teachers as one, whose digest is that of the list; the data set is the first one's."""
+    with naming("--teacher_weights"):
+        network = Ensemble([each.network for each in teachers], weights)
+    listed = "".join(f"{each.digest} {share:.6f}\n" for each, share in zip(teachers, network.shares, strict=True))
+    return Network(
+        path,
+        ",".join(each.name for each in teachers),
+        network,
+        network.num_classes,
+        *(teachers[0].dataset, teachers[0].data, teachers[0].image_size),
+        digest=hashlib.sha256(listed.encode()).hexdigest()[:16],
+        notes=[note for each in teachers for note in each.notes],
+        members=tuple(teachers),
+    )
 
 
 def read_initial(source: str, model_s: str | None, ema: bool = False) -> Network:
@@ -243,6 +278,9 @@ def read_at_classes(source: Network, wanted: str) -> Network:
 
     Raises `UserError` where a class is unknown.
     """
+    if source.members:
+        teachers = [read_at_classes(each, wanted) if each.num_classes else each for each in source.members]
+        return _together(source.path, teachers, source.network.shares)
     names, known = _class_names(wanted), known_classes(source)
     numbers = {name: number for number, name in reversed(list(enumerate(known)))}
     columns = [numbers.get(name, int(name) if name.isdecimal() else -1) for name in names]
@@ -289,23 +327,69 @@ def as_it_was_trained(source: Network, data: ImageData, image_size: int | None) 
     return TeacherView(source.network, data.mean, data.std, mean, std, size, interpolation)
 
 
+def _views_of(
+    teachers: Sequence[Network], data: ImageData, image_size: int | Sequence[int] | None
+) -> list[TeacherView | None]:
+    """The view of each teacher; `image_size` of `--teacher_image_size` is for all of them, or one for each."""
+    sizes = list(image_size) if isinstance(image_size, Sequence) else [image_size] * len(teachers)
+    if len(sizes) != len(teachers):
+        raise UserError(f"--teacher_image_size: {len(sizes)} sizes for {len(teachers)} teachers; give one, or one each")
+    return [as_it_was_trained(each, data, size) for each, size in zip(teachers, sizes, strict=True)]
+
+
+def own_test(source: Network, data: ImageData) -> Preprocessing | None:
+    """How the weights' library, or the record of their run, tests them; None where nobody says, where the data are no
+    image files, and where that is how they are tested here anyway."""
+    own, record = read_preprocessing(source.path), source.record
+    mean, std, size = (record.get(name) for name in Preprocessing._fields[:3])
+    if own is None and mean and std and size and not record.get("source_size"):
+        resize = size + 2 * max(-(record.get("margin") or 0), 0)
+        own = Preprocessing(tuple(mean), tuple(std), size, size, resize, "bilinear")
+    if own is None or data.test_files is None:
+        return None
+    size = data.image_size
+    here = (tuple(data.mean), tuple(data.std), size, size + 2 * max(-data.margin, 0), "bilinear", False)
+    theirs = (own.mean, own.std, own.test_size, own.test_resize, own.interpolation, own.squashes)
+    return None if theirs == here else own
+
+
 class Teacher:
     """A teacher as runs compute it: frozen, in the chosen precision and layout, its pass on whole batches compiled."""
 
-    def __init__(self, source: Network, data: ImageData, image_size: int | None, fast: Fast, device: torch.device):
+    def __init__(
+        self,
+        source: Network,
+        data: ImageData,
+        image_size: int | Sequence[int] | None,
+        fast: Fast,
+        device: torch.device,
+    ):
         self.source, self.fast, self.device = source, fast, device
-        view = as_it_was_trained(source, data, image_size)
-        self.image_size = data.image_size if view is None else view.image_size
+        views = _views_of(source.teachers, data, image_size)
         #: Whether it resizes the images as they are held, in place of those that are resized for the student.
-        self.sees_source = view is not None and data.resized is not None
-        # As its file holds it, for methods to read shapes and copy parts from.
-        self.network = (source.network if view is None else view).eval().to(device)
+        self.sees_source = data.resized is not None and any(views)
+        if self.sees_source:  # all of them do then
+            same = (data.mean, data.std, data.mean, data.std, data.image_size)
+            pairs = zip(views, source.teachers, strict=True)
+            views = [TeacherView(each.network, *same) if view is None else view for view, each in pairs]
+        sizes = [data.image_size if view is None else view.image_size for view in views]
+        self.image_size = sizes[0] if len(set(sizes)) == 1 else tuple(sizes)
+        networks = [each.network if view is None else view for view, each in zip(views, source.teachers, strict=True)]
+        networks = [network.eval().to(device) for network in networks]
+        # As their files hold them, for methods to read shapes and copy parts from.
+        self.network = self._together(networks)
         probe_shapes(self.network, data.image_size)
-        self.frozen = FrozenTeacher(fast.prepare_teacher(self.network, data.image_size))
+        prepared = [fast.prepare_teacher(network, data.image_size) for network in networks]
+        self.frozen = FrozenTeacher(self._together(prepared))
         self._compiled = fast.compiled(self.frozen.forward, outlives=True)
         self.accuracy: float | None = None  # (%), as measured on the test images
         self.note = ""  # lines on what it is and how accurate
-        self.seen = "" if view is None else f"the teacher sees {self.image_size}x{self.image_size}, as it was trained"
+        whose = [f"teacher {each.name}" for each in source.members] or ["the teacher"]
+        lines = zip(whose, views, sizes, strict=True)
+        self.seen = "\n".join(f"{who} sees {size}x{size}, as it was trained" for who, view, size in lines if view)
+
+    def _together(self, networks: Sequence[Backbone]) -> Backbone:
+        return Ensemble(networks, self.source.network.shares) if len(networks) > 1 else networks[0]
 
     def __call__(self, images: Tensor, preact: bool, is_whole: bool) -> Output:
         """The outputs for images (B, 3, H, W) of a batch that may be whole."""
@@ -332,6 +416,15 @@ class Teacher:
         """Logits (B, K) for images (B, 3, H, W)."""
         return self(images, False, False).logits
 
+    @torch.no_grad()
+    def predict_alone(self, number: int, images: Tensor, as_tested: bool) -> Tensor:
+        """Logits (B, K) of one of several teachers; images as the student's, or those that its own test shows."""
+        with self.fast.autocast(self.device):
+            if as_tested:
+                return self.source.teachers[number].network(self.fast.lay_out(images))
+            network = self.frozen.network
+            return (network.networks[number] if self.source.members else network).outputs(images).logits
+
 
 class CachedTeacher(Teacher):
     """A teacher whose logits and pooled vectors are read from `folder` where they are there, and written where not.
@@ -353,6 +446,8 @@ class CachedTeacher(Teacher):
         top_k: int | None = None,
     ):
         super().__init__(source, data, image_size, fast, device)
+        if source.members:
+            raise UserError(f"{self.FLAG}: it is for one teacher, not for the {len(source.members)} of --path_t")
         if count_processes() > 1:
             raise UserError(f"{self.FLAG}: it is for runs of one process; leave it out under torchrun")
         try:

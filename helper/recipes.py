@@ -232,7 +232,7 @@ def _imagenet(
 IMAGENET = (
     _imagenet(
         _BOTH_NORMS,
-        {"beta1": "imagenet", "larger_student": "pool", "lr_decay": "cos"},
+        {"beta1": "imagenet", "lr_decay": "cos"},
         "official NORM code, the ImageNet loop",
     ),
     _imagenet("ft", {"lr_decay": "cos"}, "NORM's schedule"),

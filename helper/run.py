@@ -3,6 +3,7 @@
 Nothing here knows the name of a method; what a method needs it says itself (distiller_zoo/base.py).
 """
 
+import functools
 import json
 import signal
 import time
@@ -15,6 +16,7 @@ from torch import nn
 
 from dataset import (
     WITHOUT_LABELS,
+    Centre,
     ImageData,
     Images,
     Loader,
@@ -83,6 +85,7 @@ from helper.networks import (
     check_apart,
     classes_taught,
     name_of_published,
+    own_test,
     read_at_classes,
     read_initial,
     read_teacher,
@@ -128,7 +131,8 @@ def open_runs(given: Given) -> Opened:
     first = stored | given.runs[0]
     ema = first.get("ema", False)
     path, *_ = [command_line.teacher_of(stored | run) for run in given.runs]
-    teacher = None if path is None else main_first(lambda: read_teacher(path, first.get("model_t"), ema))
+    how = first.get("model_t"), ema, first.get("teacher_weights")
+    teacher = None if path is None else main_first(lambda: read_teacher(path, *how))
     of_teacher = {} if teacher is None else teacher.settings_as_teacher()
     for run in given.runs:
         run |= by_main(lambda run=run: with_class_names(run) | _dataset_of(stored | run, of_teacher))
@@ -302,26 +306,49 @@ def prepare_teacher(source: Network | None, inputs: Inputs, config: Configuratio
         teacher = Teacher(*parts)
     else:
         teacher = CachedTeacher(*parts, folder=config.cache_teacher, top_k=config.cache_top_k)
-    if not data.labelled:
-        note = f"teacher {source.name}: its accuracy is not measured: the images have no labels"
-    elif source.num_classes == data.num_classes:
-        others = compare_classes(source.record.get("classes"), data.classes)
-        if others is not None and not config.allow_teacher_gap:
-            raise UserError(f"--path_t: {others}; use the data that the teacher knows, or --allow_teacher_gap")
+    notes = [_check_teacher(teacher, number, inputs, config) for number in range(len(source.teachers))]
+    if data.labelled and source.members and source.num_classes == data.num_classes:
         shown = _as_held(inputs) if teacher.sees_source else inputs.test_loader
-        measured = evaluate(teacher.predict, shown, "checking the teacher")
-        teacher.accuracy = measured["test_accuracy"]
-        note = check_accuracy(source, data.name, teacher.accuracy, config.allow_teacher_gap)
-    else:
-        note = (
-            f"teacher {source.name}: its {source.num_classes} classes are not those of the data; its maps alone teach"
-        )
-    steps = source.record.get("max_steps")
-    warning = f"warning: this teacher was trained for {steps} steps only (--max_steps)" if steps else ""
-    teacher.note = "\n".join(
-        filter(None, (*source.notes, teacher.network.describe(data.image_size), teacher.seen, note, warning))
-    )
+        teacher.accuracy = evaluate(teacher.predict, shown, "checking the teachers")["test_accuracy"]
+        notes.append(f"{len(notes)} teachers: {teacher.accuracy:.2f} % by the average of their logits")
+    steps = [each.record.get("max_steps") for each in source.teachers]
+    notes += [f"warning: this teacher was trained for {each} steps only (--max_steps)" for each in steps if each]
+    described = (teacher.network.describe(data.image_size), teacher.seen)
+    teacher.note = "\n".join(filter(None, (*source.notes, *described, *notes)))
     return teacher
+
+
+def _check_teacher(teacher: Teacher, number: int, inputs: Inputs, config: Configuration) -> str:
+    """A line on the accuracy of one of the teachers, tested as its weights' own test does where that is known and the
+    data are image files; raises `UserError` where it does not fit the data or its record."""
+    source, data = teacher.source.teachers[number], inputs.data
+    if not data.labelled:
+        return f"teacher {source.name}: its accuracy is not measured: the images have no labels"
+    if source.num_classes != data.num_classes:
+        has = f"its {source.num_classes} classes are not those of the data" if source.num_classes else "no classifier"
+        return f"teacher {source.name}: {has}; its maps alone teach"
+    others = compare_classes(source.record.get("classes"), data.classes)
+    if others is not None and not config.allow_teacher_gap:
+        raise UserError(f"--path_t: {others}; use the data that the teacher knows, or --allow_teacher_gap")
+    own, how = own_test(source, data), ""
+    shown = _as_held(inputs) if teacher.sees_source else inputs.test_loader
+    if own is not None:
+        centre = (
+            own.test_size,
+            (own.test_resize - own.test_size) / 2,
+            data.background,
+            own.interpolation,
+            own.squashes,
+        )
+        files = data.test_files.seen_as(Centre(*centre)).to(inputs.device)
+        as_theirs = data._replace(mean=own.mean, std=own.std, resized=None)
+        shown = _part_loader(files, as_theirs, inputs.test_loader.batch_size, inputs.device)
+        sides = "both sides" if own.squashes else "the shorter side"
+        how = f"; tested as its weights are: {sides} {own.test_resize}, centre {own.test_size}, {own.interpolation}"
+    predict = functools.partial(teacher.predict_alone, number, as_tested=own is not None)
+    accuracy = evaluate(predict, shown, "checking the teacher")["test_accuracy"]
+    teacher.accuracy = None if teacher.source.members else accuracy
+    return check_accuracy(source, data.name, accuracy, config.allow_teacher_gap) + how
 
 
 # Runs.
@@ -757,7 +784,8 @@ class Run:
         if self.teacher is not None:
             source = self.teacher.source
             teacher = {"name": source.name, "digest": source.digest, "accuracy": self.teacher.accuracy}
-            teacher["num_classes"] = source.num_classes
+            counts = [each.num_classes for each in source.teachers]
+            teacher["num_classes"] = counts if source.members else source.num_classes
         known = {"accuracy": record.get("test_accuracy"), "epoch": self.epoch, "teacher": teacher}
         known |= {"accuracy_ema": record["test_accuracy_ema"]} if "test_accuracy_ema" in record else {}
         known["max_steps"] = self.config.max_steps

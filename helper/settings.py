@@ -18,6 +18,8 @@ from helper.metrics import BEST_BY
 from helper.optim import OPTIMIZERS, SCHEDULES
 from helper.recipes import RECIPES
 from models import find_builder
+from models.ensemble import shares_of
+from models.external import is_external
 from setting import RECIPE, Setting, count, number, whole
 
 NETWORK, TEACHER, INITIAL, DATA = "network", "teacher and method", "initial weights", "data"
@@ -39,6 +41,27 @@ def model_name(text: str) -> str:
     return text
 
 
+def _model_names(text: str) -> str:
+    return ",".join(model_name(part) for part in text.split(","))
+
+
+def sources_of(text: str) -> list[str]:
+    """The teachers that a value of `--path_t` names: one file, whatever its name, or several sources with commas."""
+    return [text] if os.path.isfile(text) else text.split(",")
+
+
+def _teachers(text: str) -> str:
+    sources = [_path(part) for part in sources_of(text)]
+    return ",".join(part if is_external(part) else os.path.abspath(part) for part in sources)
+
+
+def _shares(text: str) -> tuple[float, ...]:
+    weights = [number(part) for part in text.split(",")]
+    if len(weights) < 2 or sum(weights) == 0:
+        raise argparse.ArgumentTypeError(f"must be a weight for each teacher, like 0.7,0.3, not {text}")
+    return shares_of(weights, len(weights))
+
+
 def _method(text: str) -> str:
     try:
         return find_distiller(text).name
@@ -50,6 +73,11 @@ def _image_size(text: str) -> int:
     if not 8 <= int(text) <= 10_000:
         raise argparse.ArgumentTypeError(f"must be 8 to 10,000 pixels, not {text}")
     return int(text)
+
+
+def _image_sizes(text: str) -> int | tuple[int, ...]:
+    sizes = tuple(_image_size(part) for part in text.split(","))
+    return sizes if len(set(sizes)) > 1 else sizes[0]
 
 
 def _trial(text: str) -> str:
@@ -140,7 +168,7 @@ SETTINGS: tuple[Setting, ...] = (
     Setting(("--model_s",), model_name, RECIPE, "student", group=NETWORK, metavar="NAME"),
     Setting(
         ("--model_t",),
-        model_name,
+        _model_names,
         None,
         "teacher; default: what --path_t says",
         group=TEACHER,
@@ -149,14 +177,22 @@ SETTINGS: tuple[Setting, ...] = (
     ),
     Setting(
         ("--path_t",),
-        _path,
+        _teachers,
         None,
-        f"the teacher's checkpoint: {SOURCES}",
+        f"the teacher's checkpoint: {SOURCES}. Several teachers are separated by commas",
         group=TEACHER,
         metavar="FILE",
         resume="free",
         shared=True,
-        is_path=True,
+    ),
+    Setting(
+        ("--teacher_weights",),
+        _shares,
+        None,
+        "what each of several teachers counts, in the average of the logits and in NORM's loss; default: equal",
+        group=TEACHER,
+        metavar="W,W",
+        shared=True,
     ),
     Setting(
         ("--allow_teacher_gap",),
@@ -170,10 +206,12 @@ SETTINGS: tuple[Setting, ...] = (
     ),
     Setting(
         ("--teacher_image_size",),
-        _image_size,
+        _image_sizes,
         None,
-        "resolution at which the teacher sees the images; default: the one that its weights were trained with",
+        "resolution at which the teacher sees the images, of several teachers one for all or one each, with commas; "
+        "default: the one that its weights were trained with",
         group=TEACHER,
+        metavar="PIXELS",
         shared=True,
         decides_outputs=True,
     ),
@@ -817,7 +855,7 @@ class Configuration(Mapping):
     @property
     def name(self) -> str:
         """The name of the run's folder: data set, method, networks, trial, and that it is a try of some steps."""
-        networks = [name.replace(":", "-") for name in (self.model_t, self.model_s) if name]  # torchvision:NAME
+        networks = [name.replace(":", "-").replace(",", "+") for name in (self.model_t, self.model_s) if name]
         tried = ["try"] if self.max_steps else []
         return "_".join([self.dataset, self.distill, *networks, f"trial{self.trial}", *tried])
 

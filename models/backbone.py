@@ -25,6 +25,7 @@ class Output(NamedTuple):
     activated: Tensor  # (B, C, H, W), the map that is pooled: `final` behind the head's own BatchNorm and ReLU, if any
     pooled: Tensor  # (B, D), what the classifier reads
     logits: Tensor  # (B, K); K is 0 in an encoder without a classifier
+    others: Sequence["Output"] = ()  # of the further networks of an `Ensemble`, in their order
 
 
 class Shapes(NamedTuple):
@@ -34,6 +35,7 @@ class Shapes(NamedTuple):
     final: tuple[int, int, int]
     pooled: int
     num_classes: int
+    others: Sequence["Shapes"] = ()
 
 
 class Backbone(nn.Module):
@@ -54,6 +56,8 @@ class Backbone(nn.Module):
     trunk: tuple[str, ...] = ()
     #: Names of the sub-modules between the last stage output and the classifier.
     head: tuple[str, ...] = ()
+    #: What each of the networks that it consists of counts; models/ensemble.py has several.
+    shares: Sequence[float] = (1.0,)
     #: One sentence that a run says of the network; empty where its name says enough.
     note = ""
 
@@ -163,11 +167,16 @@ def probe_shapes(network: Backbone, image_size: int) -> Shapes:
     except (AssertionError, RuntimeError, ValueError) as error:
         name, reason = getattr(network, "name", type(network).__name__), first_line(error)
         raise UserError(f"--image_size: {name} cannot read images of {image_size}x{image_size} ({reason})") from None
+    return _shapes_of(output)
+
+
+def _shapes_of(output: Output) -> Shapes:
     return Shapes(
         maps=[tuple(feature_map.shape[1:]) for feature_map in output.maps],
         final=tuple(output.final.shape[1:]),
         pooled=output.pooled.shape[1],
         num_classes=output.logits.shape[1],
+        others=[_shapes_of(other) for other in output.others],
     )
 
 

@@ -4,7 +4,7 @@ python scripts/benchmark.py [--pairs resnet32x4:resnet8x4,...] [--n 8] [--batch_
     [--compile default] [--reference "OTHER/train_student.py --epochs 1"]
 
 All thirteen pairs of the tables by default, with the geometric mean of their ratios; with
-`--json docs/benchmarks/step_NAME.json` the records are kept.
+`--json docs/benchmarks/step_cpu.json` the records are kept.
 
 Plain: the expanded feature is computed by convolutions, float32, eager, contiguous, images one by one through PIL in
 worker processes. Fast: what `--fast auto` chooses here, images in memory, and compiled where `--compile` asks for it;
@@ -74,9 +74,9 @@ class Contender:
     def __init__(self, pair: tuple[str, str], n: int, data: ImageData, args: Namespace, form: str, fast: Fast):
         self.device, self.fast = args.device, fast
         torch.manual_seed(0)
-        teacher = build_model(pair[0], data.num_classes).eval()
+        teacher = build_model(pair[0], data.num_classes, data.image_size).eval()
         task = Task(data.num_classes, data.image_size, args.batch_size, data.train.targets)
-        student = build_model(pair[1], data.num_classes)
+        student = build_model(pair[1], data.num_classes, data.image_size)
         self.method = recipe_method("norm", student, teacher, pair, task, co_sponge=n, ft_form=form).to(self.device)
         if form == "direct":
             self.method.transform = PlainTransform.like(self.method.transform)

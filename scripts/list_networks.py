@@ -98,7 +98,7 @@ def steps(method: Distiller, teacher: Backbone, size: int) -> None:
 
 def build_method(distill: str, student: Backbone, teacher: Backbone, size: int) -> Distiller:
     """A method with every term that it has."""
-    weights = {"alpha": 1.0} | ({"co_sponge": 2, "larger_student": "pool"} if distill == "norm" else {})
+    weights = {"alpha": 1.0} | ({"co_sponge": 2} if distill == "norm" else {})
     return DISTILLERS[distill](student, teacher, Task(CLASSES, size, IMAGES, torch.arange(IMAGES) % CLASSES), **weights)
 
 

@@ -112,6 +112,21 @@ def slow_but(cases: Iterable, *quick) -> list:
     return [case if case in quick else pytest.param(case, marks=pytest.mark.slow) for case in cases]
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list) -> None:
+    """Of a test's cases --fast runs the number that `quick` says, spread over all of them; the others are slow."""
+    cases: dict[tuple, list] = {}
+    for item in items:
+        if item.get_closest_marker("quick"):
+            cases.setdefault((item.path, item.originalname), []).append(item)
+    for same in cases.values():
+        (number,) = same[0].get_closest_marker("quick").args
+        chosen = {len(same) * each // number for each in range(number)}
+        for place, item in enumerate(same):
+            if place not in chosen:
+                item.add_marker(pytest.mark.slow)
+
+
 #: One family, and two networks whose last maps differ.
 QUICK_PAIRS = (("resnet56", "resnet20"), ("wrn_40_2", "ShuffleV1"))
 

@@ -44,7 +44,7 @@ CASES = {
     "N below 1": (STUDENT + "--path_t {teacher} -s 0", "-s/--co_sponge"),
     "larger student map": (
         "train_cifar_student.py --model_s resnet8 --save_dir {place}/save --path_t {place}/mobile.pth "
-        "--model_t MobileNetV2",
+        "--model_t MobileNetV2 --larger_student refuse",
         "larger than the teacher's",
     ),
     "other initial weights": (TEACHER + "--model resnet20 --init {teacher}", "--init: {teacher} holds another"),

@@ -182,12 +182,12 @@ def _teachers(rows: Sequence[Row], pair: str, setting: tuple) -> list[tuple[str,
 
     A teacher may have been trained for longer, so its setting may be another.
     """
-    name = pair.split(" -> ")[0]
+    names = pair.split(" -> ")[0].split(",")  # of several teachers each
     alone = [row for row in rows if not row.config["model_t"] and row.dataset == setting[0]]
-    alone = [row for row in alone if row.config["model_s"] == name and row.config["distill"] == "ce"]
+    alone = [row for row in alone if row.config["model_s"] in names and row.config["distill"] == "ce"]
     paths = [row.config.get("path_t") for row in rows if row.pair == pair and row.setting == setting]
     # By the folder's name: runs may have been moved here from another machine.
-    taught_by = {Path(path).parent.name for path in paths if path}
+    taught_by = {Path(source).parent.name for path in paths if path for source in path.split(",")}
     chosen = [row for row in alone if taught_by & {record.folder.name for record in row.records}] or alone
     return [(f"teacher {text}".strip(), row) for row, text in zip(chosen, written(chosen), strict=True)]
 

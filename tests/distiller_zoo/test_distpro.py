@@ -113,6 +113,7 @@ def test_the_process_is_replayed_over_the_run():
     assert searched().tolist() == [0.5, 0.5]
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize(
     "pair", [("resnet14", "resnet8"), ("wrn_16_2", "wrn_16_1"), ("vgg13", "vgg8"), ("wrn_16_2", "ShuffleV1")]
 )

@@ -191,12 +191,12 @@ def test_without_a_transform_the_raw_maps_are_matched():
         build("wrn_16_2", "resnet8", ft="none", co_sponge=1)
 
 
-def test_a_larger_student_map_is_refused_unless_it_is_to_be_pooled():
+def test_a_larger_student_map_is_pooled_and_said_so_unless_that_is_to_be_refused():
     teacher, student = pair_networks("MobileNetV2", "resnet8")
+    assert "the student's is max-pooled" in NORM(student, teacher, TASK).notes()[0]
+    assert "interpolated" in NORM(student, teacher, TASK, map_size="interpolate").notes()[0]
     with pytest.raises(UserError, match=r"larger than the teacher's.*--map_size interpolate"):
-        NORM(student, teacher, TASK)
-    for way_out in ({"larger_student": "pool"}, {"map_size": "interpolate"}):
-        assert NORM(student, teacher, TASK, **way_out).notes()
+        NORM(student, teacher, TASK, larger_student="refuse")
 
 
 def test_a_larger_teacher_map_is_max_pooled():
@@ -210,7 +210,7 @@ def test_a_larger_student_map_is_max_pooled_behind_its_expansion_where_wanted(ft
     teacher = pair_networks("MobileNetV2", "resnet8")[0]
     student = pair_networks("MobileNetV2", student)[1]
     size = 32 if ft == "default" else 64
-    method = NORM(student, teacher, TASK._replace(image_size=size), ft=ft, co_sponge=n, larger_student="pool").eval()
+    method = NORM(student, teacher, TASK._replace(image_size=size), ft=ft, co_sponge=n).eval()
     images = torch.randn(2, 3, size, size)
     seen = teacher.outputs(images[:, :, ::2, ::2] if ft == "none" else images)
     final = student.forward_maps(images)[1]
@@ -220,7 +220,7 @@ def test_a_larger_student_map_is_max_pooled_behind_its_expansion_where_wanted(ft
     assert torch.allclose(method.respond(images, seen).norm_loss, norm_loss(pooled, seen.final), rtol=1e-5)
     if ft == "default":
         with pytest.raises(UserError, match="--ft_form collapsed"):
-            NORM(student, teacher, TASK, ft_form="collapsed", larger_student="pool")
+            NORM(student, teacher, TASK, ft_form="collapsed")
 
 
 def test_n_below_one_is_refused():

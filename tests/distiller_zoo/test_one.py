@@ -25,6 +25,7 @@ def parts_that_differ(network: nn.Module, before: dict) -> set[str]:
     return {name for name, value in network.state_dict().items() if not torch.equal(value, before[name])}
 
 
+@pytest.mark.quick(6)
 @pytest.mark.parametrize("name", [*model_dict, *imagenet_model_dict])
 def test_a_branch_is_the_last_stage_and_the_head_initialised_anew(name):
     network = build_model(name, 5).eval()

@@ -158,6 +158,7 @@ def test_a_staged_run_that_is_cut_goes_on_bit_for_bit(distil, monkeypatch, name,
     assert [record["epoch"] for record in metrics(cut)] == [1, 2, 1, 2]
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize("name", NAMES)
 def test_a_run_ships_the_student_alone(distil, monkeypatch, name, save_dir):
     keep_images(monkeypatch, 64)

@@ -45,6 +45,7 @@ def test_simkds_projector_has_the_published_size():
         build("simkd", projector_factor=65)
 
 
+@pytest.mark.quick(3)
 @pytest.mark.parametrize("pair", PAIRS, ids="->".join)
 def test_simkd_ships_student_projector_and_the_teachers_classifier(pair):
     teacher, method = build("simkd", pair)

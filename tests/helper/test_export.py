@@ -99,6 +99,7 @@ def test_a_digit_of_8x8_pixels_is_enlarged_as_the_data_set_does(tmp_path):
     assert (read_normalised(tmp_path / "digit.png", record) - expected).abs().max() < 0.01
 
 
+@pytest.mark.slow
 def test_the_difference_to_the_trained_network_is_printed_per_file(distil, capsys):
     run = distil(*SHORT)
     capsys.readouterr()
@@ -108,6 +109,7 @@ def test_the_difference_to_the_trained_network_is_printed_per_file(distil, capsy
     assert "same class on 364 of 364" in printed and not (run / "student.pth").exists()
 
 
+@pytest.mark.slow
 def test_an_onnx_file_that_differs_is_not_written(distil, monkeypatch):
     run = distil(*SHORT)
     write, read = FORMATS["onnx"]

@@ -42,6 +42,7 @@ def test_auto_is_what_the_device_supports_and_a_flag_wins(monkeypatch):
     assert configure("--fast", "auto").precision == "float32"
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("parts", [("--channels_last", "--fold_teacher", "--fused_optimizer"), ("--fast", "auto")])
 @pytest.mark.parametrize("distill", ["norm", "kd"])
 def test_fast_and_plain_learn_the_same(distil, distill, parts):

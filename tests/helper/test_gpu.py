@@ -66,6 +66,7 @@ def no_backward(monkeypatch):
     return lambda method: monkeypatch.setattr(torch.Tensor, "backward", lambda loss: backward(method))
 
 
+@pytest.mark.quick(6)
 @pytest.mark.parametrize("name", DISTILLERS)
 def test_a_step_leaves_nothing_on_the_cpu_and_reads_nothing(name, data, no_backward, monkeypatch):
     monkeypatch.setattr(

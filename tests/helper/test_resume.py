@@ -22,6 +22,7 @@ SHORT = ("--batch_size", "32", "--max_steps", "3")
 pytestmark = pytest.mark.usefixtures("few_images")
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("distill", ["norm", "norm_crd"])
 def test_one_epoch_and_its_resumption_equal_two_epochs(distil, distill, capsys):
     flags = ("--batch_size", "32", "--epochs", "2", *(("--nce_k", "16") if distill == "norm_crd" else ()))

@@ -14,6 +14,7 @@ SHORT = ("--batch_size", "32", "--max_steps", "3")
 pytestmark = pytest.mark.usefixtures("few_images")
 
 
+@pytest.mark.quick(3)
 @pytest.mark.parametrize(
     ("distill", "flags", "terms"),
     [

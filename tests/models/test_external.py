@@ -117,6 +117,7 @@ def test_without_timm_its_names_say_what_to_install(monkeypatch):
         build_model("timm:resnet18", 7)
 
 
+@pytest.mark.slow
 def test_a_foreign_student_is_distilled_exported_and_read_again_as_a_teacher(distil, capsys):
     name = AVERAGED[0]
     run = distil("--max_steps", "2", "--batch_size", "16", "-s", "2", student=name)

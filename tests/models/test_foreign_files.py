@@ -65,6 +65,7 @@ WRAPPED = {
 }
 
 
+@pytest.mark.quick(3)
 @pytest.mark.parametrize("kind", WRAPPED)
 def test_weights_are_found_wherever_they_are(tmp_path, weights, kind):
     wrap, note = WRAPPED[kind]

@@ -30,6 +30,7 @@ PARAMETERS = {
 ALL = dict.fromkeys(model_dict, 32) | dict.fromkeys(imagenet_model_dict, 64)
 
 
+@pytest.mark.quick(7)
 @pytest.mark.parametrize(("name", "size"), ALL.items())
 def test_every_network_keeps_the_contract(name, size):
     network, x = build_model(name, 7).train(), torch.randn(2, 3, size, size)
@@ -50,6 +51,7 @@ def test_every_network_keeps_the_contract(name, size):
         assert torch.allclose(network.get_classifier()(output.pooled), logits)
 
 
+@pytest.mark.quick(4)
 @pytest.mark.parametrize("name", model_dict)
 def test_asking_for_preactivations_does_not_move_the_running_statistics_twice(name):
     network, x = build_model(name, 5).train(), torch.randn(2, 3, 32, 32)

@@ -99,7 +99,7 @@ def scramble(transform: FeatureTransform) -> None:
 @pytest.mark.parametrize("name", NETWORKS)
 def test_the_fold_is_exact_or_one_linear_layer_that_is_named(name, residual):
     teacher = build_model("resnet14", CLASSES).double()
-    method = norm_method(build(name), teacher, ft=residual, larger_student="pool").eval()
+    method = norm_method(build(name), teacher, ft=residual).eval()
     scramble(method.transform)
     exported, reads = method.export(), NETWORKS[name][2]
     with torch.no_grad():
@@ -208,7 +208,7 @@ def test_maps_whose_sizes_do_not_divide_are_averaged_or_interpolated():
 
 def test_a_students_larger_map_is_averaged_behind_its_expansion_in_both_forms():
     student, teacher = (build_model(f"timm:{name}", CLASSES, 80) for name in ("test_vit", "test_resnet"))
-    method = norm_method(student, teacher, 80, larger_student="pool", ft_form="collapsed").eval()
+    method = norm_method(student, teacher, 80, ft_form="collapsed").eval()
     assert "5x5 and 3x3: the student's is average-pooled" in method.notes()[0]
     tokens, small = torch.randn(2, 64, 1 + 25, 1), torch.randn(2, probe_shapes(teacher, 80).final[0], 3, 3)
     _, loss = method.transform(tokens, method._target(tokens, small), student.to_map)

@@ -9,7 +9,7 @@ import torch
 from dataset import Batch, load_data
 from helper.fast import Fast
 from scripts import benchmark
-from scripts.benchmarks import estimate_imagenet, losses, methods, tables
+from scripts.benchmarks import estimate_imagenet, losses, methods, overhead, tables
 from tests.conftest import message_of
 
 RECORD = {
@@ -124,3 +124,23 @@ def test_imagenet_is_estimated_from_work_and_rates():
     assert first["images_per_s"] == [pytest.approx(0.5e12 / first["flops_per_image"])]
     assert first["gpu_hours"] == [pytest.approx(128_116_700 / first["images_per_s"][0] / 3600)]
     assert fast[0]["floor_s_per_image"] == pytest.approx(first["bytes_per_image"] / 3.35e12)
+
+
+def test_a_step_is_compared_with_its_parts(tmp_path, capsys):
+    argv = [
+        "--pairs",
+        "timm:test_vit:resnet8",
+        "--image_size",
+        "64",
+        "--batch_size",
+        "4",
+        "--steps",
+        "1",
+        "--rounds",
+        "1",
+    ]
+    (record,) = overhead.main([*argv, "--n", "2", "--json", str(tmp_path / "overhead.json")])
+    assert record["ratio"] == record["step_s"] / (record["teacher_s"] + record["student_s"]) > 0
+    assert (
+        json.loads((tmp_path / "overhead.json").read_text()) and "timm:test_vit -> resnet8" in capsys.readouterr().out
+    )

@@ -47,7 +47,7 @@ def test_cifar_keeps_its_recipes():
 def test_every_published_pair_trains_a_step(pair):
     """With images of 64 pixels and N = 1: what differs between the pairs is in the shapes."""
     teacher, student = build_model(pair[0], 10).eval(), build_model(pair[1], 10)
-    method = DISTILLERS["norm"](student, teacher, Task(10, 64, 2, torch.arange(10)), co_sponge=1, larger_student="pool")
+    method = DISTILLERS["norm"](student, teacher, Task(10, 64, 2, torch.arange(10)), co_sponge=1)
     images = torch.randn(2, 3, 64, 64)
     with torch.no_grad():
         seen = teacher.outputs(images)

@@ -1,0 +1,100 @@
+"""What a step takes beyond its parts: whole step / (teacher's forward pass + the student's own step, each alone).
+
+python scripts/benchmarks/overhead.py [--pairs timm:vit_small_patch16_224:torchvision:resnet18] [--image_size 224]
+    [--n 8] [--batch_size 32] [--steps 3] [--rounds 3] [--json FILE]
+
+All in the fast path. The student's own step is one with labels alone: cross entropy, gradients, optimizer. The three
+alternate, so that what else the machine does falls on all of them.
+"""
+
+import itertools
+import statistics
+import sys
+import time
+from argparse import Namespace
+from collections.abc import Callable
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
+
+import torch
+
+from dataset import Batch, ImageData, Loader, load_data
+from distiller_zoo import DISTILLERS, Task
+from errors import run_script
+from helper.command_line import Parser, pairs
+from helper.distributed import find_device
+from helper.loops import begin, train_step
+from models import build_model
+from scripts.benchmark import PROGRESS, Contender, choose
+from scripts.benchmarks.parts import report, wait_for
+from setting import count
+
+
+def student_step(name: str, data: ImageData, args: Namespace) -> Callable[[Batch], None]:
+    """A step of the student with labels alone."""
+    torch.manual_seed(0)
+    student = build_model(name, data.num_classes, data.image_size)
+    task = Task(data.num_classes, data.image_size, args.batch_size, data.train.targets)
+    method = DISTILLERS["ce"](student, None, task).to(args.device)
+    args.fast.prepare_student(method, args.device)
+    stage = method.main_stage(240)
+    stage = stage._replace(respond=args.fast.compiled(args.fast.passing(method, stage.respond)))
+    begin(stage, method)
+    optimizer = torch.optim.SGD(method.parameters(), 1e-3, 0.9, fused=args.fast.fused_optimizer or None)
+
+    def step(batch: Batch) -> None:
+        batch = batch._replace(images=args.fast.lay_out(batch.images))
+        train_step(method, stage, optimizer, batch, None, PROGRESS, args.fast.autocast(args.device))
+
+    return step
+
+
+def measure(pair: tuple[str, str], data: ImageData, args: Namespace) -> dict:
+    """One record: the medians of the three, and their ratio."""
+    whole = Contender(pair, args.n, data, args, "auto", args.fast)
+    ways = {"step_s": whole.step, "teacher_s": whole.teach, "student_s": student_step(pair[1], data, args)}
+    batch = next(Loader(data.train, data, args.batch_size, args.device, data.augmentation).batches())
+    times: dict[str, list[float]] = {name: [] for name in ways}
+    for number in range(args.rounds + 1):  # the first is for threads, caches and a compiler
+        for name, run in ways.items():
+            wait_for(args.device)
+            start = time.perf_counter()
+            for _ in itertools.repeat(None, args.steps if number else 1):
+                run(batch)
+            wait_for(args.device)
+            times[name] += [(time.perf_counter() - start) / args.steps] if number else []
+    found = {name: statistics.median(each) for name, each in times.items()}
+    ratio = found["step_s"] / (found["teacher_s"] + found["student_s"])
+    known = {"pair": " -> ".join(pair), "n": args.n, "batch_size": args.batch_size, "image_size": data.image_size}
+    return known | {"device": str(args.device), "ratio": ratio} | found
+
+
+def table(records: list[dict]) -> str:
+    """The records as Markdown."""
+    lines = ["| pair | image | N | whole step | teacher | student | ratio |", "|--|--|--|--|--|--|--|"]
+    for one in records:
+        times = " | ".join(f"{1000 * one[name]:.1f} ms" for name in ("step_s", "teacher_s", "student_s"))
+        size = one["image_size"]
+        lines.append(f"| {one['pair']} | {size}x{size} | {one['n']} | {times} | {one['ratio']:.3f} |")
+    return "\n".join(lines)
+
+
+def main(argv=None) -> list[dict]:
+    parser = Parser((__doc__ or "").split("\n")[0])
+    usual = "timm:vit_small_patch16_224:torchvision:resnet18"
+    parser.add_argument("--pairs", type=pairs, default=usual, metavar="T:S,...", help=usual)
+    parser.add_argument("--image_size", type=count, default=224, help="pixels on a side (224)")
+    parser.add_argument("--n", type=count, default=8)
+    parser.add_argument("--batch_size", type=count, default=32)
+    parser.add_argument("--steps", type=count, default=3, help="steps of a round (3)")
+    parser.add_argument("--rounds", type=count, default=3, help="alternating rounds (3)")
+    parser.add_argument("--device", type=find_device, default="auto")
+    parser.add_argument("--json", metavar="FILE", help="write the records there")
+    args = parser.parse_args(argv)
+    args.fast, data = choose(args.device), load_data("digits", None, args.image_size)
+    return report((measure(pair, data, args) for pair in args.pairs), table, args.json)
+
+
+if __name__ == "__main__":
+    run_script(main)
