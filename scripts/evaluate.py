@@ -128,7 +128,7 @@ def data_for(judged: Judged, args) -> RecordedData:
             f"--dataset: {judged.source} does not say what it was trained on; name the data set, or a folder by --data"
         )
     if own is not None:
-        record = {"mean": own.mean, "std": own.std, "image_size": own.test_size} | record
+        record = {**own._asdict(), "image_size": own.test_size} | record
     is_other = args.dataset is not None or args.data is not None
     wanted = RecordedData.of(record, dataset if is_other else None, args.data, args.image_size)
     return wanted._replace(dataset=dataset, split=wanted.split if args.split is None else args.split)
