@@ -137,7 +137,8 @@ def data_for(judged: Judged, args) -> RecordedData:
 def check_classes(judged: Judged, data: ImageData) -> None:
     """Raise `UserError` where a network's classes are not those of the data."""
     classes = judged.record.get("classes")
-    number = judged.record.get("num_classes") or (classes and len(classes))
+    number = judged.record.get("num_classes")
+    number = classes and len(classes) if number is None else number
     if number is not None and number != data.num_classes:
         raise UserError(f"--data: {judged.source} has {number} classes, the data {data.num_classes}")
     own = read_preprocessing(judged.source)

@@ -33,6 +33,7 @@ with starting():
         Deployed,
         Program,
         RecordedData,
+        check_classifies,
         onnx_versions,
         read_onnx,
         write_int8,
@@ -275,6 +276,7 @@ def make_parser() -> Parser:
 def main(argv=None) -> Path:
     args = make_parser().parse_args(argv)
     trained, source = read_trained(args.checkpoint, args.model_s, args.ft, args.ema), Path(args.checkpoint)
+    check_classifies(trained.method.export(), f"CKPT: {source}")
     out = args.out or source.with_name(f"{source.stem}_exported.pth")
     files = _files(out, args.format, source, args.int8)
     program = _program(args, files, trained.record)
