@@ -61,6 +61,8 @@ class Setting(NamedTuple):
     shared: bool = False  # runs of one process have it in common
     auto: Callable[[Any], Any] | None = None  # device -> the value under --fast auto
     is_path: bool = False  # stored absolute: a run may be resumed from another folder
+    decides_outputs: bool = False  # of the teacher for the images of an epoch: a cache of them is checked by it
+    needs_labels: bool = False  # another value than the default has no effect, or no meaning, without labels
     instead_of: str = ""  # a digest: where it is known the setting of this name, a path, identifies nothing
 
     @property

@@ -25,7 +25,7 @@ def main(argv=None, parser=student_parser):
         teacher = prepare_teacher(opened.teacher, inputs, opened.configs[0])
         with prepared(opened, inputs, teacher) as runs:  # students and methods, in their run folders
             results = train(runs, teacher)
-    if len(runs) > 1:
+    if len(runs) > 1 and inputs.data.labelled:
         show_table(run.folder.path for run in runs)
     return results
 

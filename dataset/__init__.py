@@ -1,6 +1,7 @@
 """The data sets by name, in memory or read from a disk; a batch is always (images, targets, index)."""
 
 from dataset.balance import BALANCED, class_weights
+from dataset.cache import RowCache, differences
 from dataset.changes import POLICIES
 from dataset.decoding import Centre
 from dataset.folders import is_image_folder
@@ -9,7 +10,7 @@ from dataset.images import Augmentation, ImageData, Images, hold_out
 from dataset.loader import Batch, Loader
 from dataset.prediction import find_images, read_normalised
 from dataset.seeds import epoch_seed
-from dataset.sources import DATASETS, load_data
+from dataset.sources import DATASETS, WITHOUT_LABELS, load_data
 from dataset.streaming import StreamedImages
 from dataset.views import VIEWS
 
@@ -18,17 +19,20 @@ __all__ = [
     "DATASETS",
     "POLICIES",
     "VIEWS",
+    "WITHOUT_LABELS",
     "Augmentation",
     "Batch",
     "Centre",
     "ImageData",
     "Images",
     "Loader",
+    "RowCache",
     "StreamedImages",
     "class_weights",
     "data_changes",
     "data_digest",
     "data_identity",
+    "differences",
     "epoch_seed",
     "find_images",
     "hold_out",

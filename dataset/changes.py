@@ -12,8 +12,10 @@ from torchvision.transforms import v2
 from dataset.seeds import epoch_seed
 
 #: What `--augment` names -> the transform of an image's bytes, for a data set whose own AutoAugment policy is given.
+#: Without the data set's own crops and flips where it is `none`.
 POLICIES: dict[str, Callable[[str], list[nn.Module]]] = {
     "standard": lambda own: [],
+    "none": lambda own: [],
     "randaugment": lambda own: [v2.RandAugment()],
     "trivialaugment": lambda own: [v2.TrivialAugmentWide()],
     "autoaugment": lambda own: [v2.AutoAugment(v2.AutoAugmentPolicy(own))],

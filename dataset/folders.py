@@ -48,6 +48,20 @@ def _holds_image(folder: str) -> bool:
     return any(_is_image(name) for _, _, names in os.walk(folder) for name in names)
 
 
+def list_images(path: str) -> Listing:
+    """All images below a folder, at any depth, without classes (their targets are 0); raises `UserError`."""
+    if not os.path.isdir(path):
+        raise UserError(f"--data: there is no folder {printable(path)}")
+    left_out: list[str] = []
+    names = [os.path.relpath(file, path) for file in _walk(path, {os.path.realpath(path)}, left_out)]
+    if left_out:
+        where, some = printable(path), _some(left_out)
+        print(f"left out {len(left_out)} files below {where} that are no images by their names: {some}")
+    if not names:
+        raise UserError(f"--data: there is no image in {printable(path)} or below it")
+    return Listing(path, names, [0] * len(names))
+
+
 def list_folder(path: str, may_split: bool = False) -> Folder:
     """What is in a folder of images; raises `UserError` for layouts that cannot be read, and says what they lack.
 

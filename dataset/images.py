@@ -12,6 +12,8 @@ from dataset.changes import Changes
 from dataset.decoding import WHITE
 from dataset.streaming import StreamedImages
 
+#: Policies that leave the bytes of an image as they are.
+UNCHANGED = ("standard", "none")
 #: So many images are moved at once where some of a split are kept.
 AT_ONCE = 64
 
@@ -78,6 +80,12 @@ class Augmentation(NamedTuple):
         """Whether images of a batch are mixed, so that their targets are shares of classes."""
         return bool(self.mixup or self.cutmix)
 
+    @property
+    def varies(self) -> bool:
+        """Whether an image may look different in another epoch."""
+        changed = (self.colour_jitter, self.random_erasing, self.mixes, self.policy not in UNCHANGED)
+        return bool(self.pad or self.flip or self.scale or any(changed))
+
     def describe(self) -> str:
         """One line on what is done besides the data set's own crops and flips; empty where that is nothing."""
         plain = Augmentation(self.pad, self.flip, self.scale, self.own_policy)
@@ -89,7 +97,7 @@ class Augmentation(NamedTuple):
     def changes(self, mean: Sequence[float], seed: int, epoch: int) -> Changes | None:
         """What is done to the images of an epoch besides crops and flips; erased parts take the colour `mean`."""
         changed = (self.colour_jitter, self.random_erasing)
-        if self.policy == "standard" and not any(changed):
+        if self.policy in UNCHANGED and not any(changed):
             return None
         colour = tuple(round(255 * value) for value in mean)
         return Changes(self.policy, self.own_policy, *changed, colour, seed, epoch)
@@ -109,6 +117,7 @@ class ImageData(NamedTuple):
     background: tuple[int, int, int] = WHITE  # what transparency is laid on
     split: int = 0  # so many training images have become the test split, where the folder had none
     unreadable: Mapping[str, str] = MappingProxyType({})  # why, by name, of test images that were left out of memory
+    labelled: bool = True  # else every target is 0, and there are no test images
     test_files: StreamedImages | None = None  # the files of the test images, where they are image files
     resized: int | None = None  # pixels on a side that batches are resized to; None: as they are held
 

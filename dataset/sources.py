@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from torchvision import datasets
 
 from dataset.decoding import WHITE
-from dataset.folders import list_folder, printable
+from dataset.folders import list_folder, list_images, printable
 from dataset.images import Augmentation, ImageData, Images, channel_statistics, hold_out
 from dataset.memory import free_memory
 from dataset.pool import Pool
@@ -137,7 +137,7 @@ def imagenet(folder: str | None, image_size: int, reading: Reading) -> ImageData
     if folder is None:
         raise UserError("--data: name the folder that holds train/ and val/ with one sub-folder per class, or shards")
     cut, split = round(image_size / TEST_CUT), 0
-    shards = [] if _has_classes(folder) else find_shards(folder)
+    shards = [] if not reading.labelled or _has_classes(folder) else find_shards(folder)
     if shards:
         (train, test), classes = _sharded(shards, image_size, cut, reading)
     else:
@@ -168,6 +168,10 @@ def _from_folder(
 ) -> tuple[StreamedImages, StreamedImages, list[str], int]:
     """Both splits, their classes, and how many training images have become the test split where there was none."""
     how = (image_size, cut, reading)
+    if not reading.labelled:
+        images = list_images(folder)
+        train = StreamedImages(Files(images.root, images.names), torch.tensor(images.targets), *how)
+        return train, train.select(torch.zeros(len(images.names), dtype=torch.bool)), [], 0
     listed = list_folder(folder, may_split=bool(reading.split or reading.holdout))
     train, test = (
         listing and StreamedImages(Files(listing.root, listing.names), torch.tensor(listing.targets), *how)
@@ -210,6 +214,8 @@ def _sample(images: StreamedImages) -> torch.Tensor:
 
 def _in_memory(images: StreamedImages, classes: list[str]) -> tuple[Images, dict[str, str]]:
     """All images of a split that can be read, in memory, and why, by name, for each that cannot."""
+    if not len(images.targets):
+        return Images(torch.zeros(0, 3, images.image_size, images.image_size, dtype=torch.uint8), images.targets), {}
     pixels, unreadable = images.pixels()
     if not unreadable:
         return Images(pixels, images.targets), {}
@@ -224,12 +230,13 @@ def _in_memory(images: StreamedImages, classes: list[str]) -> tuple[Images, dict
     for target in images.targets[~whole].unique().tolist():
         if not (images.targets[whole] == target).any():
             name, reason = next(iter(broken.items()))
-            raise UserError(
-                f"--data: {name} cannot be read ({reason}), nor any other image of class {classes[target]} in its split"
-            )
+            others = f"of class {classes[target]} in its split" if classes else "there"
+            raise UserError(f"--data: {name} cannot be read ({reason}), nor any other image {others}")
     return Images(pixels, images.targets).keep(whole), broken
 
 
+#: Data sets that can be read without labels.
+WITHOUT_LABELS = ("folder", "imagenet")
 DATASETS = {
     "digits": digits,
     "cifar100": cifar100,
@@ -252,6 +259,7 @@ def load_data(
     stream: bool | None = None,
     split: float = 0.0,
     holdout: int = 0,
+    labelled: bool = True,
     normalisation: Statistics | None = None,
     device_memory: int | None = None,
 ) -> ImageData:
@@ -262,15 +270,19 @@ def load_data(
     are left out), `background` (RGB in 0..255, under transparency) and `stream` (True: from the disk, False: into
     memory, None: what fits into half of the free memory and of `device_memory`, in bytes, is held there). The share
     `split` of the training images, or `holdout` of them, becomes the test split of a folder that has none.
+    Without labels (`labelled`) all images below the folder, at any depth, are for training.
     `normalisation` is the recorded (mean, std) of a run; without it a folder's own are computed.
     """
     if name not in DATASETS:
         raise UserError(f"--dataset: unknown data set '{name}'; choose from {', '.join(DATASETS)}")
+    if not labelled and name not in WITHOUT_LABELS:
+        raise UserError(f"--labels none: it reads a folder of images, not {name}; name the folder with --data")
     if folder is not None:
         folder = os.path.abspath(os.path.expanduser(folder))
     pool = Pool(num_workers) if num_workers else None
-    options = (pool, background, stream, split, holdout, normalisation, device_memory)
+    options = (pool, background, stream, split, holdout, normalisation, labelled, device_memory)
     data = DATASETS[name](folder, image_size, Reading(num_workers, max_broken, may_download, *options))
+    data = data._replace(labelled=labelled)
     if image_size != data.image_size:
         data = data._replace(resized=image_size)
     if normalisation is not None:

@@ -42,6 +42,7 @@ class Reading(NamedTuple):
     split: float = 0.0  # share of the training images that becomes the test split of a folder without one
     holdout: int = 0  # so many instead, where no share is given
     normalisation: Statistics | None = None  # instead of the data's own
+    labelled: bool = True  # by class folders; else images at any depth, all of them for training
     device_memory: int | None = None  # bytes that may be used there, where it is not the CPU
 
 

@@ -128,6 +128,8 @@ class Distiller(nn.Module):
     #: Why the method cannot learn from mixed images (mixup, CutMix), whose targets are shares (B, K) of classes; empty
     #: where it can.
     refuses_mixing = ""
+    #: Why the method cannot learn from images without labels, whose targets are all 0, with -r 0; empty where it can.
+    needs_targets = ""
     #: Whether the losses of every step depend on everything that is trained, apart from weights of 0.
     uses_everything = True
     #: Children that the main stage does not train.
@@ -163,7 +165,8 @@ class Distiller(nn.Module):
                     f"--distill {self.name}: it reads the {whose}'s maps before their last ReLU, which only our own "
                     f"networks show, not {network.name}; choose another --distill or --model_{whose[0]}"
                 )
-        if teacher is not None and self.needs_teacher_logits() and teacher.num_classes != task.num_classes:
+        fits = teacher is None or (teacher.num_classes and task.num_classes in (0, teacher.num_classes))
+        if not fits and self.needs_teacher_logits():
             has = f"{teacher.num_classes} classes" if teacher.num_classes else "no classifier"
             raise UserError(
                 f"--model_t: the teacher has {has}, the data {task.num_classes} classes, and --distill {self.name} "
@@ -222,6 +225,12 @@ class Distiller(nn.Module):
     def needs_teacher_logits(self) -> bool:
         """Whether any stage reads the teacher's logits, so that its classes must be those of the data."""
         return self.needs_teacher
+
+    @classmethod
+    def trains_classifier(cls, flags: Mapping[str, Any]) -> bool:
+        """Whether what is shipped classifies where no label is read, with these values of the flags: into the teacher's
+        classes then."""
+        return bool(flags[ALPHA.argument]) if ALPHA in cls.flags else True
 
     def forward(
         self, batch, teacher: Output | None, progress: Progress, stage: Stage | None = None

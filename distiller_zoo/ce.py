@@ -11,6 +11,7 @@ class CrossEntropy(Distiller):
     summary = "cross entropy with the labels only: teachers and baselines"
     group = "without a teacher"
     needs_teacher = False
+    needs_targets = "it learns from labels alone"
     flags = (GAMMA,)
 
     def losses(self, student, teacher, targets, index, progress):

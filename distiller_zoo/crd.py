@@ -26,6 +26,7 @@ CRD_WEIGHT = Flag(
     ("--crd_weight",), number, 0.8, "weight of the CRD term (the official NORM code takes -c for it)", is_weight=True
 )
 CONTRAST_FLAGS = (FEAT_DIM, NCE_K, NCE_T, NCE_M, MODE)
+WHY_LABELLED = "its negatives are images of other classes"
 WHY_UNMIXED = "its memory banks hold one vector for each training image, and a mixed image is none of them"
 
 
@@ -58,6 +59,7 @@ class CRD(FeatureDistiller):
     group = "relations between images"
     reads = ("pooled", "sample index and negatives")
     refuses_mixing = WHY_UNMIXED
+    needs_targets = WHY_LABELLED
     flags = (*FeatureDistiller.flags, *CONTRAST_FLAGS)
     needs = {**FeatureDistiller.needs, **{flag.argument: (above_zero(BETA),) for flag in CONTRAST_FLAGS}}
 
@@ -81,6 +83,7 @@ class NORM_CRD(NORM):
     departures = "The official code cannot start this method and takes -c for CRD's weight; here it is --crd_weight."
     reads = ("final", "pooled", "sample index and negatives")
     refuses_mixing = WHY_UNMIXED
+    needs_targets = WHY_LABELLED
     flags = (*NORM.flags, CRD_WEIGHT, *CONTRAST_FLAGS)
     needs = {**NORM.needs, **{flag.argument: (above_zero(CRD_WEIGHT),) for flag in CONTRAST_FLAGS}}
 

@@ -93,6 +93,7 @@ class DistPro(LogitDistiller):
     group = "feature maps"
     reads = ("maps",)
     student_preact = teacher_preact = True
+    needs_targets = "its search minimises the cross entropy of held-out images"
     frozen = ("search",)
     flags = (
         *FeatureDistiller.flags,

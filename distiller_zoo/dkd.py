@@ -70,6 +70,7 @@ class DKD(LogitDistiller):
     reference = "megvii-research/mdistiller"
     departures = "Log-softmaxes in place of the logarithm of a probability that may round to 0."
     group = "logits"
+    needs_targets = "it treats the class of the label apart from the others"
     flags = (GAMMA, DKD_ALPHA, DKD_BETA, KD_T, WARMUP_EPOCHS, LOGIT_STANDARDIZATION)
     needs = dict.fromkeys(("kd_T", "warmup_epochs", "logit_standardization"), (above_zero(DKD_ALPHA, DKD_BETA),))
 

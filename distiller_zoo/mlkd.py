@@ -84,6 +84,10 @@ class MLKD(LogitDistiller):
     flags = (GAMMA, ALPHA, BETA, TEMPERATURES, LOGIT_STANDARDIZATION)
     needs = {"mlkd_temperatures": (above_zero(ALPHA, BETA),), "logit_standardization": (above_zero(ALPHA),)}
 
+    @classmethod
+    def trains_classifier(cls, flags):
+        return bool(flags["alpha"] or flags["beta"])
+
     def respond(self, images, teacher):
         return ViewLogits(torch.cat([self.student(view) for view in images.chunk(2)]))
 

@@ -179,7 +179,7 @@ class NORM(Distiller):
 
     def notes(self):
         notes = list(self._sizes)
-        if self.scale != self.ceta:
+        if self.scale != self.ceta and self.student.num_classes:
             notes += [
                 f"-c/--ceta {self.ceta} is off: standardised logits of two classes are constants, without gradient"
             ]
@@ -282,6 +282,7 @@ class FTBaseline(NORM):
     departures = "N, and whether logits are standardised, are not published: 8, raw."
     reads = ()
     needs_teacher = False
+    needs_targets = "it learns from labels alone"
     # The paper's baseline is trained with the cross entropy only; whether on raw logits is not published.
     flags = (
         GAMMA,

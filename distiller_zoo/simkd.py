@@ -70,6 +70,10 @@ class SimKD(MapDistiller):
         self.student.classifier.load_state_dict(teacher.get_classifier().state_dict())
         self.student.classifier.requires_grad_(False)
 
+    @classmethod
+    def trains_classifier(cls, flags):
+        return True  # what is shipped has the teacher's
+
     @staticmethod
     def compared(output):
         return [last_map(output)]

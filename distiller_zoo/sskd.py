@@ -117,6 +117,7 @@ class SSKD(LogitDistiller):
     group = "relations between images"
     reads = ("pooled",)
     views = "rotations"
+    needs_targets = "it ranks the teacher's outputs for rotated images by the label"
     refuses_mixing = "it ranks the teacher's outputs for rotated images by their one class"
     min_batch = 2  # one upright image leaves nothing to choose from
     frozen = ("teacher_head",)

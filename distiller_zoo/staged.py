@@ -16,6 +16,7 @@ class FeaturesFirst(LogitDistiller):
 
     group = "feature maps"
     reads = ("maps",)
+    needs_targets = "after its first stage the cross entropy is what trains"
     flags = (*LogitDistiller.flags, INIT_EPOCHS)
 
     def first_loss(self, student: Output, teacher: Output) -> Tensor:

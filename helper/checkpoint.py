@@ -163,7 +163,7 @@ def rebuild(checkpoint: Mapping, source: str) -> tuple[Distiller, dict]:
         num_classes = len(data["classes"])
         if not num_classes <= data["train_images"] <= MOST_IMAGES:
             raise ValueError(f"{data['train_images']} training images")
-        targets = torch.arange(data["train_images"]) % num_classes  # only their number matters here
+        targets = torch.arange(data["train_images"]) % max(num_classes, 1)  # only their number matters here
         student = build_model(config["model_s"], num_classes, data["image_size"])
         teacher = None if config.get("model_t") is None else _like_teacher(config, data, source)
         method = build_distiller(config, student, teacher, num_classes, data["image_size"], targets)
@@ -230,7 +230,7 @@ def check_progress(training: Mapping, in_main_stage: bool) -> None:
     if training["stage_step"] and not training["epoch"]:
         raise ValueError("there are steps and no epoch")
     for record in records:
-        values = [value for name, value in record.items() if name.endswith("_accuracy")]
+        values = [value for name, value in record.items() if name.endswith(("_accuracy", "_matching_loss"))]
         if not values or not all(type(value) is float and math.isfinite(value) for value in values):
             raise ValueError("an accuracy is no number")
 

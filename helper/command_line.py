@@ -376,9 +376,13 @@ def resolve(
     merged = {name: pair for layer in layers for name, pair in layer.items()}
     _scale_epochs(merged, known, {*given, *stored}, recipe)
     _derive(merged, known)
+    if merged["labels"][0] == "none":
+        _without_labels(merged)
     values = {name: value for name, (value, _) in merged.items()}
     refuse_without_effect(find_distiller(distill), values, given)
     _check_targets(values)
+    _check_cache(values)
+    _check_labels(values)
     return Configuration(values, {name: origin for name, (_, origin) in merged.items()}, folder)
 
 
@@ -396,6 +400,54 @@ def _check_targets(values: Mapping[str, Any]) -> None:
         raise UserError(f"--{of_labels[0]}: has no effect with -r/--gamma 0: there is no cross entropy; leave it out")
     if values["class_weights"] and values["balanced_sampling"]:
         raise UserError("--balanced_sampling: --class_weights makes up for rare classes already; leave one of them out")
+
+
+def _without_labels(merged: dict) -> None:
+    """Leave the cross entropy out; raise `UserError` where it was asked for."""
+    gamma = GAMMA.argument
+    if gamma in merged and merged[gamma][0] and merged[gamma][1] in ("command line", "resumed run"):
+        raise UserError("-r/--gamma: without labels (--labels none) there is no cross entropy; leave it out")
+    if gamma in merged:
+        merged[gamma] = (0.0, "--labels none")
+
+
+def _check_labels(values: Mapping[str, Any]) -> None:
+    """Raise `UserError` where something needs labels, and there are none."""
+    method = find_distiller(values["distill"])
+    if values["labels"] != "none":
+        if values["data_probe"] is not None:
+            raise UserError("--data_probe: has no effect with labelled images, which have test images; leave it out")
+        return
+    if method.needs_targets:
+        raise UserError(
+            f"--labels none: --distill {method.name} cannot train without labels: {method.needs_targets}; choose "
+            "another method"
+        )
+    known = settings.settings_of(method.name)
+    given = [name for name, one in known.items() if one.needs_labels and values.get(name) not in (None, one.default)]
+    if given:
+        raise UserError(f"--{given[0]}: it needs labels, and there are none (--labels none); leave it out")
+    if values["data"] is None:
+        raise UserError("--labels none: name the folder of images with --data")
+
+
+def _check_cache(values: Mapping[str, Any]) -> None:
+    """Raise `UserError` where what a method reads of the teacher cannot be stored."""
+    method = find_distiller(values["distill"])
+    if values["cache_teacher"] is None:
+        if values["cache_top_k"] is not None:
+            raise UserError("--cache_top_k: has no effect without --cache_teacher; leave it out")
+        return
+    maps = [name for name in method.reads if name in ("maps", "final", "activated")]
+    if maps:
+        raise UserError(
+            f"--cache_teacher: --distill {method.name} reads the teacher's feature maps, which are too large to store; "
+            "leave it out, or choose a method that reads logits or pooled vectors"
+        )
+    if values["balanced_sampling"]:
+        raise UserError(
+            "--cache_teacher: --balanced_sampling may show an image twice in an epoch, with two crops; leave one out"
+        )
 
 
 def _is_of_data(argument: str) -> bool:

@@ -23,6 +23,7 @@ from dataset import ImageData, load_data
 from errors import UserError
 from helper.run_folder import save
 from helper.settings import count_cores
+from models.backbone import Backbone
 from models.checkpoints import load_exported, read_checkpoint
 from models.files import RECORD
 
@@ -229,8 +230,18 @@ def write_int8(source: str, path: str, images: Tensor) -> None:
 def read_pth(path: str, flag: str = "MODEL", device: torch.device = CPU) -> Deployed:
     """Read what `write_pth` or `write_safetensors` wrote."""
     network, record = load_exported(read_checkpoint(path, flag), f"{flag}: {path}")
+    check_classifies(network, f"{flag}: {path}")
     network = network.to(device)
     return Deployed(lambda images: network(images.to(device)).cpu(), record)
+
+
+def check_classifies(network: Backbone, source: str) -> None:
+    """Raise `UserError` for a network without a classifier: it gives no logits."""
+    if not network.num_classes:
+        raise UserError(
+            f"{source} was trained without labels and has no classifier, so there are no logits to export or to "
+            "predict from; train one from it with --init, or let it teach (--path_t)"
+        )
 
 
 def read_pt2(path: str, flag: str = "MODEL", device: torch.device = CPU) -> Deployed:

@@ -22,6 +22,9 @@ def progress_bar(items: Iterable, title: str, total: int, over: int = 0) -> tqdm
 
 def describe_data(data: ImageData, device: torch.device) -> str:
     """One line on the data set."""
+    if not data.labelled:
+        size = f"{data.image_size}x{data.image_size}"
+        return f"{data.name}: {len(data.train.targets)} training images without labels, {size}; device {device}"
     return (
         f"{data.name}: {len(data.train.targets)} training and {len(data.test.targets)} test images, "
         f"{data.num_classes} classes, {data.image_size}x{data.image_size}; device {device}"
@@ -59,6 +62,7 @@ def format_epoch(record: dict, title: str) -> str:
     seconds = record["data_wait_s"] + record["compute_s"]
     kinds = {f"{name}_accuracy{of}": f"{name}{of and ' of EMA'}" for of in ("", "_ema") for name in ("holdout", "test")}
     test = "".join(f", {kind} {record[name]:.2f} %" for name, kind in kinds.items() if name in record)
+    test += "".join(f", {describe_measured(name, record[name])}" for name in record if is_without_labels(name))
     return (
         f"{title}: {format_losses(record)}{test}, "
         f"lr {record['learning_rate']:.3g}, {seconds:.1f} s ({record['data_wait_s']:.1f} s waiting for data), "
@@ -66,8 +70,30 @@ def format_epoch(record: dict, title: str) -> str:
     )
 
 
+def is_without_labels(name: str) -> bool:
+    """Whether this is the name of what a run without labels is judged by."""
+    return name.endswith("_matching_loss") or name in ("probe_accuracy", "knn_accuracy")
+
+
+def describe_measured(name: str, value: float) -> str:
+    """One of these and its value, in words."""
+    title = name.removesuffix("_accuracy").replace("_", " ").replace("knn", "nearest neighbours")
+    return f"{title} {value:.2f} %" if name.endswith("_accuracy") else f"{title} {value:.4g}"
+
+
+def format_without_labels(result: dict) -> str:
+    """How a run without labels ended."""
+    last = [name.removesuffix("_last") for name in result if is_without_labels(name.removesuffix("_last"))]
+    ends = [", ".join(describe_measured(name, result[f"{name}_{when}"]) for name in last) for when in ("last", "best")]
+    return (
+        f"trained without labels: last {ends[0]}; best {ends[1]} (epoch {result['best_epoch']}, {result['protocol']})"
+    )
+
+
 def format_result(result: dict) -> str:
     """The three accuracies, each by its name, and what was left out of them."""
+    if "accuracy_last" not in result:
+        return format_without_labels(result)
     lost, average = result.get("test_unreadable"), result.get("accuracy_last_ema")
     return (
         f"test accuracy: last {result['accuracy_last']:.2f} %, best {result['accuracy_best']:.2f} % (epoch "

@@ -13,7 +13,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor, distributed, nn
 
-from dataset import Augmentation, Batch, ImageData, Loader, epoch_seed
+from dataset import Augmentation, Batch, ImageData, Images, Loader, StreamedImages, epoch_seed
 from distiller_zoo import Distiller, Progress, Stage
 from distiller_zoo.base import ALPHA, BETA, GAMMA
 from errors import StoppedAtOnce, UserError
@@ -69,8 +69,19 @@ class Training:
         unmixed = augmentation._replace(mixup=0.0, cutmix=0.0)
         self._held_out = self._loader(data, held_out, config.data_seed + 1, unmixed) if stage.holdout else None
         self._held_out_batches: Iterator[Batch] | None = None
+        self._labelled = data.labelled
         self.meter = EpochMeter(device)
         self._outcomes: list[tuple[dict[str, Tensor], Tensor | None, Tensor]] = []  # of the step's micro-batches
+
+    def judging_loader(self, images: Images | StreamedImages, data: ImageData, subset: Tensor) -> Loader:
+        """The same batches of some images in every epoch, for `matching_loss`."""
+        config, method = self.config, self.method
+        augmentation = None if method.views == "plain" else self.loader.augmentation
+        sizes = {"min_batch": method.min_batch, "subset": subset}
+        loader = Loader(images, data, config.batch_size, self.device, augmentation, views=method.views, **sizes)
+        if not len(loader):
+            raise UserError(f"--holdout: {len(subset)} images are too few for --distill {config.distill}; keep more")
+        return loader
 
     def _loader(self, data: ImageData, subset: Tensor, seed: int, augmentation: Augmentation) -> Loader:
         config, method = self.config, self.method
@@ -196,7 +207,7 @@ class Training:
         self.scaler.step(self.optimizer)
         self.scaler.update()
         for losses, logits, classes in self._outcomes:
-            self.meter.update(losses, logits, classes)
+            self.meter.update(losses, logits if self._labelled else None, classes)
         return True
 
     def _may_step(self, losses: dict[str, Tensor], trained: list[Tensor], number: int) -> bool:
@@ -227,7 +238,9 @@ class Training:
 
 def augmentation_of(config: Configuration, data: ImageData) -> Augmentation:
     """The data set's augmentation of the training images, with what a run asks for."""
+    off = {"pad": 0, "flip": False, "scale": None} if config.augment == "none" else {}
     return data.augmentation._replace(
+        **off,
         policy=config.augment,
         colour_jitter=config.colour_jitter,
         random_erasing=config.random_erasing,
@@ -305,7 +318,7 @@ def step(runs: Sequence, batch: Batch, teacher: Teacher | None, number: int) -> 
                 output, preact = None, training.method.teacher_preact
                 if teacher is not None and training.stage.needs_teacher:
                     if preact not in outputs:
-                        outputs[preact] = teacher(teacher.shown(part), preact, training.is_whole(part))
+                        outputs[preact] = teacher.teach(part, training, run.epochs_over + 1, preact)
                     output = outputs[preact]
                 training.add_gradients(batch, part, output, part_number == len(parts))
                 if part_number == len(parts):
@@ -332,6 +345,34 @@ def evaluate(predict: Callable[[Tensor], Tensor], loader: Loader, title: str = "
     (images,) = total_of([len(loader.subset)])
     unreadable = int(images) - len(all_targets)
     return measured | ({"test_unreadable": unreadable} if unreadable else {})
+
+
+@torch.no_grad()
+def matching_loss(training: "Training", teacher: Teacher | None, loader: Loader) -> float:
+    """The mean of a stage's losses over the images of a loader, of the method in eval mode.
+
+    Their weights are those of the middle of the run: a method may weigh them differently in every epoch, and epochs are
+    compared by it.
+    """
+    method, stage, total, images = training.method, training.stage, 0.0, 0
+    middle = Progress(stage.epochs // 2, stage.epochs)
+    for batch in progress_bar(loader.batches(1), "matching loss", len(loader)):
+        output = None if teacher is None else teacher(teacher.shown(batch), method.teacher_preact, False)
+        with training.fast.autocast(training.device):
+            _, losses = method(batch, output, middle, stage)
+        total += len(batch.targets) * float(sum(losses.values()))
+        images += len(batch.targets)
+    return total / images
+
+
+@torch.no_grad()
+def pooled_features(network: Backbone, loader: Loader) -> tuple[Tensor, Tensor]:
+    """The pooled vectors (n, D) float32 of a network for the images of a loader, and their classes (n,), on the CPU."""
+    features, classes = [], []
+    for batch in progress_bar(loader.batches(), "pooled features", len(loader)):
+        features.append(network.outputs(batch.images).pooled.float().cpu())
+        classes.append(batch.targets.cpu())
+    return torch.cat(features), torch.cat(classes)
 
 
 def _of_all_processes(values: list[list[Tensor]]) -> list[list[list[Tensor]]]:

@@ -2,6 +2,7 @@
 
 import math
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -12,6 +13,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from helper.distributed import count_processes, is_main, total_of
+
+#: Of the linear probe, at most; and images that the nearest neighbours' vote counts, as DINO's evaluation does (Caron
+#: et al., ICCV 2021).
+PROBE_ITERATIONS, NEIGHBOURS = 1000, 20
 
 
 def accuracy(logits: Tensor, targets: Tensor) -> float:
@@ -70,6 +75,48 @@ def best_epoch(records: Sequence[Mapping[str, float]], metric: str) -> int:
     values = [record.get(f"holdout_{metric}", record.get(f"test_{metric}")) for record in records]
     goodness = [BEST_BY[metric](math.nan if value is None else value) for value in values]
     return goodness.index(max(goodness)) + 1
+
+
+def probe(train: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor]) -> dict[str, float]:
+    """How well features (n, D) tell classes (n,) apart, on others than they are fitted to: the accuracies (%) of a
+    linear probe (logistic regression of standardised features) and of the nearest neighbours by cosine."""
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.neighbors import KNeighborsClassifier
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    features, classes = (part.numpy() for part in train)
+    linear = make_pipeline(StandardScaler(), LogisticRegression(max_iter=PROBE_ITERATIONS))
+    nearest = KNeighborsClassifier(min(NEIGHBOURS, len(classes)), metric="cosine")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        fitted = {"probe": linear.fit(features, classes), "knn": nearest.fit(features, classes)}
+    tested = [part.numpy() for part in test]
+    return {f"{name}_accuracy": 100 * float(model.score(*tested)) for name, model in fitted.items()}
+
+
+#: What a run without labels is judged by, the first that was measured, and whether more of it is better.
+WITHOUT_LABELS = {"probe_accuracy": True, "holdout_matching_loss": False, "train_matching_loss": False}
+
+
+def best_without_labels(records: Sequence[Mapping[str, float]]) -> tuple[str, int]:
+    """What the epochs of a run without labels are compared by, and the best of them, counted from 1; the first of
+    equals."""
+    name = next(name for name in WITHOUT_LABELS if name in records[0])
+    values = [record[name] if WITHOUT_LABELS[name] else -record[name] for record in records]
+    values = [value if math.isfinite(value) else -math.inf for value in values]
+    return name, values.index(max(values)) + 1
+
+
+def summarise_without_labels(records: Sequence[Mapping[str, float]]) -> dict[str, Any]:
+    """The last and the best value of everything that tells how good such a run is, for `result.json`."""
+    name, best = best_without_labels(records)
+    summary: dict[str, Any] = {"best_by": name, "best_epoch": best}
+    for measured in (*WITHOUT_LABELS, "knn_accuracy"):
+        if measured in records[-1]:
+            summary |= {f"{measured}_last": records[-1][measured], f"{measured}_best": records[best - 1][measured]}
+    return summary
 
 
 #: Bins of the confidence, as in Guo et al., ICML 2017.

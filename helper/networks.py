@@ -3,23 +3,29 @@
 import copy
 import difflib
 import hashlib
+import json
+import math
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
+import numpy
 import torch
 from torch import Tensor, nn
 
-from dataset import Batch, ImageData
+from dataset import VIEWS, Batch, ImageData, RowCache, differences
+from dataset.cache import EVERY
 from errors import UserError
 from helper.checkpoint import AVERAGE, contained, take_average, upgrade
+from helper.distributed import count_processes
 from helper.download import published_name, read_timm, read_torchvision
 from helper.fast import Fast
 from helper.recipes import PUBLISHED_TEACHERS
-from helper.settings import sources_of
+from helper.settings import all_settings, sources_of
 from models import model_dict
 from models.backbone import Backbone, Output, probe_shapes, select_classes
 from models.checkpoints import (
@@ -275,9 +281,7 @@ def read_at_classes(source: Network, wanted: str) -> Network:
     if source.members:
         teachers = [read_at_classes(each, wanted) if each.num_classes else each for each in source.members]
         return _together(source.path, teachers, source.network.shares)
-    names = _class_names(wanted)
-    own = read_preprocessing(source.path)
-    known = list(own.categories if own is not None else source.record.get("classes") or ())
+    names, known = _class_names(wanted), known_classes(source)
     numbers = {name: number for number, name in reversed(list(enumerate(known)))}
     columns = [numbers.get(name, int(name) if name.isdecimal() else -1) for name in names]
     for name, column in zip(names, columns, strict=True):
@@ -293,6 +297,18 @@ def read_at_classes(source: Network, wanted: str) -> Network:
     return source._replace(
         network=network, num_classes=len(columns), record=record, notes=[*source.notes, note], accuracy=None
     )
+
+
+def known_classes(source: Network) -> list[str]:
+    """The names of a network's classes, in their order; empty where nobody says them."""
+    own = read_preprocessing(source.path)
+    return list(own.categories if own is not None else source.record.get("classes") or ())
+
+
+def classes_taught(source: Network) -> list[str]:
+    """The classes that a student learns from a teacher's logits: their names, or their numbers."""
+    known = known_classes(source)
+    return known if len(known) == source.num_classes else [str(number) for number in range(source.num_classes)]
 
 
 def as_it_was_trained(source: Network, data: ImageData, image_size: int | None) -> TeacherView | None:
@@ -381,6 +397,17 @@ class Teacher:
         with self.fast.autocast(self.device), self.fast.naming_compiler():
             return compute(images, preact)
 
+    def teach(self, part: Batch, training: Any, epoch: int, preact: bool) -> Output:
+        """The outputs for a micro-batch of an epoch, counted from 1 over the whole run, of the stage `training`."""
+        return self(self.shown(part), preact, training.is_whole(part))
+
+    def open_for(self, training: Any) -> str:
+        """Prepare for the batches of a stage of a run; returns a line to say of that."""
+        return ""
+
+    def close(self) -> None:
+        """The runs are over."""
+
     def shown(self, batch: Batch) -> Tensor:
         """The images of a batch that the teacher is given."""
         return batch.images if batch.source is None or not self.sees_source else batch.source
@@ -397,6 +424,141 @@ class Teacher:
                 return self.source.teachers[number].network(self.fast.lay_out(images))
             network = self.frozen.network
             return (network.networks[number] if self.source.members else network).outputs(images).logits
+
+
+class CachedTeacher(Teacher):
+    """A teacher whose logits and pooled vectors are read from `folder` where they are there, and written where not.
+
+    Of logits the `top_k` largest are kept, None: all of them. A sub-folder belongs to one teacher and to one way of
+    showing the images; what decides either is in its description.
+    """
+
+    FLAG = "--cache_teacher"
+
+    def __init__(
+        self,
+        source: Network,
+        data: ImageData,
+        image_size: int | None,
+        fast: Fast,
+        device: torch.device,
+        folder: str,
+        top_k: int | None = None,
+    ):
+        super().__init__(source, data, image_size, fast, device)
+        if source.members:
+            raise UserError(f"{self.FLAG}: it is for one teacher, not for the {len(source.members)} of --path_t")
+        if count_processes() > 1:
+            raise UserError(f"{self.FLAG}: it is for runs of one process; leave it out under torchrun")
+        try:
+            Path(folder).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"{self.FLAG}: {folder} cannot be made: {error.strerror}; name another place") from None
+        shapes = probe_shapes(self.network, data.image_size)
+        if top_k is not None and top_k >= shapes.num_classes:
+            raise UserError(f"--cache_top_k: the teacher has {shapes.num_classes} classes; leave it out to keep all")
+        self.folder, self.num_images, self.num_classes, self.top_k = (
+            Path(folder),
+            len(data.train.targets),
+            shapes.num_classes,
+            top_k,
+        )
+        self._widths = {f"top{top_k}" if top_k else "logits": 2 * top_k + 1 if top_k else shapes.num_classes}
+        self._pooled_width = shapes.pooled
+        self._caches: dict[Path, RowCache] = {}
+        self._places: dict[tuple, tuple[Path, bool]] = {}  # by what is shown: the cache, and whether epochs differ
+
+    def open_for(self, training):
+        if "pooled" in training.method.reads:  # runs that share a pass share what is kept of it
+            self._widths["pooled"] = self._pooled_width
+        if training.batch_key in self._places:
+            return ""
+        description, varies = self._describe(training)
+        digest = hashlib.blake2b(json.dumps(description, sort_keys=True).encode(), digest_size=8).hexdigest()
+        path = self.folder / digest
+        is_new, others = not path.exists(), differences(self.folder, description)
+        self._places[training.batch_key] = path, varies
+        cache = self._caches.setdefault(path, RowCache(path, description, self.num_images, self.FLAG))
+        if is_new:
+            nearest = f"; the nearest there differs in {', '.join(others)}" if others else ""
+            return f"{self.FLAG} {path}: new{nearest}"
+        views, _ = VIEWS[training.method.views]
+        epochs = min(cache.count_epochs(name, views * width) for name, width in self._widths.items())
+        return f"{self.FLAG} {path}: {'every epoch' if epochs and not varies else f'epochs stored whole: {epochs}'}"
+
+    def _describe(self, training: Any) -> tuple[dict[str, Any], bool]:
+        """What decides the outputs for the images of an epoch, and whether that differs between epochs."""
+        config, augmentation, plain = training.config, training.loader.augmentation, training.method.views == "plain"
+        varies = augmentation.varies or not plain
+        known = {name: config.get(name) for name, one in all_settings().items() if one.decides_outputs}
+        if not varies:
+            known.pop("data_seed")
+        if augmentation.mixes or not plain:
+            known["batch_size"] = config.batch_size
+        view = None
+        if isinstance(self.network, TeacherView):
+            constants = [value.flatten().tolist() for value in (self.network.scale, self.network.shift)]
+            view = [*constants, self.network.image_size, self.network.interpolation]
+        known |= {"views": training.method.views, "holdout_of_stage": training.stage.holdout, "teacher_view": view}
+        return known, varies
+
+    def teach(self, part, training, epoch, preact):
+        self.open_for(training)
+        path, varies = self._places[training.batch_key]
+        cache, index, at = self._caches[path], part.index.cpu().numpy(), epoch if varies else EVERY
+        views = len(part.images) // len(index)
+        is_once = len(numpy.unique(index)) == len(index)  # an unreadable image is replaced by another of the batch
+        found = {
+            name: cache.read(name, at, views * width, index) if is_once else None
+            for name, width in self._widths.items()
+        }
+        stored = {name: _by_view(rows, views).to(self.device) for name, rows in found.items() if rows is not None}
+        if stored.keys() == found.keys():
+            kept = stored
+        else:
+            kept = self._kept(super().teach(part, training, epoch, preact))
+            for name, values in kept.items() if is_once else ():
+                cache.write(name, at, index, _by_image(values, views))
+        return self._output(kept)
+
+    def _kept(self, output: Output) -> dict[str, Tensor]:
+        """What is stored of an output, each (V * B, width) float32."""
+        logits = output.logits.float()
+        if self.top_k is None:
+            kept = {"logits": logits}
+        else:
+            values, classes = logits.topk(self.top_k, 1)
+            rest = logits.scatter(1, classes, -torch.inf).logsumexp(1, keepdim=True)
+            rest = rest - math.log(self.num_classes - self.top_k)
+            kept = {f"top{self.top_k}": torch.cat([values, classes.float(), rest], 1)}
+        return kept | ({"pooled": output.pooled.float()} if "pooled" in self._widths else {})
+
+    def _output(self, kept: dict[str, Tensor]) -> Output:
+        """What was stored, as an output without maps. Classes that were not stored share one logit: their probability
+        at temperature 1 is the same for each, and that of the others is the teacher's."""
+        if self.top_k is None:
+            logits = kept["logits"]
+        else:
+            values, classes, rest = kept[f"top{self.top_k}"].split([self.top_k, self.top_k, 1], 1)
+            logits = rest.repeat(1, self.num_classes).scatter(1, classes.long(), values)
+        absent: Any = None
+        return Output([], absent, absent, kept.get("pooled", absent), logits)
+
+    def close(self):
+        for cache in self._caches.values():
+            if cache.refusal:
+                print(f"{self.FLAG} {cache.folder}: what was missing was not stored: {cache.refusal}")
+            cache.close()
+
+
+def _by_view(rows: numpy.ndarray, views: int) -> Tensor:
+    """Rows (B, V * width) -> (V * B, width), view by view."""
+    return torch.from_numpy(rows).unflatten(1, (views, -1)).transpose(0, 1).flatten(0, 1)
+
+
+def _by_image(values: Tensor, views: int) -> numpy.ndarray:
+    """Values (V * B, width), view by view -> rows (B, V * width)."""
+    return values.unflatten(0, (views, -1)).transpose(0, 1).flatten(1).cpu().numpy()
 
 
 def check_accuracy(teacher: Network, dataset: str, accuracy: float, allow_gap: bool) -> str:

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from dataset import (
+    WITHOUT_LABELS,
     Centre,
     ImageData,
     Images,
@@ -27,7 +28,8 @@ from dataset import (
     is_image_folder,
     load_data,
 )
-from distiller_zoo import Distiller, Progress
+from dataset.folders import list_folder
+from distiller_zoo import Distiller, Progress, find_distiller
 from errors import Stopped, UserError
 from helper import command_line
 from helper.checkpoint import (
@@ -67,17 +69,21 @@ from helper.loops import (
     Training,
     evaluate,
     format_title,
+    matching_loss,
+    pooled_features,
     random_state,
     set_random_state,
     train_epoch,
     without_trunk,
 )
-from helper.metrics import best_epoch
+from helper.metrics import best_epoch, best_without_labels, probe, summarise_without_labels
 from helper.networks import (
+    CachedTeacher,
     Network,
     Teacher,
     check_accuracy,
     check_apart,
+    classes_taught,
     name_of_published,
     own_test,
     read_at_classes,
@@ -100,6 +106,9 @@ from models.synchronised import synchronise
 
 #: Images per batch when testing; where they are wider than SMALL pixels, as many as in training.
 EVALUATION_BATCH, SMALL = 512, 64
+#: Of images that only a probe is fitted to, the share that tests it where they have no test images.
+#: And how many training images tell the matching loss where none are held out.
+PROBE_SPLIT, JUDGED_IMAGES = 0.2, 1000
 #: What a resumed run takes up besides weights, optimizer and skipped steps.
 STATE = ("stage_number", "epoch", "stage_step", "step", "epochs_over", "seconds", "records", "epoch_state")
 
@@ -158,6 +167,11 @@ def _dataset_of(values: Mapping[str, Any], of_teacher: Mapping[str, Any]) -> dic
     """What `--data` says of the data set where nothing else does: {"dataset": "folder"} for a folder of images."""
     embedded = all_settings()["dataset"].default
     known = values.get("dataset") or of_teacher.get("dataset") or embedded
+    if values.get("labels") == "none" and values.get("data") is not None and known not in WITHOUT_LABELS:
+        if "dataset" in values:
+            return {}  # what is wrong is said where the images are read
+        print(f"--labels none: the images below {values['data']}: --dataset folder")
+        return {"dataset": "folder"}
     if values.get("data") is None or known != embedded:
         return {}
     if "dataset" in values:
@@ -197,6 +211,7 @@ class Inputs(NamedTuple):
     test_loader: Loader
     choosing_loader: Loader | None  # held-out training images for choosing; `data` lacks them
     identity: dict  # what tells whether the data are still the same
+    probe: tuple[Loader, Loader] | None = None  # labelled images to fit a probe of the features to, and to test it on
 
 
 def load_inputs(config: Configuration) -> Inputs:
@@ -214,6 +229,7 @@ def load_inputs(config: Configuration) -> Inputs:
             stream={"auto": None, "on": True, "off": False}[config.stream],
             split=config.split,
             holdout=config.holdout,
+            labelled=config.labels != "none",
             normalisation=_recorded_normalisation(config),
             device_memory=torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None,
         )
@@ -228,7 +244,23 @@ def load_inputs(config: Configuration) -> Inputs:
             raise UserError(f"--holdout: {error}; choose another number") from None
         data = data._replace(train=train)
         choosing_loader = _part_loader(held_out, data, batch_size, device)
-    return Inputs(device, data, _part_loader(data.test, data, batch_size, device), choosing_loader, what)
+    probe = None if config.data_probe is None else _load_probe(config, data, reading[2:], batch_size, device)
+    return Inputs(device, data, _part_loader(data.test, data, batch_size, device), choosing_loader, what, probe)
+
+
+def _load_probe(
+    config: Configuration, data: ImageData, reading: tuple, batch_size: int, device: torch.device
+) -> tuple[Loader, Loader]:
+    """The images of `--data_probe`, prepared as the unlabelled ones are: to fit to, and to test on."""
+    normalisation, folder = (data.mean, data.std), config.data_probe
+    try:
+        split = 0.0 if list_folder(folder, may_split=True).test else PROBE_SPLIT
+        named: dict[str, Any] = {"background": config.background, "split": split, "normalisation": normalisation}
+        labelled = load_data(config.dataset, folder, config.image_size, *reading, **named)
+    except UserError as error:
+        raise UserError(str(error).replace("--data:", "--data_probe:", 1)) from None
+    train, test = (_part_loader(part.to(device), labelled, batch_size, device) for part in labelled[1:3])
+    return train, test
 
 
 def _recorded_normalisation(config: Configuration) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
@@ -269,9 +301,13 @@ def prepare_teacher(source: Network | None, inputs: Inputs, config: Configuratio
     data = inputs.data
     if config.teacher_classes is not None:
         source = read_at_classes(source, config.teacher_classes)
-    teacher = Teacher(source, data, config.teacher_image_size, Fast.of(config), inputs.device)
+    parts = (source, data, config.teacher_image_size, Fast.of(config), inputs.device)
+    if config.cache_teacher is None:
+        teacher = Teacher(*parts)
+    else:
+        teacher = CachedTeacher(*parts, folder=config.cache_teacher, top_k=config.cache_top_k)
     notes = [_check_teacher(teacher, number, inputs, config) for number in range(len(source.teachers))]
-    if source.members and source.num_classes == data.num_classes:
+    if data.labelled and source.members and source.num_classes == data.num_classes:
         shown = _as_held(inputs) if teacher.sees_source else inputs.test_loader
         teacher.accuracy = evaluate(teacher.predict, shown, "checking the teachers")["test_accuracy"]
         notes.append(f"{len(notes)} teachers: {teacher.accuracy:.2f} % by the average of their logits")
@@ -286,6 +322,8 @@ def _check_teacher(teacher: Teacher, number: int, inputs: Inputs, config: Config
     """A line on the accuracy of one of the teachers, tested as its weights' own test does where that is known and the
     data are image files; raises `UserError` where it does not fit the data or its record."""
     source, data = teacher.source.teachers[number], inputs.data
+    if not data.labelled:
+        return f"teacher {source.name}: its accuracy is not measured: the images have no labels"
     if source.num_classes != data.num_classes:
         has = f"its {source.num_classes} classes are not those of the data" if source.num_classes else "no classifier"
         return f"teacher {source.name}: {has}; its maps alone teach"
@@ -342,6 +380,8 @@ def prepared(opened: Opened, inputs: Inputs, teacher: Teacher | None) -> Iterato
                     _record_changes(run)
                 folders.callback(run.close)
                 runs.append(run)
+        if teacher is not None:
+            folders.callback(teacher.close)
         yield runs
 
 
@@ -460,6 +500,22 @@ def _raise_failures(runs: Sequence["Run"]) -> None:
         raise UserError("; ".join(f"{run.folder.label.strip(' []')}: {error}" for run, error in failed))
 
 
+def _spread(n: int, is_training: bool) -> torch.Tensor:
+    """Sample indices that tell the matching loss: of held-out images all, of training images some, evenly spread."""
+    return torch.arange(0, n, max(-(-n // JUDGED_IMAGES), 1) if is_training else 1)
+
+
+def _with_classes(config: Configuration, data: ImageData, teacher: Teacher | None) -> ImageData:
+    """The data; those without labels have the classes that a teacher's logits teach, none where they teach none."""
+    if data.labelled:
+        return data
+    if count_processes() > 1:
+        raise UserError("--labels none: it is for runs of one process; leave torchrun out")
+    if teacher is None or not find_distiller(config.distill).trains_classifier(config):
+        return data._replace(classes=[])
+    return data._replace(classes=classes_taught(teacher.source))
+
+
 def _new_student(config: Configuration, data: ImageData) -> Backbone:
     """A freshly initialised student, with the dropout that was chosen for it."""
     drops = {name: rate for name in DROPS if (rate := config[name]) is not None}
@@ -480,7 +536,8 @@ class Run:
         folder: RunFolder,
         alone: bool,
     ):
-        self.config, self.inputs, self.folder, self.data = config, inputs, folder, inputs.data
+        self.config, self.inputs, self.folder = config, inputs, folder
+        self.data = _with_classes(config, inputs.data, teacher)
         self.teacher, self._alone = teacher, alone
         torch.manual_seed(config.seed)
         student = _new_student(config, self.data)
@@ -598,6 +655,8 @@ class Run:
         self.folder.log(describe_method(self.method, self.stages, self.config.model_s, self.data.image_size))
         if division := describe_batch(self.config):
             self.folder.log(division)
+        if self.teacher is not None and (line := self.teacher.open_for(self.training)):
+            self.folder.log(line)
         self._go_to_next_stage()
 
     def _go_to_next_stage(self) -> None:
@@ -687,6 +746,8 @@ class Run:
 
     def _test(self) -> dict[str, float]:
         """What is measured on the test images, and on the held-out ones where there are any; also of the average."""
+        if not self.data.labelled:
+            return self._judge()
         test = self._test_method(self.method)
         if self.average is not None:
             averaged = self._test_method(self.average.module)
@@ -699,6 +760,20 @@ class Run:
             held_out = evaluate(method.predict, self.inputs.choosing_loader, "held-out images")
             test |= {name.replace("test", "holdout"): value for name, value in held_out.items()}
         return test
+
+    def _judge(self) -> dict[str, float]:
+        """How well a run without labels matches its teacher, and what its features are good for."""
+        name, images = self._judged_images()
+        loader = self.training.judging_loader(images, self.data, _spread(len(images.targets), name == "train"))
+        judged = {f"{name}_matching_loss": matching_loss(self.training, self.teacher, loader)}
+        if self.inputs.probe is not None:
+            network = self.method.export()
+            judged |= probe(*(pooled_features(network, part) for part in self.inputs.probe))
+        return judged
+
+    def _judged_images(self) -> tuple[str, Images | StreamedImages]:
+        held_out = self.inputs.choosing_loader
+        return ("train", self.data.train) if held_out is None else ("holdout", held_out.images)
 
     # Checkpoints.
 
@@ -785,7 +860,29 @@ class Run:
 
     # The result.
 
+    def _accuracies(self) -> dict[str, Any]:
+        accuracies, number = [record["test_accuracy"] for record in self.records], self._best_epoch()
+        last_five = accuracies[-5:]
+        return {
+            "accuracy_last": accuracies[-1],
+            "accuracy_best": accuracies[number - 1],
+            "accuracy_mean_last_five": sum(last_five) / len(last_five),
+            **self._averages_accuracies(number),
+            "best_epoch": number,
+            "protocol": describe_protocol(self.config.holdout, self.config.best_by),
+        }
+
+    def _without_labels(self) -> dict[str, Any]:
+        summary = summarise_without_labels(self.records)
+        name, images = self._judged_images()
+        of = f"{len(_spread(len(images.targets), name == 'train'))} {'training' if name == 'train' else 'held-out'}"
+        chosen = "best linear probe" if summary["best_by"] == "probe_accuracy" else "lowest matching loss"
+        return summary | {"protocol": f"{chosen}, matching loss on {of} images"}
+
     def _best_epoch(self) -> int:
+        """Counted from 1; the first of equals."""
+        if not self.data.labelled:
+            return best_without_labels(self.records)[1]
         return best_epoch(self.records, self.config.best_by)
 
     def _averages_accuracies(self, best: int) -> dict[str, float]:
@@ -800,15 +897,8 @@ class Run:
             self.result = self.folder.read_json(RESULT)
             self.folder.log(format_result(self.result))
             return
-        accuracies, number = [record["test_accuracy"] for record in self.records], self._best_epoch()
-        last_five = accuracies[-5:]
         self.result = {
-            "accuracy_last": accuracies[-1],
-            "accuracy_best": accuracies[number - 1],
-            "accuracy_mean_last_five": sum(last_five) / len(last_five),
-            **self._averages_accuracies(number),
-            "best_epoch": number,
-            "protocol": describe_protocol(self.config.holdout, self.config.best_by),
+            **(self._accuracies() if self.data.labelled else self._without_labels()),
             "epochs": self.epoch,
             "steps": self.step,
             "teacher_accuracy": None if self.teacher is None else self.teacher.accuracy,

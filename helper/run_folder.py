@@ -269,7 +269,7 @@ class FolderElsewhere(RunFolder):
 def tag_of(name: str) -> str:
     """The name of a number in TensorBoard, grouped by what it is: accuracy/test, loss/ce, speed/images_per_s."""
     split, _, rest = name.partition("_")
-    if split in ("train", "test", "holdout"):
+    if split in ("train", "test", "holdout", "probe", "knn"):
         return f"{rest}/{split}"
     if split in ("loss", "accuracy"):
         return f"{split}/{rest or 'total'}"

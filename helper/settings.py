@@ -213,6 +213,7 @@ SETTINGS: tuple[Setting, ...] = (
         group=TEACHER,
         metavar="PIXELS",
         shared=True,
+        decides_outputs=True,
     ),
     Setting(
         ("--teacher_classes",),
@@ -222,6 +223,29 @@ SETTINGS: tuple[Setting, ...] = (
         "(or, where names hold commas, with ;) between them, or a file with one in each line",
         group=TEACHER,
         metavar="NAMES|FILE",
+        shared=True,
+        decides_outputs=True,
+    ),
+    Setting(
+        ("--cache_teacher",),
+        _path,
+        None,
+        "store the teacher's logits, and pooled vectors where the method reads them, in this folder, and read them "
+        "there in later runs that show the same images",
+        group=TEACHER,
+        metavar="FOLDER",
+        resume="free",
+        identity="none",
+        shared=True,
+        is_path=True,
+    ),
+    Setting(
+        ("--cache_top_k",),
+        count,
+        None,
+        "store the K largest logits alone; the rest of the probability is spread evenly over the other classes",
+        group=TEACHER,
+        metavar="K",
         shared=True,
     ),
     Setting(
@@ -251,6 +275,7 @@ SETTINGS: tuple[Setting, ...] = (
         choices=DATASETS,
         group=DATA,
         shared=True,
+        decides_outputs=True,
     ),
     Setting(
         ("--data",),
@@ -264,6 +289,29 @@ SETTINGS: tuple[Setting, ...] = (
         is_path=True,
     ),
     Setting(
+        ("--labels",),
+        str,
+        "folders",
+        "what says the classes of a folder of images: its class folders, or none: images at any depth, from which a "
+        "method learns what the teacher shows of them",
+        choices=("folders", "none"),
+        group=DATA,
+        shared=True,
+        decides_outputs=True,
+    ),
+    Setting(
+        ("--data_probe",),
+        _path,
+        None,
+        "with --labels none: a labelled folder of images, on which pooled features are tested after every epoch, by a "
+        "linear probe (which chooses the best epoch) and by nearest neighbours",
+        group=DATA,
+        metavar="FOLDER",
+        resume="free",
+        shared=True,
+        is_path=True,
+    ),
+    Setting(
         ("--split",),
         _share,
         0.0,
@@ -271,6 +319,8 @@ SETTINGS: tuple[Setting, ...] = (
         group=DATA,
         metavar="SHARE",
         shared=True,
+        decides_outputs=True,
+        needs_labels=True,
     ),
     Setting(
         ("--background",),
@@ -280,6 +330,7 @@ SETTINGS: tuple[Setting, ...] = (
         group=DATA,
         metavar="R,G,B",
         shared=True,
+        decides_outputs=True,
     ),
     Setting(
         ("--stream",),
@@ -300,6 +351,7 @@ SETTINGS: tuple[Setting, ...] = (
         "held with 32 pixels and resized to it on the device (bilinear)",
         group=DATA,
         shared=True,
+        decides_outputs=True,
     ),
     Setting(
         ("--holdout",),
@@ -310,6 +362,7 @@ SETTINGS: tuple[Setting, ...] = (
         group=DATA,
         metavar="K",
         shared=True,
+        decides_outputs=True,
     ),
     Setting(
         ("--num_workers",),
@@ -417,6 +470,7 @@ SETTINGS: tuple[Setting, ...] = (
         "(0: no); it is tested and saved next to the raw weights",
         group=TRAINING,
         metavar="D",
+        needs_labels=True,
     ),
     Setting(
         ("--drop_rate",),
@@ -441,6 +495,7 @@ SETTINGS: tuple[Setting, ...] = (
         "trunk: train only the student's classifier, and what the method adds; its BatchNorms are in eval mode",
         choices=("none", "trunk"),
         group=TRAINING,
+        needs_labels=True,
     ),
     Setting(
         ("--best_by",),
@@ -449,6 +504,7 @@ SETTINGS: tuple[Setting, ...] = (
         "what the best epoch is chosen by, on the held-out images where there are any",
         choices=BEST_BY,
         group=TRAINING,
+        needs_labels=True,
     ),
     Setting(
         ("--patience",),
@@ -463,9 +519,11 @@ SETTINGS: tuple[Setting, ...] = (
         ("--augment",),
         str,
         "standard",
-        "standard: the data set's own crops and flips; or these and torchvision's policy of this name",
+        "standard: the data set's own crops and flips; none: not even these; or these and torchvision's policy of this "
+        "name",
         choices=POLICIES,
         group=AUGMENTATION,
+        decides_outputs=True,
     ),
     Setting(
         ("--colour_jitter",),
@@ -474,6 +532,7 @@ SETTINGS: tuple[Setting, ...] = (
         "scale brightness, contrast and saturation by factors from 1 - S to 1 + S",
         group=AUGMENTATION,
         metavar="S",
+        decides_outputs=True,
     ),
     Setting(
         ("--random_erasing",),
@@ -482,6 +541,7 @@ SETTINGS: tuple[Setting, ...] = (
         "erase a rectangle of an image with this probability",
         group=AUGMENTATION,
         metavar="P",
+        decides_outputs=True,
     ),
     Setting(
         ("--mixup",),
@@ -490,6 +550,8 @@ SETTINGS: tuple[Setting, ...] = (
         "mix the images of a batch in shares from Beta(ALPHA, ALPHA); student and teacher see the same mixed images",
         group=AUGMENTATION,
         metavar="ALPHA",
+        decides_outputs=True,
+        needs_labels=True,
     ),
     Setting(
         ("--cutmix",),
@@ -499,6 +561,8 @@ SETTINGS: tuple[Setting, ...] = (
         "each batch",
         group=AUGMENTATION,
         metavar="ALPHA",
+        decides_outputs=True,
+        needs_labels=True,
     ),
     Setting(
         ("--label_smoothing",),
@@ -507,6 +571,7 @@ SETTINGS: tuple[Setting, ...] = (
         "share of a label that is spread over all classes, in the cross entropy",
         group=AUGMENTATION,
         metavar="S",
+        needs_labels=True,
     ),
     Setting(
         ("--class_weights",),
@@ -516,6 +581,7 @@ SETTINGS: tuple[Setting, ...] = (
         "and its weight in each line",
         group=AUGMENTATION,
         metavar="balanced|FILE",
+        needs_labels=True,
     ),
     Setting(
         ("--balanced_sampling",),
@@ -523,6 +589,7 @@ SETTINGS: tuple[Setting, ...] = (
         False,
         "draw the images of an epoch so that every class is equally likely, instead of showing each once",
         group=AUGMENTATION,
+        needs_labels=True,
     ),
     Setting(
         ("--max_steps",),
@@ -562,6 +629,7 @@ SETTINGS: tuple[Setting, ...] = (
         group=SPEED,
         shared=True,
         auto=lambda device: "bfloat16" if computes_bfloat16(device) else "float32",
+        decides_outputs=True,
     ),
     Setting(
         ("--channels_last",),
@@ -632,6 +700,7 @@ SETTINGS: tuple[Setting, ...] = (
         "of order and augmentation (--seed); runs that are trained together share the first one's",
         group=RUN,
         identity="none",
+        decides_outputs=True,
     ),
     Setting(
         ("--save_dir",),
@@ -695,7 +764,15 @@ SETTINGS: tuple[Setting, ...] = (
         shared=True,
     ),
     # Not flags: what a run finds out and keeps.
-    Setting(("wrapper_t",), _wrapper, None, "how the teacher's network is wrapped", group=FOUND, identity="none"),
+    Setting(
+        ("wrapper_t",),
+        _wrapper,
+        None,
+        "how the teacher's network is wrapped",
+        group=FOUND,
+        identity="none",
+        decides_outputs=True,
+    ),
     Setting(
         ("teacher_digest",),
         _digest,
@@ -704,11 +781,22 @@ SETTINGS: tuple[Setting, ...] = (
         group=FOUND,
         shared=True,
         instead_of="path_t",
+        decides_outputs=True,
     ),
-    Setting(("data_digest",), _digest, None, "digest of the data", group=FOUND, shared=True),
+    Setting(("data_digest",), _digest, None, "digest of the data", group=FOUND, shared=True, decides_outputs=True),
     Setting(("weights_digest",), _digest, None, "digest of the class weights", group=FOUND, identity="none"),
-    Setting(("mean",), _statistics, None, "mean of the images' channels", group=FOUND, identity="none"),
-    Setting(("std",), _statistics, None, "standard deviation of the images' channels", group=FOUND, identity="none"),
+    Setting(
+        ("mean",), _statistics, None, "mean of the images' channels", group=FOUND, identity="none", decides_outputs=True
+    ),
+    Setting(
+        ("std",),
+        _statistics,
+        None,
+        "standard deviation of the images' channels",
+        group=FOUND,
+        identity="none",
+        decides_outputs=True,
+    ),
     Setting(("init_digest",), _digest, None, "digest of the initial weights", group=FOUND, instead_of="init"),
     Setting(
         ("images_per_pass",), _images, RECIPE, "images of a whole batch in one forward pass", group=FOUND, resume="free"

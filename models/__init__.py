@@ -1,6 +1,7 @@
 """The networks by name: `model_dict[name](num_classes=...)`, the names of RepDistiller; other libraries' by prefix."""
 
 import difflib
+import warnings
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
@@ -95,4 +96,7 @@ def build_model(
     options = {"image_size": image_size, "drops": drops} if is_external(name) else {}
     if drops and not is_external(name):
         raise UserError(f"--{next(iter(drops))}: {name} has no dropout; only networks of torchvision and timm have")
-    return find_builder(name)(num_classes=num_classes, **options)
+    with warnings.catch_warnings():
+        if not num_classes:  # a network without a classifier has an empty layer in its place
+            warnings.filterwarnings("ignore", "Initializing zero-element tensors")
+        return find_builder(name)(num_classes=num_classes, **options)

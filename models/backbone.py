@@ -27,6 +27,11 @@ class Output(NamedTuple):
     logits: Tensor  # (B, K); K is 0 in an encoder without a classifier
     others: Sequence["Output"] = ()  # of the further networks of an `Ensemble`, in their order
 
+    def tensors(self) -> list[Tensor]:
+        """All of them, those of the further networks last."""
+        *own, others = self[1:]
+        return [*self.maps, *own, *(tensor for output in others for tensor in output.tensors())]
+
 
 class Shapes(NamedTuple):
     """The shapes of an `Output`, without the batch dimension."""

@@ -114,28 +114,22 @@ def fuse_activations(network: Backbone, images: Tensor, context: Callable) -> Ba
     """`network` (in eval mode) with fused convolutions, checked on images (B, 3, H, W) within `context()`; the network
     itself where it cannot be traced, or its device has no such operations, or they give something else."""
     preacts = (False, True) if network.shows_preactivations else (False,)
-    try:
-        with torch.no_grad(), context():
+    errors = (fx.proxy.TraceError, NameError, RuntimeError, TypeError, ValueError, AttributeError)
+    with torch.no_grad(), context():
+        try:
             fused = Fused(network, {preact: _fused_graph(network, preact, images) for preact in preacts})
-            same = all(_agree(network.outputs(images, preact), fused.outputs(images, preact)) for preact in preacts)
-    except (
-        fx.proxy.TraceError,
-        NameError,
-        RuntimeError,
-        TypeError,
-        ValueError,
-        AttributeError,
-    ):  # from tracer or device library
-        return network
-    return fused.eval() if same else network
+            found = [fused.outputs(images, preact) for preact in preacts]
+        except errors:  # the tracer's, or the device library's
+            return network
+        expected = [network.outputs(images, preact) for preact in preacts]
+    return fused.eval() if all(map(_agree, expected, found)) else network
 
 
 def _agree(expected: Output, found: Output) -> bool:
-    pairs = zip((*expected.maps, *expected[1:]), (*found.maps, *found[1:]), strict=True)
     return all(
         one.shape == other.shape
         and bool((one.float() - other.float()).abs().max() <= CLOSENESS[one.dtype] * one.float().abs().max())
-        for one, other in pairs
+        for one, other in zip(expected.tensors(), found.tensors(), strict=True)
     )
 
 

@@ -22,7 +22,7 @@ def _is_count(value: object, low: int, high: int) -> bool:
 
 
 def _are_classes(value: object) -> bool:
-    return isinstance(value, list | tuple) and 0 < len(value) <= MOST_CLASSES and all(map(_is_text, value))
+    return isinstance(value, list | tuple) and len(value) <= MOST_CLASSES and all(map(_is_text, value))
 
 
 def _are_three(value: object, low: float) -> bool:
@@ -39,7 +39,8 @@ ENTRIES: dict[str, tuple[Callable[[object], bool], str]] = {
         (lambda value: _is_count(value, 8, LARGEST_IMAGE), f"pixels, 8 to {LARGEST_IMAGE}"),
     ),
     "margin": (lambda value: _is_count(value, -LARGEST_IMAGE, LARGEST_IMAGE), f"pixels, up to {LARGEST_IMAGE}"),
-    "num_classes": (lambda value: _is_count(value, 1, MOST_CLASSES), f"a number of classes, 1 to {MOST_CLASSES}"),
+    # 0: a network without a classifier, trained without labels.
+    "num_classes": (lambda value: _is_count(value, 0, MOST_CLASSES), f"a number of classes, 0 to {MOST_CLASSES}"),
     "accuracy": (lambda value: _is_number(value, 0, 100), "a percentage"),
     **dict.fromkeys(("dataset", "data", "model_name"), (_is_text, "text")),
 }

@@ -128,7 +128,7 @@ def data_for(judged: Judged, args) -> RecordedData:
             f"--dataset: {judged.source} does not say what it was trained on; name the data set, or a folder by --data"
         )
     if own is not None:
-        record = {"mean": own.mean, "std": own.std, "image_size": own.test_size} | record
+        record = {**own._asdict(), "image_size": own.test_size} | record
     is_other = args.dataset is not None or args.data is not None
     wanted = RecordedData.of(record, dataset if is_other else None, args.data, args.image_size)
     return wanted._replace(dataset=dataset, split=wanted.split if args.split is None else args.split)
@@ -137,7 +137,8 @@ def data_for(judged: Judged, args) -> RecordedData:
 def check_classes(judged: Judged, data: ImageData) -> None:
     """Raise `UserError` where a network's classes are not those of the data."""
     classes = judged.record.get("classes")
-    number = judged.record.get("num_classes") or (classes and len(classes))
+    number = judged.record.get("num_classes")
+    number = classes and len(classes) if number is None else number
     if number is not None and number != data.num_classes:
         raise UserError(f"--data: {judged.source} has {number} classes, the data {data.num_classes}")
     own = read_preprocessing(judged.source)

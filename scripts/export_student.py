@@ -22,6 +22,7 @@ with starting():
     from torch import Tensor, nn
 
     from dataset import ImageData, Loader
+    from dataset.decoding import WHITE
     from distiller_zoo import Distiller, Predictor
     from helper.checkpoint import network_of, rebuild, rebuild_official, take_average, upgrade
     from helper.command_line import Parser
@@ -32,6 +33,7 @@ with starting():
         Deployed,
         Program,
         RecordedData,
+        check_classifies,
         onnx_versions,
         read_onnx,
         write_int8,
@@ -81,7 +83,8 @@ def read_trained(path: str, model_s: str | None, ft: str, ema: bool = False) -> 
     method, config = rebuild(checkpoint, source)
     if model_s not in (None, config["model_s"]):
         raise UserError(f"--model_s: {path} holds {config['model_s']}, not {model_s}")
-    of_data = {name: config.get(name) for name in ("split", "holdout", "background")}
+    of_data = {name: config.get(name) for name in ("split", "holdout")}
+    of_data["background"] = list(config.get("background") or WHITE)  # as JSON holds it
     return Trained(method, of_data | dict(checkpoint["record"]))
 
 
@@ -273,6 +276,7 @@ def make_parser() -> Parser:
 def main(argv=None) -> Path:
     args = make_parser().parse_args(argv)
     trained, source = read_trained(args.checkpoint, args.model_s, args.ft, args.ema), Path(args.checkpoint)
+    check_classifies(trained.method.export(), f"CKPT: {source}")
     out = args.out or source.with_name(f"{source.stem}_exported.pth")
     files = _files(out, args.format, source, args.int8)
     program = _program(args, files, trained.record)

@@ -120,6 +120,8 @@ def read_result(folder: Path) -> dict[str, Any]:
     if not path.exists():
         raise UserError("not finished")
     result = _json(_text(path), path)
+    if "best_by" in result and not set(ACCURACIES) & set(result):
+        raise UserError("it was trained without labels and has no test accuracy; its result.json says how it ended")
     for name in ACCURACIES:
         _check(result, name, path, most=100)
     for name in ("epochs", "best_epoch", "parameters"):

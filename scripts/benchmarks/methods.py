@@ -3,21 +3,25 @@
 python scripts/benchmarks/methods.py [--pairs resnet32x4:resnet8x4,wrn_40_2:ShuffleV1] [--json FILE]
 
 Steps of a method and of KD alternate, on the same images, so that what else the machine does falls on both; the ratio
-is that of the medians. Only the main stage is timed.
+is that of the medians. Only the main stage is timed. Of methods that a cached teacher can teach (--cache_teacher), a
+step that reads the teacher's outputs from a disk is timed too.
 """
 
 import itertools
 import statistics
 import sys
+import tempfile
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
 import torch
 
-from dataset import VIEWS, Batch
+from dataset import VIEWS, Batch, RowCache
 from distiller_zoo import DISTILLERS, Progress, Task
 from errors import UserError, run_script
 from helper.command_line import Parser, pairs
@@ -29,6 +33,7 @@ from helper.metrics import EpochMeter
 from helper.networks import FrozenTeacher
 from helper.optim import parameters_of
 from models import build_model
+from models.backbone import Output
 from scripts.benchmarks.parts import recipe_method, report, wait_for
 from setting import count
 
@@ -83,6 +88,44 @@ class Stepper:
         return time.perf_counter() - start
 
 
+def read_from_disk(stepper: Stepper, folder: str) -> Callable[..., Output] | None:
+    """The stepper's teacher, whose outputs for its batch are stored and read as a cached teacher's are; None where the
+    method reads more than logits and pooled vectors."""
+    method, index, device = stepper.method, stepper.batch.index.cpu().numpy(), stepper.batch.images.device
+    if stepper.teacher is None or method.views != "plain" or not set(method.reads) <= {"pooled"}:
+        return None
+    with stepper.context():
+        output = stepper.teacher(stepper.batch.images, method.teacher_preact)
+    rows, names = RowCache(Path(folder) / "rows", {}, len(index), "--cache_teacher"), ("logits", *method.reads)
+    kept = {name: getattr(output, name).float().cpu().numpy() for name in names}
+    for name, values in kept.items():
+        rows.write(name, 1, index, values)
+
+    def teach(images: torch.Tensor, preact: bool) -> Output:
+        found = {name: rows.read(name, 1, kept[name].shape[1], index) for name in names}
+        tensors = {name: torch.from_numpy(values).to(device) for name, values in found.items()}
+        absent: Any = None
+        return Output([], absent, absent, tensors.get("pooled", absent), tensors["logits"])
+
+    return teach
+
+
+def cached_ratio(stepper: Stepper, steps: int) -> dict:
+    """A step that reads the teacher's outputs from a disk, relative to one that computes them, where it can."""
+    with tempfile.TemporaryDirectory() as folder:
+        teachers = (stepper.teacher, read_from_disk(stepper, folder))
+        if teachers[1] is None:
+            return {}
+        times: list[tuple[float, ...]] = []
+        for _ in range(steps + 1):
+            found = []
+            for stepper.teacher in teachers:
+                found.append(stepper.seconds())
+            times.append(tuple(found))
+    computed, read = (statistics.median(each) for each in zip(*times[1:], strict=True))
+    return {"cached_step_s": read, "cached_ratio": read / computed}
+
+
 def compare(name: str, pair: tuple[str, str], batch_size: int, steps: int, device: torch.device) -> dict:
     """One record: the method's step beside KD's; `refused` holds the reason where the pair is not supported."""
     record = {"method": name, "teacher": pair[0], "student": pair[1], "batch_size": batch_size, "device": str(device)}
@@ -92,7 +135,8 @@ def compare(name: str, pair: tuple[str, str], batch_size: int, steps: int, devic
         return record | {"refused": str(refusal)}
     rounds = [[stepper.seconds() for stepper in steppers] for _ in range(steps + 1)][1:]  # the first one warms up
     step, kd_step = (statistics.median(times) for times in zip(*rounds, strict=True))
-    return record | {"step_s": step, "kd_step_s": kd_step, "ratio": step / kd_step}
+    record |= {"step_s": step, "kd_step_s": kd_step, "ratio": step / kd_step}
+    return record | cached_ratio(steppers[0], steps)
 
 
 def table(records: list[dict]) -> str:
@@ -101,9 +145,15 @@ def table(records: list[dict]) -> str:
     rows = [["method", *(" -> ".join(pair) for pair in columns)], ["--"] * (len(columns) + 1)]
     by_key = {(record["method"], record["teacher"], record["student"]): record for record in records}
     for name in dict.fromkeys(record["method"] for record in records):
-        cells = (by_key[name, *pair] for pair in columns)
-        rows.append([name, *("not supported" if "refused" in cell else f"{cell['ratio']:.2f}" for cell in cells)])
+        rows.append([name, *(_cell(by_key[name, *pair]) for pair in columns)])
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+
+def _cell(record: dict) -> str:
+    if "refused" in record:
+        return "not supported"
+    cached = f" (cached teacher: {record['cached_ratio']:.2f} of it)" if "cached_ratio" in record else ""
+    return f"{record['ratio']:.2f}{cached}"
 
 
 def main(argv=None) -> list[dict]:

@@ -55,7 +55,7 @@ def test_a_change_is_torchvisions_with_the_images_own_seed(name):
 
 
 def test_the_policies_are_those_that_are_named_and_nothing_is_done_without():
-    assert set(POLICIES) == {"standard", "randaugment", "trivialaugment", "autoaugment"}
+    assert set(POLICIES) == {"standard", "none", "randaugment", "trivialaugment", "autoaugment"}
     assert Augmentation().changes((0.5,) * 3, 0, 0) is None and Augmentation().describe() == ""
     assert Augmentation(pad=0, flip=False, own_policy="svhn").describe() == ""
     colour = Augmentation(random_erasing=1.0).changes((0.5, 0.25, 1.0), 4, 6).colour

@@ -92,7 +92,9 @@ def test_methods_are_timed_beside_kd_and_refusals_are_told(capsys):
     timed, vgg, fsp, refused = methods.main(flags)
     assert timed["ratio"] > 0 and vgg["ratio"] > 0 and fsp["ratio"] > 0
     assert "ratio" not in refused and "equal" in refused["refused"]
-    assert "| fsp |" in capsys.readouterr().out
+    assert timed["cached_ratio"] > 0 and "cached_ratio" not in fsp
+    shown = capsys.readouterr().out
+    assert "| fsp |" in shown and "(cached teacher: " in shown
 
 
 def test_losses_are_timed_beside_their_formula(capsys):

@@ -1,0 +1,153 @@
+"""Images without labels: what learns from them, how that is judged, and what becomes of the student."""
+
+import json
+
+import numpy
+import pytest
+import torch
+from PIL import Image
+
+import train_cifar_student
+import train_teacher
+from distiller_zoo import DISTILLERS
+from errors import UserError
+from helper.networks import read_teacher
+from helper.tables.rows import read_rows
+from models import build_model
+from scripts import export_student
+from tests.conftest import message_of
+from tests.distiller_zoo.helpers import PROGRESS, TASK, FrozenTeacher, batch_of
+from tests.run_folders import load, metrics, same_state
+
+
+def draw(path, seed: int, dark: bool = False) -> None:
+    pixels = numpy.random.default_rng(seed).integers(0, 90 if dark else 256, (12, 12, 3), dtype=numpy.uint8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels).save(path)
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    """24 images at several depths, and another folder with 2 classes."""
+    root = tmp_path_factory.mktemp("images")
+    for number in range(24):
+        draw(root / "all" / "/".join("ab"[: number % 3]) / f"{number}.png", number)
+    for number in range(20):
+        draw(root / "probe" / ("dark" if number % 2 else "light") / f"{number}.png", 100 + number, dark=number % 2)
+    return root
+
+
+@pytest.fixture
+def learn(images, teacher_run, save_dir):
+    """Call `train_cifar_student.py` without labels; returns the run folder, the newest."""
+
+    def call(*flags: str, distill: str):
+        known = set(save_dir.iterdir()) if save_dir.exists() else set()
+        argv = ["--distill", distill, "--path_t", str(teacher_run / "last.pth"), "--model_s", "resnet8"]
+        argv += ["--labels", "none", "--data", str(images / "all"), "--num_workers", "0", "--save_dir", str(save_dir)]
+        train_cifar_student.main([*argv, "--batch_size", "8", "--epochs", "2", *flags])
+        return next(iter(set(save_dir.iterdir()) - known))
+
+    return call
+
+
+def result_of(run) -> dict:
+    return json.loads((run / "result.json").read_text())
+
+
+def test_a_feature_method_learns_is_judged_by_its_loss_and_starts_a_classifier(learn, images, save_dir, capsys):
+    run = learn("--holdout", "8", distill="norm")
+    first, last = metrics(run)
+    accuracies = {name for name in (*first, *result_of(run)) if "accuracy" in name}
+    assert accuracies == {"teacher_accuracy"} and result_of(run)["teacher_accuracy"] is None, "a loss is no accuracy"
+    assert {"loss_norm", "holdout_matching_loss"} <= set(last) and "loss_ce" not in last
+    result, losses = result_of(run), [one["holdout_matching_loss"] for one in (first, last)]
+    assert result["best_epoch"] == 1 + losses.index(min(losses)) and result["best_by"] == "holdout_matching_loss"
+    assert result["protocol"] == "lowest matching loss, matching loss on 8 held-out images"
+    assert (result["holdout_matching_loss_best"], result["holdout_matching_loss_last"]) == (min(losses), losses[1])
+    record = load(run / "best.pth")["record"]
+    assert (record["classes"], record["num_classes"], record["epoch"]) == ([], 0, result["best_epoch"])
+    assert "trained without labels: last holdout matching loss" in capsys.readouterr().out
+    with pytest.raises(UserError, match="trained without labels and has no test accuracy"):
+        read_rows([run])
+    # It starts a classifier, whose trunk it is.
+    argv = ["--init", str(run / "last.pth"), "--save_dir", str(save_dir / "classifier"), "--learning_rate", "0"]
+    train_teacher.main([*argv, "--max_steps", "1", "--batch_size", "8"])
+    assert "all weights but the classifier's, which is new: 0 classes there, 10 here" in capsys.readouterr().out
+    (classifier,) = (save_dir / "classifier").iterdir()
+    weights, start = (load(path / "last.pth")["model"] for path in (classifier, run))
+    trunk = [name for name in start if "fc" not in name and "running" not in name and "tracked" not in name]
+    assert same_state({name: weights[name] for name in trunk}, {name: start[name] for name in trunk})
+    # It can teach maps, and nothing else.
+    assert read_teacher(str(run / "last.pth"), None).num_classes == 0
+    teaches = ["--path_t", str(run / "last.pth"), "--model_s", "resnet8", "--dataset", "digits", "--max_steps", "1"]
+    teaches += ["--save_dir", str(save_dir / "taught")]
+    train_cifar_student.main([*teaches, "--distill", "hint"])
+    assert "no classifier" in message_of(train_cifar_student.main, [*teaches, "--distill", "kd"])
+    assert "has no classifier" in message_of(export_student.main, [str(run / "last.pth")])
+
+
+def test_a_probe_chooses_the_best_epoch(learn, images):
+    run = learn("--data_probe", str(images / "probe"), distill="hint")
+    result, probes = result_of(run), [one["probe_accuracy"] for one in metrics(run)]
+    assert result["best_by"] == "probe_accuracy" and result["best_epoch"] == 1 + probes.index(max(probes))
+    assert 0 <= result["knn_accuracy_last"] <= 100 and "train_matching_loss_last" in result
+    assert "accuracy_last" not in result and "on 24 training images" in result["protocol"]
+    train_cifar_student.main(["--resume", str(run), "--epochs", "3"])
+    assert len(metrics(run)) == 3
+
+
+def test_logits_teach_the_classes_of_the_teacher(learn, tmp_path):
+    run = learn(distill="kd")
+    record = load(run / "last.pth")["record"]
+    assert record["classes"] == [str(digit) for digit in range(10)] and record["num_classes"] == 10
+    assert export_student.main(
+        [str(run / "last.pth"), "--dataset", "digits", "--out", str(tmp_path / "x.pth")]
+    ).exists()
+
+
+@pytest.mark.parametrize("name", [name for name, method in DISTILLERS.items() if not method.needs_targets])
+def test_methods_say_truly_whether_they_need_labels(name):
+    """With the cross entropy off, the losses of a method that needs none are the same for any; its student has no
+    classifier where it would not be trained."""
+    method, flags = DISTILLERS[name], {flag.argument: flag.default for flag in DISTILLERS[name].flags}
+    chosen = {"gamma": 0.0, "alpha": float(method.group == "logits")}
+    flags |= {argument: value for argument, value in chosen.items() if argument in flags}
+    classes = 10 if method.trains_classifier(flags) else 0
+    teacher, student = build_model("resnet14", 10), build_model("resnet8", classes)
+    distiller = method(student, teacher, TASK._replace(num_classes=classes), **flags)
+    batch = batch_of(distiller)
+    output = FrozenTeacher(teacher)(batch.images, distiller.teacher_preact)
+    distiller.eval()
+    with torch.no_grad():
+        found = [
+            distiller(batch._replace(targets=targets), output, PROGRESS)[1]
+            for targets in (batch.targets, torch.zeros_like(batch.targets))
+        ]
+    assert found[0] and "ce" not in found[0] and same_state(*found)
+    assert distiller.export().num_classes == classes
+
+
+def test_what_needs_labels_is_refused(images, teacher_run, tmp_path):
+    argv = ["--path_t", str(teacher_run / "last.pth"), "--model_s", "resnet8", "--labels", "none"]
+    argv += ["--save_dir", str(tmp_path / "save")]
+
+    def refusal(*flags: str) -> str:
+        return message_of(train_cifar_student.main, [*argv, *flags])
+
+    data = ("--data", str(images / "all"))
+    for name in ("dkd", "crd", "sskd", "fsp", "distpro"):
+        assert f"--distill {name} cannot train without labels" in refusal("--distill", name, *data)
+    alone = ["--model", "resnet8", "--labels", "none", *data]
+    assert "cannot train without labels: it learns from labels alone" in message_of(train_teacher.main, alone)
+    assert "there is no cross entropy" in refusal("--distill", "kd", "-r", "1", *data)
+    for flag in (("--mixup", "1"), ("--balanced_sampling",), ("--split", "0.2")):
+        assert f"{flag[0]}: it needs labels" in refusal(*flag, *data)
+    assert "name the folder of images with --data" in refusal()
+    assert "not cifar10" in refusal("--dataset", "cifar10", *data)
+    (tmp_path / "empty").mkdir()
+    assert "there is no image" in refusal("--data", str(tmp_path / "empty"))
+    assert "--data_probe: there is no folder" in refusal(*data, "--data_probe", str(tmp_path / "none"))
+    labelled = [*argv[:4], "--data_probe", str(images / "probe")]
+    assert "has no effect with labelled images" in message_of(train_cifar_student.main, labelled)
+    assert not any((tmp_path / "save").glob("*"))
