@@ -223,7 +223,7 @@ class FeatureTransform(nn.Module):
         matched. To a smaller target the expanded map is pooled, by maximum where the sizes divide (in the direct form).
         """
         targets = [] if target is None else [target] if isinstance(target, Tensor) else list(target)
-        needs_moments = bool(targets) or self.expand[1].training or self.contract[1].training
+        needs_moments = len(targets) > 0 or self.expand[1].training or self.contract[1].training
         with torch.autocast(x.device.type, enabled=False):
             # A maximum is in no second moment; an average is linear.
             pools = any(takes_maximum(to_map(x).shape[2:], each.shape[2:]) for each in targets)

@@ -197,7 +197,9 @@ class NORM(Distiller):
         return NormOutput(maps, student.to_map(final), student.to_map(activated), *student.classify(activated), loss)
 
     def _transform(self, student_map: Tensor, teacher_maps: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
-        to_map, targets = self.student.to_map, [self._target(student_map, each) for each in teacher_maps]
+        to_map = self.student.to_map
+        size = to_map(student_map).shape[2:]
+        targets = [self._target(each, size) for each in teacher_maps]
         if self.transform is not None:
             return self.transform(student_map, targets, to_map)
         with torch.autocast(student_map.device.type, enabled=False):
@@ -207,9 +209,9 @@ class NORM(Distiller):
             matched = match_size(to_map(student_map), *target.shape[2:])
             return student_map, norm_loss(matched.to(target.dtype), target)
 
-    def _target(self, student_map: Tensor, teacher_map: Tensor) -> Tensor:
+    def _target(self, teacher_map: Tensor, size: torch.Size) -> Tensor:
         """The teacher's map (B, Ct, H, W) in the student's size, unless the student's is larger and will be pooled."""
-        size, target = self.student.to_map(student_map).shape[2:], teacher_map.detach()
+        target = teacher_map.detach()
         if self.map_size == "interpolate":
             return match_size(widen(target), *size, "interpolate")
         return match_size(target, *size) if target.shape[2] > size[0] else target
