@@ -379,7 +379,8 @@ class Teacher:
         # As their files hold them, for methods to read shapes and copy parts from.
         self.network = self._together(networks)
         probe_shapes(self.network, data.image_size)
-        prepared = [fast.prepare_teacher(network, data.image_size) for network in networks]
+        shown_size = data.train.image_size if self.sees_source else data.image_size
+        prepared = [fast.prepare_teacher(network, shown_size) for network in networks]
         self.frozen = FrozenTeacher(self._together(prepared))
         self._compiled = fast.compiled(self.frozen.forward, outlives=True)
         self.accuracy: float | None = None  # (%), as measured on the test images
