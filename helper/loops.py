@@ -408,9 +408,19 @@ def begin(stage: Stage, method: Distiller) -> None:
 
 
 def without_trunk(stage: Stage, method: Distiller) -> Stage:
-    """A stage that trains of the student only its classifier; the rest is frozen, its BatchNorms in eval mode."""
+    """A stage that trains of the student only its classifier; the rest is frozen, its BatchNorms in eval mode.
+
+    Raises `UserError` for a stage that trains a part of the rest by itself.
+    """
     networks = [part for part in method.student.modules() if isinstance(part, Backbone)]
     trained = [part.get_classifier() if part in networks else part for part in stage.trained]
+    plain = networks[-1]  # within all wrappers
+    trunk = {*plain.parameters()} - {*plain.get_classifier().parameters()}
+    if trunk & {*nn.ModuleList(trained).parameters()}:
+        raise UserError(
+            f"--freeze trunk: stage {stage.name} of --distill {method.name} trains the student's feature maps; choose "
+            "another method"
+        )
     return stage._replace(trained=trained)
 
 

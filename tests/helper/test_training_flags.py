@@ -215,6 +215,11 @@ def test_a_frozen_trunk_keeps_weights_and_statistics(distil):
     assert changed - {"student.fc.weight", "student.fc.bias"}, "what the method adds is trained"
 
 
+def test_a_stage_that_trains_the_trunk_alone_is_refused(distil):
+    with pytest.raises(UserError, match="--freeze trunk: stage features of --distill fsp"):
+        distil(GAP, "--max_steps", "1", "--freeze", "trunk", distill="fsp")
+
+
 def test_a_linear_probe_says_how_much_it_trains(train):
     run = train("--max_steps", "1", "--freeze", "trunk")
     assert result(run)["parameters_trained"] == 650 == count_parameters(nn.Linear(64, 10))
