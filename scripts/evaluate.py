@@ -27,9 +27,10 @@ with starting():
     from helper.command_line import Parser
     from helper.distributed import find_device
     from helper.export import RecordedData, read_deployed
+    from helper.fast import Fast
     from helper.log import progress_bar
     from helper.metrics import METRICS, RESAMPLES, MinibatchCKA, divergences, fidelity, judge
-    from helper.networks import Network, as_it_was_trained, read_network
+    from helper.networks import Teacher, read_network
     from helper.run_folder import LAST, RESULT, replacing
     from helper.tables.pages import render
     from helper.tables.rows import FIDELITY
@@ -150,20 +151,6 @@ def check_classes(judged: Judged, data: ImageData) -> None:
 # Measuring.
 
 
-class Teacher(NamedTuple):
-    """The teacher, as it sees the images of the data."""
-
-    source: Network
-    outputs: Callable[[Tensor], Output]
-
-
-def read_teacher(source: Network, data: ImageData, device: torch.device) -> Teacher:
-    """A teacher for these data, in its own normalisation and size."""
-    view = as_it_was_trained(source, data, None)
-    network = (source.network if view is None else view).eval().to(device)
-    return Teacher(source, network.outputs)
-
-
 class Seen:
     """What the test images have shown of one network: logits (n, K), and how its maps compare with the teacher's."""
 
@@ -207,7 +194,7 @@ def test(seen: Sequence[Seen], teacher: Teacher | None, data: ImageData, device:
     for part in progress_bar(loader.batches(), "testing", len(loader)):
         if not len(part.targets):
             continue
-        output = None if teacher is None else teacher.outputs(part.images)
+        output = None if teacher is None else teacher(teacher.shown(part), False, False)
         for one in seen:
             one.see(part.images, output)
         index.append(part.index.cpu())
@@ -423,7 +410,7 @@ def judge_all(args) -> list[Judgement]:
         data = wanted.load()
         for one in members:
             check_classes(one, data)
-        teacher = read_teacher(source, data, device) if source else None
+        teacher = Teacher(source, data, None, Fast(), device) if source else None
         seen = [Seen(one) for one in members]
         tested = test(seen, teacher, data, device, args.batch_size)
         for one in seen:
