@@ -301,6 +301,8 @@ def read_at_classes(source: Network, wanted: str) -> Network:
 
 def known_classes(source: Network) -> list[str]:
     """The names of a network's classes, in their order; empty where nobody says them."""
+    if source.members:  # one order, the first one's, where their logits are averaged
+        return known_classes(source.members[0])
     own = read_preprocessing(source.path)
     return list(own.categories if own is not None else source.record.get("classes") or ())
 
