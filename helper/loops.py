@@ -133,7 +133,8 @@ class Training:
         first = state["steps"] if state else 0
         self.set_learning_rate(first)
         rates = self._scheduled(progress.epoch + 1, 0), self._scheduled(max(progress.epoch, 1), 0)
-        if self.config.drop_momentum and not first and rates[0] != rates[1]:
+        has_milestones = self.stage.milestones is not None or self.config.lr_decay == "step"
+        if self.config.drop_momentum and has_milestones and not first and rates[0] != rates[1]:
             self.optimizer.state.clear()
         begin(self.stage, self.method)
         self.title = format_title(self.stage.name, progress)

@@ -116,6 +116,12 @@ def test_what_a_flag_does_not_say_stays(train, flags):
     assert same_state(plain, other)
 
 
+@pytest.mark.parametrize("schedule", ["cos", "one_cycle"])
+def test_momentum_is_dropped_at_milestones_alone(train, schedule):
+    flags = ("--epochs", "2", "--batch_size", "128", "--lr_decay", schedule)
+    assert same_state(weights(train(*flags)), weights(train(*flags, "--drop_momentum")))
+
+
 def test_the_gradient_is_scaled_down_to_its_norm(train, monkeypatch):
     step, norms = torch.optim.SGD.step, []
 
