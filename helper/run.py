@@ -927,7 +927,8 @@ class Run:
             "threads": torch.get_num_threads(),
         }
         if self._is_out_of_patience():
-            self.folder.log(f"stopped early: no better {self.config.best_by} in {self.config.patience} epochs")
+            measured = self.result.get("best_by", self.config.best_by).replace("_", " ")  # its own without labels
+            self.folder.log(f"stopped early: no better {measured} in {self.config.patience} epochs")
         self.folder.append_outcome(identity(self.config, ("row", "run")), self.result)
         self.folder.write_json(RESULT, self.result)
         self.folder.log(format_result(self.result))

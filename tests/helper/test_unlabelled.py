@@ -161,3 +161,11 @@ def test_teachers_whose_classes_are_in_another_order_have_no_average(learn, teac
         learn("--max_steps", "1", "--path_t", f"{first},{second}", distill="kd")
     run = learn("--max_steps", "1", "--path_t", f"{first},{first}", distill="kd")
     assert load(run / "last.pth")["record"]["classes"] == file["record"]["classes"]
+
+
+def test_what_had_no_better_epoch_is_named(learn, images):
+    flags = ("--epochs", "4", "--patience", "1", "--learning_rate", "0", "--data_probe", str(images / "probe"))
+    run = learn("--holdout", "8", *flags, distill="kd")
+    assert (
+        len(metrics(run)) < 4 and "stopped early: no better probe accuracy in 1 epochs" in (run / "log.txt").read_text()
+    )
