@@ -23,7 +23,7 @@ with starting():
     from torch import Tensor
 
     from dataset import DATASETS, ImageData, Loader, StreamedImages, is_image_folder
-    from helper.checkpoint import rebuild
+    from helper.checkpoint import AVERAGE, rebuild, take_average
     from helper.command_line import Parser
     from helper.distributed import find_device
     from helper.export import RecordedData, read_deployed
@@ -89,17 +89,18 @@ def file_of(source: str) -> str:
     return str(Path(source, LAST)) if Path(source).is_dir() else source
 
 
-def read_judged(source: str, model: str | None, device: torch.device) -> Judged:
-    """Read NETWORK; raises `UserError`."""
+def read_judged(source: str, model: str | None, device: torch.device, ema: bool = False) -> Judged:
+    """Read NETWORK, with `ema` the moving average of its weights; raises `UserError`."""
     path, folder = file_of(source), Path(source) if Path(source).is_dir() else None
     if not is_external(source) and Path(path).suffix.lower() in PROGRAMS:
         program = read_deployed(path, NETWORK)
         on_cpu = lambda images: program.predict(images.cpu()).to(device)  # noqa: E731
         return Judged(source, program.record.get("model_name", "?"), program.record, on_cpu)
-    found = read_network(path, model, NETWORK, "--model")
+    found = read_network(path, model, NETWORK, "--model", ema)
     network, trained, notes, record = found.network.eval().to(device), None, list(found.notes), dict(found.record)
     checkpoint = {} if is_external(path) else read_checkpoint(path, NETWORK)
     if "training" in checkpoint:
+        checkpoint = take_average(checkpoint, path) if ema and AVERAGE in checkpoint else checkpoint
         record |= checkpoint["training"].get("config", {}) | record
         try:
             method, _ = rebuild(checkpoint, path)
@@ -385,6 +386,7 @@ def make_parser() -> Parser:
     add("networks", nargs="+", metavar=NETWORK, help="run folder, checkpoint, export, torchvision:NAME or timm:NAME")
     add("--teacher", metavar="T", help="compare with this network: agreement, KL, CKA of the last maps")
     add("--model", metavar="NAME", help="the model's name, where a file of another code does not say it")
+    add("--ema", action="store_true", help="the moving average of the weights, where a file of NETWORK holds both")
     add("--dataset", choices=DATASETS, help="default: the network's own, or folder with --data")
     add("--data", metavar="PATH", help="where the data are stored; default: as on record")
     add("--split", type=float, metavar="SHARE", help="of the training images, for a folder without test images")
@@ -400,7 +402,7 @@ def make_parser() -> Parser:
 def judge_all(args) -> list[Judgement]:
     """Judge every network, those that want the same data together; prints each one's numbers."""
     device = find_device(args.device)
-    judged = [read_judged(source, args.model, device) for source in args.networks]
+    judged = [read_judged(source, args.model, device, args.ema) for source in args.networks]
     source = args.teacher and read_network(file_of(args.teacher), None, "--teacher", "--teacher")
     groups: dict[RecordedData, list[Judged]] = {}
     for one in judged:

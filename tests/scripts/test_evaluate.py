@@ -107,6 +107,14 @@ def test_a_teacher_is_given_the_images_as_they_are_held(distil, teacher_run, mon
     assert sizes == {32} and about["image_size"] == 48
 
 
+def test_the_average_of_the_weights_is_judged_where_it_is_asked_for(distil):
+    run = distil(*SHORT, "--ema_decay", "0.5")
+    result = json.loads((run / "result.json").read_text())
+    found = [evaluate.main([str(run), *flags])[0] for flags in ((), ("--ema",))]
+    assert [one["accuracy"] for one in found] == [result["accuracy_last"], result["accuracy_last_ema"]]
+    assert found[0]["digest"] != found[1]["digest"]
+
+
 def test_faults_are_named(distil, tmp_path):
     run = distil(*SHORT, distill="kd")
     exported = str(export_student.main([str(run / "last.pth")]))
