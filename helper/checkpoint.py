@@ -6,7 +6,7 @@
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -112,7 +112,8 @@ def make_checkpoint(
     training = {"config": dict(config), "distiller": method.state_dict()}
     if average is None:
         return {"model": weights, "record": record, "training": training}
-    averaged, training["ema"] = network_of(average.module)[0], average.module.state_dict()
+    copy = cast(Distiller, average.module)  # torch knows only that it is a module
+    averaged, training["ema"] = network_of(copy)[0], copy.state_dict()
     return {"model": weights, AVERAGE: averaged, "record": record, "training": training}
 
 
@@ -176,10 +177,8 @@ def _like_teacher(config: Mapping, data: Mapping, source: str) -> Backbone:
     """A network of the shapes of a run's teacher, or of several."""
     names, seen = config["model_t"].split(","), config.get("teacher_image_size")
     known, wrapper = data.get("teacher") or {}, config.get("wrapper_t")
-    classes, sizes = (
-        list(value) if isinstance(value, list | tuple) else [value] * len(names)
-        for value in (known.get("num_classes", len(data["classes"])), seen)
-    )
+    values: tuple[Any, Any] = known.get("num_classes", len(data["classes"])), seen
+    classes, sizes = (list(value) if isinstance(value, list | tuple) else [value] * len(names) for value in values)
     wrappers = [wrapper] if len(names) == 1 else (wrapper or {}).get("teachers", [None] * len(names))
     networks: list[Backbone] = []
     for name, count, size, description in zip(names, classes, sizes, wrappers, strict=True):

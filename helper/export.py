@@ -13,7 +13,7 @@ import sys
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -51,7 +51,7 @@ class RecordedData(NamedTuple):
     folder: str | None
     image_size: int
     normalisation: tuple[tuple[float, ...], tuple[float, ...]] | None
-    background: tuple[int, ...]
+    background: tuple[int, int, int]
     split: float
     holdout: int
     may_download: bool  # only to a folder that a person has named
@@ -67,7 +67,7 @@ class RecordedData(NamedTuple):
         mean, std = record.get("mean"), record.get("std")
         normalisation = (tuple(mean), tuple(std)) if mean and std else None
         splits = (record.get("split") or 0.0, record.get("holdout") or 0) if is_recorded else (0.0, 0)
-        background = tuple(record.get("background") or (255, 255, 255))
+        background = cast(tuple[int, int, int], tuple(record.get("background") or (255, 255, 255)))
         return cls(name, place, size, normalisation, background, *splits, place is None or folder is not None)
 
     def load(self) -> ImageData:
@@ -114,6 +114,9 @@ PLAIN = Program()
 
 class Whole(nn.Module):
     """A network with what its `Program` has inside: uint8 or normalised images (B, 3, H, W) -> (B, K)."""
+
+    mean: Tensor
+    std: Tensor
 
     def __init__(self, network: nn.Module, record: Mapping, program: Program):
         super().__init__()

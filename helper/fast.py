@@ -3,7 +3,7 @@
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, cast, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,13 @@ PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": t
 COMPILE = ("off", "default", "reduce-overhead")
 #: Compilations of one function, at most: runs side by side share the functions of their networks and methods.
 MOST_COMPILATIONS = 256
+
+
+@runtime_checkable
+class _Thrifty(Protocol):
+    """A module that can compute the same with few operations."""
+
+    few_operations: bool
 
 
 class Float32Convolution(nn.Conv2d):
@@ -58,7 +65,7 @@ class _Converted(torch.autograd.Function):
 
 def _convert(tensors: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> tuple[Tensor, ...]:
     converted = [torch.empty_like(tensor, dtype=dtype) for tensor, dtype in zip(tensors, dtypes, strict=True)]
-    torch._foreach_copy_(converted, list(tensors))
+    torch._foreach_copy_(converted, list(tensors))  # pyright: ignore[reportPrivateImportUsage]
     return tuple(converted)
 
 
@@ -121,11 +128,12 @@ class Fast(NamedTuple):
             # units only where they have a stride.
             any_stride = not has_matrix_units(device)
             for name, layer in list(distiller.named_modules()):
-                depthwise = type(layer) is nn.Conv2d and layer.groups == layer.in_channels > 1
-                if depthwise and (any_stride or layer.stride != (1, 1)):
+                if type(layer) is not nn.Conv2d or not layer.groups == layer.in_channels > 1:
+                    continue  # it is not depthwise
+                if any_stride or layer.stride != (1, 1):
                     distiller.set_submodule(name, Float32Convolution.like(layer))
         for module in distiller.modules():
-            if hasattr(module, "few_operations"):
+            if isinstance(module, _Thrifty):
                 module.few_operations = self.fused_optimizer and self.compile == "off"
         return self.lay_out(distiller)
 
@@ -195,11 +203,12 @@ class Fast(NamedTuple):
 def _counting_once(method: nn.Module, respond: Callable) -> Callable:
     # With a momentum nothing reads the number of batches; with kinds from elsewhere that is not known.
     plain = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
-    norms = [layer for layer in method.modules() if type(layer) in plain and layer.momentum is not None]
+    layers = (layer for layer in method.modules() if isinstance(layer, plain) and type(layer) in plain)
+    norms = [layer for layer in layers if layer.momentum is not None]
 
     def respond_and_count(images: Tensor, teacher: Output | None) -> Any:
         training = [layer for layer in norms if layer.training and layer.num_batches_tracked is not None]
-        counters = [layer.num_batches_tracked for layer in training]
+        counters = cast(list[Tensor], [layer.num_batches_tracked for layer in training])  # those without are left out
         for layer in training:
             layer.num_batches_tracked = None
         try:
@@ -208,15 +217,20 @@ def _counting_once(method: nn.Module, respond: Callable) -> Callable:
             for layer, counter in zip(training, counters, strict=True):
                 layer.num_batches_tracked = counter
             if counters:
-                torch._foreach_add_(counters, 1)
+                torch._foreach_add_(counters, 1)  # pyright: ignore[reportPrivateImportUsage]
 
     return respond_and_count
 
 
 def _copy(output: Output) -> Output:
-    maps, *tensors, others = output
-    cloned = [feature_map.clone() for feature_map in maps], *(tensor.clone() for tensor in tensors)
-    return Output(*cloned, tuple(map(_copy, others)))
+    return Output(
+        [feature_map.clone() for feature_map in output.maps],
+        output.final.clone(),
+        output.activated.clone(),
+        output.pooled.clone(),
+        output.logits.clone(),
+        tuple(map(_copy, output.others)),
+    )
 
 
 def check_precision(precision: str, device: torch.device) -> None:

@@ -51,7 +51,7 @@ class Training:
         self._compiled_stage = stage._replace(respond=self.fast.compiled(stage.respond))
         begin(stage, method)
         self.optimizer = make_optimizer(method, config)
-        self.scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "float16")
+        self.scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "float16")  # pyright: ignore[reportPrivateImportUsage]
         self.replica = Replica(method, method.uses_everything and _uses_all_weights(method))
         if stage.before_step is not None and self.scaler.is_enabled():
             raise UserError(
@@ -414,7 +414,9 @@ def without_trunk(stage: Stage, method: Distiller) -> Stage:
     Raises `UserError` for a stage that trains a part of the rest by itself.
     """
     networks = [part for part in method.student.modules() if isinstance(part, Backbone)]
-    trained = [part.get_classifier() if part in networks else part for part in stage.trained]
+    trained = [
+        part.get_classifier() if isinstance(part, Backbone) and part in networks else part for part in stage.trained
+    ]
     plain = networks[-1]  # within all wrappers
     trunk = {*plain.parameters()} - {*plain.get_classifier().parameters()}
     if trunk & {*nn.ModuleList(trained).parameters()}:

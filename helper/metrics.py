@@ -37,13 +37,20 @@ def loss(logits: Tensor, targets: Tensor) -> float:
 
 def balanced_accuracy(logits: Tensor, targets: Tensor) -> float:
     """The mean over the classes of the share of their images that is right (%)."""
-    recalls = recall_score(targets, logits.argmax(1), labels=targets.unique(), average=None, zero_division=0)
+    recalls: Any = recall_score(
+        targets,
+        logits.argmax(1),
+        labels=targets.unique(),
+        average=None,  # pyright: ignore[reportArgumentType]
+        zero_division=0,  # pyright: ignore[reportArgumentType]
+    )
     return 100 * float(recalls.mean())
 
 
 def macro_f1(logits: Tensor, targets: Tensor) -> float:
     """The mean over the classes of the F1 score (%)."""
-    return 100 * float(f1_score(targets, logits.argmax(1), average="macro", zero_division=0))
+    score = f1_score(targets, logits.argmax(1), average="macro", zero_division=0)  # pyright: ignore[reportArgumentType]
+    return 100 * float(score)
 
 
 #: What is measured on the images of a whole split: name -> function (logits (n, K), classes (n,)) -> number.
@@ -133,7 +140,13 @@ def judge(logits: Tensor, targets: Tensor) -> dict[str, Any]:
     """
     labels = range(logits.shape[1])
     true, found = targets.numpy(), logits.argmax(1).numpy()
-    precision, recall, f1, images = precision_recall_fscore_support(true, found, labels=labels, zero_division=0)
+    measured: Any = precision_recall_fscore_support(
+        true,
+        found,
+        labels=labels,
+        zero_division=0,  # pyright: ignore[reportArgumentType]
+    )
+    precision, recall, f1, images = measured
     columns = [images.tolist(), *((100 * values).tolist() for values in (recall, precision, f1))]
     names = ("images", "accuracy", "precision", "f1")
     top5 = (logits.topk(min(5, logits.shape[1]), 1).indices == targets[:, None]).any(1)
@@ -286,8 +299,8 @@ class EpochMeter:
             if name not in self._losses:
                 self._losses[name] = torch.zeros_like(value)
         if losses:  # all terms in one operation
-            sums = torch._foreach_mul(values, len(targets))
-            torch._foreach_add_([self._losses[name] for name in losses], sums)
+            sums = torch._foreach_mul(values, len(targets))  # pyright: ignore[reportPrivateImportUsage]
+            torch._foreach_add_([self._losses[name] for name in losses], sums)  # pyright: ignore[reportPrivateImportUsage]
         if logits is not None:
             self._correct += (logits.argmax(1) == targets).sum()
             self._has_logits = True

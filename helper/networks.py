@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy
 import torch
@@ -426,7 +426,9 @@ class Teacher:
             if as_tested:
                 return self.source.teachers[number].network(self.fast.lay_out(images))
             network = self.frozen.network
-            return (network.networks[number] if self.source.members else network).outputs(images).logits
+            if self.source.members:  # they are an `Ensemble` then
+                network = cast(Ensemble, network).networks[number]
+            return cast(Backbone, network).outputs(images).logits
 
 
 class CachedTeacher(Teacher):
@@ -545,7 +547,8 @@ class CachedTeacher(Teacher):
             values, classes, rest = kept[f"top{self.top_k}"].split([self.top_k, self.top_k, 1], 1)
             logits = rest.repeat(1, self.num_classes).scatter(1, classes.long(), values)
         absent: Any = None
-        return Output([], absent, absent, kept.get("pooled", absent), logits)
+        pooled: Any = kept.get("pooled")
+        return Output([], absent, absent, pooled, logits)
 
     def close(self):
         for cache in self._caches.values():

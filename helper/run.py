@@ -9,7 +9,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import nn
@@ -348,6 +348,7 @@ def _check_teacher(teacher: Teacher, number: int, inputs: Inputs, config: Config
             own.interpolation,
             own.squashes,
         )
+        assert data.test_files is not None, "own_test is None without image files"
         files = data.test_files.seen_as(Centre(*centre)).to(inputs.device)
         as_theirs = data._replace(mean=own.mean, std=own.std, resized=None)
         shown = _part_loader(files, as_theirs, inputs.test_loader.batch_size, inputs.device)
@@ -663,7 +664,9 @@ class Run:
     def begin(self) -> None:
         """Say what is trained; go to the stage of the next epoch."""
         self.folder.log(describe_data(self.data, self.inputs.device))
-        if changes := self.training.loader.augmentation.describe():
+        augmentation = self.training.loader.augmentation
+        assert augmentation is not None, "the loader of training images has an augmentation"
+        if changes := augmentation.describe():
             self.folder.log(changes)
         self.folder.log(describe_method(self.method, self.stages, self.config.model_s, self.data.image_size))
         if division := describe_batch(self.config):
@@ -763,7 +766,7 @@ class Run:
             return self._judge()
         test = self._test_method(self.method)
         if self.average is not None:
-            averaged = self._test_method(self.average.module)
+            averaged = self._test_method(cast(Distiller, self.average.module))
             test |= {f"{name}_ema": value for name, value in averaged.items() if "unreadable" not in name}
         return test
 

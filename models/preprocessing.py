@@ -46,6 +46,9 @@ class TeacherView(Wrapper):
     Shapes of the outputs are those for the network's own size, whatever size is given.
     """
 
+    scale: Tensor
+    shift: Tensor
+
     def __init__(
         self,
         network: Backbone,

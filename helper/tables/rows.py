@@ -132,7 +132,7 @@ def read_result(folder: Path) -> dict[str, Any]:
     return result
 
 
-def _check(record: Mapping, name: str, path: Path, least=0, most=2**53, kinds=(int, float)) -> None:
+def _check(record: Mapping, name: str, path: Path, least: float = 0, most: float = 2**53, kinds=(int, float)) -> None:
     value: Any = record.get(name)
     if type(value) not in kinds or not math.isfinite(value) or not least <= value <= most:
         raise UserError(f"{path}: its {name} is {str(value)[:40]}")
@@ -390,7 +390,8 @@ def welch(first: Sequence[float], second: Sequence[float]) -> float | None:
     if min(len(first), len(second)) < 2 or statistics.pstdev(first) == statistics.pstdev(second) == 0:
         return None
     with warnings.catch_warnings(action="ignore"):  # scipy's, of spreads that are next to nothing
-        return float(ttest_ind(second, first, equal_var=False).pvalue)
+        test: Any = ttest_ind(second, first, equal_var=False)  # scipy has no types for it
+        return float(test.pvalue)
 
 
 def spread(values: Sequence[float]) -> str:
