@@ -392,8 +392,8 @@ def _check_targets(values: Mapping[str, Any]) -> None:
     mixing = [name for name in ("mixup", "cutmix") if values[name]]
     if mixing and method.refuses_mixing:
         raise UserError(
-            f"--{mixing[0]}: --distill {method.name} cannot learn from mixed images: {method.refuses_mixing}; leave it "
-            "out, or choose another method"
+            f"--{mixing[0]}: --distill {method.name} cannot learn from mixed images: {method.refuses_mixing}; give "
+            f"{' '.join(f'--{name} 0' for name in mixing)}, or choose another method"
         )
     of_labels = [name for name in ("label_smoothing", "class_weights") if values[name]]
     if of_labels and GAMMA in method.flags and not values[GAMMA.argument]:

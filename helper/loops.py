@@ -133,7 +133,8 @@ class Training:
         first = state["steps"] if state else 0
         self.set_learning_rate(first)
         rates = self._scheduled(progress.epoch + 1, 0), self._scheduled(max(progress.epoch, 1), 0)
-        if self.config.drop_momentum and not first and rates[0] != rates[1]:
+        has_milestones = self.stage.milestones is not None or self.config.lr_decay == "step"
+        if self.config.drop_momentum and has_milestones and not first and rates[0] != rates[1]:
             self.optimizer.state.clear()
         begin(self.stage, self.method)
         self.title = format_title(self.stage.name, progress)
@@ -408,11 +409,21 @@ def begin(stage: Stage, method: Distiller) -> None:
 
 
 def without_trunk(stage: Stage, method: Distiller) -> Stage:
-    """A stage that trains of the student only its classifier; the rest is frozen, its BatchNorms in eval mode."""
+    """A stage that trains of the student only its classifier; the rest is frozen, its BatchNorms in eval mode.
+
+    Raises `UserError` for a stage that trains a part of the rest by itself.
+    """
     networks = [part for part in method.student.modules() if isinstance(part, Backbone)]
     trained = [
         part.get_classifier() if isinstance(part, Backbone) and part in networks else part for part in stage.trained
     ]
+    plain = networks[-1]  # within all wrappers
+    trunk = {*plain.parameters()} - {*plain.get_classifier().parameters()}
+    if trunk & {*nn.ModuleList(trained).parameters()}:
+        raise UserError(
+            f"--freeze trunk: stage {stage.name} of --distill {method.name} trains the student's feature maps; choose "
+            "another method"
+        )
     return stage._replace(trained=trained)
 
 

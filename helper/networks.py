@@ -301,6 +301,8 @@ def read_at_classes(source: Network, wanted: str) -> Network:
 
 def known_classes(source: Network) -> list[str]:
     """The names of a network's classes, in their order; empty where nobody says them."""
+    if source.members:  # one order, the first one's, where their logits are averaged
+        return known_classes(source.members[0])
     own = read_preprocessing(source.path)
     return list(own.categories if own is not None else source.record.get("classes") or ())
 
@@ -379,7 +381,8 @@ class Teacher:
         # As their files hold them, for methods to read shapes and copy parts from.
         self.network = self._together(networks)
         probe_shapes(self.network, data.image_size)
-        prepared = [fast.prepare_teacher(network, data.image_size) for network in networks]
+        shown_size = data.train.image_size if self.sees_source else data.image_size
+        prepared = [fast.prepare_teacher(network, shown_size) for network in networks]
         self.frozen = FrozenTeacher(self._together(prepared))
         self._compiled = fast.compiled(self.frozen.forward, outlives=True)
         self.accuracy: float | None = None  # (%), as measured on the test images

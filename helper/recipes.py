@@ -380,7 +380,8 @@ def _recipe(name: str, values: Mapping[str, object], source: str, dataset: Seque
 
 _BEYER = "Beyer et al. (CVPR 2022), section 3"
 _WIGHTMAN = (
-    "Wightman et al. (2021), table 2, A3; the cross entropy is not its binary one, images are of the data's size"
+    "Wightman et al. (2021), table 2, A3; the cross entropy is not its binary one, RandAugment has torchvision's "
+    "magnitude, images are of the data's size"
 )
 _ADAMW = {"optimizer": "adamw", "lr_decay": "cos", "clip_grad": 1.0}
 #: What a recipe changes for any method, on top of all other rows.

@@ -84,6 +84,7 @@ from helper.networks import (
     check_accuracy,
     check_apart,
     classes_taught,
+    known_classes,
     name_of_published,
     own_test,
     read_at_classes,
@@ -323,6 +324,13 @@ def _check_teacher(teacher: Teacher, number: int, inputs: Inputs, config: Config
     data are image files; raises `UserError` where it does not fit the data or its record."""
     source, data = teacher.source.teachers[number], inputs.data
     if not data.labelled:
+        first = known_classes(teacher.source)
+        others = compare_classes(known_classes(source), first) if first and teacher.source.num_classes else None
+        if others is not None and not config.allow_teacher_gap:
+            raise UserError(
+                f"--path_t: {teacher.source.teachers[0].path} and {source.path} have classes in another order, so "
+                "their logits have no average; choose other teachers, or --allow_teacher_gap"
+            )
         return f"teacher {source.name}: its accuracy is not measured: the images have no labels"
     if source.num_classes != data.num_classes:
         has = f"its {source.num_classes} classes are not those of the data" if source.num_classes else "no classifier"
@@ -392,12 +400,17 @@ def _with_weights(config: Configuration, data: ImageData) -> Configuration:
     if weights is None:
         return config
     digest = weights_digest({"weights": weights})
-    if config.get("weights_digest") not in (None, digest) and not config.accept_changes:
+    if config.get("weights_digest") not in (None, digest) and not _accepts(config):
         raise UserError(
             f"--class_weights: {config.class_weights} is not what {config.folder} began with; restore the file, or "
             "accept the new weights with --accept_changes"
         )
     return config.replace("the class weights", weights_digest=digest)
+
+
+def _accepts(config: Configuration) -> bool:
+    """Whether changes are accepted now: what an earlier resume has accepted says nothing of changes since."""
+    return config.accept_changes and config.origins["accept_changes"] == "command line"
 
 
 def _labels(configs: Sequence[Configuration]) -> list[str]:
@@ -854,8 +867,7 @@ class Run:
     def _check_data(self, record: Mapping[str, Any]) -> None:
         """Raise `UserError` where the data are not those that the run began with."""
         changes = data_changes(record.get("identity") or {"classes": record["classes"]}, self.inputs.identity)
-        # What an earlier resume has accepted says nothing of changes since.
-        if changes and not (self.config.accept_changes and self.config.origins["accept_changes"] == "command line"):
+        if changes and not _accepts(self.config):
             raise UserError(
                 f"--resume: {self.folder.path}: the data have changed: {', '.join(changes)}; restore them, or accept "
                 "that with --accept_changes"
@@ -918,7 +930,8 @@ class Run:
             "threads": torch.get_num_threads(),
         }
         if self._is_out_of_patience():
-            self.folder.log(f"stopped early: no better {self.config.best_by} in {self.config.patience} epochs")
+            measured = self.result.get("best_by", self.config.best_by).replace("_", " ")  # its own without labels
+            self.folder.log(f"stopped early: no better {measured} in {self.config.patience} epochs")
         self.folder.append_outcome(identity(self.config, ("row", "run")), self.result)
         self.folder.write_json(RESULT, self.result)
         self.folder.log(format_result(self.result))

@@ -784,7 +784,7 @@ SETTINGS: tuple[Setting, ...] = (
         decides_outputs=True,
     ),
     Setting(("data_digest",), _digest, None, "digest of the data", group=FOUND, shared=True, decides_outputs=True),
-    Setting(("weights_digest",), _digest, None, "digest of the class weights", group=FOUND, identity="none"),
+    Setting(("weights_digest",), _digest, None, "digest of the class weights", group=FOUND),
     Setting(
         ("mean",), _statistics, None, "mean of the images' channels", group=FOUND, identity="none", decides_outputs=True
     ),

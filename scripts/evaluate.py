@@ -23,13 +23,14 @@ with starting():
     from torch import Tensor
 
     from dataset import DATASETS, ImageData, Loader, StreamedImages, is_image_folder
-    from helper.checkpoint import rebuild
+    from helper.checkpoint import AVERAGE, rebuild, take_average
     from helper.command_line import Parser
     from helper.distributed import find_device
     from helper.export import RecordedData, read_deployed
+    from helper.fast import Fast
     from helper.log import progress_bar
     from helper.metrics import METRICS, RESAMPLES, MinibatchCKA, divergences, fidelity, judge
-    from helper.networks import Network, as_it_was_trained, read_network
+    from helper.networks import Teacher, read_network
     from helper.run_folder import LAST, RESULT, replacing
     from helper.tables.pages import render
     from helper.tables.rows import FIDELITY
@@ -88,17 +89,18 @@ def file_of(source: str) -> str:
     return str(Path(source, LAST)) if Path(source).is_dir() else source
 
 
-def read_judged(source: str, model: str | None, device: torch.device) -> Judged:
-    """Read NETWORK; raises `UserError`."""
+def read_judged(source: str, model: str | None, device: torch.device, ema: bool = False) -> Judged:
+    """Read NETWORK, with `ema` the moving average of its weights; raises `UserError`."""
     path, folder = file_of(source), Path(source) if Path(source).is_dir() else None
     if not is_external(source) and Path(path).suffix.lower() in PROGRAMS:
         program = read_deployed(path, NETWORK)
         on_cpu = lambda images: program.predict(images.cpu()).to(device)  # noqa: E731
         return Judged(source, program.record.get("model_name", "?"), program.record, on_cpu)
-    found = read_network(path, model, NETWORK, "--model")
+    found = read_network(path, model, NETWORK, "--model", ema)
     network, trained, notes, record = found.network.eval().to(device), None, list(found.notes), dict(found.record)
     checkpoint = {} if is_external(path) else read_checkpoint(path, NETWORK)
     if "training" in checkpoint:
+        checkpoint = take_average(checkpoint, path) if ema and AVERAGE in checkpoint else checkpoint
         record |= checkpoint["training"].get("config", {}) | record
         try:
             method, _ = rebuild(checkpoint, path)
@@ -150,20 +152,6 @@ def check_classes(judged: Judged, data: ImageData) -> None:
 # Measuring.
 
 
-class Teacher(NamedTuple):
-    """The teacher, as it sees the images of the data."""
-
-    source: Network
-    outputs: Callable[[Tensor], Output]
-
-
-def read_teacher(source: Network, data: ImageData, device: torch.device) -> Teacher:
-    """A teacher for these data, in its own normalisation and size."""
-    view = as_it_was_trained(source, data, None)
-    network = (source.network if view is None else view).eval().to(device)
-    return Teacher(source, network.outputs)
-
-
 class Seen:
     """What the test images have shown of one network: logits (n, K), and how its maps compare with the teacher's."""
 
@@ -207,7 +195,7 @@ def test(seen: Sequence[Seen], teacher: Teacher | None, data: ImageData, device:
     for part in progress_bar(loader.batches(), "testing", len(loader)):
         if not len(part.targets):
             continue
-        output = None if teacher is None else teacher.outputs(part.images)
+        output = None if teacher is None else teacher(teacher.shown(part), False, False)
         for one in seen:
             one.see(part.images, output)
         index.append(part.index.cpu())
@@ -398,6 +386,7 @@ def make_parser() -> Parser:
     add("networks", nargs="+", metavar=NETWORK, help="run folder, checkpoint, export, torchvision:NAME or timm:NAME")
     add("--teacher", metavar="T", help="compare with this network: agreement, KL, CKA of the last maps")
     add("--model", metavar="NAME", help="the model's name, where a file of another code does not say it")
+    add("--ema", action="store_true", help="the moving average of the weights, where a file of NETWORK holds both")
     add("--dataset", choices=DATASETS, help="default: the network's own, or folder with --data")
     add("--data", metavar="PATH", help="where the data are stored; default: as on record")
     add("--split", type=float, metavar="SHARE", help="of the training images, for a folder without test images")
@@ -413,7 +402,7 @@ def make_parser() -> Parser:
 def judge_all(args) -> list[Judgement]:
     """Judge every network, those that want the same data together; prints each one's numbers."""
     device = find_device(args.device)
-    judged = [read_judged(source, args.model, device) for source in args.networks]
+    judged = [read_judged(source, args.model, device, args.ema) for source in args.networks]
     source = args.teacher and read_network(file_of(args.teacher), None, "--teacher", "--teacher")
     groups: dict[RecordedData, list[Judged]] = {}
     for one in judged:
@@ -423,7 +412,7 @@ def judge_all(args) -> list[Judgement]:
         data = wanted.load()
         for one in members:
             check_classes(one, data)
-        teacher = read_teacher(source, data, device) if source else None
+        teacher = Teacher(source, data, None, Fast(), device) if source else None
         seen = [Seen(one) for one in members]
         tested = test(seen, teacher, data, device, args.batch_size)
         for one in seen:

@@ -83,7 +83,7 @@ def read_trained(path: str, model_s: str | None, ft: str, ema: bool = False) -> 
     method, config = rebuild(checkpoint, source)
     if model_s not in (None, config["model_s"]):
         raise UserError(f"--model_s: {path} holds {config['model_s']}, not {model_s}")
-    of_data = {name: config.get(name) for name in ("split", "holdout")}
+    of_data = {name: config.get(name) for name in ("split", "holdout", "best_by")}
     of_data["background"] = list(config.get("background") or WHITE)  # as JSON holds it
     return Trained(method, of_data | dict(checkpoint["record"]))
 
@@ -212,7 +212,10 @@ def quantise(source: Path, data: ImageData) -> tuple[Path, str]:
 def _accuracy(record: dict, source: Path) -> str:
     if record.get("accuracy") is None:
         return "unknown: the file does not say"
-    protocols = {"best": describe_protocol(record.get("holdout")), "last": "the last"}
+    protocols = {
+        "best": describe_protocol(record.get("holdout"), record.get("best_by") or "accuracy"),
+        "last": "the last",
+    }
     chosen = f" ({protocols[source.stem]})" if source.stem in protocols else ""
     epoch = f"; epoch {record['epoch']}{chosen}" if record.get("epoch") else ""
     tried = f"; trained for {record['max_steps']} steps only" if record.get("max_steps") else ""

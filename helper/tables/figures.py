@@ -245,8 +245,8 @@ def read_outputs(row: Row) -> dict[str, Any]:
     config, folder = row.config, row.records[0].folder
     networks = {"": read_network(str(folder / LAST), config["model_s"], "RUN", "RUN").network}
     if config["path_t"]:
-        weights = config.get("teacher_weights")
-        networks["teacher_"] = read_teacher(config["path_t"], config["model_t"], weights=weights).network
+        how = config.get("ema", False), config.get("teacher_weights")
+        networks["teacher_"] = read_teacher(config["path_t"], config["model_t"], *how).network
     data = load_data(config["dataset"], config["data"], config["image_size"], may_download=False)
     parts: dict[str, list[Tensor]] = defaultdict(list)
     for batch in Loader(data.test, data, 256, torch.device("cpu")).batches():

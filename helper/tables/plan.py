@@ -198,8 +198,8 @@ class Shelf:
         if key not in self._digests:
             record = read_checkpoint(path, flag).get("record")
             known = record.get("digest") if isinstance(record, Mapping) else None
-            read = known if isinstance(known, str) else read_network(str(path), name, flag, "--model_s", ema).digest
-            self._digests[key] = read
+            is_known = isinstance(known, str) and not ema  # of the raw weights
+            self._digests[key] = known if is_known else read_network(str(path), name, flag, "--model_s", ema).digest
         return self._digests[key]
 
     def renew(self, job: Job) -> Job:
@@ -211,7 +211,7 @@ class Shelf:
         if teacher.state != "finished":  # whatever exists has learnt from another
             return job._replace(teacher=teacher, folder=next_folder(self.save_dir, job.config.name), state="missing")
         path = teacher.folder / LAST
-        found = {"path_t": str(path), DIGEST: self.digest(path, teacher.config.model_s)}
+        found = {"path_t": str(path), DIGEST: self.digest(path, teacher.config.model_s, ema=job.config.ema)}
         config = job.config.replace("teacher", **found)
         folder, state = self.find(config)
         return job._replace(config=config, teacher=teacher, folder=folder, state=state)
@@ -316,7 +316,7 @@ class Plan:
             if is_external(source):  # torchvision's weights of a name fit our network and theirs
                 words += ("--model_t", teacher)
             else:
-                known[DIGEST] = self.shelf.digest(Path(source), teacher)
+                known[DIGEST] = self.shelf.digest(Path(source), teacher, ema="--ema" in words)
         job = self._job(f"{teacher} -> {student}: {variant.label}", words, number, variant.flags, known)
         return job._replace(teacher=source if isinstance(source, Job) else None)
 

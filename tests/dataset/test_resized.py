@@ -63,6 +63,18 @@ def test_a_teacher_with_a_size_of_its_own_is_given_the_images_as_they_are_held(i
     assert teacher.image_size == size
 
 
+def test_a_folded_teacher_resizes_what_it_is_given():
+    data = load_data("digits", image_size=64)
+    record = {"mean": [0.5] * 3, "std": [0.5] * 3, "image_size": 64}  # of the student's size in another normalisation
+    source = Network("x.pth", "resnet8", build_model("resnet8", 10).eval(), 10, record=record)
+    batch = first(data)
+    plain, folded = (Teacher(source, data, None, Fast(fold_teacher=folds), CPU) for folds in (False, True))
+    assert folded.shown(batch) is batch.source
+    outputs = [teacher(teacher.shown(batch), False, False) for teacher in (plain, folded)]
+    assert outputs[0].final.shape == outputs[1].final.shape
+    assert torch.allclose(outputs[0].logits, outputs[1].logits, atol=1e-3)
+
+
 def test_a_teacher_of_the_size_that_is_held_sees_it_where_nothing_is_resized():
     data = load_data("digits")
     teacher = Teacher(Network("x.pth", "resnet8", build_model("resnet8", 10), 10), data, 64, Fast(), CPU)

@@ -10,6 +10,7 @@ import train_teacher
 from helper import loops
 from helper import run as run_module
 from helper.networks import Teacher
+from helper.settings import identity
 from tests.conftest import message_of
 from tests.run_folders import assert_same_end, load, metrics, same_state, state, weights
 
@@ -133,6 +134,10 @@ def test_class_weights_that_have_changed_are_refused(train, tmp_path):
     assert f"--class_weights: {file} is not what {run} began with" in message
     train_teacher.main([*resume, "--accept_changes"])
     assert state(run)["step"] == 2
+    other = train("--class_weights", str(file), "--epochs", "3", "--trial", "other")
+    file.write_text("\n".join(f"{digit} {digit + 1}" for digit in range(10)))
+    assert "began with" in message_of(train_teacher.main, [*resume[:3], "4"]), "what was accepted before is over"
+    assert identity(config_of(other)) != identity(config_of(train("--class_weights", str(file), "--epochs", "3")))
     file.unlink()
     assert "cannot be read" in message_of(train_teacher.main, [*resume[:3], "4"])
     message = message_of(train_teacher.main, [*STEP, "--class_weights", str(file), "--save_dir", str(tmp_path / "no")])

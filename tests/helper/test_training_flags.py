@@ -116,6 +116,12 @@ def test_what_a_flag_does_not_say_stays(train, flags):
     assert same_state(plain, other)
 
 
+@pytest.mark.parametrize("schedule", ["cos", "one_cycle"])
+def test_momentum_is_dropped_at_milestones_alone(train, schedule):
+    flags = ("--epochs", "2", "--batch_size", "128", "--lr_decay", schedule)
+    assert same_state(weights(train(*flags)), weights(train(*flags, "--drop_momentum")))
+
+
 def test_the_gradient_is_scaled_down_to_its_norm(train, monkeypatch):
     step, norms = torch.optim.SGD.step, []
 
@@ -213,6 +219,11 @@ def test_a_frozen_trunk_keeps_weights_and_statistics(distil):
     changed = {name for name in short if not torch.equal(short[name], long[name])}
     assert {name for name in changed if name.startswith("student.")} == {"student.fc.weight", "student.fc.bias"}
     assert changed - {"student.fc.weight", "student.fc.bias"}, "what the method adds is trained"
+
+
+def test_a_stage_that_trains_the_trunk_alone_is_refused(distil):
+    with pytest.raises(UserError, match="--freeze trunk: stage features of --distill fsp"):
+        distil(GAP, "--max_steps", "1", "--freeze", "trunk", distill="fsp")
 
 
 def test_a_linear_probe_says_how_much_it_trains(train):

@@ -151,3 +151,21 @@ def test_what_needs_labels_is_refused(images, teacher_run, tmp_path):
     labelled = [*argv[:4], "--data_probe", str(images / "probe")]
     assert "has no effect with labelled images" in message_of(train_cifar_student.main, labelled)
     assert not any((tmp_path / "save").glob("*"))
+
+
+def test_teachers_whose_classes_are_in_another_order_have_no_average(learn, teacher_run, tmp_path):
+    first, second = str(teacher_run / "last.pth"), str(tmp_path / "other.pth")
+    file = load(teacher_run / "last.pth")
+    torch.save(file | {"record": file["record"] | {"classes": file["record"]["classes"][::-1]}}, second)
+    with pytest.raises(UserError, match="have classes in another order"):
+        learn("--max_steps", "1", "--path_t", f"{first},{second}", distill="kd")
+    run = learn("--max_steps", "1", "--path_t", f"{first},{first}", distill="kd")
+    assert load(run / "last.pth")["record"]["classes"] == file["record"]["classes"]
+
+
+def test_what_had_no_better_epoch_is_named(learn, images):
+    flags = ("--epochs", "4", "--patience", "1", "--learning_rate", "0", "--data_probe", str(images / "probe"))
+    run = learn("--holdout", "8", *flags, distill="kd")
+    assert (
+        len(metrics(run)) < 4 and "stopped early: no better probe accuracy in 1 epochs" in (run / "log.txt").read_text()
+    )

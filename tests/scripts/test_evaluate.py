@@ -9,6 +9,7 @@ import pytest
 import torch
 from sklearn import metrics
 
+from helper.networks import Teacher
 from helper.tables.rows import read_record
 from models import build_model
 from scripts import evaluate, export_student
@@ -91,6 +92,27 @@ def test_the_page_holds_everything_it_shows(distil, teacher_run, tmp_path):
     assert f"{about['accuracy']:.2f} %" in text and f"{about['kl']:.4f} nats" in text
     shown = [int(n) for n in re.findall(r'title="\d as \d: (\d+)"', text)]
     assert shown == [n for row in about["confusion"] for n in row]
+
+
+def test_a_teacher_is_given_the_images_as_they_are_held(distil, teacher_run, monkeypatch):
+    run, teacher = distil(*SHORT, "--image_size", "48", distill="kd"), str(teacher_run / "last.pth")
+    call, sizes = Teacher.__call__, set()
+
+    def note(self, images, *rest):
+        sizes.add(images.shape[-1])
+        return call(self, images, *rest)
+
+    monkeypatch.setattr(Teacher, "__call__", note)
+    (about,) = evaluate.main([str(run), "--teacher", teacher])
+    assert sizes == {32} and about["image_size"] == 48
+
+
+def test_the_average_of_the_weights_is_judged_where_it_is_asked_for(distil):
+    run = distil(*SHORT, "--ema_decay", "0.5")
+    result = json.loads((run / "result.json").read_text())
+    found = [evaluate.main([str(run), *flags])[0] for flags in ((), ("--ema",))]
+    assert [one["accuracy"] for one in found] == [result["accuracy_last"], result["accuracy_last_ema"]]
+    assert found[0]["digest"] != found[1]["digest"]
 
 
 def test_faults_are_named(distil, tmp_path):

@@ -7,6 +7,8 @@ import torch
 from helper.command_line import resolve
 from helper.tables.plan import Plan, Shelf, Variant
 from helper.tables.rows import read_rows
+from models import build_model
+from models.checkpoints import weights_digest
 from tests.run_folders import make_run
 
 
@@ -46,6 +48,17 @@ def test_a_plan_finds_a_run_by_the_digest_of_its_initial_weights(tmp_path):
     (job.folder / "last.pth").touch()
     assert found("1" * 64).state == "begun"
     assert found("2" * 64).state == "missing"
+
+
+def test_the_average_of_a_checkpoint_has_a_digest_of_its_own(tmp_path):
+    path, weights = tmp_path / "a.pth", build_model("resnet8", 10).state_dict()
+    averaged = {name: value + 1 for name, value in weights.items()}
+    record = {"model_name": "resnet8", "num_classes": 10, "classes": list("0123456789"), "digest": "1" * 64}
+    training = {"config": {}, "distiller": {}, "ema": {}}
+    torch.save({"model": weights, "model_ema": averaged, "record": record, "training": training}, path)
+    shelf = Shelf(str(tmp_path))
+    assert shelf.digest(path, "resnet8") == "1" * 64
+    assert shelf.digest(path, "resnet8", ema=True) == weights_digest(averaged)
 
 
 def test_a_plan_takes_no_run_of_other_initial_weights_for_its_own(tmp_path):
