@@ -93,13 +93,16 @@ def make_table(rows: Sequence[Row]) -> str:
 
 def make_comparison(rows: Sequence[Row]) -> str:
     """One line per row: its last accuracy, its lead on the baseline and on KD of its student, and its fidelity."""
-    fidelities = {name: title for name, (title, _) in FIDELITIES.items() if any(row.fidelities(name) for row in rows)}
+    fidelities = {name: one for name, one in FIDELITIES.items() if any(row.fidelities(name) for row in rows)}
     header = ["student", "method", "seeds", ACCURACIES["accuracy_last"], *(f"against {one}" for one in REFERENCES)]
-    lines = [[*header, *fidelities.values()]]
+    lines = [[*header, *(title for title, _, _ in fidelities.values())]]
     for row in rows:
         alike = [one for one in rows if (one.config["model_s"], one.setting) == (row.config["model_s"], row.setting)]
         against = [_lead(row, [one for one in alike if one.label == name]) for name in REFERENCES]
-        measured = [spread(values) if (values := row.fidelities(name)) else "-" for name in fidelities]
+        measured = [
+            spread(values, decimals) if (values := row.fidelities(name)) else "-"
+            for name, (_, _, decimals) in fidelities.items()
+        ]
         accuracy = spread(row.values("accuracy_last"))
         lines.append([row.config["model_s"], row.label, str(len(row.records)), accuracy, *against, *measured])
     commands = "\n".join(f"    {command_of(row.records[0])}" for row in rows)

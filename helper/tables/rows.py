@@ -27,12 +27,12 @@ from setting import RECIPE, Setting, as_text
 ACCURACIES = {"accuracy_last": "last", "accuracy_best": "best", "accuracy_mean_last_five": "mean of last five"}
 #: What `scripts/evaluate.py --teacher T --json` measures of a student and its teacher; kept next to `result.json`.
 FIDELITY = "fidelity.json"
-#: Its entries that tables show: title, greatest value.
+#: Its entries that tables show: title, greatest value, decimals.
 FIDELITIES = {
-    "agreement": ("agreement (%)", 100.0),
-    "kl": ("KL", 2.0**53),
-    "cka_unfolded": ("CKA before folding", 1.0),
-    "cka": ("CKA", 1.0),
+    "agreement": ("agreement (%)", 100.0, 2),
+    "kl": ("KL", 2.0**53, 3),
+    "cka_unfolded": ("CKA before folding", 1.0, 3),
+    "cka": ("CKA", 1.0, 3),
 }
 #: The test images of a run that could not be read, and so were in no accuracy.
 UNREADABLE = "test_unreadable"
@@ -141,7 +141,7 @@ def _check(record: Mapping, name: str, path: Path, least: float = 0, most: float
 def _read_fidelity(folder: Path) -> dict[str, Any]:
     path = folder / FIDELITY
     fidelity = _json(_text(path), path) if path.exists() else {}
-    for name, (_, most) in FIDELITIES.items():
+    for name, (_, most, _) in FIDELITIES.items():
         if name in fidelity:
             _check(fidelity, name, path, least=-1, most=most)
     return fidelity
@@ -394,11 +394,11 @@ def welch(first: Sequence[float], second: Sequence[float]) -> float | None:
         return float(test.pvalue)
 
 
-def spread(values: Sequence[float]) -> str:
+def spread(values: Sequence[float], decimals: int = 2) -> str:
     """mean ± standard deviation (n - 1), or the one value."""
     if len(values) == 1:
-        return f"{values[0]:.2f}"
-    return f"{statistics.mean(values):.2f} ± {statistics.stdev(values):.2f}"
+        return f"{values[0]:.{decimals}f}"
+    return f"{statistics.mean(values):.{decimals}f} ± {statistics.stdev(values):.{decimals}f}"
 
 
 def command_of(record: Record) -> str:

@@ -57,7 +57,7 @@ def test_the_comparison_tests_against_the_baseline_and_kd_and_shows_fidelity(tmp
     p = ttest_ind(lasts["kd"], lasts["norm"], equal_var=False).pvalue
     norm = next(line for line in table.splitlines() if line.startswith("| resnet8 | norm "))
     assert f"| 63.20 ± 0.17 | +3.00 (p = {ttest_ind(lasts['ce'], lasts['norm'], equal_var=False).pvalue:.2g}) |" in norm
-    assert norm.endswith(f"| +1.07 (p = {p:.2g}) | 88.00 | 0.75 |")
+    assert norm.endswith(f"| +1.07 (p = {p:.2g}) | 88.00 | 0.750 |")
     assert "| kd | 3 | 62.13 ± 0.15 |" in table and "| - | - | - |" in table and "| KL |" not in table
 
 
