@@ -83,7 +83,8 @@ def read_trained(path: str, model_s: str | None, ft: str, ema: bool = False) -> 
     method, config = rebuild(checkpoint, source)
     if model_s not in (None, config["model_s"]):
         raise UserError(f"--model_s: {path} holds {config['model_s']}, not {model_s}")
-    of_data = {name: config.get(name) for name in ("split", "holdout", "best_by")}
+    of_data = {name: config.get(name) for name in ("split", "holdout")}
+    of_data["best_by"] = config.get("best_by")
     of_data["background"] = list(config.get("background") or WHITE)  # as JSON holds it
     return Trained(method, of_data | dict(checkpoint["record"]))
 

@@ -94,7 +94,7 @@ def test_a_data_set_is_one_row(train, monkeypatch):
 def test_a_format_is_one_row(train, monkeypatch, tmp_path, capsys):
     run, (write, read) = train(), export.FORMATS["pth"]
     argv = [str(run / "last.pth"), "--format", "weights"]
-    assert "must be of pth, pt2, onnx, not weights" in message_of(export_student.main, argv)
+    assert "must be of pth, safetensors, pt2, onnx, not weights" in message_of(export_student.main, argv)
     with monkeypatch.context() as patch:
         patch.setitem(export.FORMATS, "weights", (write, read))
         out = export_student.main(argv)

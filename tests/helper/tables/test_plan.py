@@ -165,7 +165,7 @@ def test_a_published_teacher_is_taken_where_it_is(tmp_path, monkeypatch):
     file = tmp_path / "models" / "resnet56_vanilla" / "ckpt_epoch_240.pth"
     file.parent.mkdir(parents=True)
     file.touch()
-    monkeypatch.setattr(Shelf, "digest", lambda self, path, name: f"digest of {name}")
+    monkeypatch.setattr(Shelf, "digest", lambda self, path, name, ema: f"digest of {name}")
     jobs = listed()
     assert "resnet56 with labels alone, seed 1" not in titles(jobs)
     assert jobs[-1].teacher is None and str(file) in jobs[-1].command
