@@ -379,11 +379,24 @@ def resolve(
     if merged["labels"][0] == "none":
         _without_labels(merged)
     values = {name: value for name, (value, _) in merged.items()}
-    refuse_without_effect(find_distiller(distill), values, given)
+    _refuse_without_effect(given, values)
     _check_targets(values)
     _check_cache(values)
     _check_labels(values)
     return Configuration(values, {name: origin for name, (_, origin) in merged.items()}, folder)
+
+
+def _refuse_without_effect(given: Mapping[str, Any], values: Mapping[str, Any]) -> None:
+    """Raise `UserError` for a given setting that has no effect with what others are."""
+    refuse_without_effect(find_distiller(values["distill"]), values, given)
+    for setting in settings.SETTINGS:
+        if setting.works_with is not None and given.get(setting.argument):
+            other, value = setting.works_with
+            if values[other] != value:
+                raise UserError(
+                    f"--{setting.argument}: has no effect with --{other} {values[other]}; leave it out, or take "
+                    f"--{other} {value}"
+                )
 
 
 def _check_targets(values: Mapping[str, Any]) -> None:

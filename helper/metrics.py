@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy
 import torch
-from sklearn.metrics import confusion_matrix, f1_score, precision_recall_fscore_support, recall_score
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -37,6 +36,8 @@ def loss(logits: Tensor, targets: Tensor) -> float:
 
 def balanced_accuracy(logits: Tensor, targets: Tensor) -> float:
     """The mean over the classes of the share of their images that is right (%)."""
+    from sklearn.metrics import recall_score  # here, as it takes long to import
+
     recalls: Any = recall_score(
         targets,
         logits.argmax(1),
@@ -49,6 +50,8 @@ def balanced_accuracy(logits: Tensor, targets: Tensor) -> float:
 
 def macro_f1(logits: Tensor, targets: Tensor) -> float:
     """The mean over the classes of the F1 score (%)."""
+    from sklearn.metrics import f1_score
+
     score = f1_score(targets, logits.argmax(1), average="macro", zero_division=0)  # pyright: ignore[reportArgumentType]
     return 100 * float(score)
 
@@ -140,6 +143,8 @@ def judge(logits: Tensor, targets: Tensor) -> dict[str, Any]:
     """
     labels = range(logits.shape[1])
     true, found = targets.numpy(), logits.argmax(1).numpy()
+    from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
+
     measured: Any = precision_recall_fscore_support(
         true,
         found,

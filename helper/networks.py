@@ -389,7 +389,9 @@ class Teacher:
         self.note = ""  # lines on what it is and how accurate
         whose = [f"teacher {each.name}" for each in source.members] or ["the teacher"]
         lines = zip(whose, views, sizes, strict=True)
-        self.seen = "\n".join(f"{who} sees {size}x{size}, as it was trained" for who, view, size in lines if view)
+        self.seen = "\n".join(
+            f"{who} sees {size}x{size}, with its own mean and std" for who, view, size in lines if view
+        )
 
     def _together(self, networks: Sequence[Backbone]) -> Backbone:
         return Ensemble(networks, self.source.network.shares) if len(networks) > 1 else networks[0]

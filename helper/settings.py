@@ -162,6 +162,7 @@ def count_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+OF_SGD = ("optimizer", "sgd")
 #: Every setting of a run: a row here is its flag, default, help, entry in config.json, check on --resume, and more.
 SETTINGS: tuple[Setting, ...] = (
     Setting(("--distill",), _method, "norm", "one of the methods above", group=TEACHER, metavar="METHOD"),
@@ -455,13 +456,21 @@ SETTINGS: tuple[Setting, ...] = (
         full_run=RECIPE,
         group=TRAINING,
         metavar="E,E,...",
+        works_with=("lr_decay", "step"),
     ),
     Setting(("--lr_decay_rate",), number, RECIPE, "factor of the step schedule", group=TRAINING),
     Setting(("--weight_decay",), number, RECIPE, "weight decay", group=TRAINING),
     Setting(("--decay_norms",), bool, True, "weight decay on normalisation layers and biases too", group=TRAINING),
-    Setting(("--momentum",), number, RECIPE, "momentum of SGD", group=TRAINING),
-    Setting(("--nesterov",), bool, False, "Nesterov's momentum", group=TRAINING),
-    Setting(("--drop_momentum",), bool, False, "start with no momentum after each milestone", group=TRAINING),
+    Setting(("--momentum",), number, RECIPE, "momentum of SGD", group=TRAINING, works_with=OF_SGD),
+    Setting(("--nesterov",), bool, False, "Nesterov's momentum", group=TRAINING, works_with=OF_SGD),
+    Setting(
+        ("--drop_momentum",),
+        bool,
+        False,
+        "start with no momentum after each milestone",
+        group=TRAINING,
+        works_with=OF_SGD,
+    ),
     Setting(
         ("--ema_decay",),
         _share,

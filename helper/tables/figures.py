@@ -16,9 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dataset import Loader, load_data
+from dataset import Loader
 from errors import UserError
-from helper.networks import read_network, read_teacher
+from helper.export import RecordedData
+from helper.fast import Fast
+from helper.networks import Teacher, read_network, read_teacher
 from helper.run_folder import LAST
 from helper.settings import identity
 from helper.tables.rows import Row
@@ -243,16 +245,19 @@ def read_outputs(row: Row) -> dict[str, Any]:
     """Test images through the first student of a row and its teacher: pooled, logits, teacher_logits where there is
     one, targets, classes. Raises `UserError` where the checkpoint, the teacher's file or the data are gone."""
     config, folder = row.config, row.records[0].folder
-    networks = {"": read_network(str(folder / LAST), config["model_s"], "RUN", "RUN").network}
+    student = read_network(str(folder / LAST), config["model_s"], "RUN", "RUN").network.eval()
+    data, device, teacher = RecordedData.of(config)._replace(may_download=False).load(), torch.device("cpu"), None
     if config["path_t"]:
         how = config.get("ema", False), config.get("teacher_weights")
-        networks["teacher_"] = read_teacher(config["path_t"], config["model_t"], *how).network
-    data = load_data(config["dataset"], config["data"], config["image_size"], may_download=False)
+        source = read_teacher(config["path_t"], config["model_t"], *how)
+        teacher = Teacher(source, data, config.get("teacher_image_size"), Fast(), device)
     parts: dict[str, list[Tensor]] = defaultdict(list)
-    for batch in Loader(data.test, data, 256, torch.device("cpu")).batches():
+    for batch in Loader(data.test, data, 256, device).batches():
+        outputs = {"": student.outputs(batch.images)}
+        if teacher is not None:
+            outputs["teacher_"] = teacher(teacher.shown(batch), False, False)
         parts["targets"].append(batch.targets)
-        for prefix, network in networks.items():
-            output = network.eval().outputs(batch.images)
+        for prefix, output in outputs.items():
             parts[f"{prefix}pooled"].append(output.pooled)
             parts[f"{prefix}logits"].append(output.logits)
     return {name: torch.cat(values) for name, values in parts.items()} | {"classes": data.classes}

@@ -198,8 +198,10 @@ class Shelf:
         if key not in self._digests:
             record = read_checkpoint(path, flag).get("record")
             known = record.get("digest") if isinstance(record, Mapping) else None
-            is_known = isinstance(known, str) and not ema  # of the raw weights
-            self._digests[key] = known if is_known else read_network(str(path), name, flag, "--model_s", ema).digest
+            if isinstance(known, str) and not ema:  # it is of the raw weights
+                self._digests[key] = known
+            else:
+                self._digests[key] = read_network(str(path), name, flag, "--model_s", ema).digest
         return self._digests[key]
 
     def renew(self, job: Job) -> Job:

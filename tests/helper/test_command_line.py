@@ -220,3 +220,18 @@ def test_a_resumed_run_is_resolved_without_a_file(sealed):
     config = resolve(run, stored, OF_TEACHER, folder="folder")
     assert (config.epochs, config.learning_rate, config.folder) == (7, 0.2, "folder")
     assert config.origins["learning_rate"] == "resumed run"
+
+
+@pytest.mark.parametrize(
+    ("flags", "way_out"),
+    [
+        (["--nesterov", "--optimizer", "adamw"], "take --optimizer sgd"),
+        (["--momentum", "0.8", "--optimizer", "adamw"], "take --optimizer sgd"),
+        (["--lr_decay_epochs", "3,5", "--lr_decay", "cos"], "take --lr_decay step"),
+    ],
+)
+def test_a_flag_without_effect_is_refused(flags, way_out):
+    given = parse(teacher_parser(), ["--model", "resnet8", *flags])
+    with pytest.raises(UserError, match=f"^{flags[0]}: has no effect .*{way_out}"):
+        resolve(given.runs[0])
+    resolve(parse(teacher_parser(), ["--model", "resnet8", "--no-nesterov", "--optimizer", "adamw"]).runs[0])

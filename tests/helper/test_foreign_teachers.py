@@ -38,7 +38,7 @@ def distil_from(monkeypatch, save_dir):
 def test_a_transformer_teaches_by_its_maps_at_its_own_size(distil_from, capsys):
     run = distil_from("vit_tiny_patch16_224", "--distill", "norm", size=128)
     printed = capsys.readouterr().out
-    assert "the teacher sees 128x128, as it was trained" in printed
+    assert "the teacher sees 128x128, with its own mean and std" in printed
     assert "its 1000 classes are not those of the data; its maps alone teach" in printed
     config = json.loads((run / "config.json").read_text())
     assert config["teacher_image_size"] == 128 and metrics(run)[0]["loss_norm"] > 0
