@@ -104,4 +104,4 @@ def test_a_format_is_one_row(train, monkeypatch, tmp_path, capsys):
         patch.delitem(export.FORMATS, "onnx")
         argv = [str(run / "last.pth"), "--format", "onnx"]
         assert "must be of pth, safetensors, pt2, not onnx" in message_of(export_student.main, argv)
-    assert f"{out} is no .pth, .pt2, .onnx file" in message_of(predict.main, [str(out), "image.png"])
+    assert f"{out} is no .pth, .safetensors, .pt2, .onnx file" in message_of(predict.main, [str(out), "image.png"])
