@@ -5,6 +5,7 @@ from contextlib import nullcontext
 
 from torch import Tensor
 
+from dataset import Batch
 from distiller_zoo import Progress
 from helper import loops
 from helper.loops import Training
@@ -38,6 +39,16 @@ class StageRun:
         """Nothing is tested."""
 
 
+class Shown:
+    """A `FrozenTeacher` as the loop asks it."""
+
+    def __init__(self, network: Callable[[Tensor, bool], Output]):
+        self.network = network
+
+    def teach(self, part: Batch, training: Training, epoch: int, preact: bool) -> Output:
+        return self.network(part.images, preact)
+
+
 def train_epoch(
     training: Training,
     teacher: Callable[[Tensor, bool], Output] | None,
@@ -47,6 +58,5 @@ def train_epoch(
 ) -> tuple[dict[str, float], int]:
     """An epoch of a stage, of so many steps at most -> (its means, its steps); a `FrozenTeacher` may teach."""
     run = StageRun(training, progress, epochs_over, most_steps)
-    teach = None if teacher is None else lambda images, preact, is_whole: teacher(images, preact)
-    loops.train_epoch([run], teach, nullcontext, lambda number: None)
+    loops.train_epoch([run], None if teacher is None else Shown(teacher), nullcontext, lambda number: None)
     return run.means, run.last_step

@@ -11,7 +11,7 @@ import train_cifar_student
 import train_teacher
 from helper.command_line import imagenet_parser, student_parser, teacher_parser
 from models import model_dict
-from scripts import compare, draw_norm, export_student, list_methods, report, reproduce
+from scripts import compare, draw_norm, evaluate, export_student, list_methods, report, reproduce
 from tests.conftest import ROOT
 
 PAGES = {
@@ -22,7 +22,7 @@ README, ARCHITECTURE = PAGES["README.md"], PAGES["docs/architecture.md"]
 #: Pages whose commands in bash blocks are run, in this order and in one folder; own_work.md has a test of its own.
 WALK = (
     *("README.md", "docs/training.md", "docs/teachers_and_networks.md"),
-    *("docs/deployment.md", "docs/whole_tables.md"),
+    *("docs/judging.md", "docs/deployment.md", "docs/whole_tables.md"),
 )
 MAINS = {
     "train_teacher.py": train_teacher.main,
@@ -31,6 +31,7 @@ MAINS = {
     "scripts/report.py": report.main,
     "scripts/reproduce.py": reproduce.main,
     "scripts/compare.py": compare.main,
+    "scripts/evaluate.py": evaluate.main,
 }
 PARSERS = {
     "train_teacher.py": teacher_parser,

@@ -4,7 +4,7 @@ Shapes: maps (B, C, H, W), vectors (B, D); student first, teacher second; each r
 project computes in another way are here; the others are their formula.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -129,8 +129,8 @@ class PlainTransform(FeatureTransform):
         plain.load_state_dict(transform.state_dict())
         return plain.to(transform.expand[0].weight.device)
 
-    def _direct(self, x: Tensor, target: Tensor | None, to_map: Callable) -> tuple[Tensor, Tensor | None]:
+    def _direct(self, x: Tensor, targets: Sequence[Tensor], to_map: Callable) -> tuple[Tensor, Tensor | None]:
         expanded = self.expand(x)
         out = self.contract(expanded)
-        loss = None if target is None else norm(match_size(to_map(expanded), *target.shape[2:]), target)
-        return (out + x if self.residual else out), loss
+        losses = [norm(match_size(to_map(expanded), *target.shape[2:]), target) for target in targets]  # of one teacher
+        return (out + x if self.residual else out), losses[0] if losses else None

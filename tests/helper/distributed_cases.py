@@ -17,6 +17,7 @@ from helper.distributed import average_statistics, count_processes, joined, rank
 from helper.fast import Fast
 from helper.loops import Training, evaluate
 from helper.networks import FrozenTeacher
+from helper.settings import settings_of
 from models import build_model
 from models.synchronised import synchronise
 from tests.stages import train_epoch
@@ -86,7 +87,8 @@ def train(name: str) -> dict:
     distiller = method(student, teacher, task, **hyper_parameters).double()
     if synchronised and count_processes() > 1:
         synchronise(distiller)
-    config = Namespace(**Fast()._asdict(), **SETTINGS, distill=distill, accumulate=parts)
+    defaults = {name: one.default for name, one in settings_of(distill).items()}
+    config = Namespace(**defaults | Fast()._asdict() | SETTINGS | {"distill": distill, "accumulate": parts})
     training = DoubleTraining(distiller.main_stage(240), distiller, data, config, CPU)
     means, over = [], 0
     while over < steps:

@@ -156,6 +156,6 @@ def test_a_student_may_have_another_size_than_what_is_held_and_than_the_teacher(
     config, record = config_of(run), load(run / "last.pth")["record"]
     assert (config["image_size"], config["teacher_image_size"]) == (48, 32)
     assert (record["image_size"], record["source_size"]) == (48, 32)
-    assert len(sizes) > 2 and set(sizes) == {32}, "it is tested on what it was trained on, and teaches on it"
+    assert sizes == [32, 32], "it teaches on what it was trained on"
     train_cifar_student.main(["--resume", str(run), "--max_steps", "3"])
     assert state(run)["step"] == 3

@@ -14,7 +14,7 @@ from helper.loops import Training, step
 from helper.networks import FrozenTeacher
 from tests.conftest import pair_networks
 from tests.distiller_zoo.test_every_pair import BATCH, CLASSES, build, with_statistics
-from tests.stages import StageRun, train_epoch
+from tests.stages import Shown, StageRun, train_epoch
 
 CONFIG = resolve(
     {"distill": "ce", "model_s": "resnet8", "batch_size": BATCH, "learning_rate": 0.01, "lr_decay_epochs": (150,)}
@@ -64,16 +64,6 @@ def no_backward(monkeypatch):
 
     monkeypatch.setattr(torch.autograd, "grad", gradients)
     return lambda method: monkeypatch.setattr(torch.Tensor, "backward", lambda loss: backward(method))
-
-
-class Shown:
-    """A teacher as the loop asks it."""
-
-    def __init__(self, network):
-        self.network = network
-
-    def teach(self, part, training, epoch, preact):
-        return self.network(part.images, preact)
 
 
 @pytest.mark.quick(6)

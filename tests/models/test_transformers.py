@@ -200,10 +200,10 @@ def test_maps_whose_sizes_do_not_divide_are_averaged_or_interpolated():
     method = norm_method(convolutional, transformer, 80)
     assert "3x3 and 5x5: the teacher's is average-pooled" in method.notes()[0]
     smaller, larger = torch.randn(2, 64, 3, 3), torch.randn(2, 64, 5, 5)
-    assert torch.equal(method._target(smaller, larger), F.adaptive_avg_pool2d(larger, 3))
+    assert torch.equal(method._target(larger, smaller.shape[2:]), F.adaptive_avg_pool2d(larger, 3))
     method = norm_method(convolutional, transformer, 80, map_size="interpolate")
     expected = F.interpolate(larger, (3, 3), mode="bilinear", antialias=True)
-    assert torch.equal(method._target(smaller, larger), expected) and "interpolated" in method.notes()[0]
+    assert torch.equal(method._target(larger, smaller.shape[2:]), expected) and "interpolated" in method.notes()[0]
 
 
 def test_a_students_larger_map_is_averaged_behind_its_expansion_in_both_forms():
@@ -211,6 +211,6 @@ def test_a_students_larger_map_is_averaged_behind_its_expansion_in_both_forms():
     method = norm_method(student, teacher, 80, ft_form="collapsed").eval()
     assert "5x5 and 3x3: the student's is average-pooled" in method.notes()[0]
     tokens, small = torch.randn(2, 64, 1 + 25, 1), torch.randn(2, probe_shapes(teacher, 80).final[0], 3, 3)
-    _, loss = method.transform(tokens, method._target(tokens, small), student.to_map)
+    _, loss = method.transform(tokens, method._target(small, student.to_map(tokens).shape[2:]), student.to_map)
     expanded = student.to_map(method.transform.expand(tokens))
     assert torch.allclose(loss, norm_loss(F.adaptive_avg_pool2d(expanded, 3), small), rtol=1e-4)

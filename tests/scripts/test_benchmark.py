@@ -44,7 +44,7 @@ def test_the_speed_benchmark_writes_its_records(tmp_path, capsys):
         numbers = [record[key] for key in RECORD - {"pair", "device"}]
         assert all(math.isfinite(number) and number > 0 for number in numbers)
         assert record["step_ratio"] == pytest.approx(record["plain_step_s"] / record["fast_step_s"])
-        assert record["trials_ratio"] > 0 and record["launches_fast"] < record["launches_plain"] / 2
+        assert record["trials_ratio"] > 0 and record["launches_fast"] < 0.6 * record["launches_plain"]
         assert record["synchronisations_fast"] == 0 and record["machine"] and record["matrix_units"] in (True, False)
     assert "| resnet14 -> resnet8 | 2 |" in capsys.readouterr().out
 

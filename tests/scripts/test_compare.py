@@ -1,6 +1,7 @@
 """Differences of settings and of accuracies."""
 
 import json
+from pathlib import Path
 
 import pytest
 from scipy.stats import ttest_ind
@@ -35,7 +36,8 @@ def test_teachers_are_a_difference(tmp_path, capsys):
     (runs[1] / "config.json").write_text(json.dumps(config | other))
     printed = output(capsys, runs).partition("what differs:\n")[2]
     assert printed.splitlines()[0] == (
-        "  teacher            A t.pth (digest 00000000), B save/longer/last.pth (digest 12345678)"
+        f"  teacher            A {Path('t.pth').absolute()} (digest 00000000), "
+        f"B {Path('save/longer/last.pth').absolute()} (digest 12345678)"
     )
     assert "max_broken" not in printed
 

@@ -53,7 +53,7 @@ def test_what_is_trained_is_tabulated_and_a_failure_is_the_exit_code(command, ca
         return {"kd": "exit code 2"}
 
     monkeypatch.setattr(reproduce, "run_jobs", run_all_but_kd)
-    monkeypatch.setattr(jobs.Shelf, "digest", lambda self, path, name: "1" * 64)
+    monkeypatch.setattr(jobs.Shelf, "digest", lambda self, path, name, flag="", ema=False: "1" * 64)
     message = message_of(reproduce.main, [*flags, *extra])
     assert message == f"1 of 4 runs failed; their logs are in {save_dir}/logs"
     assert "| digits | resnet14 | resnet8 | norm --max_steps 2 -c 0 -s 2 |" in capsys.readouterr().out

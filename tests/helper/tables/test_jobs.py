@@ -28,7 +28,9 @@ class Trainings:
         self.commands: list[tuple[str, ...]] = []
         self._fail, self._seconds = fail, seconds
         monkeypatch.setattr(jobs, "_start", self.start)
-        monkeypatch.setattr(Shelf, "digest", lambda shelf, path, name: f"{zlib.crc32(str(path).encode()):064x}")
+        monkeypatch.setattr(
+            Shelf, "digest", lambda shelf, path, name, flag="", ema=False: f"{zlib.crc32(str(path).encode()):064x}"
+        )
 
     def start(self, job, place, log):
         self.started.append(job.title)
@@ -93,7 +95,7 @@ def test_students_of_a_teacher_that_is_to_be_trained_are_missing(tmp_path, monke
 def test_a_student_of_another_teacher_is_missing(tmp_path, monkeypatch):
     Trainings(monkeypatch)
     train(*table(tmp_path, "kd"))
-    monkeypatch.setattr(Shelf, "digest", lambda shelf, path, name: "other weights")
+    monkeypatch.setattr(Shelf, "digest", lambda shelf, path, name, flag="", ema=False: "other weights")
     assert [job.state for job in table(tmp_path, "kd")[1]] == ["finished", "finished", "missing"]
 
 
