@@ -141,10 +141,10 @@ def judge(logits: Tensor, targets: Tensor) -> dict[str, Any]:
     the `calibration`, intervals (name -> [low, high]), confusion (K x K counts, row by row a true class), and
     per_class: images, accuracy (%, recall), precision (%) and f1 (%) of each class.
     """
-    labels = range(logits.shape[1])
-    true, found = targets.numpy(), logits.argmax(1).numpy()
     from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
 
+    labels = range(logits.shape[1])
+    true, found = targets.numpy(), logits.argmax(1).numpy()
     measured: Any = precision_recall_fscore_support(
         true,
         found,

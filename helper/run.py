@@ -904,8 +904,8 @@ class Run:
         """Of the moving average, where there is one, after the last epoch and after the best."""
         if self.average is None or "test_accuracy_ema" not in self.records[-1]:
             return {}
-        last, chosen = (self.records[number - 1]["test_accuracy_ema"] for number in (0, best))
-        return {"accuracy_last_ema": last, "accuracy_best_ema": chosen}
+        last, chosen = self.records[-1], self.records[best - 1]
+        return {"accuracy_last_ema": last["test_accuracy_ema"], "accuracy_best_ema": chosen["test_accuracy_ema"]}
 
     def _finish(self) -> None:
         if self._started is None and (self.folder.path / RESULT).exists():  # resumed, with nothing left to do

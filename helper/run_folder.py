@@ -47,6 +47,12 @@ def replacing(path: str | os.PathLike) -> Iterator[str]:
             os.remove(temporary)
 
 
+def write_text(path: str | os.PathLike, text: str, errors: str = "strict") -> None:
+    """Write a text file as `replacing` does; `errors` is what happens to characters that UTF-8 cannot hold."""
+    with replacing(path) as temporary:
+        Path(temporary).write_text(text, encoding="utf-8", errors=errors)
+
+
 @contextmanager
 def writing(path: str | os.PathLike) -> Iterator[None]:
     """Name the file that the system refuses to write, in a `UserError`."""

@@ -26,13 +26,13 @@ with starting():
     from helper.checkpoint import AVERAGE, rebuild, take_average
     from helper.command_line import Parser
     from helper.distributed import find_device
-    from helper.export import RecordedData, read_deployed
+    from helper.export import RecordedData, read_deployed, to_pixels
     from helper.fast import Fast
     from helper.log import progress_bar
     from helper.metrics import METRICS, RESAMPLES, MinibatchCKA, divergences, fidelity, judge
     from helper.networks import Teacher, read_network
-    from helper.run_folder import LAST, RESULT, replacing
-    from helper.tables.pages import render
+    from helper.run_folder import LAST, RESULT
+    from helper.tables.pages import render, write_page
     from helper.tables.rows import FIDELITY
     from models.backbone import Output
     from models.checkpoints import read_checkpoint
@@ -331,8 +331,7 @@ def pictures_of(about: Mapping[str, Any], data: ImageData) -> dict[int, str]:
         return {}
     loader = Loader(data.test, data, len(samples), torch.device("cpu"), subset=torch.tensor(samples))
     (batch,) = loader.batches()
-    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (data.mean, data.std))
-    pixels = ((batch.images * std + mean) * 255).round().clamp(0, 255).byte().permute(0, 2, 3, 1).numpy()
+    pixels = to_pixels(batch.images, data._asdict()).permute(0, 2, 3, 1).numpy()
     return {sample: _data_uri(image) for sample, image in zip(batch.index.tolist(), pixels, strict=True)}
 
 
@@ -370,13 +369,6 @@ def as_html(found: Sequence[Judgement]) -> str:
         for about in [one.about]
     ]
     return render("evaluation.html.j2", networks=networks, resamples=RESAMPLES)
-
-
-def write(path: Path, content: str) -> None:
-    """Write a text file; raises `UserError` where that is impossible."""
-    with replacing(path) as temporary:
-        Path(temporary).write_text(content, encoding="utf-8", errors="backslashreplace")
-    print(f"written: {path}")
 
 
 def make_parser() -> Parser:
@@ -429,13 +421,13 @@ def main(argv=None) -> list[dict[str, Any]]:
     found = judge_all(args)
     numbers_of_all = [one.about for one in found]
     if args.json:
-        write(args.json, json.dumps(numbers_of_all[0] if len(found) == 1 else numbers_of_all, indent=1) + "\n")
+        write_page(args.json, json.dumps(numbers_of_all[0] if len(found) == 1 else numbers_of_all, indent=1) + "\n")
     if args.html:
-        write(args.html, as_html(found))
+        write_page(args.html, as_html(found))
     for about, one, _ in found if args.fidelity else ():
         if one.folder is None:
             raise UserError(f"--fidelity: {one.source} is in no run folder")
-        write(one.folder / FIDELITY, json.dumps(about, indent=1) + "\n")
+        write_page(one.folder / FIDELITY, json.dumps(about, indent=1) + "\n")
     return numbers_of_all
 
 

@@ -40,7 +40,7 @@ with starting():
     )
     from helper.log import describe_protocol
     from helper.loops import evaluate
-    from helper.run_folder import replacing
+    from helper.run_folder import replacing, write_text
     from helper.tables.pages import in_markdown
     from models import imagenet_model_dict
     from models.backbone import Backbone
@@ -249,12 +249,6 @@ def model_card(record: dict, source: Path, files: Iterable[Path], lines: Iterabl
     return f"# {CARD}: {record['model_name']}\n\n|  |  |\n| -- | -- |\n{shown}\n\n## Files\n\n{sizes}\n\n" + "".join(
         f"{line}\n\n" for line in lines
     )
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a text file; raises `UserError` where that is impossible."""
-    with replacing(path) as temporary:
-        Path(temporary).write_text(text, encoding="utf-8")
 
 
 def make_parser() -> Parser:

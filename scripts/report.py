@@ -16,7 +16,7 @@ from errors import UserError, run_script, starting
 
 with starting():
     from helper.command_line import Parser
-    from helper.run_folder import replacing, writing
+    from helper.run_folder import write_text, writing
     from helper.tables import figures
     from helper.tables.pages import (
         as_csv,
@@ -26,6 +26,7 @@ with starting():
         make_grid_report,
         make_report,
         make_table,
+        write_page,
     )
     from helper.tables.rows import Row, read_rows
 
@@ -77,17 +78,9 @@ def update_documents(root: Path = ROOT) -> list[Path]:
         old = path.read_text(encoding="utf-8")
         new = fill_markers(old, root)
         if new != old:
-            with replacing(path) as temporary:
-                Path(temporary).write_text(new, encoding="utf-8")
+            write_text(path, new)
             changed.append(path)
     return changed
-
-
-def write(path: Path, text: str) -> None:
-    """Write a text file; raises `UserError` where that is impossible."""
-    with replacing(path) as temporary:
-        Path(temporary).write_text(text, encoding="utf-8", errors="backslashreplace")
-    print(f"written: {path}")
 
 
 def make_parser() -> Parser:
@@ -115,15 +108,15 @@ def main(argv=None) -> None:
         return
     rows = print_report(args.folders, args.grid)
     if args.csv:
-        write(args.csv, as_csv(rows))
+        write_page(args.csv, as_csv(rows))
     pictures = figures.of_networks(rows) if args.networks else {}
     if args.html:
-        write(args.html, as_html(rows, pictures))
+        write_page(args.html, as_html(rows, pictures))
     if args.figures:
         with writing(args.figures):
             args.figures.mkdir(parents=True, exist_ok=True)
         for name, svg in (figures.of_rows(rows) | pictures).items():
-            write(args.figures / f"{name}.svg", figures.standalone(svg))
+            write_page(args.figures / f"{name}.svg", figures.standalone(svg))
         print(f"figures: {args.figures}")
 
 

@@ -21,7 +21,7 @@ from errors import UserError, run_script, starting
 
 with starting():
     from helper.command_line import Parser
-    from helper.run_folder import replacing
+    from helper.run_folder import write_text
     from helper.settings import SETTINGS
     from helper.tables.jobs import LOGS, Speeds, command_line, find_places, format_seconds, ready, run_jobs, submit
     from helper.tables.plan import IMAGENET_TABLES, TABLES, Job, Plan, Variant, all_variants, by_state, read_variants
@@ -89,9 +89,7 @@ def show(plan: Plan, jobs: Sequence[Job], speeds: Speeds, places: int) -> None:
 
 def write_job_list(path: Path, jobs: Sequence[Job]) -> None:
     """One command per line, teachers first."""
-    with replacing(path) as temporary:
-        lines = "".join(f"{shlex.join(command_line(job))}\n" for job in jobs)
-        Path(temporary).write_text(lines, encoding="utf-8")
+    write_text(path, "".join(f"{shlex.join(command_line(job))}\n" for job in jobs))
     print(f"job list: {path}, {len(jobs)} commands")
 
 

@@ -15,6 +15,7 @@ from markupsafe import Markup
 
 from errors import UserError
 from helper.distributed import is_main
+from helper.run_folder import write_text
 from helper.tables import figures
 from helper.tables.rows import (
     ACCURACIES,
@@ -61,6 +62,12 @@ FORMULA = ("=", "+", "-", "@", "\t", "\r")
 TEMPLATE = "report.html.j2"
 
 
+def write_page(path: Path, text: str) -> None:
+    """Write a text file for people, and say so; raises `UserError` where that is impossible."""
+    write_text(path, text, errors="backslashreplace")  # a file's name may be anything
+    print(f"written: {path}")
+
+
 # Markdown.
 
 
@@ -105,8 +112,7 @@ def make_comparison(rows: Sequence[Row]) -> str:
         ]
         accuracy = spread(row.values("accuracy_last"))
         lines.append([row.config["model_s"], row.label, str(len(row.records)), accuracy, *against, *measured])
-    commands = "\n".join(f"    {command_of(row.records[0])}" for row in rows)
-    return f"{markdown_table(lines)}\n\n{COMPARISON_NOTE}\n\n{commands}\n"
+    return f"{markdown_table(lines)}\n\n{COMPARISON_NOTE}\n\n{_commands(rows)}\n"
 
 
 def _lead(row: Row, references: Sequence[Row]) -> str:
@@ -120,8 +126,12 @@ def _lead(row: Row, references: Sequence[Row]) -> str:
 
 def make_report(rows: Sequence[Row]) -> str:
     """The table and the rows' settings as Markdown."""
-    commands = "\n".join(f"    {command_of(row.records[0])}" for row in rows)
-    return f"{make_table(rows)}\n\n{NOTE} Row by row, the settings were:\n\n{commands}\n"
+    return f"{make_table(rows)}\n\n{NOTE} Row by row, the settings were:\n\n{_commands(rows)}\n"
+
+
+def _commands(rows: Sequence[Row]) -> str:
+    """The settings of every row as an indented line."""
+    return "\n".join(f"    {command_of(row.records[0])}" for row in rows)
 
 
 def summary(folders: Iterable[Path]) -> str:

@@ -18,7 +18,7 @@ from torchvision import transforms
 from dataset import Batch, ImageData
 from distiller_zoo import Distiller, Task, find_distiller
 from helper.recipes import resolve
-from helper.run_folder import replacing
+from helper.run_folder import write_text
 from models.backbone import Backbone
 
 
@@ -71,8 +71,7 @@ def report(measured: Iterable[dict], table: Callable[[list[dict]], str], path: s
         records.append(record)
         print(json.dumps(record), flush=True)
     if path:
-        with replacing(path) as temporary:
-            Path(temporary).write_text(json.dumps(records, indent=1) + "\n")
+        write_text(path, json.dumps(records, indent=1) + "\n")
     print(table(records))
     return records
 

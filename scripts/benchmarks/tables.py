@@ -12,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
 from errors import UserError, run_script
 from helper.command_line import Parser
-from helper.run_folder import replacing
+from helper.run_folder import write_text
 from scripts import benchmark
 from scripts.benchmarks import estimate_imagenet, input, losses, methods
 
@@ -45,9 +45,7 @@ def fill(page: str) -> str:
 
 def main(argv=None) -> None:
     Parser((__doc__ or "").split("\n")[0]).parse_args(argv)
-    page = fill(PAGE.read_text(encoding="utf-8"))
-    with replacing(PAGE) as temporary:
-        Path(temporary).write_text(page, encoding="utf-8")
+    write_text(PAGE, fill(PAGE.read_text(encoding="utf-8")))
 
 
 if __name__ == "__main__":
