@@ -14,6 +14,7 @@ from errors import UserError
 from helper import run
 from helper.recipes import CIFAR_PAIRS
 from models import build_model
+from tests.run_folders import new_run
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"
@@ -63,11 +64,9 @@ def distil(teacher_run, save_dir):
     """Call `train_cifar_student.py` with the small teacher; returns the run folder, the newest."""
 
     def call(*flags: str, distill: str = "norm", student: str = STUDENT, teacher: bool = True) -> Path:
-        known = set(save_dir.iterdir()) if save_dir.exists() else set()
-        argv = ["--distill", distill, "--model_s", student, "--save_dir", str(save_dir), *flags]
+        argv = ["--distill", distill, "--model_s", student, *flags]
         argv += ["--path_t", str(teacher_run / "last.pth")] if teacher else []
-        train_cifar_student.main(argv)
-        return next(iter(set(save_dir.iterdir()) - known), None)
+        return new_run(train_cifar_student.main, save_dir, *argv)
 
     return call
 

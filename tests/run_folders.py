@@ -1,6 +1,7 @@
 """Run folders: made without training, for the tests of tables and comparisons, and read again."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -14,6 +15,18 @@ CLOCKS = ("images_per_s", "data_wait_s", "compute_s")
 def metrics(run: Path) -> list[dict]:
     """The records of a run's epochs."""
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def config_of(run: Path) -> dict:
+    """What a run's config.json holds."""
+    return json.loads((run / "config.json").read_text())
+
+
+def new_run(main: Callable[[list[str]], object], save_dir: Path, *argv: str) -> Path | None:
+    """Call a training script; returns the run folder that it makes, None where it makes none."""
+    known = set(save_dir.iterdir()) if save_dir.exists() else set()
+    main(["--save_dir", str(save_dir), *argv])
+    return next(iter(set(save_dir.iterdir()) - known), None)
 
 
 def load(path: Path) -> dict:

@@ -1,7 +1,5 @@
 """Runs with augmentation, mixed images and classes that count differently: each flag, and exact resume."""
 
-import json
-
 import pytest
 import torch
 
@@ -12,7 +10,7 @@ from helper import run as run_module
 from helper.networks import Teacher
 from helper.settings import identity
 from tests.conftest import message_of
-from tests.run_folders import assert_same_end, load, metrics, same_state, state, weights
+from tests.run_folders import assert_same_end, config_of, load, metrics, new_run, same_state, state, weights
 
 pytestmark = pytest.mark.usefixtures("few_images")
 ALL = (
@@ -34,17 +32,7 @@ STEP = ("--model", "resnet8", "--batch_size", "32", "--max_steps", "1")
 @pytest.fixture
 def train(save_dir):
     """Call `train_teacher.py` for a step; returns the run folder, the newest."""
-
-    def call(*flags: str):
-        known = set(save_dir.iterdir()) if save_dir.exists() else set()
-        train_teacher.main([*STEP, "--save_dir", str(save_dir), *flags])
-        return next(iter(set(save_dir.iterdir()) - known))
-
-    return call
-
-
-def config_of(run) -> dict:
-    return json.loads((run / "config.json").read_text())
+    return lambda *flags: new_run(train_teacher.main, save_dir, *STEP, *flags)
 
 
 def test_a_run_that_is_stopped_within_an_epoch_ends_in_the_same_weights(distil, monkeypatch):

@@ -17,7 +17,7 @@ from models.checkpoints import load_initial
 from scripts import export_student
 from tests.conftest import TEACHER, killed, message_of
 from tests.helper.distributed_cases import few_images
-from tests.run_folders import load, same_state, state, weights
+from tests.run_folders import load, new_run, same_state, state, weights
 
 SHORT = ("--max_steps", "1", "--batch_size", "16", "--epochs", "1")
 #: A rate at which a step changes nothing, so that the last checkpoint holds what the run started from.
@@ -32,13 +32,7 @@ def _few_images(monkeypatch):
 @pytest.fixture
 def train(save_dir):
     """Call `train_teacher.py`; returns the run folder, the newest."""
-
-    def call(*flags: str):
-        known = set(save_dir.iterdir()) if save_dir.exists() else set()
-        train_teacher.main(["--save_dir", str(save_dir), *flags])
-        return next(iter(set(save_dir.iterdir()) - known), None)
-
-    return call
+    return lambda *flags: new_run(train_teacher.main, save_dir, *flags)
 
 
 @pytest.fixture

@@ -11,6 +11,7 @@ from helper.command_line import parse, resolve, student_parser, teacher_parser
 from helper.settings import SETTINGS, TRAINING, all_settings, check_shared, identity, read_stored
 from setting import RECIPE, Setting, count
 from tests.conftest import message_of
+from tests.run_folders import config_of, new_run
 
 SHORT = ("--model", "resnet8", "--batch_size", "32", "--max_steps", "1")
 ROW = Setting(("--warmth",), count, 3, "how warm the training is", group=TRAINING)
@@ -30,17 +31,7 @@ def add(monkeypatch):
 @pytest.fixture
 def train(save_dir):
     """Call `train_teacher.py`; returns the run folder, the newest."""
-
-    def call(*flags: str):
-        known = set(save_dir.iterdir()) if save_dir.exists() else set()
-        train_teacher.main([*SHORT, "--save_dir", str(save_dir), *flags])
-        return next(iter(set(save_dir.iterdir()) - known), None)
-
-    return call
-
-
-def config_of(run) -> dict:
-    return json.loads((run / "config.json").read_text())
+    return lambda *flags: new_run(train_teacher.main, save_dir, *SHORT, *flags)
 
 
 @pytest.mark.parametrize("make", [student_parser, teacher_parser])

@@ -1,7 +1,5 @@
 """Several teachers by --path_t A,B: their run is recorded, resumed, shipped and told from others."""
 
-import json
-
 import pytest
 import torch
 
@@ -12,7 +10,7 @@ from helper.settings import identity, sources_of
 from models import build_model
 from scripts import compare, export_student
 from tests.conftest import keep_images, killed, message_of
-from tests.run_folders import assert_same_end, load
+from tests.run_folders import assert_same_end, config_of, load
 
 SHORT = ("--model_s", "resnet8", "--dataset", "digits", "--batch_size", "32", "--epochs", "2", "-s", "2")
 
@@ -35,10 +33,6 @@ def distil(save_dir, paths: list[str], *flags: str):
     train_cifar_student.main(argv)
     (run,) = set(save_dir.iterdir()) - known
     return run
-
-
-def config_of(run) -> dict:
-    return json.loads((run / "config.json").read_text())
 
 
 def test_a_run_of_two_teachers_is_recorded_resumed_exactly_and_shipped(pair, save_dir, capsys):

@@ -18,7 +18,7 @@ from helper.networks import read_network
 from models.cost import count_parameters
 from scripts import export_student
 from tests.conftest import keep_images, message_of
-from tests.run_folders import assert_same_end, load, metrics, same_state, state, weights
+from tests.run_folders import assert_same_end, load, metrics, new_run, same_state, state, weights
 
 STEPS = ("--model", "resnet8", "--batch_size", "32")
 GAP = "--allow_teacher_gap"  # few images to test on
@@ -37,13 +37,7 @@ def _few_images(monkeypatch):
 @pytest.fixture
 def train(save_dir):
     """Call `train_teacher.py`; returns the run folder, the newest."""
-
-    def call(*flags: str):
-        known = set(save_dir.iterdir()) if save_dir.exists() else set()
-        train_teacher.main([*STEPS, "--save_dir", str(save_dir), *flags])
-        return next(iter(set(save_dir.iterdir()) - known))
-
-    return call
+    return lambda *flags: new_run(train_teacher.main, save_dir, *STEPS, *flags)
 
 
 @pytest.fixture

@@ -90,7 +90,7 @@ def test_the_cifar_script_fetches_the_teacher_and_starts_the_published_command()
     script, *flags = script_command("train_cifar_student_norm.sh", "--trial", "2")
     args = student_parser().parse_args(flags)
     assert script == "train_cifar_student.py" and args.trial == "2"
-    assert args.path_t.endswith("save/models/resnet32x4_vanilla/ckpt_epoch_240.pth")
+    assert args.path_t == os.path.abspath("save/models/resnet32x4_vanilla/ckpt_epoch_240.pth")
     assert (args.gamma, args.alpha, args.beta, args.co_sponge) == (0.1, 0.0, 1.0, 8)
     other = script_command("train_cifar_student_norm.sh", TEACHER="vgg13", STUDENT="vgg8", PATH_T="mine.pth")
     assert "-r" not in other and other[other.index("--path_t") + 1] == "mine.pth"
