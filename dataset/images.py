@@ -190,7 +190,9 @@ def augment(pixels: Tensor, draws: Draws, pad: int) -> Tensor:
         height, width = pixels.shape[2:]
         windows = F.pad(pixels, [pad] * 4).unfold(2, height, 1).unfold(3, width, 1)  # (B, 3, 2p+1, 2p+1, H, W), a view
         crops = windows[torch.arange(len(pixels), device=pixels.device), :, draws.top, draws.left]
-    return torch.where(draws.flip[:, None, None, None], crops.flip(3), crops)
+    # Whole images are copied: several times as fast as a choice for every byte.
+    mirrored = torch.cat([crops, crops.flip(3)])
+    return mirrored.index_select(0, torch.arange(len(crops), device=crops.device) + len(crops) * draws.flip)
 
 
 def resize(images: Tensor, size: int) -> Tensor:
