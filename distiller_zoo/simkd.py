@@ -62,8 +62,8 @@ class SimKD(MapDistiller):
             raise UserError(f"--projector_factor: must be at most {channels}, the channels of the teacher's last map")
         if not teacher.classifies_average:
             raise UserError(
-                "--model_t: --distill simkd reuses the teacher's classifier, which here reads more than the average of "
-                "the last map; choose another teacher"
+                "--model_t: --distill simkd reuses the teacher's classifier, which here reads something else than the "
+                "average of the last map; choose another teacher"
             )
         width, *_ = last_map(probe_shapes(student, task.image_size))
         self.student = ReusedClassifier(student, width, channels, size, self.projector_factor)
