@@ -167,7 +167,9 @@ def _map_features(stages: dict[str, int], channels_last: bool) -> Features:
         def keep(layer, inputs, output):
             if isinstance(output, Tensor) and output.ndim == 4:
                 width = stages[names[layer]]
-                maps.append(output if output.shape[1] == width else output.movedim(3, 1))
+                # A map may be as wide as it has channels; then its layout is the last one's.
+                is_last = output.shape[3] == width and (channels_last or output.shape[1] != width)
+                maps.append(output.movedim(3, 1) if is_last else output)
 
         # Hooks cannot be exported, and who exports a network wants its logits.
         kept = () if torch.compiler.is_exporting() else stages

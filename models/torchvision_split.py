@@ -161,8 +161,12 @@ def _find_stages(name: str, graph: fx.Graph, shapes: dict[str, tuple[int, ...]])
         sums = [node for node in cuts if node.target is operator.add and shapes[node.name] == shapes[last.name]]
         blocks = sums[1:]  # the first adds the positions; two follow in each block
         return [*(blocks[position] for position in equally_spaced(len(blocks))[:-1]), last], True
-    # The second side is a side in both layouts of a map.
-    by_resolution = {shapes[node.name][2]: node for node in cuts if len(shapes[node.name]) == 4}
+    by_resolution: dict[int, fx.Node] = {}
+    for node in (cut for cut in cuts if len(shapes[cut.name]) == 4):
+        side = shapes[node.name][2]  # a side in both layouts of a map
+        # Windows of an attention, as many as they have channels, look like a map: of a resolution that was left before.
+        if side <= min(by_resolution, default=side):
+            by_resolution[side] = node
     return list(by_resolution.values()), False
 
 
