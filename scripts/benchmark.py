@@ -295,7 +295,8 @@ def _launch_lines(records: list[dict]) -> list[str]:
     return ["| " + " | ".join(row) + " |" for row in rows]
 
 
-def _counts(text: str) -> list[int]:
+def counts(text: str) -> list[int]:
+    """8,16 -> whole numbers above 0, read from a flag."""
     return [count(part) for part in text.split(",")]
 
 
@@ -303,7 +304,7 @@ def main(argv=None) -> list[dict]:
     parser = Parser((__doc__ or "").split("\n")[0])
     every_pair = ",".join(":".join(pair) for pair in CIFAR_PAIRS)
     parser.add_argument("--pairs", type=pairs, default=every_pair, metavar="T:S,...", help="all of the tables")
-    parser.add_argument("--n", type=_counts, default="8", metavar="N,...")
+    parser.add_argument("--n", type=counts, default="8", metavar="N,...")
     parser.add_argument("--batch_size", type=count, default=64)
     parser.add_argument("--steps", type=count, default=3, help="steps of a round (3)")
     parser.add_argument("--rounds", type=count, default=3, help="alternating rounds (3)")
