@@ -55,6 +55,8 @@ class Backbone(nn.Module):
     classifies_mean = True
     #: Why the final map cannot be changed before the head reads it; empty where it can.
     cannot_change = ""
+    #: A side of images, in pixels, that it surely reads; None where that is not known.
+    reads_size: int | None = None
     #: Whether the stage outputs can be shown before their last ReLU.
     shows_preactivations = True
     #: Names of the sub-modules below the last stage.
@@ -170,8 +172,11 @@ def probe_shapes(network: Backbone, image_size: int) -> Shapes:
         with evaluating(network):
             output = network.outputs(torch.zeros(1, 3, image_size, image_size).to(parameter))
     except (AssertionError, RuntimeError, ValueError) as error:
-        name, reason = getattr(network, "name", type(network).__name__), first_line(error)
-        raise UserError(f"--image_size: {name} cannot read images of {image_size}x{image_size} ({reason})") from None
+        name, reason, size = getattr(network, "name", type(network).__name__), first_line(error), network.reads_size
+        hint = f"; it reads {size}x{size}" if size not in (None, image_size) else ""
+        raise UserError(
+            f"--image_size: {name} cannot read images of {image_size}x{image_size} ({reason}){hint}"
+        ) from None
     return _shapes_of(output)
 
 
@@ -221,7 +226,7 @@ def normalises_single_values(network: Backbone, image_size: int) -> bool:
     return any(single)
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     """What an exception says, on one line; its kind where it says nothing."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 

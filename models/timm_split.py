@@ -147,8 +147,11 @@ def split(name: str, network: nn.Module, num_classes: int, image_size: int | Non
 def _split_map(network: nn.Module, num_classes: int, shape: tuple[int, ...], size: int) -> Split:
     channels_last = shape[1] != network.num_features
     final = (shape[3], *shape[1:3]) if channels_last else shape[1:]
-    told, modules = getattr(network, "feature_info", None) or (), dict(network.named_modules())
-    stages = {stage["module"]: stage["num_chs"] for stage in told if stage["module"] in modules}
+    modules = dict(network.named_modules())
+    told = [stage for stage in getattr(network, "feature_info", None) or () if stage["module"] in modules]
+    if len({stage["reduction"] for stage in told}) == 1:  # blocks of one resolution
+        told = [told[position] for position in equally_spaced(len(told))]
+    stages = {stage["module"]: stage["num_chs"] for stage in told}
 
     def restore(final: Tensor) -> Tensor:
         return final.movedim(1, 3) if channels_last else final

@@ -29,7 +29,7 @@ from models.cost import count_parameters
 
 CLASSES, IMAGES, STEPS = 7, 4, 2
 #: Image sizes that are tried in turn: some networks read only one.
-SIZES = (64, 224, 240)
+SIZES = (64, 224, 240, 256)
 HEAD = ("family", "smallest network", "images", "teacher: KD", "NORM", "AT", "student: NORM", "ships", "remarks")
 PAGE = """# Networks of other libraries: what works
 

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from timm.models.convmixer import ConvMixer
 
 import train_cifar_student
 from distiller_zoo import DISTILLERS, Task
@@ -14,6 +15,7 @@ from helper.networks import read_teacher
 from models import build_model, timm_split, torchvision_split
 from models.backbone import FinalConv, probe_shapes
 from models.folding import fold_batch_norms
+from models.split import STAGES
 from models.synchronised import synchronise
 from scripts import export_student
 from tests.conftest import message_of
@@ -76,6 +78,18 @@ def test_channels_that_come_last_are_found_in_a_map_as_wide_as_it_has_channels(s
     images = torch.randn(2, 3, size, size)
     maps, last = timm_split._map_features({"stage": 6}, channels_last=True)(network, images)
     assert torch.equal(maps[0], network.conv(images)) and torch.equal(maps[0], last)
+
+
+def test_of_blocks_with_one_resolution_some_are_shown():
+    network = ConvMixer(dim=6, depth=9, patch_size=8, num_classes=7)
+    network.default_cfg = {"input_size": (3, SIZE, SIZE)}
+    maps, last = timm_split.split("mixer", network, 7).features(network, torch.randn(1, 3, SIZE, SIZE))
+    assert [each.shape for each in maps] == [last.shape] * STAGES and torch.equal(maps[-1], last)
+
+
+def test_a_size_that_a_network_cannot_read_is_refused_with_one_that_it_reads():
+    with pytest.raises(UserError, match=r"cannot read images of 150x150 \(.*16.*\); it reads 160x160"):
+        probe_shapes(build_model("timm:test_vit", 7), 150)
 
 
 def test_stages_that_are_no_modules_of_the_network_are_left_out():

@@ -110,6 +110,7 @@ def test_forms_that_disagree_are_an_error(monkeypatch):
     assert "the forms disagree" in message
 
 
+@pytest.mark.slow
 def test_memory_hardly_grows_with_n_for_tokens(capsys):
     flags = ["--pairs", "timm:test_vit:timm:test_vit", "--image_size", "160", "--batch_size", "32", "--n", "1,16"]
     one, sixteen = memory.main(flags)
