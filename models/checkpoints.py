@@ -50,7 +50,8 @@ def _fit(model: Backbone, model_name: str, weights: Weights) -> Found:
         renamed = rename_for(model_name, name_for(model_name, candidate))
         missing = expected - set(renamed)
         if set(renamed) <= expected and all(_can_be_filled(key, renamed) for key in missing):
-            notes = [f"the prefix {prefix} of all its keys is left out"] if prefix else []
+            whose = "all its" if all(key.startswith(prefix) for key in weights) else "its"
+            notes = [f"the prefix {prefix} of {whose} keys is left out"] if prefix else []
             if missing:
                 notes.append(f"its {len(missing)} missing num_batches_tracked are filled in with 0")
             return Found(renamed | {key: torch.tensor(0, device="cpu") for key in missing}, notes)
