@@ -363,7 +363,7 @@ SETTINGS: tuple[Setting, ...] = (
         ("--num_workers",),
         whole,
         min(4, count_cores()),
-        "threads or processes that decode images; data sets of small images are held in memory",
+        "processes that decode images; data sets of small images are held in memory",
         group=DATA,
         resume="free",
         identity="none",
