@@ -1,4 +1,4 @@
-"""The one exception that is meant for the person at the terminal."""
+"""Errors that are meant for the person at the terminal, and how a script ends."""
 
 import io
 import os

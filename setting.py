@@ -46,7 +46,7 @@ class Setting(NamedTuple):
     """
 
     names: tuple[str, ...]
-    type: Callable[[Any], Any]  # reads the text of a flag; bool for a switch
+    type: Callable[[Any], Any]  # reads the text of a flag, or what a file holds; bool for a switch
     default: Any  # None: it may be absent; RECIPE: filled in when the run is resolved
     help: str
     choices: Collection[str] | None = None

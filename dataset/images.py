@@ -130,10 +130,6 @@ class ImageData(NamedTuple):
         """Pixels on a side of the images of a batch."""
         return self.resized or self.train.image_size
 
-    def unreadable_test_images(self) -> dict[str, str]:
-        """Why, by name, for each test image that could not be read so far; it is missing in every accuracy."""
-        return {**self.unreadable, **(self.test.unreadable if isinstance(self.test, StreamedImages) else {})}
-
 
 def hold_out(images: Images | StreamedImages, k: int) -> tuple[Images | StreamedImages, Images | StreamedImages]:
     """Images -> (those that are left, `k` of them that are kept apart), each class in proportion.

@@ -1,4 +1,4 @@
-"""Where the images come from: torchvision's data sets, a folder of images, and scikit-learn's digits."""
+"""Where the images come from: torchvision's data sets, image folders, ImageNet, shards, and scikit-learn's digits."""
 
 import os
 from pathlib import Path

@@ -22,7 +22,6 @@ from dataset.cache import EVERY
 from errors import UserError
 from helper.checkpoint import AVERAGE, contained, take_average, upgrade
 from helper.distributed import count_processes
-from helper.download import published_name, read_timm, read_torchvision
 from helper.fast import Fast
 from helper.recipes import PUBLISHED_TEACHERS
 from helper.settings import all_settings, sources_of
@@ -42,6 +41,7 @@ from models.ensemble import Ensemble
 from models.external import is_external
 from models.found import locate_weights, recorded_accuracy
 from models.preprocessing import Preprocessing, TeacherView, read_preprocessing
+from models.published import published_name, read_timm, read_torchvision
 from models.wrappers import describe_wrapper
 
 #: How far, in points of accuracy, a teacher may be from its recorded or published accuracy.

@@ -366,6 +366,8 @@ def _check_teacher(teacher: Teacher, number: int, inputs: Inputs, config: Config
 @contextmanager
 def prepared(opened: Opened, inputs: Inputs, teacher: Teacher | None) -> Iterator[list["Run"]]:
     """The runs, each in its claimed folder; new folders are removed again where a run turns out impossible."""
+    if teacher is None and opened.teacher is not None:
+        raise UserError("--resume: a student of a teacher is resumed by train_cifar_student.py")
     with ExitStack() as folders:
         with ExitStack() as preparations:
             runs: list[Run] = []
@@ -917,8 +919,8 @@ class Run:
             "epochs": self.epoch,
             "steps": self.step,
             "teacher_accuracy": None if self.teacher is None else self.teacher.accuracy,
-            "test_images": len(self.data.test.targets),
-            "test_unreadable": self.records[-1].get("test_unreadable", 0),
+            "test_images": len(self.data.test.targets) + len(self.data.unreadable),
+            "test_unreadable": self.records[-1].get("test_unreadable", 0) + len(self.data.unreadable),
             "parameters": count_parameters(self.method.export()),
             "parameters_trained": count_parameters(nn.ModuleList(self.stages[-1].trained)),
             "seed": self.config.seed,

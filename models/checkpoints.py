@@ -1,6 +1,6 @@
-"""Weights from files: ours, RepDistiller's, the official NORM code's. Every rename of a key lives here.
+"""Weights from files: ours, RepDistiller's, the official NORM code's. Every rename of a key is made here.
 
-A checkpoint is a dictionary. Where the weights lie in it, and what they are called, is all that this file knows.
+Names of weights, strict loading, digests and recognition; where in a file the weights are, `found.py` says.
 """
 
 import hashlib

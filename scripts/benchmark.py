@@ -36,7 +36,7 @@ from helper.command_line import Parser, pairs
 from helper.distributed import find_device
 from helper.fast import COMPILE, PRECISIONS, Fast, has_matrix_units
 from helper.guard import Guard
-from helper.loops import add_gradients, begin
+from helper.loops import forward_backward, set_modes
 from helper.metrics import EpochMeter
 from helper.networks import FrozenTeacher
 from helper.optim import parameters_of
@@ -86,7 +86,7 @@ class Contender:
         stage = self.method.main_stage(240)
         respond = self.fast.passing(self.method, stage.respond)
         self.stage = stage._replace(respond=self.fast.compiled(respond))
-        begin(self.stage, self.method)
+        set_modes(self.stage, self.method)
         self.optimizer = torch.optim.SGD(
             self.method.parameters(), 1e-3, 0.9, weight_decay=5e-4, fused=self.fast.fused_optimizer or None
         )
@@ -102,7 +102,7 @@ class Contender:
         batch = batch._replace(images=self.fast.lay_out(batch.images))
         autocast = self.fast.autocast(self.device)
         self.optimizer.zero_grad(set_to_none=True)
-        losses, logits = add_gradients(self.method, self.stage, batch, output, PROGRESS, autocast)
+        losses, logits = forward_backward(self.method, self.stage, batch, output, PROGRESS, autocast)
         self.guard.judge(losses, parameters_of(self.optimizer), 1)
         self.optimizer.step()
         self.meter.update(losses, logits, batch.targets)

@@ -214,7 +214,7 @@ def name_of(data: ImageData, sample: int) -> str:
 def measure(seen: Seen, tested: Tested, teacher: Teacher | None, data: ImageData) -> dict[str, Any]:
     """Everything that is said of a network, as JSON can hold it."""
     judged, logits, record = seen.judged, seen.logits, seen.judged.record
-    left_out = len(data.test.targets) - len(tested.targets)
+    left_out = len(data.test.targets) - len(tested.targets) + len(data.unreadable)
     about: dict[str, Any] = {
         "network": judged.source,
         "model": judged.name,

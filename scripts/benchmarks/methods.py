@@ -28,7 +28,7 @@ from helper.command_line import Parser, pairs
 from helper.distributed import find_device
 from helper.fast import Fast
 from helper.guard import Guard
-from helper.loops import add_gradients, begin
+from helper.loops import forward_backward, set_modes
 from helper.metrics import EpochMeter
 from helper.networks import FrozenTeacher
 from helper.optim import parameters_of
@@ -58,7 +58,7 @@ class Stepper:
         self.teacher, self.context = None, partial(fast.autocast, device)
         if stage.needs_teacher:
             self.teacher = FrozenTeacher(fast.prepare_teacher(network.eval().to(device), SIZE))
-        begin(self.stage, self.method)
+        set_modes(self.stage, self.method)
         trained = [parameter for parameter in self.method.parameters() if parameter.requires_grad]
         self.optimizer = torch.optim.SGD(trained, lr=1e-4, momentum=0.9, fused=fast.fused_optimizer or None)
         views, _ = VIEWS[self.method.views]
@@ -74,7 +74,9 @@ class Stepper:
             with self.context():
                 output = self.teacher(self.batch.images, self.method.teacher_preact)
         self.optimizer.zero_grad(set_to_none=True)
-        losses, logits = add_gradients(self.method, self.stage, self.batch, output, Progress(120, 240), self.context())
+        losses, logits = forward_backward(
+            self.method, self.stage, self.batch, output, Progress(120, 240), self.context()
+        )
         self.guard.judge(losses, parameters_of(self.optimizer), 1)
         self.optimizer.step()
         self.meter.update(losses, logits, self.batch.targets)

@@ -9,10 +9,9 @@ from timm.models.convmixer import ConvMixer
 import train_cifar_student
 from distiller_zoo import DISTILLERS, Task
 from errors import UserError
-from helper import download
 from helper.command_line import pairs, student_parser
 from helper.networks import read_teacher
-from models import build_model, timm_split, torchvision_split
+from models import build_model, published, timm_split, torchvision_split
 from models.backbone import FinalConv, probe_shapes
 from models.folding import fold_batch_norms
 from models.split import STAGES
@@ -204,7 +203,7 @@ def test_torchvisions_weights_become_our_own_network_of_that_name(tmp_path, monk
     torch.hub.set_dir(str(tmp_path / "hub"))
     weights = torchvision.models.resnet18().eval()
     monkeypatch.setattr(
-        download, "provide", lambda file: torch.save(weights.state_dict(), tmp_path / "x.pth") or tmp_path / "x.pth"
+        published, "provide", lambda file: torch.save(weights.state_dict(), tmp_path / "x.pth") or tmp_path / "x.pth"
     )
     images = torch.randn(1, 3, 64, 64)
     for model_t, name in ((None, "resnet18"), ("torchvision:resnet18", "torchvision:resnet18")):
@@ -218,7 +217,7 @@ def test_torchvisions_weights_become_our_own_network_of_that_name(tmp_path, monk
 
 
 def test_a_files_name_tells_its_sum_and_its_place():
-    file = download.imagenet_teacher("resnet34")
+    file = published.imagenet_teacher("resnet34")
     assert file.sha256 == "b627a593" and file.target.name == "resnet34-b627a593.pth"
     assert file.url == "https://download.pytorch.org/models/resnet34-b627a593.pth"
 

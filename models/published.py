@@ -1,4 +1,5 @@
-"""Files from the network: resumed, checked, limited in size and time, and under their name only when they are whole."""
+"""Published weights by name. Files from the network are resumed, checked, limited in size and time, and under their
+name only when they are whole."""
 
 import hashlib
 import os
