@@ -139,7 +139,7 @@ def test_the_transform_folds_into_the_classifier_or_says_why_not(name):
     with torch.no_grad():
         assert torch.allclose(exported(images), method.predict(images), atol=1e-4)
     assert isinstance(exported, FinalConv) == (name in NOT_AVERAGED)
-    assert ("more than the average" in method.export_note()) == (name in NOT_AVERAGED)
+    assert ("more than one linear layer" in method.export_note()) == (name in NOT_AVERAGED)
 
 
 @pytest.mark.parametrize(
