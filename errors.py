@@ -24,7 +24,7 @@ class UnfitPair(UserError, ValueError):
 
 
 class Stopped(Exception):
-    """A run that was asked to stop by a signal, and has saved what is needed to go on."""
+    """A run that was asked to stop by a signal, and has saved what is needed to resume."""
 
     def __init__(self, signal_number: int, message: str):
         super().__init__(message)

@@ -51,7 +51,7 @@ class Setting(NamedTuple):
     help: str
     choices: Collection[str] | None = None
     is_weight: bool = False  # a weight of 0 may be given to methods that have no such term
-    #: A number of epochs that belongs to a run of so many epochs (RECIPE: of the recipe's); it scales with --epochs.
+    #: A number of epochs that belongs to a run of this many epochs (RECIPE: of the recipe's); it scales with --epochs.
     full_run: Any = None
     group: str = ""  # the heading in --help
     metavar: str | None = None

@@ -26,7 +26,7 @@ IMAGENET_MEAN, IMAGENET_STD, CROP_SCALE = (0.485, 0.456, 0.406), (0.229, 0.224, 
 TEST_CUT = 14
 #: A batch that must fit, of images that are not held in memory.
 BATCH = 100
-#: About so many images of a folder that is not held in memory give its mean and standard deviation.
+#: About the number of images that give the mean and standard deviation of a folder that is not held in memory.
 STATISTICS_IMAGES = 2000
 
 

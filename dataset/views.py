@@ -74,7 +74,7 @@ def _blend(change: Callable[[Tensor, float], Tensor]) -> Callable[[Tensor, Tenso
 
 
 def _move(row: Callable[..., tuple[Tensor, ...]]) -> Callable[[Tensor, Tensor], Tensor]:
-    """An affine map of places, the nearest pixel taken and black around the image.
+    """An affine map of coordinates, the nearest pixel taken and black around the image.
 
     `row` gives the six numbers (a, b, c, d, e, f) of (x, y) -> (ax + by + c, dx + ey + f), where the pixel of a result
     at (x, y) comes from, of strengths in -1..1 and the image's height and width.

@@ -248,7 +248,7 @@ class NORM(Distiller):
         )
 
     def _folds_into_classifier(self) -> bool:
-        """Whether only a weighted mean of the positions stands between the transform and the classifier."""
+        """Whether there is only a weighted mean of the positions between the transform and the classifier."""
         averaged = self.ft_position == "post" or not self.student.activates_final
         return averaged and self.student.classifies_mean
 

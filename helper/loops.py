@@ -133,7 +133,7 @@ class Training:
 
     def begin_epoch(self, progress: Progress, epochs_over: int, state: dict | None) -> None:
         """Prepare an epoch of this stage; `state` is where an interrupted one stopped. What is random depends on the
-        seed and on the epochs of the whole run that are over."""
+        seed and on the number of finished epochs of the whole run."""
         self.progress, epoch = progress, epochs_over + 1
         torch.manual_seed(epoch_seed(self.config.seed, epoch, stream="training"))
         first = state["steps"] if state else 0

@@ -312,7 +312,7 @@ class EpochMeter:
         self.has_images = True
 
     def state(self) -> dict:
-        """What `load_state` takes up again, in any number of processes."""
+        """What `load_state` restores, in any number of processes."""
         losses, correct, images, data_wait = self._totals()
         seconds = time.perf_counter() - self._start
         return {"losses": losses, "correct": correct, "counts": (images, self._has_logits, data_wait, seconds)}

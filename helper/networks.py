@@ -432,7 +432,7 @@ class Teacher:
         return ""
 
     def close(self) -> None:
-        """The runs are over."""
+        """Called after the last run."""
 
     def shown(self, batch: Batch) -> Tensor:
         """The images of a batch that the teacher is given."""

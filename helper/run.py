@@ -463,7 +463,7 @@ def train(runs: Sequence["Run"], teacher: Teacher | None) -> list[dict]:
     """Train the runs to their ends; returns the content of every `result.json`.
 
     Those whose next epochs show the same batches go through them together, the furthest behind first. One that fails
-    ends alone; its error is raised when the others are over.
+    ends alone; its error is raised when the others are done.
     """
     with StopRequest() as stop:
         for run in runs:
@@ -484,7 +484,7 @@ def train(runs: Sequence["Run"], teacher: Teacher | None) -> list[dict]:
 
             try:
                 train_epoch(group, teacher, stop.finishing, after_step)
-            except UserError as error:  # the images are unreadable: none of the group can go on
+            except UserError as error:  # the images are unreadable: none of the group can continue
                 for run in group:
                     run.fail(error)
                 if count_processes() > 1:
@@ -566,7 +566,7 @@ class Run:
         self.stages = [without_trunk(stage, self.method) if frozen else stage for stage in stages]
         self.average = average_of(self.method, config.ema_decay)
         self.guard = Guard(config.max_bad_steps)
-        self.step, self.epochs_over, self.seconds = 0, 0, 0.0  # what is over, in all stages
+        self.step, self.epochs_over, self.seconds = 0, 0, 0.0  # finished, in all stages
         self.records: list[dict] = []  # of every epoch of the main stage
         self.epoch_state: dict | None = None  # where a resumed run is within an epoch
         self.error: UserError | None = None
@@ -579,7 +579,7 @@ class Run:
         self._random = random_state()  # used where several runs share the process
 
     def _enter(self, number: int, epoch: int = 0, stage_step: int = 0) -> None:
-        """Begin the stage of this number, or take it up after some of its epochs and steps."""
+        """Begin the stage of this number, or resume it after some of its epochs and steps."""
         self.stage_number, self.epoch, self.stage_step = number, epoch, stage_step
         self.training = Training(
             self.stages[number], self.method, self.data, self.config, self.inputs.device, self.guard
@@ -595,7 +595,7 @@ class Run:
         except UserError as error:
             self.fail(error)
             if count_processes() > 1:
-                raise  # this process may be the only one: it cannot leave the run and go on with the others
+                raise  # this process may be the only one: it cannot leave the run and continue with the others
         finally:
             if not self._alone:
                 self._random = random_state()
@@ -638,7 +638,7 @@ class Run:
 
     @property
     def first_step(self) -> int:
-        """Steps of the next epoch that are over."""
+        """Finished steps of the next epoch."""
         return self.epoch_state["steps"] if self.epoch_state else 0
 
     @property
@@ -669,7 +669,7 @@ class Run:
         self._go_to_next_stage()
 
     def _go_to_next_stage(self) -> None:
-        """Where a stage is over, begin the next; after the last write the result."""
+        """Where a stage is finished, begin the next; after the last write the result."""
         while self._stage_is_over() and not self.in_main_stage:
             self._enter(self.stage_number + 1)
         if self._stage_is_over():
@@ -718,7 +718,7 @@ class Run:
             self.average.eval()
 
     def end_epoch(self) -> None:
-        """Test, record and save; begin the next stage or finish where this one is over."""
+        """Test, record and save; begin the next stage or finish where this one is the last."""
         if self.error is not None or self._means is None:
             return
         # Of several processes one must not leave a test alone.

@@ -46,7 +46,7 @@ class Shapes(NamedTuple):
 class Backbone(nn.Module):
     """A classification network whose last feature map can be reached, and changed, before the head reads it."""
 
-    #: True where a BatchNorm and a ReLU stand between `final` and the pooling (pre-activation networks).
+    #: True where a BatchNorm and a ReLU are between `final` and the pooling (pre-activation networks).
     activates_final = False
     #: True where the classifier reads the average of the activated map over its pixels, and nothing else.
     classifies_average = True
@@ -79,7 +79,7 @@ class Backbone(nn.Module):
     def forward_maps(self, x: Tensor, preact: bool = False) -> tuple[list[Tensor], Tensor]:
         """Images (B, 3, H, W) -> (stage outputs, final map); with `preact` stage outputs before their last ReLU.
 
-        Where the head reads tokens, they stand in the final map's place, as (B, C, T, 1); `to_map` finds the map.
+        Where the head reads tokens, they take the final map's place, as (B, C, T, 1); `to_map` finds the map.
         """
         maps, x = self.forward_trunk(x, preact)
         last_map, final = self.forward_last_stage(x, preact)
@@ -103,7 +103,7 @@ class Backbone(nn.Module):
         return final
 
     def activate(self, final: Tensor) -> Tensor:
-        """What stands between the final map and the pooling: nothing, except in pre-activation networks."""
+        """What is between the final map and the pooling: nothing, except in pre-activation networks."""
         return final
 
     def classify(self, activated: Tensor) -> tuple[Tensor, Tensor]:

@@ -24,7 +24,7 @@ EARLIER_NAMES = {
     "ResNet50": ((r"\.downsample\.", ".shortcut."), (r"(^|\.)fc\.", r"\1linear.")),
 }
 
-#: The official NORM code's feature transform -> (expand, contract); its transform stands under one of these pairs.
+#: The official NORM code's feature transform -> (expand, contract); its transform has one of these pairs of names.
 OFFICIAL_TRANSFORMS = (("layer31", "layer32"), ("layer41", "layer42"))
 #: Parameters that the official code constructs and never uses.
 OFFICIAL_UNUSED = re.compile(r"^(alpha$|layer2[12]\.)")
@@ -87,7 +87,7 @@ def build_with(model_name: str, weights: Weights, source: str) -> tuple[Backbone
 
 
 def name_for(model_name: str, weights: Weights) -> Weights:
-    """A plain network's weights from another code; of a foreign library's network they stand below `network` here."""
+    """A plain network's weights from another code; of a foreign library's network they are below `network` here."""
     if not is_external(model_name) or all(key.startswith("network.") for key in weights):
         return weights
     return {f"network.{key}": value for key, value in weights.items()}

@@ -113,7 +113,7 @@ class Contender:
             self.learn(batch, self.teach(batch))
 
     def seconds(self, batches: Iterator[Batch], steps: int) -> float:
-        """Time of so many steps, waiting for their batches included."""
+        """Time of `steps` steps, waiting for their batches included."""
         wait_for(self.device)
         start = time.perf_counter()
         for batch in itertools.islice(batches, steps):

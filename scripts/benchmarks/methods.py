@@ -129,7 +129,7 @@ def cached_ratio(stepper: Stepper, steps: int) -> dict:
 
 
 def compare(name: str, pair: tuple[str, str], batch_size: int, steps: int, device: torch.device) -> dict:
-    """One record: the method's step beside KD's; `refused` holds the reason where the pair is not supported."""
+    """One record: the method's step compared with KD's; `refused` holds the reason where the pair is not supported."""
     record = {"method": name, "teacher": pair[0], "student": pair[1], "batch_size": batch_size, "device": str(device)}
     try:
         steppers = [Stepper(each, pair, batch_size, device) for each in (name, "kd")]
