@@ -11,6 +11,7 @@ from torch.multiprocessing import spawn
 
 import train_teacher
 from distiller_zoo.ce import CrossEntropy
+from helper import inputs
 from helper import run as run_module
 from helper.distributed import count_processes, rank
 from tests.helper.distributed_cases import few_images
@@ -38,7 +39,7 @@ def train(folder: str) -> None:
         return terms
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run_module, "load_data", few_images)
+        patch.setattr(inputs, "load_data", few_images)
         patch.setattr(run_module, "check_precision", lambda precision, device: None)
         for port, (name, flags) in enumerate(RUNS.items(), int(os.environ.get("MASTER_PORT", "0"))):
             patch.setenv("MASTER_PORT", str(port))

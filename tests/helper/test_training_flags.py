@@ -12,7 +12,7 @@ import train_cifar_student
 import train_teacher
 from distiller_zoo.kd import KD
 from errors import UserError
-from helper import fast, optim
+from helper import fast, inputs, optim
 from helper import run as run_module
 from helper.networks import read_network
 from models.cost import count_parameters
@@ -20,7 +20,7 @@ from scripts import export_student
 from tests.conftest import keep_images, message_of
 from tests.run_folders import assert_same_end, load, metrics, new_run, same_state, state, weights
 
-STEPS = ("--model", "resnet8", "--batch_size", "32")
+STEPS = ("--model", "resnet8", "--batch_size", "8")
 GAP = "--allow_teacher_gap"  # few images to test on
 SMALL_RATE = ("--learning_rate", "0.01")
 ADAMW = ("--optimizer", "adamw", "--learning_rate", "0.01", "--lr_decay", "cos", "--lr_warmup_epochs", "1")
@@ -30,8 +30,8 @@ MIXED = ("--mixup", "0.3", "--augment", "randaugment")
 
 @pytest.fixture(autouse=True)
 def _few_images(monkeypatch):
-    """Four steps of 32 in an epoch, and few images to test on."""
-    keep_images(monkeypatch, 128, 32)
+    """Four steps of 8 in an epoch, and few images to test on."""
+    keep_images(monkeypatch, 32, 16)
 
 
 @pytest.fixture
@@ -80,7 +80,7 @@ def cut(distil, monkeypatch, *flags: str) -> None:
     ids=lambda flags: flags[1],
 )
 def test_a_run_that_is_stopped_within_an_epoch_ends_in_the_same_weights(distil, monkeypatch, as_if_on_gpu, flags):
-    flags = ("--batch_size", "32", "--epochs", "2", *flags)
+    flags = ("--batch_size", "8", "--epochs", "2", *flags)
     whole = distil(GAP, *flags, distill="kd")
     cut(distil, monkeypatch, *flags)
     other = next(path for path in whole.parent.iterdir() if path.name.endswith("trialcut"))
@@ -112,7 +112,7 @@ def test_what_a_flag_does_not_say_stays(train, flags):
 
 @pytest.mark.parametrize("schedule", ["cos", "one_cycle"])
 def test_momentum_is_dropped_at_milestones_alone(train, schedule):
-    flags = ("--epochs", "2", "--batch_size", "128", "--lr_decay", schedule)
+    flags = ("--epochs", "2", "--batch_size", "32", "--lr_decay", schedule)
     assert same_state(weights(train(*flags)), weights(train(*flags, "--drop_momentum")))
 
 
@@ -227,7 +227,7 @@ def test_a_linear_probe_says_how_much_it_trains(train):
 
 
 def test_a_run_ends_when_its_patience_does(train):
-    still = ("--learning_rate", "0", "--freeze", "trunk", "--holdout", "20", "--lr_decay", "step")
+    still = ("--learning_rate", "0", "--freeze", "trunk", "--holdout", "10", "--lr_decay", "step")
     run = train(*still, "--epochs", "6", "--patience", "2")
     assert len(metrics(run)) == 3 and result(run)["best_epoch"] == 1 and result(run)["epochs"] == 3
     assert "stopped early: no better accuracy in 2 epochs" in (run / "log.txt").read_text()
@@ -240,8 +240,8 @@ def test_a_run_ends_when_its_patience_does(train):
 
 def test_the_file_of_class_weights_is_read_once(train, tmp_path, monkeypatch):
     (tmp_path / "weights.txt").write_text("".join(f"{digit} {1 + digit}\n" for digit in range(10)))
-    read, texts = run_module.class_weights, []
-    monkeypatch.setattr(run_module, "class_weights", lambda how, *rest: texts.append(how) or read(how, *rest))
+    read, texts = inputs.class_weights, []
+    monkeypatch.setattr(inputs, "class_weights", lambda how, *rest: texts.append(how) or read(how, *rest))
     flags = ("--class_weights", str(tmp_path / "weights.txt"), "--max_steps", "1")
     train(*flags, "--trials", "2", "--trial", "8")
     assert texts == [str(tmp_path / "weights.txt")]
@@ -251,7 +251,7 @@ def test_the_file_of_class_weights_is_read_once(train, tmp_path, monkeypatch):
 
 
 def test_a_step_that_overflows_is_skipped_and_counted(distil, monkeypatch, as_if_on_gpu):
-    limits = ("--epochs", "1", "--batch_size", "32", "--precision", "float16")
+    limits = ("--epochs", "1", "--batch_size", "8", "--precision", "float16")
     first = state(distil(GAP, *limits, "--max_steps", "1", distill="kd"))
     calls, losses = iter(range(1, 100)), KD.losses
 
