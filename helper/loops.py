@@ -58,6 +58,12 @@ class Training:
                 f"--precision float16: stage {stage.name} of --distill {config.distill} takes gradients of "
                 "its own, which are not scaled; take bfloat16"
             )
+        if stage.before_step is not None and (config.optimizer != "sgd" or config.clip_grad):
+            flag = "--clip_grad" if config.optimizer == "sgd" else f"--optimizer {config.optimizer}"
+            raise UserError(
+                f"{flag}: stage {stage.name} of --distill {config.distill} looks ahead of sgd's next step, without "
+                "clipping; give --optimizer sgd --clip_grad 0, or choose another method"
+            )
         if stage.before_step is not None and config.accumulate > 1:
             raise UserError(f"--accumulate: stage {stage.name} of --distill {config.distill} needs whole batches")
         if self.fast.compile == "reduce-overhead" and config.accumulate > 1:

@@ -106,16 +106,16 @@ def probe(train: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor]) -> dict[str
     return {f"{name}_accuracy": 100 * float(model.score(*tested)) for name, model in fitted.items()}
 
 
-#: What a run without labels is judged by, the first that was measured, and whether more of it is better.
-WITHOUT_LABELS = {"probe_accuracy": True, "holdout_matching_loss": False, "train_matching_loss": False}
+#: The best epoch of a run without labels has the lowest of these, the first that was measured; a probe only reports, as
+#: its accuracy is that of test images.
+WITHOUT_LABELS, OF_PROBE = ("holdout_matching_loss", "train_matching_loss"), ("probe_accuracy", "knn_accuracy")
 
 
 def best_without_labels(records: Sequence[Mapping[str, float]]) -> tuple[str, int]:
     """What the epochs of a run without labels are compared by, and the best of them, counted from 1; the first of
     equals."""
     name = next(name for name in WITHOUT_LABELS if name in records[0])
-    values = [record[name] if WITHOUT_LABELS[name] else -record[name] for record in records]
-    values = [value if math.isfinite(value) else -math.inf for value in values]
+    values = [_lower(record[name]) for record in records]
     return name, values.index(max(values)) + 1
 
 
@@ -123,7 +123,7 @@ def summarise_without_labels(records: Sequence[Mapping[str, float]]) -> dict[str
     """The last and the best value of everything that tells how good such a run is, for `result.json`."""
     name, best = best_without_labels(records)
     summary: dict[str, Any] = {"best_by": name, "best_epoch": best}
-    for measured in (*WITHOUT_LABELS, "knn_accuracy"):
+    for measured in (*WITHOUT_LABELS, *OF_PROBE):
         if measured in records[-1]:
             summary |= {f"{measured}_last": records[-1][measured], f"{measured}_best": records[best - 1][measured]}
     return summary

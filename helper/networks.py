@@ -17,7 +17,7 @@ import numpy
 import torch
 from torch import Tensor, nn
 
-from dataset import VIEWS, Batch, ImageData, RowCache, differences
+from dataset import VIEWS, Batch, Centre, ImageData, RowCache, differences
 from dataset.cache import EVERY
 from errors import UserError
 from helper.checkpoint import AVERAGE, contained, take_average, upgrade
@@ -132,8 +132,14 @@ def read_network(path: str, name: str | None, flag: str, name_flag: str, ema: bo
     if is_external(path):
         with naming(flag):
             return _with_digest(_read_published(path, name, name_flag))
+    return network_in(upgrade(read_checkpoint(path, flag), f"{flag}: {path}"), path, name, flag, name_flag, ema)
+
+
+def network_in(
+    checkpoint: Mapping[str, Any], path: str, name: str | None, flag: str, name_flag: str, ema: bool = False
+) -> Network:
+    """The same of a file at `path` that was read already, and brought up to date by `checkpoint.upgrade`."""
     source = f"{flag}: {path}"
-    checkpoint = upgrade(read_checkpoint(path, flag), source)
     with contained(f"{source} cannot be used"):
         notes: list[str] = []
         if "record" in checkpoint or "model_name" in checkpoint:
@@ -339,10 +345,10 @@ def _views_of(
     return [as_it_was_trained(each, data, size) for each, size in zip(teachers, sizes, strict=True)]
 
 
-def own_test(source: Network, data: ImageData) -> Preprocessing | None:
-    """How the weights' library, or the record of their run, tests them; None where nobody says, where the data are no
-    image files, and where that is how they are tested here anyway."""
-    own, record = read_preprocessing(source.path), source.record
+def own_test(path: str, record: Mapping[str, Any], data: ImageData) -> Preprocessing | None:
+    """How the library of the weights `path`, or the record of their run, tests them; None where nobody says, where the
+    data are no image files, and where that is how they are tested here anyway."""
+    own = read_preprocessing(path)
     mean, std, size = (record.get(name) for name in Preprocessing._fields[:3])
     if own is None and mean and std and size and not record.get("source_size"):
         resize = size + 2 * max(-(record.get("margin") or 0), 0)
@@ -353,6 +359,16 @@ def own_test(source: Network, data: ImageData) -> Preprocessing | None:
     here = (tuple(data.mean), tuple(data.std), size, size + 2 * max(-data.margin, 0), "bilinear", False)
     theirs = (own.mean, own.std, own.test_size, own.test_resize, own.interpolation, own.squashes)
     return None if theirs == here else own
+
+
+def shown_as(own: Preprocessing, data: ImageData) -> tuple[ImageData, str]:
+    """The data with their test images as `own_test` shows them, read from their files, and how that is, in words."""
+    assert data.test_files is not None, "own_test is None without image files"
+    cut = (own.test_resize - own.test_size) / 2
+    files = data.test_files.seen_as(Centre(own.test_size, cut, data.background, own.interpolation, own.squashes))
+    sides = "both sides" if own.squashes else "the shorter side"
+    how = f"tested as its weights are: {sides} {own.test_resize}, centre {own.test_size}, {own.interpolation}"
+    return data._replace(test=files, mean=own.mean, std=own.std, resized=None), how
 
 
 class Teacher:

@@ -16,7 +16,6 @@ from torch import nn
 
 from dataset import (
     WITHOUT_LABELS,
-    Centre,
     ImageData,
     Images,
     Loader,
@@ -90,6 +89,7 @@ from helper.networks import (
     read_at_classes,
     read_initial,
     read_teacher,
+    shown_as,
     start_from,
     with_class_names,
 )
@@ -288,11 +288,13 @@ def _as_held(inputs: Inputs) -> Loader:
     return _part_loader(data.test, data, inputs.test_loader.batch_size, inputs.device)
 
 
-def class_weights_of(config: Configuration, data: ImageData) -> torch.Tensor | None:
-    """What `--class_weights` gives each class (K,), None without it; the file is the main process's."""
-    if config.class_weights is None:
-        return None
-    return by_main(lambda: class_weights(config.class_weights, data.train.targets, data.classes))
+def class_weights_of(configs: Sequence[Configuration], data: ImageData) -> dict[str | None, torch.Tensor | None]:
+    """What each value of `--class_weights` among some runs gives the classes (K,); a file is read once, by the main
+    process."""
+    found: dict[str | None, torch.Tensor | None] = {None: None}
+    for how in dict.fromkeys(config.class_weights for config in configs if config.class_weights is not None):
+        found[how] = by_main(lambda how=how: class_weights(how, data.train.targets, data.classes))
+    return found
 
 
 def prepare_teacher(source: Network | None, inputs: Inputs, config: Configuration) -> Teacher | None:
@@ -338,26 +340,17 @@ def _check_teacher(teacher: Teacher, number: int, inputs: Inputs, config: Config
     others = compare_classes(source.record.get("classes"), data.classes)
     if others is not None and not config.allow_teacher_gap:
         raise UserError(f"--path_t: {others}; use the data that the teacher knows, or --allow_teacher_gap")
-    own, how = own_test(source, data), ""
+    own, how = own_test(source.path, source.record, data), ""
     shown = _as_held(inputs) if teacher.sees_source else inputs.test_loader
     if own is not None:
-        centre = (
-            own.test_size,
-            (own.test_resize - own.test_size) / 2,
-            data.background,
-            own.interpolation,
-            own.squashes,
-        )
-        assert data.test_files is not None, "own_test is None without image files"
-        files = data.test_files.seen_as(Centre(*centre)).to(inputs.device)
-        as_theirs = data._replace(mean=own.mean, std=own.std, resized=None)
-        shown = _part_loader(files, as_theirs, inputs.test_loader.batch_size, inputs.device)
-        sides = "both sides" if own.squashes else "the shorter side"
-        how = f"; tested as its weights are: {sides} {own.test_resize}, centre {own.test_size}, {own.interpolation}"
+        as_theirs, how = shown_as(own, data)
+        test = as_theirs.test.to(inputs.device)
+        shown = _part_loader(test, as_theirs, inputs.test_loader.batch_size, inputs.device)
     predict = functools.partial(teacher.predict_alone, number, as_tested=own is not None)
     accuracy = evaluate(predict, shown, "checking the teacher")["test_accuracy"]
     teacher.accuracy = None if teacher.source.members else accuracy
-    return check_accuracy(source, data.name, accuracy, config.allow_teacher_gap) + how
+    line = check_accuracy(source, data.name, accuracy, config.allow_teacher_gap)
+    return f"{line}; {how}" if how else line
 
 
 # Runs.
@@ -369,9 +362,11 @@ def prepared(opened: Opened, inputs: Inputs, teacher: Teacher | None) -> Iterato
     with ExitStack() as folders:
         with ExitStack() as preparations:
             runs: list[Run] = []
+            counted = class_weights_of(opened.configs, inputs.data)
             for config, label in zip(opened.configs, _labels(opened.configs), strict=True):
                 found = {"data_digest": inputs.identity["digest"], "mean": inputs.data.mean, "std": inputs.data.std}
-                config = _with_weights(config.replace("the data", **found), inputs.data)
+                weights = counted[config.class_weights]
+                config = _with_weights(config.replace("the data", **found), weights)
                 if teacher is not None and teacher.image_size != inputs.data.image_size:
                     config = config.replace("teacher's weights", teacher_image_size=teacher.image_size)
                 folder = _open_folder(config, preparations)
@@ -383,7 +378,7 @@ def prepared(opened: Opened, inputs: Inputs, teacher: Teacher | None) -> Iterato
                     _record_settings(config, folder, known=opened.configs[0] if runs else None)
                 if teacher is not None:
                     folder.log(teacher.note)
-                run = Run(config, inputs, teacher, opened.initial, folder, alone=len(opened.configs) == 1)
+                run = Run(config, inputs, teacher, opened.initial, folder, len(opened.configs) == 1, weights)
                 if config.folder is not None:
                     run.restore()
                     _record_changes(run)
@@ -394,9 +389,8 @@ def prepared(opened: Opened, inputs: Inputs, teacher: Teacher | None) -> Iterato
         yield runs
 
 
-def _with_weights(config: Configuration, data: ImageData) -> Configuration:
+def _with_weights(config: Configuration, weights: torch.Tensor | None) -> Configuration:
     """The run with the digest of its class weights; raises `UserError` where a resumed run began with others."""
-    weights = class_weights_of(config, data)
     if weights is None:
         return config
     digest = weights_digest({"weights": weights})
@@ -549,6 +543,7 @@ class Run:
         initial: Network | None,
         folder: RunFolder,
         alone: bool,
+        weights: torch.Tensor | None,
     ):
         self.config, self.inputs, self.folder = config, inputs, folder
         self.data = _with_classes(config, inputs.data, teacher)
@@ -564,7 +559,7 @@ class Run:
             num_classes=self.data.num_classes,
             image_size=self.data.image_size,
             train_targets=self.data.train.targets,
-            class_weights=class_weights_of(config, self.data),
+            class_weights=weights,
         ).to(inputs.device)
         if teacher is not None:
             check_apart(self.method, teacher.network, config.distill)
@@ -632,8 +627,10 @@ class Run:
         return self.error is not None or self.result is not None or (self.in_main_stage and self._stage_is_over())
 
     def _stage_is_over(self) -> bool:
-        over = self.epoch >= self.stages[self.stage_number].epochs or self._steps_left() == 0
-        return over or self._is_out_of_patience()
+        return self._stage_is_whole() or self._is_out_of_patience()
+
+    def _stage_is_whole(self) -> bool:
+        return self.epoch >= self.stages[self.stage_number].epochs or self._steps_left() == 0
 
     def _is_out_of_patience(self) -> bool:
         patience = self.config.patience
@@ -891,8 +888,7 @@ class Run:
         summary = summarise_without_labels(self.records)
         name, images = self._judged_images()
         of = f"{len(_spread(len(images.targets), name == 'train'))} {'training' if name == 'train' else 'held-out'}"
-        chosen = "best linear probe" if summary["best_by"] == "probe_accuracy" else "lowest matching loss"
-        return summary | {"protocol": f"{chosen}, matching loss on {of} images"}
+        return summary | {"protocol": f"lowest matching loss on {of} images"}
 
     def _best_epoch(self) -> int:
         """Counted from 1; the first of equals."""
@@ -929,7 +925,7 @@ class Run:
             "device": str(self.inputs.device),
             "threads": torch.get_num_threads(),
         }
-        if self._is_out_of_patience():
+        if self._is_out_of_patience() and not self._stage_is_whole():
             measured = self.result.get("best_by", self.config.best_by).replace("_", " ")  # its own without labels
             self.folder.log(f"stopped early: no better {measured} in {self.config.patience} epochs")
         self.folder.append_outcome(identity(self.config, ("row", "run")), self.result)

@@ -305,7 +305,7 @@ SETTINGS: tuple[Setting, ...] = (
         _path,
         None,
         "with --labels none: a labelled folder of images, on which pooled features are tested after every epoch, by a "
-        "linear probe (which chooses the best epoch) and by nearest neighbours",
+        "linear probe and by nearest neighbours; the best epoch is chosen by the matching loss",
         group=DATA,
         metavar="FOLDER",
         resume="free",

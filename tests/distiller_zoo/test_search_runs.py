@@ -7,6 +7,7 @@ import train_cifar_student
 from dataset import Loader
 from dataset.images import Augmentation, ImageData, Images
 from distiller_zoo.distpro import DistPro
+from errors import UserError
 from helper import run
 from helper.loops import _endless
 from tests.conftest import keep_images
@@ -84,3 +85,9 @@ def test_a_search_that_is_cut_goes_on_as_if_it_had_not_been(distil, monkeypatch,
     for key in ("distiller", "optimizer", "epoch", "step"):
         assert same_state(a[key], b[key]), key
     assert [record.get("stage") for record in metrics(cut)] == ["search", "search", None]
+
+
+@pytest.mark.parametrize("flags", [("--optimizer", "adamw"), ("--clip_grad", "1"), ("--recipe", "finetune")], ids=str)
+def test_a_search_that_looks_ahead_of_sgd_refuses_other_steps(distil, flags):
+    with pytest.raises(UserError, match=r"(--optimizer adamw|--clip_grad): stage search of --distill distpro"):
+        distil("--allow_teacher_gap", "--max_steps", "1", *flags, distill="distpro")

@@ -233,6 +233,18 @@ def test_a_run_ends_when_its_patience_does(train):
     assert "stopped early: no better accuracy in 2 epochs" in (run / "log.txt").read_text()
     train_teacher.main(["--resume", str(run), "--patience", "0", "--epochs", "4"])
     assert len(metrics(run)) == 4
+    for limit in (("--epochs", "3"), ("--epochs", "6", "--max_steps", "12")):  # the epochs end then anyway
+        ended = train(*still, *limit, "--patience", "2")
+        assert len(metrics(ended)) == 3 and "stopped early" not in (ended / "log.txt").read_text()
+
+
+def test_the_file_of_class_weights_is_read_once(train, tmp_path, monkeypatch):
+    (tmp_path / "weights.txt").write_text("".join(f"{digit} {1 + digit}\n" for digit in range(10)))
+    read, texts = run_module.class_weights, []
+    monkeypatch.setattr(run_module, "class_weights", lambda how, *rest: texts.append(how) or read(how, *rest))
+    flags = ("--class_weights", str(tmp_path / "weights.txt"), "--max_steps", "1")
+    train(*flags, "--trials", "2", "--trial", "8")
+    assert texts == [str(tmp_path / "weights.txt")]
 
 
 # float16.
