@@ -552,17 +552,11 @@ class Run:
         student = _new_student(config, self.data)
         if initial is not None and config.folder is None:
             folder.log(start_from(initial, student, config.model_s, self.data.classes, config.dataset))
-        self.method = build_distiller(
-            config,
-            student,
-            None if teacher is None else teacher.network,
-            num_classes=self.data.num_classes,
-            image_size=self.data.image_size,
-            train_targets=self.data.train.targets,
-            class_weights=weights,
-        ).to(inputs.device)
-        if teacher is not None:
-            check_apart(self.method, teacher.network, config.distill)
+        network = None if teacher is None else teacher.network
+        of_data = self.data.num_classes, self.data.image_size, self.data.train.targets
+        self.method = build_distiller(config, student, network, *of_data, weights).to(inputs.device)
+        if network is not None:
+            check_apart(self.method, network, config.distill)
         if config.sync_bn and count_processes() > 1:
             synchronise(self.method)
         Fast.of(config).prepare_student(self.method, inputs.device)

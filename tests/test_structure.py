@@ -128,7 +128,7 @@ RECORDS = {
     ("helper.export", ""): "entries of a file's record",
     ("helper.run", "prepared"): "what was found out of the data",
     ("helper.networks", "settings_as_teacher"): "a network's fields, as the settings that they decide",
-    ("helper.networks", "read_network"): "entries of a file's record",
+    ("helper.networks", "network_in"): "entries of a file's record",
     ("helper.networks", "_check_record"): "entries of a file's record",
     ("helper.tables.plan", "_job"): "values that a plan gives to a run",
 }
