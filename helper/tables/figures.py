@@ -139,6 +139,7 @@ def learning_curves(rows: Sequence[Row], title: str = "", legend: bool = True) -
         return None
 
     def paint(axes) -> None:
+        axes.xaxis.get_major_locator().set_params(integer=True)  # there is no half epoch
         for number, (row, name) in enumerate(zip(rows, names, strict=True)):
             by_epoch = list(zip(*(record.curve for record in row.records), strict=False))
             epochs, style = range(1, len(by_epoch) + 1), line_style(number)
