@@ -382,8 +382,8 @@ def _recipe(name: str, values: Mapping[str, object], source: str, dataset: Seque
 #: source begins with "our choice".
 _BEYER = "Beyer et al. (CVPR 2022), section"
 _WIGHTMAN = (
-    "Wightman et al. (2021), table 2, column A3; the cross entropy is not its binary one, RandAugment has torchvision's "
-    "magnitude, images are of the data's size"
+    "Wightman et al. (2021), table 2, column A3; the cross entropy is not its binary one, RandAugment has "
+    "torchvision's magnitude, images are of the data's size"
 )
 #: What a recipe changes for any method, on top of all other rows.
 CHOSEN_RECIPES = (

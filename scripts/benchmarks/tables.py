@@ -21,6 +21,7 @@ PAGE, RECORDS = ROOT / "docs" / "benchmarks.md", ROOT / "docs" / "benchmarks"
 #: Which script's table shows a file, by the first word of its name.
 TABLES = {
     "methods": methods.table,
+    "cached": methods.cached_table,
     "losses": losses.table,
     "step": benchmark.table,
     "input": input.table,

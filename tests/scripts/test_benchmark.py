@@ -94,7 +94,9 @@ def test_methods_are_timed_beside_kd_and_refusals_are_told(capsys):
     assert "ratio" not in refused and "equal" in refused["refused"]
     assert timed["cached_ratio"] > 0 and "cached_ratio" not in fsp
     shown = capsys.readouterr().out
-    assert "| fsp |" in shown and "(cached teacher: " in shown
+    assert "| fsp |" in shown and "| teacher computed |" in shown
+    row = f"| kd | resnet14 -> resnet8 | {1e3 * timed['cached_step_s'] / timed['cached_ratio']:.1f} ms |"
+    assert row in methods.cached_table([timed, fsp, refused]) and "fsp" not in methods.cached_table([fsp, refused])
 
 
 def test_losses_are_timed_beside_their_formula(capsys):
