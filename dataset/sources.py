@@ -1,4 +1,4 @@
-"""Where the images come from: torchvision's data sets, a folder of images, and scikit-learn's digits."""
+"""Where the images come from: torchvision's data sets, image folders, ImageNet, shards, and scikit-learn's digits."""
 
 import os
 from pathlib import Path
@@ -6,10 +6,9 @@ from urllib.error import URLError
 
 import torch
 from torch.nn import functional as F
-from torchvision import datasets
 
 from dataset.decoding import WHITE
-from dataset.folders import list_folder, list_images, printable
+from dataset.folders import is_image_folder, list_folder, list_images, printable
 from dataset.images import Augmentation, ImageData, Images, channel_statistics, hold_out
 from dataset.memory import free_memory
 from dataset.pool import Pool
@@ -26,7 +25,7 @@ IMAGENET_MEAN, IMAGENET_STD, CROP_SCALE = (0.485, 0.456, 0.406), (0.229, 0.224, 
 TEST_CUT = 14
 #: A batch that must fit, of images that are not held in memory.
 BATCH = 100
-#: About so many images of a folder that is not held in memory give its mean and standard deviation.
+#: About the number of images that give the mean and standard deviation of a folder that is not held in memory.
 STATISTICS_IMAGES = 2000
 
 
@@ -42,7 +41,7 @@ def _download(dataset_class, folder: str | None, may_download: bool, **options):
     except (URLError, OSError, RuntimeError, ValueError) as error:
         if not may_download:  # a file names the folder; what a file says is read, and never written to
             raise UserError(
-                f"--data: {dataset_class.__name__} is not in {folder}, the folder on record; name another with --data"
+                f"--data: {dataset_class.__name__} is not in {folder}; name another folder with --data"
             ) from None
         raise UserError(
             f"--data: {dataset_class.__name__} is neither in {folder} nor can it be downloaded ({error}); put the "
@@ -50,7 +49,10 @@ def _download(dataset_class, folder: str | None, may_download: bool, **options):
         ) from None
 
 
-def _cifar(dataset_class, name: str, mean: tuple[float, ...], std: tuple[float, ...], *place) -> ImageData:
+def _cifar(name: str, mean: tuple[float, ...], std: tuple[float, ...], *place) -> ImageData:
+    from torchvision import datasets
+
+    dataset_class = getattr(datasets, name.upper())
     train, test = (_download(dataset_class, *place, train=is_train) for is_train in (True, False))
     splits = (_images(split.data, split.targets) for split in (train, test))
     return ImageData(name, *splits, train.classes, mean, std, Augmentation(own_policy="cifar10"))
@@ -58,20 +60,17 @@ def _cifar(dataset_class, name: str, mean: tuple[float, ...], std: tuple[float, 
 
 def cifar100(folder: str | None, image_size: int, reading: Reading) -> ImageData:
     """CIFAR-100, 50,000 + 10,000 images; normalised as in RepDistiller."""
-    return _cifar(
-        datasets.CIFAR100, "cifar100", (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761), folder, reading.may_download
-    )
+    return _cifar("cifar100", (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761), folder, reading.may_download)
 
 
 def cifar10(folder: str | None, image_size: int, reading: Reading) -> ImageData:
     """CIFAR-10, 50,000 + 10,000 images."""
-    return _cifar(
-        datasets.CIFAR10, "cifar10", (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616), folder, reading.may_download
-    )
+    return _cifar("cifar10", (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616), folder, reading.may_download)
 
 
 def fashion_mnist(folder: str | None, image_size: int, reading: Reading) -> ImageData:
     """Fashion-MNIST, 60,000 + 10,000 grey images of 28x28, padded to 32x32."""
+    from torchvision import datasets
 
     def split(source) -> Images:
         grey = F.pad(source.data, [2] * 4)
@@ -235,10 +234,19 @@ def _in_memory(images: StreamedImages, classes: list[str]) -> tuple[Images, dict
     return Images(pixels, images.targets).keep(whole), broken
 
 
-#: Data sets that can be read without labels.
-WITHOUT_LABELS = ("folder", "imagenet")
+def _of_record(error: UserError) -> UserError:
+    """The same message about a folder that a record names: there is no flag to blame."""
+    text = str(error)
+    if not text.startswith("--data: "):
+        return error
+    hint = "" if "--data" in text[7:] else "; name another folder with --data"
+    return UserError(f"the data folder on record: {text[8:]}{hint}")
+
+
+#: Data sets that are read from image files: they can be read without labels. And the one that reads no folder.
+WITHOUT_LABELS, EMBEDDED = ("folder", "imagenet"), "digits"
 DATASETS = {
-    "digits": digits,
+    EMBEDDED: digits,
     "cifar100": cifar100,
     "cifar10": cifar10,
     "fashion_mnist": fashion_mnist,
@@ -247,13 +255,37 @@ DATASETS = {
 }
 
 
+def dataset_at(folder: str, known: str | None) -> str | None:
+    """The data set of a folder that is named without one, where `known` is the one on record or the default.
+
+    A folder of images is "folder". Raises `UserError` where the folder could be no data set, or two of them.
+    """
+    place = os.path.expanduser(folder)
+    if known in WITHOUT_LABELS:
+        return known
+    if is_image_folder(place):
+        if known in (None, EMBEDDED) or is_image_folder(os.path.join(place, "train")):
+            return "folder"
+        raise UserError(
+            f"--data: {printable(folder)} has folders of images, and the data set on record is {known}; say which is "
+            f"meant: --dataset folder, or --dataset {known}"
+        )
+    if known != EMBEDDED:
+        return known
+    if not os.path.isdir(place):
+        raise UserError(f"--data: there is no folder {printable(folder)}")
+    if any(find_shards(place)):
+        raise UserError(f"--data: {printable(folder)} holds shards; add --dataset imagenet")
+    raise UserError(f"--data: {printable(folder)} is no folder of images; --dataset says what is stored there")
+
+
 def load_data(
     name: str,
     folder: str | None = None,
     image_size: int = 32,
     num_workers: int = 4,
     max_broken: int = 10,
-    may_download: bool = True,
+    may_download: bool = True,  # the folder was named by a person, not by a file
     *,
     background: tuple[int, int, int] = WHITE,
     stream: bool | None = None,
@@ -281,7 +313,12 @@ def load_data(
         folder = os.path.abspath(os.path.expanduser(folder))
     pool = Pool(num_workers) if num_workers else None
     options = (pool, background, stream, split, holdout, normalisation, labelled, device_memory)
-    data = DATASETS[name](folder, image_size, Reading(num_workers, max_broken, may_download, *options))
+    try:
+        data = DATASETS[name](folder, image_size, Reading(num_workers, max_broken, may_download, *options))
+    except UserError as error:
+        if folder is None or may_download:
+            raise
+        raise _of_record(error) from None
     data = data._replace(labelled=labelled)
     if image_size != data.image_size:
         data = data._replace(resized=image_size)

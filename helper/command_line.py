@@ -189,7 +189,7 @@ def teacher_parser() -> Parser:
     parser.aliases["model"] = model.argument
     _add_settings(parser, GROUPS)
     _add_run_flags(parser)
-    parser.set_defaults(distill="ce")
+    parser.unless_given = {"distill": "ce"}
     return parser
 
 

@@ -247,7 +247,7 @@ class Replica:
         return (self._parallel or self._method)(*arguments)
 
     def close(self) -> None:
-        """Free DDP, once training is over and before the processes leave their group.
+        """Free DDP, after training and before the processes leave their group.
 
         Were it the last to hold the group, it would wait for gloo's threads, which wait for Python's lock to free their
         last tensors, which DDP holds meanwhile.

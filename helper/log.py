@@ -33,7 +33,7 @@ def describe_data(data: ImageData, device: torch.device) -> str:
 
 
 def describe_method(distiller: Distiller, stages: Sequence[Stage], model_name: str, image_size: int) -> str:
-    """What the student costs, what is trained in each stage, and what is shipped beside the student."""
+    """What the student costs, what is trained in each stage, and what is shipped in addition to the student."""
     student = distiller.student
     trained = [f"{count_parameters(nn.ModuleList(stage.trained)):,} parameters in {stage.name}" for stage in stages]
     note, about = distiller.export_note(), student.describe(image_size)

@@ -136,9 +136,8 @@ RESAMPLES, COVERED = 1000, 0.95
 
 
 def judge(logits: Tensor, targets: Tensor) -> dict[str, Any]:
-    """What the logits (n, K) of a split say of a network, given the classes (n,): every one of `METRICS`, and by name
-
-    the `calibration`, intervals (name -> [low, high]), confusion (K x K counts, row by row a true class), and
+    """What the logits (n, K) of a split say of a network, given the classes (n,): every one of `METRICS`,
+    `calibration`, intervals (name -> [low, high]), confusion (K x K counts, row by row a true class), and
     per_class: images, accuracy (%, recall), precision (%) and f1 (%) of each class.
     """
     from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
@@ -313,7 +312,7 @@ class EpochMeter:
         self.has_images = True
 
     def state(self) -> dict:
-        """What `load_state` takes up again, in any number of processes."""
+        """What `load_state` restores, in any number of processes."""
         losses, correct, images, data_wait = self._totals()
         seconds = time.perf_counter() - self._start
         return {"losses": losses, "correct": correct, "counts": (images, self._has_logits, data_wait, seconds)}

@@ -22,7 +22,6 @@ from dataset.cache import EVERY
 from errors import UserError
 from helper.checkpoint import AVERAGE, contained, take_average, upgrade
 from helper.distributed import count_processes
-from helper.download import published_name, read_timm, read_torchvision
 from helper.fast import Fast
 from helper.recipes import PUBLISHED_TEACHERS
 from helper.settings import all_settings, sources_of
@@ -42,6 +41,7 @@ from models.ensemble import Ensemble
 from models.external import is_external
 from models.found import locate_weights, recorded_accuracy
 from models.preprocessing import Preprocessing, TeacherView, read_preprocessing
+from models.published import published_name, read_timm, read_torchvision
 from models.wrappers import describe_wrapper
 
 #: How far, in points of accuracy, a teacher may be from its recorded or published accuracy.
@@ -105,17 +105,22 @@ def _together(path: str, teachers: Sequence[Network], weights: Sequence[float] |
     """Several teachers as one, whose digest is that of the list; the data set is the first one's."""
     with naming("--teacher_weights"):
         network = Ensemble([each.network for each in teachers], weights)
-    listed = "".join(f"{each.digest} {share:.6f}\n" for each, share in zip(teachers, network.shares, strict=True))
     return Network(
         path,
         ",".join(each.name for each in teachers),
         network,
         network.num_classes,
         *(teachers[0].dataset, teachers[0].data, teachers[0].image_size),
-        digest=hashlib.sha256(listed.encode()).hexdigest()[:16],
+        digest=digest_together([each.digest for each in teachers], network.shares),
         notes=[note for each in teachers for note in each.notes],
         members=tuple(teachers),
     )
+
+
+def digest_together(digests: Sequence[str], shares: Sequence[float]) -> str:
+    """The digest of several teachers in this order, given each one's and what it counts."""
+    listed = "".join(f"{digest} {share:.6f}\n" for digest, share in zip(digests, shares, strict=True))
+    return hashlib.sha256(listed.encode()).hexdigest()[:16]
 
 
 def read_initial(source: str, model_s: str | None, ema: bool = False) -> Network:
@@ -427,7 +432,7 @@ class Teacher:
         return ""
 
     def close(self) -> None:
-        """The runs are over."""
+        """Called after the last run."""
 
     def shown(self, batch: Batch) -> Tensor:
         """The images of a batch that the teacher is given."""

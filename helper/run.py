@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from dataset import (
+    EMBEDDED,
     WITHOUT_LABELS,
     ImageData,
     Images,
@@ -23,8 +24,8 @@ from dataset import (
     class_weights,
     data_changes,
     data_identity,
+    dataset_at,
     hold_out,
-    is_image_folder,
     load_data,
 )
 from dataset.folders import list_folder
@@ -166,21 +167,21 @@ def open_runs(given: Given) -> Opened:
 
 def _dataset_of(values: Mapping[str, Any], of_teacher: Mapping[str, Any]) -> dict[str, str]:
     """What `--data` says of the data set where nothing else does: {"dataset": "folder"} for a folder of images."""
-    embedded = all_settings()["dataset"].default
-    known = values.get("dataset") or of_teacher.get("dataset") or embedded
+    known = values.get("dataset") or of_teacher.get("dataset") or all_settings()["dataset"].default
     if values.get("labels") == "none" and values.get("data") is not None and known not in WITHOUT_LABELS:
         if "dataset" in values:
             return {}  # what is wrong is said where the images are read
         print(f"--labels none: the images below {values['data']}: --dataset folder")
         return {"dataset": "folder"}
-    if values.get("data") is None or known != embedded:
+    if values.get("data") is None or ("dataset" in values and known != EMBEDDED):
         return {}
     if "dataset" in values:
         raise UserError(f"--data: --dataset {known} is embedded and reads no folder; leave one of them out")
-    if not is_image_folder(values["data"]):
-        raise UserError(f"--data: {values['data']} is no folder of images; --dataset says what is stored there")
-    print(f"--data {values['data']} is a folder of images: --dataset folder")
-    return {"dataset": "folder"}
+    found = dataset_at(values["data"], known)
+    if found == known:
+        return {}
+    print(f"--data {values['data']} is a folder of images: --dataset {found}")
+    return {"dataset": found}
 
 
 def _resolve_latest(run: Mapping[str, Any], of_teacher: Mapping, of_initial: Mapping) -> Configuration:
@@ -359,6 +360,8 @@ def _check_teacher(teacher: Teacher, number: int, inputs: Inputs, config: Config
 @contextmanager
 def prepared(opened: Opened, inputs: Inputs, teacher: Teacher | None) -> Iterator[list["Run"]]:
     """The runs, each in its claimed folder; new folders are removed again where a run turns out impossible."""
+    if teacher is None and opened.teacher is not None:
+        raise UserError("--resume: a student of a teacher is resumed by train_cifar_student.py")
     with ExitStack() as folders:
         with ExitStack() as preparations:
             runs: list[Run] = []
@@ -461,7 +464,7 @@ def train(runs: Sequence["Run"], teacher: Teacher | None) -> list[dict]:
     """Train the runs to their ends; returns the content of every `result.json`.
 
     Those whose next epochs show the same batches go through them together, the furthest behind first. One that fails
-    ends alone; its error is raised when the others are over.
+    ends alone; its error is raised when the others are done.
     """
     with StopRequest() as stop:
         for run in runs:
@@ -482,7 +485,7 @@ def train(runs: Sequence["Run"], teacher: Teacher | None) -> list[dict]:
 
             try:
                 train_epoch(group, teacher, stop.finishing, after_step)
-            except UserError as error:  # the images are unreadable: none of the group can go on
+            except UserError as error:  # the images are unreadable: none of the group can continue
                 for run in group:
                     run.fail(error)
                 if count_processes() > 1:
@@ -564,7 +567,7 @@ class Run:
         self.stages = [without_trunk(stage, self.method) if frozen else stage for stage in stages]
         self.average = average_of(self.method, config.ema_decay)
         self.guard = Guard(config.max_bad_steps)
-        self.step, self.epochs_over, self.seconds = 0, 0, 0.0  # what is over, in all stages
+        self.step, self.epochs_over, self.seconds = 0, 0, 0.0  # finished, in all stages
         self.records: list[dict] = []  # of every epoch of the main stage
         self.epoch_state: dict | None = None  # where a resumed run is within an epoch
         self.error: UserError | None = None
@@ -577,7 +580,7 @@ class Run:
         self._random = random_state()  # used where several runs share the process
 
     def _enter(self, number: int, epoch: int = 0, stage_step: int = 0) -> None:
-        """Begin the stage of this number, or take it up after some of its epochs and steps."""
+        """Begin the stage of this number, or resume it after some of its epochs and steps."""
         self.stage_number, self.epoch, self.stage_step = number, epoch, stage_step
         self.training = Training(
             self.stages[number], self.method, self.data, self.config, self.inputs.device, self.guard
@@ -593,7 +596,7 @@ class Run:
         except UserError as error:
             self.fail(error)
             if count_processes() > 1:
-                raise  # this process may be the only one: it cannot leave the run and go on with the others
+                raise  # this process may be the only one: it cannot leave the run and continue with the others
         finally:
             if not self._alone:
                 self._random = random_state()
@@ -636,7 +639,7 @@ class Run:
 
     @property
     def first_step(self) -> int:
-        """Steps of the next epoch that are over."""
+        """Finished steps of the next epoch."""
         return self.epoch_state["steps"] if self.epoch_state else 0
 
     @property
@@ -667,7 +670,7 @@ class Run:
         self._go_to_next_stage()
 
     def _go_to_next_stage(self) -> None:
-        """Where a stage is over, begin the next; after the last write the result."""
+        """Where a stage is finished, begin the next; after the last write the result."""
         while self._stage_is_over() and not self.in_main_stage:
             self._enter(self.stage_number + 1)
         if self._stage_is_over():
@@ -716,7 +719,7 @@ class Run:
             self.average.eval()
 
     def end_epoch(self) -> None:
-        """Test, record and save; begin the next stage or finish where this one is over."""
+        """Test, record and save; begin the next stage or finish where this one is the last."""
         if self.error is not None or self._means is None:
             return
         # Of several processes one must not leave a test alone.
@@ -907,8 +910,8 @@ class Run:
             "epochs": self.epoch,
             "steps": self.step,
             "teacher_accuracy": None if self.teacher is None else self.teacher.accuracy,
-            "test_images": len(self.data.test.targets),
-            "test_unreadable": self.records[-1].get("test_unreadable", 0),
+            "test_images": len(self.data.test.targets) + len(self.data.unreadable),
+            "test_unreadable": self.records[-1].get("test_unreadable", 0) + len(self.data.unreadable),
             "parameters": count_parameters(self.method.export()),
             "parameters_trained": count_parameters(nn.ModuleList(self.stages[-1].trained)),
             "seed": self.config.seed,

@@ -26,16 +26,22 @@ class ShuffleUnit(nn.Module):
         self.conv3 = nn.Conv2d(width, out_channels, 1, groups=groups, bias=False)
         self.bn3 = nn.BatchNorm2d(out_channels)
 
-    def preactivation(self, x: Tensor) -> Tensor:
+    def branches(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The convolved part before its ReLU, and what is added to it or, with a stride, joined to it."""
         out = self.shuffle(F.relu(self.bn1(self.conv1(x))))
         out = F.relu(self.bn2(self.conv2(out)))
         out = self.bn3(self.conv3(out))
-        if self.stride == 1:
-            return out + x
-        return torch.cat([out, F.avg_pool2d(x, 3, stride=2, padding=1)], 1)
+        return out, x if self.stride == 1 else F.avg_pool2d(x, 3, stride=2, padding=1)
+
+    def preactivation(self, x: Tensor) -> Tensor:
+        out, rest = self.branches(x)
+        return out + rest if self.stride == 1 else torch.cat([out, rest], 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.relu(self.preactivation(x))
+        if self.stride == 1:
+            return F.relu(self.preactivation(x))
+        # The same as a ReLU of both together; a BatchNorm is several times slower on part of another gradient.
+        return torch.cat([F.relu(part) for part in self.branches(x)], 1)
 
 
 class ShuffleNetV1(Backbone):

@@ -1,6 +1,6 @@
 """Networks that hold another one: what a method ships where its student is more than the plain network.
 
-A file with such a network names its kind and its sizes beside the weights, so that it is built again before they are
+A file with such a network names its kind and its sizes next to the weights, so that it is built again before they are
 loaded.
 """
 

@@ -16,8 +16,8 @@ from errors import run_script, starting
 
 with starting():
     from helper.command_line import Parser
-    from helper.download import CIFAR_TEACHERS, IMAGENET_TEACHERS, cifar_teacher, imagenet_teacher, provide
     from helper.recipes import PUBLISHED_TEACHERS
+    from models.published import CIFAR_TEACHERS, IMAGENET_TEACHERS, cifar_teacher, imagenet_teacher, provide
 
 KINDS = {"cifar": (CIFAR_TEACHERS, cifar_teacher), "imagenet": (IMAGENET_TEACHERS, imagenet_teacher)}
 

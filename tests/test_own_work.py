@@ -14,8 +14,8 @@ import distiller_zoo
 import models
 import train_cifar_student
 import train_teacher
-from helper import download
 from helper.tables import jobs
+from models import published
 from scripts import compare, export_student, predict, report, reproduce
 from tests.conftest import ROOT, message_of
 from tests.run_folders import metrics
@@ -55,12 +55,12 @@ def photographs(tmp_path, monkeypatch):
 def _downloads(tmp_path, monkeypatch):
     """Random weights in place of torchvision's."""
 
-    def make(file: download.RemoteFile) -> Path:
+    def make(file: published.RemoteFile) -> Path:
         path = tmp_path / file.name
         torch.save(torchvision.models.get_model(file.name.partition("-")[0]).state_dict(), path)
         return path
 
-    monkeypatch.setattr(download, "provide", make)
+    monkeypatch.setattr(published, "provide", make)
 
 
 def shortened(script: str, flags: list[str]) -> list[str]:

@@ -28,7 +28,7 @@ from helper.command_line import Parser, pairs
 from helper.distributed import find_device
 from helper.fast import Fast
 from helper.guard import Guard
-from helper.loops import add_gradients, begin
+from helper.loops import forward_backward, set_modes
 from helper.metrics import EpochMeter
 from helper.networks import FrozenTeacher
 from helper.optim import parameters_of
@@ -58,7 +58,7 @@ class Stepper:
         self.teacher, self.context = None, partial(fast.autocast, device)
         if stage.needs_teacher:
             self.teacher = FrozenTeacher(fast.prepare_teacher(network.eval().to(device), SIZE))
-        begin(self.stage, self.method)
+        set_modes(self.stage, self.method)
         trained = [parameter for parameter in self.method.parameters() if parameter.requires_grad]
         self.optimizer = torch.optim.SGD(trained, lr=1e-4, momentum=0.9, fused=fast.fused_optimizer or None)
         views, _ = VIEWS[self.method.views]
@@ -74,7 +74,9 @@ class Stepper:
             with self.context():
                 output = self.teacher(self.batch.images, self.method.teacher_preact)
         self.optimizer.zero_grad(set_to_none=True)
-        losses, logits = add_gradients(self.method, self.stage, self.batch, output, Progress(120, 240), self.context())
+        losses, logits = forward_backward(
+            self.method, self.stage, self.batch, output, Progress(120, 240), self.context()
+        )
         self.guard.judge(losses, parameters_of(self.optimizer), 1)
         self.optimizer.step()
         self.meter.update(losses, logits, self.batch.targets)
@@ -127,7 +129,7 @@ def cached_ratio(stepper: Stepper, steps: int) -> dict:
 
 
 def compare(name: str, pair: tuple[str, str], batch_size: int, steps: int, device: torch.device) -> dict:
-    """One record: the method's step beside KD's; `refused` holds the reason where the pair is not supported."""
+    """One record: the method's step compared with KD's; `refused` holds the reason where the pair is not supported."""
     record = {"method": name, "teacher": pair[0], "student": pair[1], "batch_size": batch_size, "device": str(device)}
     try:
         steppers = [Stepper(each, pair, batch_size, device) for each in (name, "kd")]

@@ -11,7 +11,8 @@ import pytest
 import torch
 from PIL import Image
 
-from dataset import data_changes, data_digest, data_identity, is_image_folder, load_data, sources
+from dataset import data_changes, data_digest, data_identity, dataset_at, load_data, sources
+from dataset.folders import is_image_folder
 from dataset.memory import free_memory
 from dataset.streaming import StreamedImages
 from errors import UserError
@@ -119,7 +120,7 @@ def test_damaged_images_are_all_named_in_one_pass_and_left_out_up_to_a_limit(fol
     data = load(folder, max_broken=3)
     said = capsys.readouterr().out
     assert all(name in said for name in names) and data.train.targets.tolist() == [0] * 5 + [1] * 6
-    assert not data.unreadable_test_images()
+    assert not data.unreadable
     message = refusal(folder, max_broken=2)
     assert all(name in message for name in names) and "3 images" in message and "--max_broken 2" in message
 
@@ -130,7 +131,8 @@ def test_unreadable_test_images_are_known(folder, stream):
     data = load(folder, stream=stream)
     if stream:
         list(data.test.read(torch.arange(10).split(4)))
-    assert sorted(Path(name).name for name in data.unreadable_test_images()) == ["1.JPEG", "3.JPEG"]
+    unreadable = data.test.unreadable if stream else data.unreadable
+    assert sorted(Path(name).name for name in unreadable) == ["1.JPEG", "3.JPEG"]
     damage(folder, *(f"val/cat/{number}.JPEG" for number in range(5)))
     if not stream:
         assert "nor any other image of class cat" in refusal(folder)
@@ -217,3 +219,25 @@ def test_a_change_of_the_data_is_noticed(folder, stream, tmp_path):
     for split in ("train", "val"):
         (folder / split / "cat").rename(folder / split / "zebra")
     assert "gone: cat; new: zebra" in data_changes(first, now())[0]
+
+
+def test_a_folder_is_the_data_set_that_it_looks_like(folder, tmp_path):
+    (tmp_path / "other").mkdir()
+    assert [dataset_at(str(folder), known) for known in (None, "digits", "cifar10")] == ["folder"] * 3
+    assert (
+        dataset_at(str(folder), "imagenet") == "imagenet"
+        and dataset_at(str(tmp_path / "other"), "cifar10") == "cifar10"
+    )
+    for place, known, message in (
+        (folder / "train", "cifar10", "say which is meant: --dataset folder, or --dataset cifar10"),
+        (tmp_path / "other", "digits", "is no folder of images"),
+        (tmp_path / "none", "digits", "there is no folder"),
+    ):
+        with pytest.raises(UserError, match=message):
+            dataset_at(str(place), known)
+
+
+def test_a_folder_of_the_record_that_is_gone_is_blamed_on_the_record(tmp_path):
+    gone = str(tmp_path / "gone")
+    assert refusal(gone, may_download=False).startswith(f"the data folder on record: there is no folder {gone}")
+    assert refusal(gone).startswith(f"--data: there is no folder {gone}")

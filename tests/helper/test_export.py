@@ -161,3 +161,19 @@ def test_a_network_without_classes_is_refused(exported, folder, tmp_path):
     torch.save(content | {"record": record}, tmp_path / "bare.pth")
     image = str(next((folder / "val" / "warm").iterdir()))
     assert "does not say classes, mean" in message_of(predict.main, [str(tmp_path / "bare.pth"), image])
+
+
+class Attention(torch.nn.Module):
+    """Attention without a dimension for heads, which torch's ONNX exporter does not know."""
+
+    def forward(self, images):
+        rows = images.mean(1)
+        return torch.nn.functional.scaled_dot_product_attention(rows, rows, rows).flatten(1)
+
+
+def test_a_network_that_torch_cannot_export_is_refused(tmp_path):
+    pytest.importorskip("onnxscript")
+    record = {"image_size": 8, "model_name": "timm:some_vit"}
+    with pytest.raises(UserError, match=r"--format onnx: torch .* cannot export timm:some_vit .*4D.*; choose another"):
+        export.write_onnx(Attention(), record, str(tmp_path / "network.onnx"))
+    assert not list(tmp_path.iterdir())

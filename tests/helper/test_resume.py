@@ -16,7 +16,7 @@ import train_teacher
 from helper import run as run_module
 from helper.run_folder import RunFolder
 from tests.conftest import ROOT, killed, message_of
-from tests.run_folders import assert_same_end, load, metrics, same_state, state
+from tests.run_folders import assert_same_end, load, metrics, new_run, same_state, state
 
 SHORT = ("--batch_size", "32", "--max_steps", "3")
 pytestmark = pytest.mark.usefixtures("few_images")
@@ -121,3 +121,12 @@ def test_a_teacher_that_has_moved_can_be_named_anew(distil, teacher_run, tmp_pat
     moved = shutil.copy(teacher_run / "last.pth", tmp_path / "moved.pth")
     train_cifar_student.main(["--resume", str(run), "--path_t", str(moved)])
     assert json.loads((run / "config.json").read_text())["path_t"] == str(moved)
+
+
+def test_a_student_is_resumed_by_the_script_of_students(distil, save_dir):
+    run = distil(*SHORT)
+    message = message_of(train_teacher.main, ["--resume", str(run), "--max_steps", "4"])
+    assert message == "--resume: a student of a teacher is resumed by train_cifar_student.py"
+    alone = new_run(train_teacher.main, save_dir, "--model", "resnet8", *SHORT)
+    train_cifar_student.main(["--resume", str(alone), "--max_steps", "4"])
+    assert metrics(alone)[-1]["step"] == 4

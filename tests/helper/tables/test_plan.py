@@ -44,9 +44,11 @@ def test_teachers_and_baselines_come_first_then_every_row_and_seed(tmp_path):
         *(f"resnet8: ft --ft plain, seed {seed}" for seed in (1, 2)),
     ]
     norm = jobs[5]
-    assert norm.folder.name == "digits_norm_resnet20_resnet8_trial1_a_1" and norm.teacher.key == jobs[0].key
+    assert norm.folder.name == "digits_norm_resnet20_resnet8_trial1_a_1" and [each.key for each in norm.teachers] == [
+        jobs[0].key
+    ]
     assert norm.command[0] == "train_cifar_student.py" and given(norm)["--path_t"] == str(jobs[0].folder / "last.pth")
-    assert jobs[-1].teacher is None, "the transform alone reads no teacher"
+    assert jobs[-1].teachers == [], "the transform alone reads no teacher"
 
 
 def test_flags_of_teachers_and_of_students_reach_them_alone(tmp_path):
@@ -168,7 +170,7 @@ def test_a_published_teacher_is_taken_where_it_is(tmp_path, monkeypatch):
     monkeypatch.setattr(Shelf, "digest", lambda self, path, name, ema: f"digest of {name}")
     jobs = listed()
     assert "resnet56 with labels alone, seed 1" not in titles(jobs)
-    assert jobs[-1].teacher is None and str(file) in jobs[-1].command
+    assert jobs[-1].teachers == [] and str(file) in jobs[-1].command
     assert jobs[-1].config.teacher_digest == "digest of resnet56"
 
 
@@ -177,7 +179,7 @@ def test_imagenet_is_taught_by_torchvisions_networks(tmp_path):
     assert titles(jobs) == ["resnet50_4 with labels alone, seed 1", "resnet50 -> resnet50_4: norm, seed 1"]
     script, *flags = jobs[1].command
     assert script == "train_imagenet_student.py" and "torchvision:resnet50" in flags
-    assert jobs[1].config.batch_size == 256 and jobs[1].teacher is None
+    assert jobs[1].config.batch_size == 256 and jobs[1].teachers == []
     pretend(jobs[1], "result.json", teacher_digest="1" * 64)
     again = Plan(str(tmp_path), "imagenet", ("--data", "images")).jobs(TABLES["6"], [Variant("norm")], 1)
     assert again[1].state == "finished", "a published network is its name"
