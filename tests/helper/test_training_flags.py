@@ -116,6 +116,13 @@ def test_momentum_is_dropped_at_milestones_alone(train, schedule):
     assert same_state(weights(train(*flags)), weights(train(*flags, "--drop_momentum")))
 
 
+def test_norms_and_biases_are_spared_the_weight_decay(train):
+    flags = ("--max_steps", "1", "--momentum", "0", "--seed", "1", "--no-decay_norms", "--weight_decay")
+    plain, decayed = (weights(train(*flags, decay, "--trial", f"decay{decay}")) for decay in ("0", "0.5"))
+    spared = {name for name, value in plain.items() if torch.equal(value, decayed[name])}
+    assert spared == {name for name, value in plain.items() if value.dim() <= 1}
+
+
 def test_the_gradient_is_scaled_down_to_its_norm(train, monkeypatch):
     step, norms = torch.optim.SGD.step, []
 
