@@ -43,7 +43,7 @@ def train(save_dir):
 @pytest.fixture
 def as_if_on_gpu(monkeypatch):
     """The way of float16, gradient scaler and all, in a precision that a CPU computes."""
-    monkeypatch.setattr(run_module, "check_precision", lambda precision, device: None)
+    monkeypatch.setattr(inputs, "check_precision", lambda precision, device: None)
     monkeypatch.setitem(fast.PRECISIONS, "float16", torch.bfloat16)
 
 
@@ -215,7 +215,8 @@ def test_the_moving_average_can_teach_and_start_a_student(train, capsys):
 
 
 def test_a_frozen_trunk_keeps_weights_and_statistics(distil):
-    runs = [distil(GAP, "--max_steps", str(n), "--epochs", "1", "--freeze", "trunk", distill="hint") for n in (1, 3)]
+    flags = (GAP, "--batch_size", "8", "--epochs", "1", "--freeze", "trunk")
+    runs = [distil(*flags, "--max_steps", str(n), distill="hint") for n in (1, 3)]
     short, long = map(weights, runs)
     changed = {name for name in short if not torch.equal(short[name], long[name])}
     assert {name for name in changed if name.startswith("student.")} == {"student.fc.weight", "student.fc.bias"}
@@ -240,7 +241,7 @@ def test_a_run_ends_when_its_patience_does(train):
     assert "stopped early: no better accuracy in 2 epochs" in (run / "log.txt").read_text()
     train_teacher.main(["--resume", str(run), "--patience", "0", "--epochs", "4"])
     assert len(metrics(run)) == 4
-    for limit in (("--epochs", "3"), ("--epochs", "6", "--max_steps", "12")):  # the epochs end then anyway
+    for limit in (("--epochs", "3"), ("--epochs", "6", "--max_steps", "9")):  # the epochs end then anyway
         ended = train(*still, *limit, "--patience", "2")
         assert len(metrics(ended)) == 3 and "stopped early" not in (ended / "log.txt").read_text()
 
