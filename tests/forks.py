@@ -1,5 +1,6 @@
 """Scripts in processes of their own that start at once: forks of a process that has imported what takes seconds."""
 
+import gc
 import importlib
 import json
 import os
@@ -94,6 +95,7 @@ def become(argv: list[str], output: str, errors: str, limits: list[tuple[int, in
 if __name__ == "__main__":
     for module in ("torch._dynamo", "train_teacher", "train_cifar_student"):  # the first optimizer imports dynamo
         importlib.import_module(module)
+    gc.freeze()  # the end of a fork would visit, and so copy, all that was imported
 
     if work := serve():
         become(**work)

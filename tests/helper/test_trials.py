@@ -204,9 +204,9 @@ def test_what_cannot_be_trained_together_is_refused(flags, words, teacher_run, s
 
 
 def test_runs_that_go_on_together_have_the_same_data(train):
-    train("--trial", "1", "--holdout", "8", "--max_steps", "1", *FLAGS)
+    train("--trial", "1", "--holdout", "16", "--max_steps", "1", *FLAGS)
     train("--trial", "2", "--max_steps", "1", *FLAGS)
-    with pytest.raises(UserError, match=r"has holdout 8, .*trial2_try 0; they cannot train in one process"):
+    with pytest.raises(UserError, match=r"has holdout 16, .*trial2_try 0; they cannot train in one process"):
         train("--trials", "2", "--resume", "--max_steps", "2")
 
 
