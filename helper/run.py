@@ -316,7 +316,11 @@ def prepare_teacher(source: Network | None, inputs: Inputs, config: Configuratio
         teacher.accuracy = evaluate(teacher.predict, shown, "checking the teachers")["test_accuracy"]
         notes.append(f"{len(notes)} teachers: {teacher.accuracy:.2f} % by the average of their logits")
     steps = [each.record.get("max_steps") for each in source.teachers]
-    notes += [f"warning: this teacher was trained for {each} steps only (--max_steps)" for each in steps if each]
+    notes += [
+        f"warning: this teacher was trained for {each} step{'s' * (each != 1)} only (--max_steps)"
+        for each in steps
+        if each
+    ]
     described = (teacher.network.describe(data.image_size), teacher.seen)
     teacher.note = "\n".join(filter(None, (*source.notes, *described, *notes)))
     return teacher
