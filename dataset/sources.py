@@ -1,6 +1,8 @@
 """Where the images come from: torchvision's data sets, image folders, ImageNet, shards, and scikit-learn's digits."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from urllib.error import URLError
 
@@ -234,13 +236,17 @@ def _in_memory(images: StreamedImages, classes: list[str]) -> tuple[Images, dict
     return Images(pixels, images.targets).keep(whole), broken
 
 
-def _of_record(error: UserError) -> UserError:
-    """The same message about a folder that a record names: there is no flag to blame."""
-    text = str(error)
-    if not text.startswith("--data: "):
-        return error
-    hint = "" if "--data" in text[7:] else "; name another folder with --data"
-    return UserError(f"the data folder on record: {text[8:]}{hint}")
+@contextmanager
+def _blaming(record: bool) -> Iterator[None]:
+    """Where a `record` names the folder there is no flag to blame: let a `UserError` say so."""
+    try:
+        yield
+    except UserError as error:
+        text = str(error)
+        if not record or not text.startswith("--data: "):
+            raise
+        hint = "" if "--data" in text[7:] else "; name another folder with --data"
+        raise UserError(f"the data folder on record: {text[8:]}{hint}") from None
 
 
 #: Data sets that are read from image files: they can be read without labels. And the one that reads no folder.
@@ -313,12 +319,8 @@ def load_data(
         folder = os.path.abspath(os.path.expanduser(folder))
     pool = Pool(num_workers) if num_workers else None
     options = (pool, background, stream, split, holdout, normalisation, labelled, device_memory)
-    try:
+    with _blaming(record=folder is not None and not may_download):
         data = DATASETS[name](folder, image_size, Reading(num_workers, max_broken, may_download, *options))
-    except UserError as error:
-        if folder is None or may_download:
-            raise
-        raise _of_record(error) from None
     data = data._replace(labelled=labelled)
     if image_size != data.image_size:
         data = data._replace(resized=image_size)

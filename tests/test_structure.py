@@ -13,7 +13,7 @@ from distiller_zoo import DISTILLERS
 from helper.settings import all_settings
 from tests.conftest import ROOT
 
-#: Who may import whom, beside libraries and modules of the same room.
+#: Who may import whom, in addition to libraries and modules of the same room.
 ROOMS = {
     "errors": set(),
     "setting": set(),

@@ -10,9 +10,11 @@ import torch
 from torch.multiprocessing import spawn
 
 import train_teacher
+from dataset import DATASETS
 from distiller_zoo.ce import CrossEntropy
-from helper import run as run_module
+from helper import inputs
 from helper.distributed import count_processes, rank
+from tests.conftest import WHOLE_DIGITS
 from tests.helper.distributed_cases import few_images
 from tests.run_folders import metrics, state
 
@@ -38,8 +40,9 @@ def train(folder: str) -> None:
         return terms
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run_module, "load_data", few_images)
-        patch.setattr(run_module, "check_precision", lambda precision, device: None)
+        patch.setitem(DATASETS, "digits", WHOLE_DIGITS)  # as processes of their own read them
+        patch.setattr(inputs, "load_data", few_images)
+        patch.setattr(inputs, "check_precision", lambda precision, device: None)
         for port, (name, flags) in enumerate(RUNS.items(), int(os.environ.get("MASTER_PORT", "0"))):
             patch.setenv("MASTER_PORT", str(port))
             calls = itertools.count(1)

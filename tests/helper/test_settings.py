@@ -13,7 +13,7 @@ from setting import RECIPE, Setting, count
 from tests.conftest import message_of
 from tests.run_folders import config_of, new_run
 
-SHORT = ("--model", "resnet8", "--batch_size", "32", "--max_steps", "1")
+SHORT = ("--model", "resnet8", "--batch_size", "8", "--max_steps", "1")
 ROW = Setting(("--warmth",), count, 3, "how warm the training is", group=TRAINING)
 pytestmark = pytest.mark.usefixtures("few_images")
 

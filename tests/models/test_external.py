@@ -176,7 +176,7 @@ def test_a_foreign_student_is_distilled_exported_and_read_again_as_a_teacher(dis
     assert run.name == "digits_norm_resnet14_torchvision-shufflenet_v2_x0_5_trial1_try"
     assert f"{name}: the last feature map is" in capsys.readouterr().out
     out = export_student.main([str(run / "last.pth")])
-    assert "same class on 364 of 364" in capsys.readouterr().out
+    assert "same class on 73 of 73" in capsys.readouterr().out
     read = read_teacher(str(out), None)
     assert read.name == name and read.num_classes == 10
     plain = torch.load(out, weights_only=True)["model"]

@@ -1,4 +1,4 @@
-"""The benchmarks run as they stand, and what they compare is the same training."""
+"""The benchmarks run as they are, and what they compare is the same training."""
 
 import json
 import math

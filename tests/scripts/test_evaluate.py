@@ -61,7 +61,7 @@ def test_the_numbers_are_those_of_torch_and_scikit_learn(distil):
         (about,) = evaluate.main([str(exported.with_suffix(kind))])
         assert {name: about[name] for name in expected} == pytest.approx(expected, abs=1e-3)
         assert about["confusion"] == metrics.confusion_matrix(true, found).tolist()
-        assert about["test_images"] == 364 and about["test_unreadable"] == 0
+        assert about["test_images"] == 73 and about["test_unreadable"] == 0
     for name, value in expected.items():
         low, high = about["intervals"][name]
         assert low < value < high
