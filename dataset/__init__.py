@@ -4,13 +4,12 @@ from dataset.balance import BALANCED, class_weights
 from dataset.cache import RowCache, differences
 from dataset.changes import POLICIES
 from dataset.decoding import Centre
-from dataset.folders import is_image_folder
 from dataset.identity import data_changes, data_digest, data_identity
 from dataset.images import Augmentation, ImageData, Images, hold_out
 from dataset.loader import Batch, Loader
 from dataset.prediction import find_images, read_normalised
 from dataset.seeds import epoch_seed
-from dataset.sources import DATASETS, WITHOUT_LABELS, load_data
+from dataset.sources import DATASETS, WITHOUT_LABELS, dataset_at, load_data
 from dataset.streaming import StreamedImages
 from dataset.views import VIEWS
 
@@ -32,11 +31,11 @@ __all__ = [
     "data_changes",
     "data_digest",
     "data_identity",
+    "dataset_at",
     "differences",
     "epoch_seed",
     "find_images",
     "hold_out",
-    "is_image_folder",
     "load_data",
     "read_normalised",
 ]

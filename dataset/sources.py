@@ -1,6 +1,8 @@
 """Where the images come from: torchvision's data sets, a folder of images, and scikit-learn's digits."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from urllib.error import URLError
 
@@ -9,7 +11,7 @@ from torch.nn import functional as F
 from torchvision import datasets
 
 from dataset.decoding import WHITE
-from dataset.folders import list_folder, list_images, printable
+from dataset.folders import has_image_folders, is_image_folder, list_folder, list_images, printable
 from dataset.images import Augmentation, ImageData, Images, channel_statistics, hold_out
 from dataset.memory import free_memory
 from dataset.pool import Pool
@@ -42,7 +44,7 @@ def _download(dataset_class, folder: str | None, may_download: bool, **options):
     except (URLError, OSError, RuntimeError, ValueError) as error:
         if not may_download:  # a file names the folder; what a file says is read, and never written to
             raise UserError(
-                f"--data: {dataset_class.__name__} is not in {folder}, the folder on record; name another with --data"
+                f"--data: {dataset_class.__name__} is not in {folder}; name another folder with --data"
             ) from None
         raise UserError(
             f"--data: {dataset_class.__name__} is neither in {folder} nor can it be downloaded ({error}); put the "
@@ -96,6 +98,8 @@ def digits(folder: str | None, image_size: int, reading: Reading) -> ImageData:
     """The 1,797 handwritten digits of 8x8 that scikit-learn ships, enlarged to 32x32; every fifth is for testing."""
     from sklearn.datasets import load_digits
 
+    if folder is not None and reading.may_download:
+        raise UserError(f"--data: --dataset {EMBEDDED} is embedded and reads no folder; leave one of them out")
     source = load_digits()
     small = torch.as_tensor(source.images / 16 * 255, dtype=torch.float32)[:, None]
     large = F.interpolate(small, size=32, mode="bilinear").round().byte().expand(-1, 3, -1, -1).contiguous()
@@ -235,10 +239,23 @@ def _in_memory(images: StreamedImages, classes: list[str]) -> tuple[Images, dict
     return Images(pixels, images.targets).keep(whole), broken
 
 
-#: Data sets that can be read without labels.
-WITHOUT_LABELS = ("folder", "imagenet")
+@contextmanager
+def _blamed_on_record(recorded: bool) -> Iterator[None]:
+    """What is wrong with a folder that a record names is not blamed on a flag that nobody gave."""
+    try:
+        yield
+    except UserError as error:
+        flag, _, text = str(error).partition("--data: ")
+        if flag or not recorded:
+            raise
+        hint = "" if "--data" in text else "; name another folder with --data"
+        raise UserError(f"the data folder on record: {text}{hint}") from None
+
+
+#: Data sets that are read from image files: they can be read without labels. And the one that reads no folder.
+WITHOUT_LABELS, EMBEDDED = ("folder", "imagenet"), "digits"
 DATASETS = {
-    "digits": digits,
+    EMBEDDED: digits,
     "cifar100": cifar100,
     "cifar10": cifar10,
     "fashion_mnist": fashion_mnist,
@@ -247,13 +264,37 @@ DATASETS = {
 }
 
 
+def dataset_at(folder: str, known: str | None) -> str | None:
+    """The data set of a folder that is named without one, where `known` is the one on record or the default.
+
+    A folder of images is "folder". Raises `UserError` where the folder could be no data set, or two of them.
+    """
+    place = os.path.expanduser(folder)
+    if known in WITHOUT_LABELS:
+        return known
+    if is_image_folder(place if known in (None, EMBEDDED) else os.path.join(place, "train")):
+        return "folder"
+    if known not in (None, EMBEDDED) and has_image_folders(place):  # other data sets may be next to the archive
+        raise UserError(
+            f"--data: {printable(folder)} has folders of images, and the data set on record is {known}; say which is "
+            f"meant: --dataset folder, or --dataset {known}"
+        )
+    if known != EMBEDDED:
+        return known
+    if not os.path.isdir(place):
+        raise UserError(f"--data: there is no folder {printable(folder)}")
+    if any(find_shards(place)):
+        raise UserError(f"--data: {printable(folder)} holds shards; add --dataset imagenet")
+    raise UserError(f"--data: {printable(folder)} is no folder of images; --dataset says what is stored there")
+
+
 def load_data(
     name: str,
     folder: str | None = None,
     image_size: int = 32,
     num_workers: int = 4,
     max_broken: int = 10,
-    may_download: bool = True,
+    may_download: bool = True,  # the folder was named by a person, not by a file
     *,
     background: tuple[int, int, int] = WHITE,
     stream: bool | None = None,
@@ -281,7 +322,8 @@ def load_data(
         folder = os.path.abspath(os.path.expanduser(folder))
     pool = Pool(num_workers) if num_workers else None
     options = (pool, background, stream, split, holdout, normalisation, labelled, device_memory)
-    data = DATASETS[name](folder, image_size, Reading(num_workers, max_broken, may_download, *options))
+    with _blamed_on_record(folder is not None and not may_download):
+        data = DATASETS[name](folder, image_size, Reading(num_workers, max_broken, may_download, *options))
     data = data._replace(labelled=labelled)
     if image_size != data.image_size:
         data = data._replace(resized=image_size)

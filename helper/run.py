@@ -24,8 +24,8 @@ from dataset import (
     class_weights,
     data_changes,
     data_identity,
+    dataset_at,
     hold_out,
-    is_image_folder,
     load_data,
 )
 from dataset.folders import list_folder
@@ -166,21 +166,19 @@ def open_runs(given: Given) -> Opened:
 
 def _dataset_of(values: Mapping[str, Any], of_teacher: Mapping[str, Any]) -> dict[str, str]:
     """What `--data` says of the data set where nothing else does: {"dataset": "folder"} for a folder of images."""
-    embedded = all_settings()["dataset"].default
-    known = values.get("dataset") or of_teacher.get("dataset") or embedded
+    known = values.get("dataset") or of_teacher.get("dataset") or all_settings()["dataset"].default
     if values.get("labels") == "none" and values.get("data") is not None and known not in WITHOUT_LABELS:
         if "dataset" in values:
             return {}  # what is wrong is said where the images are read
         print(f"--labels none: the images below {values['data']}: --dataset folder")
         return {"dataset": "folder"}
-    if values.get("data") is None or known != embedded:
+    if values.get("data") is None or "dataset" in values:
         return {}
-    if "dataset" in values:
-        raise UserError(f"--data: --dataset {known} is embedded and reads no folder; leave one of them out")
-    if not is_image_folder(values["data"]):
-        raise UserError(f"--data: {values['data']} is no folder of images; --dataset says what is stored there")
-    print(f"--data {values['data']} is a folder of images: --dataset folder")
-    return {"dataset": "folder"}
+    found = dataset_at(values["data"], known)
+    if found == known:
+        return {}
+    print(f"--data {values['data']} is a folder of images: --dataset {found}")
+    return {"dataset": found}
 
 
 def _resolve_latest(run: Mapping[str, Any], of_teacher: Mapping, of_initial: Mapping) -> Configuration:

@@ -22,7 +22,7 @@ with starting():
     from PIL import Image
     from torch import Tensor
 
-    from dataset import DATASETS, ImageData, Loader, StreamedImages, is_image_folder
+    from dataset import DATASETS, ImageData, Loader, StreamedImages, dataset_at
     from helper.checkpoint import AVERAGE, rebuild, take_average
     from helper.command_line import Parser
     from helper.distributed import find_device
@@ -123,8 +123,8 @@ def data_for(judged: Judged, args) -> RecordedData:
     """What NETWORK is judged on: the flags, else its record, else what its published weights were trained on."""
     record, own = dict(judged.record), read_preprocessing(judged.source)
     dataset = args.dataset or record.get("dataset")
-    if args.dataset is None and args.data is not None and dataset not in ("folder", "imagenet"):
-        dataset = "folder" if is_image_folder(args.data) else dataset
+    if args.dataset is None and args.data is not None:
+        dataset = dataset_at(args.data, dataset)
     if dataset is None:
         raise UserError(
             f"--dataset: {judged.source} does not say what it was trained on; name the data set, or a folder by --data"

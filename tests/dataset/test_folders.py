@@ -11,7 +11,8 @@ import pytest
 import torch
 from PIL import Image
 
-from dataset import data_changes, data_digest, data_identity, is_image_folder, load_data, sources
+from dataset import data_changes, data_digest, data_identity, dataset_at, load_data, sources
+from dataset.folders import is_image_folder
 from dataset.memory import free_memory
 from dataset.streaming import StreamedImages
 from errors import UserError
@@ -165,6 +166,36 @@ def test_what_is_a_folder_of_images(folder, tmp_path, monkeypatch):
     assert is_image_folder(str(folder)) and is_image_folder(str(folder / "train")) and is_image_folder("~/data")
     (tmp_path / "empty" / "train" / "cat").mkdir(parents=True)
     assert not is_image_folder(str(tmp_path / "empty")) and not is_image_folder(str(tmp_path / "no"))
+
+
+def test_a_folder_says_what_data_set_it_is_or_why_it_is_none(folder, tmp_path):
+    for known in (None, "digits", "cifar100", "folder"):
+        assert dataset_at(str(folder), known) == "folder", known
+    assert dataset_at(str(folder), "imagenet") == "imagenet"
+    assert dataset_at(str(tmp_path), "cifar10") == "cifar10" and dataset_at(str(tmp_path / "no"), None) is None
+    (tmp_path / "shards").mkdir()
+    for split in ("train", "val"):
+        (tmp_path / "shards" / f"{split}-0.tar").touch()
+    for place, known, said in (
+        ("no", "digits", "there is no folder"),
+        ("shards", "digits", "add --dataset imagenet"),
+        ("data/train/cat", "digits", "is no folder of images"),
+        ("data/train", "cifar100", "--dataset folder, or --dataset cifar100"),
+    ):
+        with pytest.raises(UserError, match=f"--data: .*{said}"):
+            dataset_at(str(tmp_path / place), known)
+    with pytest.raises(UserError, match="--dataset digits is embedded"):
+        load_data("digits", str(folder))
+
+
+def test_a_folder_on_record_that_is_gone_is_blamed_on_the_record(folder):
+    shutil.rmtree(folder)
+    for name in ("folder", "imagenet"):
+        with pytest.raises(UserError) as caught:
+            load_data(name, str(folder), 32, 0, may_download=False)
+        message = f"the data folder on record: there is no folder {folder}; name another folder with --data"
+        assert str(caught.value) == message
+    assert refusal(folder) == f"--data: there is no folder {folder}"
 
 
 def test_a_name_that_is_not_utf8_ends_nothing(folder):
