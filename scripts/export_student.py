@@ -21,7 +21,7 @@ with starting():
     import torch
     from torch import Tensor, nn
 
-    from dataset import ImageData, Loader
+    from dataset import ImageData, Loader, dataset_at
     from dataset.decoding import WHITE
     from distiller_zoo import Distiller, Predictor
     from helper.checkpoint import network_of, rebuild, rebuild_official, take_average, upgrade
@@ -90,7 +90,9 @@ def read_trained(path: str, model_s: str | None, ft: str, ema: bool = False) -> 
 
 
 def data_to_compare(record: dict, dataset: str | None, folder: str | None) -> ImageData:
-    """The run's own data set, as far as it is there, else digits; of the run's size."""
+    """The data set that the flags name, or the run's own, as far as it is there, else digits; of the run's size."""
+    if dataset is None and folder is not None:
+        dataset = dataset_at(folder, record.get("dataset"))
     try:
         return RecordedData.of(record, dataset, folder).load()
     except UserError as error:
