@@ -44,6 +44,11 @@ def is_image_folder(path: str) -> bool:
     return any(_holds_image(folder) for place in places for folder in _class_folders(place).values())
 
 
+def has_image_folders(path: str) -> bool:
+    """Whether folders in a path hold images themselves, not only further below."""
+    return any(_is_image(entry.name) for folder in _class_folders(path).values() for entry in _entries(folder))
+
+
 def _holds_image(folder: str) -> bool:
     return any(_is_image(name) for _, _, names in os.walk(folder) for name in names)
 

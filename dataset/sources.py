@@ -10,7 +10,7 @@ import torch
 from torch.nn import functional as F
 
 from dataset.decoding import WHITE
-from dataset.folders import is_image_folder, list_folder, list_images, printable
+from dataset.folders import has_image_folders, is_image_folder, list_folder, list_images, printable
 from dataset.images import Augmentation, ImageData, Images, channel_statistics, hold_out
 from dataset.memory import free_memory
 from dataset.pool import Pool
@@ -97,6 +97,8 @@ def digits(folder: str | None, image_size: int, reading: Reading) -> ImageData:
     """The 1,797 handwritten digits of 8x8 that scikit-learn ships, enlarged to 32x32; every fifth is for testing."""
     from sklearn.datasets import load_digits
 
+    if folder is not None and reading.may_download:
+        raise UserError(f"--data: --dataset {EMBEDDED} is embedded and reads no folder; leave one of them out")
     source = load_digits()
     small = torch.as_tensor(source.images / 16 * 255, dtype=torch.float32)[:, None]
     large = F.interpolate(small, size=32, mode="bilinear").round().byte().expand(-1, 3, -1, -1).contiguous()
@@ -237,16 +239,16 @@ def _in_memory(images: StreamedImages, classes: list[str]) -> tuple[Images, dict
 
 
 @contextmanager
-def _blaming(record: bool) -> Iterator[None]:
-    """Where a `record` names the folder there is no flag to blame: let a `UserError` say so."""
+def _blamed_on_record(recorded: bool) -> Iterator[None]:
+    """What is wrong with a folder that a record names is not blamed on a flag that nobody gave."""
     try:
         yield
     except UserError as error:
-        text = str(error)
-        if not record or not text.startswith("--data: "):
+        flag, _, text = str(error).partition("--data: ")
+        if flag or not recorded:
             raise
-        hint = "" if "--data" in text[7:] else "; name another folder with --data"
-        raise UserError(f"the data folder on record: {text[8:]}{hint}") from None
+        hint = "" if "--data" in text else "; name another folder with --data"
+        raise UserError(f"the data folder on record: {text}{hint}") from None
 
 
 #: Data sets that are read from image files: they can be read without labels. And the one that reads no folder.
@@ -269,9 +271,9 @@ def dataset_at(folder: str, known: str | None) -> str | None:
     place = os.path.expanduser(folder)
     if known in WITHOUT_LABELS:
         return known
-    if is_image_folder(place):
-        if known in (None, EMBEDDED) or is_image_folder(os.path.join(place, "train")):
-            return "folder"
+    if is_image_folder(place if known in (None, EMBEDDED) else os.path.join(place, "train")):
+        return "folder"
+    if known not in (None, EMBEDDED) and has_image_folders(place):  # other data sets may be next to the archive
         raise UserError(
             f"--data: {printable(folder)} has folders of images, and the data set on record is {known}; say which is "
             f"meant: --dataset folder, or --dataset {known}"
@@ -319,7 +321,7 @@ def load_data(
         folder = os.path.abspath(os.path.expanduser(folder))
     pool = Pool(num_workers) if num_workers else None
     options = (pool, background, stream, split, holdout, normalisation, labelled, device_memory)
-    with _blaming(record=folder is not None and not may_download):
+    with _blamed_on_record(folder is not None and not may_download):
         data = DATASETS[name](folder, image_size, Reading(num_workers, max_broken, may_download, *options))
     data = data._replace(labelled=labelled)
     if image_size != data.image_size:

@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 import torch
 
 from dataset import (
-    EMBEDDED,
     WITHOUT_LABELS,
     ImageData,
     Images,
@@ -126,10 +125,8 @@ def _dataset_of(values: Mapping[str, Any], of_teacher: Mapping[str, Any]) -> dic
             return {}  # what is wrong is said where the images are read
         print(f"--labels none: the images below {values['data']}: --dataset folder")
         return {"dataset": "folder"}
-    if values.get("data") is None or ("dataset" in values and known != EMBEDDED):
+    if values.get("data") is None or "dataset" in values:
         return {}
-    if "dataset" in values:
-        raise UserError(f"--data: --dataset {known} is embedded and reads no folder; leave one of them out")
     found = dataset_at(values["data"], known)
     if found is None or found == known:
         return {}
@@ -269,7 +266,11 @@ def prepare_teacher(source: Network | None, inputs: Inputs, config: Configuratio
         teacher.accuracy = evaluate(teacher.predict, shown, "checking the teachers")["test_accuracy"]
         notes.append(f"{len(notes)} teachers: {teacher.accuracy:.2f} % by the average of their logits")
     steps = [each.record.get("max_steps") for each in source.teachers]
-    notes += [f"warning: this teacher was trained for {each} steps only (--max_steps)" for each in steps if each]
+    notes += [
+        f"warning: this teacher was trained for {each} step{'s' * (each != 1)} only (--max_steps)"
+        for each in steps
+        if each
+    ]
     described = (teacher.network.describe(data.image_size), teacher.seen)
     teacher.note = "\n".join(filter(None, (*source.notes, *described, *notes)))
     return teacher

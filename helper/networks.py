@@ -42,7 +42,7 @@ from models.external import is_external
 from models.found import locate_weights, recorded_accuracy
 from models.preprocessing import Preprocessing, TeacherView, read_preprocessing
 from models.published import published_name, read_timm, read_torchvision
-from models.wrappers import describe_wrapper
+from models.wrappers import added_layers, describe_wrapper
 
 #: How far, in points of accuracy, a teacher may be from its recorded or published accuracy.
 TEACHER_TOLERANCE = 0.5
@@ -235,7 +235,10 @@ def start_from(initial: Network, student: Backbone, model_s: str, classes: Seque
     source = f"{INIT}: {initial.path}"
     takes_classifier = load_initial(student, model_s, initial.network, source, same_classes=others is None)
     counts = f"{initial.num_classes} classes there, {len(classes)} here"
-    new = f" but the classifier's, which is new: {others or counts}"
+    added = added_layers(initial.network)
+    added = f"what its method added is left out ({', '.join(added)})" if added else ""
+    reasons = "; ".join(filter(None, (others, added))) or counts
+    new = f" but the classifier's, which is new: {reasons}"
     line = (
         f"{INIT} {initial.path}: all weights{'' if takes_classifier else new}; images are normalised with the mean and "
         f"deviation of {dataset}, whatever these weights were trained with"

@@ -74,6 +74,13 @@ class ReusedClassifier(Wrapper):
         return Backbone.get_bn_before_relu(self) if self.network.head else super().get_bn_before_relu()
 
 
+def added_layers(network: Backbone) -> list[str]:
+    """The names of the layers that a network has around the plain one; none where it is the plain one."""
+    if not isinstance(network, Wrapper):
+        return []
+    return [name for name, _ in network.named_children() if name != "network"] + added_layers(network.network)
+
+
 def _convolution(in_channels: int, out_channels: int, kernel_size: int) -> tuple[nn.Module, ...]:
     convolution = nn.Conv2d(in_channels, out_channels, kernel_size, padding=kernel_size // 2, bias=False)
     return convolution, nn.BatchNorm2d(out_channels), nn.ReLU()

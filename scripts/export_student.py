@@ -21,7 +21,7 @@ with starting():
     import torch
     from torch import Tensor, nn
 
-    from dataset import ImageData, Loader
+    from dataset import ImageData, Loader, dataset_at
     from dataset.decoding import WHITE
     from distiller_zoo import Distiller, Predictor
     from helper.checkpoint import network_of, rebuild, rebuild_official, take_average, upgrade
@@ -90,7 +90,9 @@ def read_trained(path: str, model_s: str | None, ft: str, ema: bool = False) -> 
 
 
 def data_to_compare(record: dict, dataset: str | None, folder: str | None) -> ImageData:
-    """The run's own data set, as far as it is there, else digits; of the run's size."""
+    """The data set that the flags name, or the run's own, as far as it is there, else digits; of the run's size."""
+    if dataset is None and folder is not None:
+        dataset = dataset_at(folder, record.get("dataset"))
     try:
         return RecordedData.of(record, dataset, folder).load()
     except UserError as error:
@@ -259,7 +261,7 @@ def make_parser() -> Parser:
     add("--out", type=Path, metavar="FILE", help="default: <CKPT>_exported.pth next to it")
     add("--model_s", metavar="NAME", help="for official files whose weights fit several models")
     add("--ema", action="store_true", help="the moving average of the weights, of a run with --ema_decay")
-    add("--ft", choices=("default", "plain"), default="default", help="transform of an official file")
+    add("--ft", choices=("default", "plain"), default="default", help="transform of an official file (default)")
     add("--dataset", help="images to compare on; default: the run's data set")
     add("--data", metavar="PATH", help="where that data set is stored")
     formats = "pth, safetensors, pt2 (torch.export), onnx; default: the suffix of --out, pth"

@@ -1,4 +1,4 @@
-"""The page from a folder of images to a file of 8 bits works as it stands: its commands are run in their order."""
+"""The page from a folder of images to a file of 8 bits works: its commands are run in their order."""
 
 import csv
 import re

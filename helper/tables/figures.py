@@ -121,7 +121,7 @@ def names_of(rows: Sequence[Row]) -> list[str]:
         networks = row.pair if row.config["model_t"] else row.config["model_s"]
         names.append(row.label if taught == {networks} else f"{networks}: {row.label}")
     if len({row.epochs for row in rows}) > 1:
-        names = [f"{name}, {row.epochs} epochs" for name, row in zip(names, rows, strict=True)]
+        names = [f"{name}, {row.epochs} epoch{'s' * (row.epochs != 1)}" for name, row in zip(names, rows, strict=True)]
     return names
 
 

@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
 from distiller_zoo import DISTILLERS, find_distiller
 from errors import UserError
@@ -382,7 +384,7 @@ class Plan:
         """Why the method cannot be built on the pair; empty where it can."""
         targets = torch.arange(1000) % 10  # more than a batch, and few: a method may sort them
         try:
-            with torch.device("meta"):  # shapes alone, so that hundreds of rows are listed in seconds
+            with torch.device("meta"), ShapesAlone():  # so that hundreds of rows are listed in seconds
                 of_student = self._network_of_shapes(student, "student")
                 networks = [self._network_of_shapes(name, "teacher") for name in teachers_of(teacher) if config.model_t]
                 of_teacher = Ensemble(networks) if len(networks) > 1 else next(iter(networks), None)
@@ -397,6 +399,18 @@ class Plan:
         except (NotImplementedError, RuntimeError):
             pass  # it reads numbers, which a network without weights does not have; its shapes were fine so far
         return ""
+
+
+class ShapesAlone(TorchFunctionMode):
+    """Within its block, random initial values, BatchNorm and ReLU return what they are given: they change no shape,
+    tensors of the device "meta" have no values, and these calls would take half of the time."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        is_initial = getattr(func, "__module__", None) == "torch.nn.init" or func is torch.Tensor.normal_
+        if is_initial or func in (F.batch_norm, F.relu):
+            return args[0] if args else next(iter(kwargs.values()))
+        return func(*args, **kwargs)
 
 
 def _remembering(forward: Callable) -> Callable:

@@ -169,6 +169,36 @@ def test_what_is_a_folder_of_images(folder, tmp_path, monkeypatch):
     assert not is_image_folder(str(tmp_path / "empty")) and not is_image_folder(str(tmp_path / "no"))
 
 
+def test_a_folder_says_what_data_set_it_is_or_why_it_is_none(folder, tmp_path):
+    for known in (None, "digits", "cifar100", "folder"):
+        assert dataset_at(str(folder), known) == "folder", known
+    assert dataset_at(str(folder), "imagenet") == "imagenet"
+    assert dataset_at(str(tmp_path), "cifar10") == "cifar10" and dataset_at(str(tmp_path / "no"), None) is None
+    (tmp_path / "shards").mkdir()
+    for split in ("train", "val"):
+        (tmp_path / "shards" / f"{split}-0.tar").touch()
+    for place, known, said in (
+        ("no", "digits", "there is no folder"),
+        ("shards", "digits", "add --dataset imagenet"),
+        ("data/train/cat", "digits", "is no folder of images"),
+        ("data/train", "cifar100", "--dataset folder, or --dataset cifar100"),
+    ):
+        with pytest.raises(UserError, match=f"--data: .*{said}"):
+            dataset_at(str(tmp_path / place), known)
+    with pytest.raises(UserError, match="--dataset digits is embedded"):
+        load_data("digits", str(folder))
+
+
+def test_a_folder_on_record_that_is_gone_is_blamed_on_the_record(folder):
+    shutil.rmtree(folder)
+    for name in ("folder", "imagenet"):
+        with pytest.raises(UserError) as caught:
+            load_data(name, str(folder), 32, 0, may_download=False)
+        message = f"the data folder on record: there is no folder {folder}; name another folder with --data"
+        assert str(caught.value) == message
+    assert refusal(folder) == f"--data: there is no folder {folder}"
+
+
 def test_a_name_that_is_not_utf8_ends_nothing(folder):
     shutil.copy(folder / "train/cat/0.JPEG", os.fsencode(folder / "train/cat") + b"/bad\xff.jpg")
     with open(os.fsencode(folder / "train/cat") + b"/broken\xff.jpg", "wb") as file:
@@ -219,25 +249,3 @@ def test_a_change_of_the_data_is_noticed(folder, stream, tmp_path):
     for split in ("train", "val"):
         (folder / split / "cat").rename(folder / split / "zebra")
     assert "gone: cat; new: zebra" in data_changes(first, now())[0]
-
-
-def test_a_folder_is_the_data_set_that_it_looks_like(folder, tmp_path):
-    (tmp_path / "other").mkdir()
-    assert [dataset_at(str(folder), known) for known in (None, "digits", "cifar10")] == ["folder"] * 3
-    assert (
-        dataset_at(str(folder), "imagenet") == "imagenet"
-        and dataset_at(str(tmp_path / "other"), "cifar10") == "cifar10"
-    )
-    for place, known, message in (
-        (folder / "train", "cifar10", "say which is meant: --dataset folder, or --dataset cifar10"),
-        (tmp_path / "other", "digits", "is no folder of images"),
-        (tmp_path / "none", "digits", "there is no folder"),
-    ):
-        with pytest.raises(UserError, match=message):
-            dataset_at(str(place), known)
-
-
-def test_a_folder_of_the_record_that_is_gone_is_blamed_on_the_record(tmp_path):
-    gone = str(tmp_path / "gone")
-    assert refusal(gone, may_download=False).startswith(f"the data folder on record: there is no folder {gone}")
-    assert refusal(gone).startswith(f"--data: there is no folder {gone}")

@@ -114,7 +114,7 @@ def remove_norms(module: nn.Module) -> None:
 
 def test(distiller, data) -> dict:
     distiller.eval()
-    loader = run._part_loader(data.test, data, 32, CPU)
+    loader = inputs._part_loader(data.test, data, 32, CPU)
     return evaluate(lambda images: distiller.predict(images.double()), loader)
 
 

@@ -83,7 +83,7 @@ def test_a_flag_changes_what_is_learnt_and_one_setting(train):
 
 def test_teacher_and_student_see_the_same_mixed_images_and_targets(distil, monkeypatch):
     seen = {"teacher": [], "student": [], "targets": []}
-    call, add = Teacher.__call__, loops.add_gradients
+    call, add = Teacher.__call__, loops.forward_backward
 
     def teacher_sees(self, images, preact, is_whole):
         seen["teacher"].append(images)
@@ -95,7 +95,7 @@ def test_teacher_and_student_see_the_same_mixed_images_and_targets(distil, monke
         return add(method, stage, batch, *rest)
 
     monkeypatch.setattr(Teacher, "__call__", teacher_sees)
-    monkeypatch.setattr(loops, "add_gradients", student_sees)
+    monkeypatch.setattr(loops, "forward_backward", student_sees)
     run = distil("--batch_size", "8", "--max_steps", "2", "--mixup", "1", "--accumulate", "2", distill="dkd")
     student, targets = seen["student"], torch.cat(seen["targets"])
     given = [images for images in seen["teacher"] if any(images is one for one in student)]

@@ -230,3 +230,10 @@ def test_what_a_wrapper_holds_starts_a_network_with_a_new_classifier():
     now, given = student.state_dict(), source.network.state_dict()
     assert all(torch.equal(now[key], given[key]) for key in now if not key.startswith("fc."))
     assert torch.equal(now["fc.weight"], before["fc.weight"])
+
+
+def test_what_a_method_added_is_named_where_it_is_left_out():
+    classes, student = list("abcdefghij"), build_model("wrn_16_1", 10)
+    given = networks.Network("a.pth", "wrn_16_1", FinalConv(build_model("wrn_16_1", 10), 64), 10)
+    line = networks.start_from(given, student, "wrn_16_1", classes, "digits")
+    assert "the classifier's, which is new: what its method added is left out (final_conv); images" in line

@@ -67,6 +67,16 @@ def test_the_numbers_are_those_of_torch_and_scikit_learn(distil):
         assert low < value < high
 
 
+@pytest.mark.parametrize("script", [evaluate, export_student])
+def test_a_folder_that_is_named_is_not_ignored(teacher_run, tmp_path, script):
+    """The run's own data set is embedded: the folder says which is meant, or is refused."""
+    argv = [str(teacher_run / "last.pth"), "--data"]
+    (tmp_path / "empty").mkdir()
+    assert "--data: there is no folder" in message_of(script.main, [*argv, str(tmp_path / "none")])
+    assert "is no folder of images" in message_of(script.main, [*argv, str(tmp_path / "empty")])
+    assert "reads no folder" in message_of(script.main, [*argv, str(tmp_path), "--dataset", "digits"])
+
+
 def test_fidelity_is_recorded_where_reports_look_for_it(distil, teacher_run, tmp_path, capsys):
     plain, folded = distil(*SHORT, distill="kd"), distil(*SHORT)
     teacher, out = str(teacher_run / "last.pth"), tmp_path / "out.json"

@@ -5,12 +5,15 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
+from torch.nn import init
 
 from errors import UserError
 from helper.command_line import resolve
 from helper.recipes import CIFAR_PAIRS
-from helper.tables.plan import TABLES, Job, Plan, Shelf, Variant, all_variants, read_variants, trial_name
+from helper.tables.plan import TABLES, Job, Plan, ShapesAlone, Shelf, Variant, all_variants, read_variants, trial_name
 from helper.tables.rows import read_rows
+from models import build_model
 from tests.run_folders import make_run, pretend
 
 PAIR = (("resnet20", "resnet8"),)
@@ -104,6 +107,25 @@ def test_a_method_that_cannot_train_the_pair_is_named_with_its_reason(tmp_path):
     assert not any("fsp" in job.title for job in jobs) and any("kd" in job.title for job in jobs)
     [(title, reason)] = made.inapplicable
     assert title == "resnet32x4 -> resnet8: fsp" and "equal channels" in reason
+
+
+def test_networks_of_shapes_have_the_shapes_of_networks():
+    images = 1, 3, 32, 32
+    with torch.device("meta"), ShapesAlone(), torch.no_grad():
+        shown = [build_model(name, 10).outputs(torch.zeros(images), preact=True) for name in ("wrn_16_1", "ShuffleV1")]
+    with torch.no_grad():
+        real = [build_model(name, 10).outputs(torch.zeros(images), preact=True) for name in ("wrn_16_1", "ShuffleV1")]
+    shapes, expected = (
+        [[one.shape for one in (*each.maps, each.final, each.logits)] for each in both] for both in (shown, real)
+    )
+    assert shapes == expected
+
+
+def test_what_keeps_a_shape_is_not_computed_for_shapes():
+    weights = torch.ones(2, 2)
+    with ShapesAlone():
+        assert init.kaiming_uniform_(weights) is init.kaiming_normal_(tensor=weights) is weights
+    assert weights.sum() == 4
 
 
 @pytest.mark.slow
