@@ -1,4 +1,4 @@
-"""The one exception that is meant for the person at the terminal."""
+"""Errors that are meant for the person at the terminal, and how a script ends."""
 
 import io
 import os
@@ -24,7 +24,7 @@ class UnfitPair(UserError, ValueError):
 
 
 class Stopped(Exception):
-    """A run that was asked to stop by a signal, and has saved what is needed to go on."""
+    """A run that was asked to stop by a signal, and has saved what is needed to resume."""
 
     def __init__(self, signal_number: int, message: str):
         super().__init__(message)

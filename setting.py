@@ -46,12 +46,12 @@ class Setting(NamedTuple):
     """
 
     names: tuple[str, ...]
-    type: Callable[[Any], Any]  # reads the text of a flag; bool for a switch
+    type: Callable[[Any], Any]  # reads the text of a flag, or what a file holds; bool for a switch
     default: Any  # None: it may be absent; RECIPE: filled in when the run is resolved
     help: str
     choices: Collection[str] | None = None
     is_weight: bool = False  # a weight of 0 may be given to methods that have no such term
-    #: A number of epochs that belongs to a run of so many epochs (RECIPE: of the recipe's); it scales with --epochs.
+    #: A number of epochs that belongs to a run of this many epochs (RECIPE: of the recipe's); it scales with --epochs.
     full_run: Any = None
     group: str = ""  # the heading in --help
     metavar: str | None = None

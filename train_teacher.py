@@ -13,7 +13,8 @@ from errors import run_script, starting
 with starting():
     from helper.command_line import parse, teacher_parser
     from helper.distributed import joined
-    from helper.run import load_inputs, open_runs, prepared, train
+    from helper.inputs import load_inputs, open_runs
+    from helper.run import prepared, train
     from helper.tables.pages import show_table
 
 

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from crd.processes import gather_rows, rows_of_all
 
-#: A bank of up to so many rows per index is multiplied as a whole: that is faster than visiting rows one by one.
+#: A bank of up to this many rows per index is multiplied as a whole, which is faster than visiting rows one by one.
 WHOLE_BANK_ROWS = 32
 
 

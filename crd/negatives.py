@@ -74,7 +74,7 @@ class NegativeSampler(nn.Module):
         a, b, turn = 1 + (a * (primes - 1)).long(), (b * primes).long(), (turn * available).long()
         ranks = (a * torch.arange(self.k + self.most_left_out, device=device) + b) % primes
         is_below = ranks < available
-        # The first K below go to their places, all others to one place behind them.
+        # The first K below get columns of their own, all others share one column behind them.
         places = torch.where(is_below, is_below.cumsum(1) - 1, self.k).clamp(max=self.k)
         kept = ranks.new_empty(len(ranks), self.k + 1).scatter_(1, places, ranks)[:, : self.k]
         return (kept + turn) % available

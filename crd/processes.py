@@ -1,4 +1,4 @@
-"""The batch of all processes: where this process's rows lie in it, and everybody's rows together."""
+"""The batch of all processes: which rows are this process's, and everybody's rows together."""
 
 import torch
 from torch import Tensor, distributed

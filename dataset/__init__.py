@@ -1,4 +1,4 @@
-"""The data sets by name, in memory or read from a disk; a batch is always (images, targets, index)."""
+"""The data sets by name, in memory or read from a disk; a batch of any is a `Batch`."""
 
 from dataset.balance import BALANCED, class_weights
 from dataset.cache import RowCache, differences

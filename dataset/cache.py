@@ -15,7 +15,7 @@ from errors import UserError
 DESCRIPTION, LOCK = "cache.json", ".lock"
 #: Endings of the files of one kind of numbers in one epoch: rows, and which of them are whole.
 ROWS, WHOLE = ".f32", ".whole"
-#: So many new rows are flushed to the disk at once; of a run that is killed at most these are lost.
+#: Number of new rows that are flushed to the disk at once: at most these are lost when a run is killed.
 FLUSHED = 2**16
 #: The epoch of rows that are the same in every epoch.
 EVERY = 0

@@ -2,23 +2,31 @@
 
 from collections.abc import Callable
 from functools import cache
+from types import ModuleType
 from typing import NamedTuple
 
 import numpy
 import torch
 from torch import Tensor, nn
-from torchvision.transforms import v2
 
 from dataset.seeds import epoch_seed
+
+
+def v2() -> ModuleType:
+    """torchvision's transforms, which take a second to import and are not needed by most runs."""
+    from torchvision.transforms import v2
+
+    return v2
+
 
 #: What `--augment` names -> the transform of an image's bytes, for a data set whose own AutoAugment policy is given.
 #: Without the data set's own crops and flips where it is `none`.
 POLICIES: dict[str, Callable[[str], list[nn.Module]]] = {
     "standard": lambda own: [],
     "none": lambda own: [],
-    "randaugment": lambda own: [v2.RandAugment()],
-    "trivialaugment": lambda own: [v2.TrivialAugmentWide()],
-    "autoaugment": lambda own: [v2.AutoAugment(v2.AutoAugmentPolicy(own))],
+    "randaugment": lambda own: [v2().RandAugment()],
+    "trivialaugment": lambda own: [v2().TrivialAugmentWide()],
+    "autoaugment": lambda own: [v2().AutoAugment(v2().AutoAugmentPolicy(own))],
 }
 
 
@@ -61,7 +69,7 @@ class Changes(NamedTuple):
 def _transform(changes: Changes) -> nn.Module:
     steps = POLICIES[changes.policy](changes.own_policy)
     if changes.colour_jitter:
-        steps.append(v2.ColorJitter(*[changes.colour_jitter] * 3))
+        steps.append(v2().ColorJitter(*[changes.colour_jitter] * 3))
     if changes.random_erasing:
-        steps.append(v2.RandomErasing(changes.random_erasing, value=list(map(float, changes.colour))))
+        steps.append(v2().RandomErasing(changes.random_erasing, value=list(map(float, changes.colour))))
     return nn.Sequential(*steps)

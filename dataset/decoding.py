@@ -220,7 +220,7 @@ def _decode_reduced(image: Image.Image, boxes: list[Box], size: int) -> int:
 
 
 def _cut_out(image: Image.Image, box: list[float], size: int, alone: bool, how: Image.Resampling) -> numpy.ndarray:
-    """A part of an image, resized: bytes (size, size, 3). What lies around it does not show in its edges if `alone`."""
+    """A part of an image, resized: bytes (size, size, 3). Nothing around it shows in its edges if `alone`."""
     width, height = image.size
     box = (max(box[0], 0), max(box[1], 0), min(box[2], width), min(box[3], height))
     if alone and all(edge == int(edge) for edge in box):

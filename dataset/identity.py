@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataset.images import ImageData, Images
 from dataset.streaming import StreamedImages
 
-#: Of so many streamed images the file sizes are looked at, evenly spread; names and classes of all.
+#: Number of streamed images, evenly spread, whose file sizes are read; names and classes are read of all.
 MOST_SIZES = 100_000
 
 

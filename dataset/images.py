@@ -14,7 +14,7 @@ from dataset.streaming import StreamedImages
 
 #: Policies that leave the bytes of an image as they are.
 UNCHANGED = ("standard", "none")
-#: So many images are moved at once where some of a split are kept.
+#: Number of images moved at once where a part of a split is kept.
 AT_ONCE = 64
 
 
@@ -115,7 +115,7 @@ class ImageData(NamedTuple):
     augmentation: Augmentation
     margin: int = 0  # black pixels around each image; below 0: pixels that are cut off all around
     background: tuple[int, int, int] = WHITE  # what transparency is laid on
-    split: int = 0  # so many training images have become the test split, where the folder had none
+    split: int = 0  # number of training images that became the test split, where the folder had none
     unreadable: Mapping[str, str] = MappingProxyType({})  # why, by name, of test images that were left out of memory
     labelled: bool = True  # else every target is 0, and there are no test images
     test_files: StreamedImages | None = None  # the files of the test images, where they are image files
@@ -130,13 +130,9 @@ class ImageData(NamedTuple):
         """Pixels on a side of the images of a batch."""
         return self.resized or self.train.image_size
 
-    def unreadable_test_images(self) -> dict[str, str]:
-        """Why, by name, for each test image that could not be read so far; it is missing in every accuracy."""
-        return {**self.unreadable, **(self.test.unreadable if isinstance(self.test, StreamedImages) else {})}
-
 
 def hold_out(images: Images | StreamedImages, k: int) -> tuple[Images | StreamedImages, Images | StreamedImages]:
-    """Images -> (those that are left, `k` of them that are kept apart), each class in proportion.
+    """Images -> (those that are left, `k` held-out ones), each class in proportion.
 
     Which ones depends on the data set and k alone, not on a run's seed, so that all seeds and methods are trained and
     chosen on the same images. Those that are left take the memory of `images`, which must not be used any more. Raises

@@ -6,9 +6,9 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torchvision.transforms import v2
 
 from dataset.balance import draw_balanced
+from dataset.changes import v2
 from dataset.decoding import RandomCrops
 from dataset.images import Augmentation, ImageData, Images, draw_augmentation, resize
 from dataset.seeds import epoch_seed
@@ -170,6 +170,9 @@ class Loader:
 def _mixing(augmentation: Augmentation, num_classes: int) -> nn.Module | None:
     """torchvision's mixup (Zhang et al., ICLR 2018) or CutMix (Yun et al., ICCV 2019) of a batch, each image with the
     one before it; one of the two for each batch where both are on. None where neither is."""
-    parts = ((v2.MixUp, augmentation.mixup), (v2.CutMix, augmentation.cutmix))
-    mixing = [make(alpha=float(alpha), num_classes=num_classes) for make, alpha in parts if alpha]
-    return v2.RandomChoice(mixing) if len(mixing) > 1 else (mixing or [None])[0]
+    alphas = {"MixUp": augmentation.mixup, "CutMix": augmentation.cutmix}
+    chosen = {name: float(alpha) for name, alpha in alphas.items() if alpha}
+    if not chosen:
+        return None
+    mixing = [getattr(v2(), name)(alpha=alpha, num_classes=num_classes) for name, alpha in chosen.items()]
+    return v2().RandomChoice(mixing) if len(mixing) > 1 else mixing[0]

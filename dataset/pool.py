@@ -41,7 +41,7 @@ REAP = 0.2
 
 
 class Job:
-    """A batch that is being read: its number, where it lies in memory, and what is still missing."""
+    """A batch that is being read: its number, its position in memory, and what is still missing."""
 
     def __init__(self, number: int, offset: int, size: int):
         self.number, self.offset, self.size = number, offset, size

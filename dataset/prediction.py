@@ -18,7 +18,7 @@ def read_normalised(path: str | os.PathLike, record: dict, flag: str = "IMAGE") 
     """An image file -> (3, image_size, image_size) float32, read as the data sets read theirs.
 
     The record holds `image_size`, `source_size` where images of that size were resized to it, `mean`, `std` (of pixels
-    in 0..1), `margin`, the black pixels that the data set has around its images (below 0 so many are cut off a test
+    in 0..1), `margin`, the black pixels that the data set has around its images (below 0: the number cut off a test
     image on each side), and may hold the `background` under transparency. Raises `UserError`, naming `flag` and the
     file, for what is no whole image.
     """

@@ -1,4 +1,4 @@
-"""Where the images come from: torchvision's data sets, a folder of images, and scikit-learn's digits."""
+"""Where the images come from: torchvision's data sets, image folders, ImageNet, shards, and scikit-learn's digits."""
 
 import os
 from collections.abc import Iterator
@@ -8,7 +8,6 @@ from urllib.error import URLError
 
 import torch
 from torch.nn import functional as F
-from torchvision import datasets
 
 from dataset.decoding import WHITE
 from dataset.folders import has_image_folders, is_image_folder, list_folder, list_images, printable
@@ -28,7 +27,7 @@ IMAGENET_MEAN, IMAGENET_STD, CROP_SCALE = (0.485, 0.456, 0.406), (0.229, 0.224, 
 TEST_CUT = 14
 #: A batch that must fit, of images that are not held in memory.
 BATCH = 100
-#: About so many images of a folder that is not held in memory give its mean and standard deviation.
+#: About the number of images that give the mean and standard deviation of a folder that is not held in memory.
 STATISTICS_IMAGES = 2000
 
 
@@ -52,7 +51,10 @@ def _download(dataset_class, folder: str | None, may_download: bool, **options):
         ) from None
 
 
-def _cifar(dataset_class, name: str, mean: tuple[float, ...], std: tuple[float, ...], *place) -> ImageData:
+def _cifar(name: str, mean: tuple[float, ...], std: tuple[float, ...], *place) -> ImageData:
+    from torchvision import datasets
+
+    dataset_class = getattr(datasets, name.upper())
     train, test = (_download(dataset_class, *place, train=is_train) for is_train in (True, False))
     splits = (_images(split.data, split.targets) for split in (train, test))
     return ImageData(name, *splits, train.classes, mean, std, Augmentation(own_policy="cifar10"))
@@ -60,20 +62,17 @@ def _cifar(dataset_class, name: str, mean: tuple[float, ...], std: tuple[float, 
 
 def cifar100(folder: str | None, image_size: int, reading: Reading) -> ImageData:
     """CIFAR-100, 50,000 + 10,000 images; normalised as in RepDistiller."""
-    return _cifar(
-        datasets.CIFAR100, "cifar100", (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761), folder, reading.may_download
-    )
+    return _cifar("cifar100", (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761), folder, reading.may_download)
 
 
 def cifar10(folder: str | None, image_size: int, reading: Reading) -> ImageData:
     """CIFAR-10, 50,000 + 10,000 images."""
-    return _cifar(
-        datasets.CIFAR10, "cifar10", (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616), folder, reading.may_download
-    )
+    return _cifar("cifar10", (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616), folder, reading.may_download)
 
 
 def fashion_mnist(folder: str | None, image_size: int, reading: Reading) -> ImageData:
     """Fashion-MNIST, 60,000 + 10,000 grey images of 28x28, padded to 32x32."""
+    from torchvision import datasets
 
     def split(source) -> Images:
         grey = F.pad(source.data, [2] * 4)

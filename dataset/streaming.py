@@ -40,7 +40,7 @@ class Reading(NamedTuple):
     background: tuple[int, int, int] = WHITE  # under transparency
     stream: bool | None = None  # from the disk; None: what does not fit into memory
     split: float = 0.0  # share of the training images that becomes the test split of a folder without one
-    holdout: int = 0  # so many instead, where no share is given
+    holdout: int = 0  # number of images instead, where no share is given
     normalisation: Statistics | None = None  # instead of the data's own
     labelled: bool = True  # by class folders; else images at any depth, all of them for training
     device_memory: int | None = None  # bytes that may be used there, where it is not the CPU
@@ -87,7 +87,7 @@ class StreamedImages:
         self._broken: dict[str, str] = {}
 
     def to(self, device: torch.device) -> "StreamedImages":
-        """The same images, whose batches will lie on the device."""
+        """The same images, with batches on the device."""
         moved = copy.copy(self)
         moved.targets = self.targets.to(device)
         return moved

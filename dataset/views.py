@@ -9,8 +9,8 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torchvision.transforms.v2 import functional
 
+from dataset.changes import v2
 from dataset.images import Augmentation, Draws, augment
 
 #: RandAugment's number of operations.
@@ -63,18 +63,18 @@ def random_operation(pixels: Tensor, generator: torch.Generator | None = None) -
     return torch.empty_like(pixels).index_copy_(0, order, torch.cat(changed))
 
 
-def _blend(change: Callable[[Tensor, float], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
-    """0.05 to 0.95 of the image, the rest of what `change` makes of it at 0: black, grey, its mean, smoothed."""
+def _blend(name: str) -> Callable[[Tensor, Tensor], Tensor]:
+    """0.05 to 0.95 of the image, the rest of what `name` of torchvision makes at 0: black, grey, its mean, smoothed."""
 
     def operation(pixels: Tensor, strength: Tensor) -> Tensor:
         share = (0.05 + 0.9 * strength).view(-1, 1, 1, 1)
-        return (share * pixels + (1 - share) * change(pixels, 0.0)).to(pixels.dtype)
+        return (share * pixels + (1 - share) * getattr(v2().functional, name)(pixels, 0.0)).to(pixels.dtype)
 
     return operation
 
 
 def _move(row: Callable[..., tuple[Tensor, ...]]) -> Callable[[Tensor, Tensor], Tensor]:
-    """An affine map of places, the nearest pixel taken and black around the image.
+    """An affine map of coordinates, the nearest pixel taken and black around the image.
 
     `row` gives the six numbers (a, b, c, d, e, f) of (x, y) -> (ax + by + c, dx + ey + f), where the pixel of a result
     at (x, y) comes from, of strengths in -1..1 and the image's height and width.
@@ -127,12 +127,12 @@ def _solarize(pixels: Tensor, strength: Tensor) -> Tensor:
 #: FixMatch's list: bytes (n, 3, H, W) and strengths (n,) from 0 to 1 -> bytes.
 OPERATIONS: tuple[Callable[[Tensor, Tensor], Tensor], ...] = (
     lambda pixels, _: pixels,
-    lambda pixels, _: functional.autocontrast(pixels),
-    lambda pixels, _: functional.equalize(pixels),
-    _blend(functional.adjust_brightness),
-    _blend(functional.adjust_saturation),
-    _blend(functional.adjust_contrast),
-    _blend(functional.adjust_sharpness),
+    lambda pixels, _: v2().functional.autocontrast(pixels),
+    lambda pixels, _: v2().functional.equalize(pixels),
+    _blend("adjust_brightness"),
+    _blend("adjust_saturation"),
+    _blend("adjust_contrast"),
+    _blend("adjust_sharpness"),
     _posterize,
     _solarize,
     _move(_rotation),

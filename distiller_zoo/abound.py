@@ -1,6 +1,6 @@
 """AB: knowledge transfer via distillation of activation boundaries (Heo, Lee, Yun & Choi, AAAI 2019, arXiv 1811.03233).
 
-First stage, --init_epochs epochs: the student's neurons s come to lie on the teacher's side of zero,
+First stage, --init_epochs epochs: the student's neurons s are moved to the teacher's side of zero,
 
     sum over layers of 3 / (1000 B) * 2^-(layers above) * |max(0, 1 - side(t) r(s))|^2,    side(t) = 1 if t > 0, else -1
 

@@ -69,7 +69,7 @@ class Task(NamedTuple):
 
 
 class Progress(NamedTuple):
-    """Where a stage stands; `epoch` counts its epochs that are over, so it is 0 in the first."""
+    """How far a stage is; `epoch` counts its finished epochs, so it is 0 in the first."""
 
     epoch: int
     epochs: int
@@ -109,13 +109,13 @@ class Distiller(nn.Module):
     `export` too; one that prepares something first writes `stages`. A class without a name of its own is only a base.
     """
 
-    #: What stands after `--distill`, in lower case.
+    #: The value of `--distill`, in lower case.
     name = ""
     #: One line for `--help`, and where the method comes from.
     summary, source = "", ""
     #: The heading under which `--help` and the README list the method.
     group = "other"
-    #: What the losses read of student's and teacher's outputs, beside the logits.
+    #: What the losses read of student's and teacher's outputs, in addition to the logits.
     reads: tuple[str, ...] = ()
     #: Whether the method reads a teacher.
     needs_teacher = True
@@ -257,14 +257,14 @@ class Distiller(nn.Module):
         return []
 
     def export_note(self) -> str:
-        """One sentence on what `export` kept beside the plain student; empty where it is the plain student."""
+        """One sentence on what `export` kept in addition to the plain student; empty where it is the plain student."""
         return ""
 
 
 def refuse_without_effect(method: type[Distiller], values: Mapping[str, Any], given: Mapping[str, Any]) -> None:
     """Raise `UserError` for a flag in `given` that changes nothing, given the resolved `values` of all flags.
 
-    A weight of 0 may be given wherever it stands.
+    A weight of 0 may be given anywhere.
     """
     for flag in method.flags:
         if flag.argument not in given or (flag.is_weight and not given[flag.argument]):

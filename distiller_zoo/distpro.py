@@ -23,7 +23,6 @@ import copy
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.nn import functional as F
 
 from distiller_zoo.base import BETA, INIT_EPOCHS, Flag, Need, Stage, above_zero, is_one_of, number, widen_output
 from distiller_zoo.kd import FeatureDistiller, LogitDistiller
@@ -175,7 +174,7 @@ class DistPro(LogitDistiller):
         loss = sum(self._terms(student, teacher, batch.targets, self.weights(), pathway_losses).values())
         ahead = look_ahead(optimizer, parameters, gradients_of(loss, parameters))
         held_out_output, _ = run(ahead, held_out.images)
-        held_out_loss = F.cross_entropy(held_out_output.logits, held_out.targets)
+        held_out_loss = self.cross_entropy(held_out_output.logits, held_out.targets)
         direction = gradients_of(held_out_loss, ahead)
         length = torch.stack([value.square().sum() for value in direction.values()]).sum().sqrt()
         radius = REACH / length.clamp_min(torch.finfo(length.dtype).eps)

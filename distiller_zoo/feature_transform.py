@@ -7,7 +7,7 @@
 A transformer's tokens are rows like pixels: all of them are transformed, class tokens too, and both BatchNorms see all
 of them; only the patches, which `to_map` finds, are matched to the teacher's map.
 
-Nothing non-linear stands between the layers, so output, running statistics and matching loss follow from the second
+There is nothing non-linear between the layers, so output, running statistics and matching loss follow from the second
 moments of x and of the teacher's map alone (`_collapsed`; derived in docs/norm.md), at a cost that hardly grows with N.
 
 With `--sync_bn` both BatchNorms are synchronised, and so are these moments: the loss is that of all processes' pixels.

@@ -23,7 +23,7 @@ MAP_SIZE = Flag(
 
 
 def last_map(output: Output | Shapes) -> Tensor:
-    """The deepest stage output (B, C, H, W); in MobileNetV2 and ShuffleV2 it lies before the last 1x1 convolution."""
+    """The deepest stage output (B, C, H, W); in MobileNetV2 and ShuffleV2 it is before the last 1x1 convolution."""
     *_, last = output.maps
     return last
 

@@ -243,12 +243,12 @@ class NORM(Distiller):
                 "the classifier (--ft_position post trains one that folds away)"
             )
         return (
-            "one linear layer (a 1x1 convolution) is kept: this network's head reads more than the average of its last "
-            "map or one of its tokens"
+            "one linear layer (a 1x1 convolution) is kept: this network's head is more than one linear layer on "
+            "the average of its last map or on one of its tokens"
         )
 
     def _folds_into_classifier(self) -> bool:
-        """Whether only a weighted mean of the positions stands between the transform and the classifier."""
+        """Whether there is only a weighted mean of the positions between the transform and the classifier."""
         averaged = self.ft_position == "post" or not self.student.activates_final
         return averaged and self.student.classifies_mean
 

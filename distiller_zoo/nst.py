@@ -39,7 +39,7 @@ class NSTLoss(nn.Module):
 
 
 class NeuronSelectivity(MapDistiller):
-    """The student's channels are distributed as the teacher's: they respond to the same places."""
+    """The student's channels are distributed as the teacher's: they respond to the same positions."""
 
     name = "nst"
     summary, source = (

@@ -22,7 +22,7 @@ def _convolution(in_channels: int, out_channels: int) -> list[nn.Module]:
 
 class PathwayTransform(nn.Module):
     """A student's map (B, Cs, H, W) -> (B, Ct, *size): 3x3 convolutions, and in between a product with a map of one
-    channel, which attends to places."""
+    channel, which attends to positions."""
 
     def __init__(self, in_channels: int, out_channels: int):
         super().__init__()
@@ -70,7 +70,7 @@ class Pathways(nn.Module):
 
 
 def _softmax_with_rest(scores: Tensor) -> Tensor:
-    """The softmax beside one more score, 1, whose share no pathway gets: the weights may fall together."""
+    """The softmax with one more score, 1, whose share no pathway gets: the weights may fall together."""
     return torch.cat([scores, scores.new_ones(1)]).softmax(0)[: len(scores)]
 
 
@@ -102,7 +102,7 @@ class PathwayWeights(nn.Module):
         self.register_buffer("process", self.scores.repeat(search_epochs, 1))
 
     def forward(self) -> Tensor:
-        """The weights (pathways,) of the search, where it stands."""
+        """The weights (pathways,) of the search so far."""
         return STYLES[self.search_style](self.scores, self.kd_weight)
 
     def pull_back(self, gradient: Tensor) -> Tensor:

@@ -60,14 +60,15 @@ class SimKD(MapDistiller):
         channels, size, _ = probe_shapes(teacher, task.image_size).final  # as large as the activated map
         if self.projector_factor > channels:
             raise UserError(f"--projector_factor: must be at most {channels}, the channels of the teacher's last map")
+        classifier = teacher.get_classifier()  # that there is none is the better reason
         if not teacher.classifies_average:
             raise UserError(
-                "--model_t: --distill simkd reuses the teacher's classifier, which here reads more than the average of "
-                "the last map; choose another teacher"
+                "--model_t: --distill simkd reuses the teacher's classifier, which here reads something else than the "
+                "average of the last map; choose another teacher"
             )
         width, *_ = last_map(probe_shapes(student, task.image_size))
         self.student = ReusedClassifier(student, width, channels, size, self.projector_factor)
-        self.student.classifier.load_state_dict(teacher.get_classifier().state_dict())
+        self.student.classifier.load_state_dict(classifier.state_dict())
         self.student.classifier.requires_grad_(False)
 
     @classmethod

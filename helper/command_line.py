@@ -189,7 +189,7 @@ def teacher_parser() -> Parser:
     parser.aliases["model"] = model.argument
     _add_settings(parser, GROUPS)
     _add_run_flags(parser)
-    parser.set_defaults(distill="ce")
+    parser.unless_given = {"distill": "ce"}
     return parser
 
 
@@ -382,7 +382,7 @@ def resolve(
     _refuse_without_effect(given, values)
     _check_targets(values)
     _check_cache(values)
-    _check_labels(values)
+    _check_labels(values, {name: origin for name, (_, origin) in merged.items()})
     return Configuration(values, {name: origin for name, (_, origin) in merged.items()}, folder)
 
 
@@ -424,8 +424,8 @@ def _without_labels(merged: dict) -> None:
         merged[gamma] = (0.0, "--labels none")
 
 
-def _check_labels(values: Mapping[str, Any]) -> None:
-    """Raise `UserError` where something needs labels, and there are none."""
+def _check_labels(values: Mapping[str, Any], origins: Mapping[str, str]) -> None:
+    """Raise `UserError` where something needs labels, and there are none; what was not given is of the recipe."""
     method = find_distiller(values["distill"])
     if values["labels"] != "none":
         if values["data_probe"] is not None:
@@ -438,8 +438,15 @@ def _check_labels(values: Mapping[str, Any]) -> None:
         )
     known = settings.settings_of(method.name)
     given = [name for name, one in known.items() if one.needs_labels and values.get(name) not in (None, one.default)]
+    chosen = [name for name in given if origins[name] in ("command line", "resumed run")]
+    if chosen:
+        raise UserError(f"--{chosen[0]}: it needs labels, and there are none (--labels none); leave it out")
     if given:
-        raise UserError(f"--{given[0]}: it needs labels, and there are none (--labels none); leave it out")
+        without = " ".join(f"--{name} {known[name].default:g}" for name in given)
+        raise UserError(
+            f"--recipe {values['recipe']}: without labels (--labels none) there is no "
+            f"{' and no '.join(f'--{name}' for name in given)}; give {without} too, or another recipe"
+        )
     if values["data"] is None:
         raise UserError("--labels none: name the folder of images with --data")
 

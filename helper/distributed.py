@@ -102,7 +102,8 @@ def find_device(name: str) -> torch.device:
         if device.type == "cuda" and device.index is not None:
             torch.cuda.set_device(device)  # its random generator is the one that is saved
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise UserError(f"--device: {name} cannot be used: {str(error).splitlines()[0]}") from None
+        reason = str(error).splitlines()[0].partition(". ")[0]  # torch adds advice to its developers
+        raise UserError(f"--device: {name} cannot be used: {reason}") from None
     return device
 
 
@@ -247,7 +248,7 @@ class Replica:
         return (self._parallel or self._method)(*arguments)
 
     def close(self) -> None:
-        """Free DDP, once training is over and before the processes leave their group.
+        """Free DDP, after training and before the processes leave their group.
 
         Were it the last to hold the group, it would wait for gloo's threads, which wait for Python's lock to free their
         last tensors, which DDP holds meanwhile.

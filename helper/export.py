@@ -11,7 +11,8 @@ import io
 import json
 import sys
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -23,7 +24,7 @@ from dataset import ImageData, load_data
 from errors import UserError
 from helper.run_folder import save
 from helper.settings import count_cores
-from models.backbone import Backbone
+from models.backbone import Backbone, first_line
 from models.checkpoints import load_exported, read_checkpoint
 from models.files import RECORD
 
@@ -171,8 +172,11 @@ def write_safetensors(network: nn.Module, record: Mapping, path: str, program: P
 
 
 def write_pt2(network: nn.Module, record: Mapping, path: str, program: Program = PLAIN) -> None:
-    """A program by `torch.export`, for `torch.export.load` or AOTInductor; needs none of this project's code."""
-    with _without_warnings(), torch.no_grad():
+    """A program by `torch.export`, for `torch.export.load` or AOTInductor; needs none of this project's code.
+
+    Raises `UserError` where torch cannot write the network.
+    """
+    with _exporting("pt2", record):
         exported = torch.export.export(*_traced(network, record, program), dynamic_shapes=_any_batch())
     content = io.BytesIO()
     with _without_warnings():
@@ -183,13 +187,13 @@ def write_pt2(network: nn.Module, record: Mapping, path: str, program: Program =
 def write_onnx(network: nn.Module, record: Mapping, path: str, program: Program = PLAIN) -> None:
     """An ONNX file whose input and output are called as `Program` says; the record is in its metadata_props.
 
-    Raises `UserError` where torch cannot write the opset.
+    Raises `UserError` where torch cannot write the network or the opset.
     """
     _need("onnxscript", "onnx")
     names: dict[str, Any] = {"input_names": [program.input], "output_names": [program.output]}
     if program.opset is not None:
         names["opset_version"] = program.opset
-    with _without_warnings(), torch.no_grad():
+    with _exporting("onnx", record):
         whole, images = _traced(network, record, program)
         model: Any = torch.onnx.export(whole, images, dynamo=True, verbose=False, dynamic_shapes=_any_batch(), **names)
     model.model.metadata_props[RECORD] = json.dumps(program.recorded(record))
@@ -316,6 +320,24 @@ def _any_batch() -> tuple[dict[int, Any]]:
 def _without_warnings() -> warnings.catch_warnings:
     """What torch warns of in its own exporters is nothing that the person at the terminal can change."""
     return warnings.catch_warnings(action="ignore")
+
+
+@contextmanager
+def _exporting(kind: str, record: Mapping) -> Iterator[None]:
+    """Name the network that one of torch's exporters cannot write, in a `UserError`."""
+    try:
+        with _without_warnings(), torch.no_grad():
+            yield
+    except MemoryError:
+        raise
+    except Exception as error:  # they raise whatever their passes do, and wrap it several times
+        cause: BaseException = error
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        raise UserError(
+            f"--format {kind}: torch {torch.__version__} cannot export {record.get('model_name', 'this network')} "
+            f"({first_line(cause)[:200]}); choose another format, like pth or safetensors"
+        ) from None
 
 
 def _need(*modules: str, format: str = "onnx"):

@@ -138,7 +138,7 @@ class Fast(NamedTuple):
         return self.lay_out(distiller)
 
     def passing(self, method: nn.Module, respond: Callable) -> Callable:
-        """A stage's `respond` with what is done per layer, beside the layer's own work, done for all layers at once.
+        """A stage's `respond` with what each layer needs besides its own work done for all layers at once.
 
         Autocast converts each weight by itself, and each BatchNorm counts its batches. A compiler sees to it itself.
         """

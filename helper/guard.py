@@ -18,7 +18,7 @@ class Guard:
     """Judges the losses and the gradient of every step of a run.
 
     By default nothing waits for the device: the numbers of the first bad step stay there until `look`, which raises
-    `UserError`. With `most_skipped` each step waits for its judgement, and so many bad ones are left out of the run.
+    `UserError`. With `most_skipped` each step waits for its judgement, and up to this many bad ones are left out.
     """
 
     def __init__(self, most_skipped: int = 0):

@@ -10,6 +10,7 @@ from tqdm import tqdm
 from dataset import ImageData
 from distiller_zoo import Distiller, Stage
 from helper.distributed import is_main
+from helper.metrics import OF_PROBE, WITHOUT_LABELS
 from models.cost import count_multiply_adds, count_parameters
 
 
@@ -32,7 +33,7 @@ def describe_data(data: ImageData, device: torch.device) -> str:
 
 
 def describe_method(distiller: Distiller, stages: Sequence[Stage], model_name: str, image_size: int) -> str:
-    """What the student costs, what is trained in each stage, and what is shipped beside the student."""
+    """What the student costs, what is trained in each stage, and what is shipped in addition to the student."""
     student = distiller.student
     trained = [f"{count_parameters(nn.ModuleList(stage.trained)):,} parameters in {stage.name}" for stage in stages]
     note, about = distiller.export_note(), student.describe(image_size)
@@ -72,7 +73,7 @@ def format_epoch(record: dict, title: str) -> str:
 
 def is_without_labels(name: str) -> bool:
     """Whether this is the name of what a run without labels is judged by."""
-    return name.endswith("_matching_loss") or name in ("probe_accuracy", "knn_accuracy")
+    return name in (*WITHOUT_LABELS, *OF_PROBE)
 
 
 def describe_measured(name: str, value: float) -> str:

@@ -49,7 +49,7 @@ class Training:
         stage = stage._replace(respond=self.fast.passing(method, stage.respond))
         self.stage, self.method, self.config, self.device = stage, method, config, device
         self._compiled_stage = stage._replace(respond=self.fast.compiled(stage.respond))
-        begin(stage, method)
+        set_modes(stage, method)
         self.optimizer = make_optimizer(method, config)
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "float16")  # pyright: ignore[reportPrivateImportUsage]
         self.replica = Replica(method, method.uses_everything and _uses_all_weights(method))
@@ -57,6 +57,12 @@ class Training:
             raise UserError(
                 f"--precision float16: stage {stage.name} of --distill {config.distill} takes gradients of "
                 "its own, which are not scaled; take bfloat16"
+            )
+        if stage.before_step is not None and (config.optimizer != "sgd" or config.clip_grad):
+            flag = "--clip_grad" if config.optimizer == "sgd" else f"--optimizer {config.optimizer}"
+            raise UserError(
+                f"{flag}: stage {stage.name} of --distill {config.distill} looks ahead of sgd's next step, without "
+                "clipping; give --optimizer sgd --clip_grad 0, or choose another method"
             )
         if stage.before_step is not None and config.accumulate > 1:
             raise UserError(f"--accumulate: stage {stage.name} of --distill {config.distill} needs whole batches")
@@ -127,7 +133,7 @@ class Training:
 
     def begin_epoch(self, progress: Progress, epochs_over: int, state: dict | None) -> None:
         """Prepare an epoch of this stage; `state` is where an interrupted one stopped. What is random depends on the
-        seed and on the epochs of the whole run that are over."""
+        seed and on the number of finished epochs of the whole run."""
         self.progress, epoch = progress, epochs_over + 1
         torch.manual_seed(epoch_seed(self.config.seed, epoch, stream="training"))
         first = state["steps"] if state else 0
@@ -136,7 +142,7 @@ class Training:
         has_milestones = self.stage.milestones is not None or self.config.lr_decay == "step"
         if self.config.drop_momentum and has_milestones and not first and rates[0] != rates[1]:
             self.optimizer.state.clear()
-        begin(self.stage, self.method)
+        set_modes(self.stage, self.method)
         self.title = format_title(self.stage.name, progress)
         self.guard.begin_epoch(self.title, self.stage.learning_rate is not None)
         self._held_out_batches = None if self._held_out is None else _endless(self._held_out, epoch, first)
@@ -183,7 +189,7 @@ class Training:
         share = len(part.targets) * count_processes() / (batch.whole or len(batch.targets) * count_processes())
         stage = self._compiled_stage if self.is_whole(part) else self.stage
         with self.replica.only_adding(not is_last), self.fast.naming_compiler():
-            losses, logits = add_gradients(
+            losses, logits = forward_backward(
                 self.replica,
                 stage,
                 part,
@@ -401,7 +407,7 @@ def set_random_state(state: dict[str, Tensor]) -> None:
         torch.cuda.set_rng_state(state["cuda"])
 
 
-def begin(stage: Stage, method: Distiller) -> None:
+def set_modes(stage: Stage, method: Distiller) -> None:
     """Put what the stage trains into train mode, with gradients, and everything else of the method into neither."""
     method.requires_grad_(False).eval()
     for module in stage.trained:
@@ -427,23 +433,7 @@ def without_trunk(stage: Stage, method: Distiller) -> Stage:
     return stage._replace(trained=trained)
 
 
-def train_step(
-    method: Distiller,
-    stage: Stage,
-    optimizer: torch.optim.Optimizer,
-    batch: Batch,
-    teacher_output: Output | None,
-    progress: Progress,
-    autocast: AbstractContextManager | None = None,
-) -> tuple[dict[str, Tensor], Tensor | None]:
-    """Forward (in the context `autocast`, if any), backward, step -> (named weighted losses, student's logits)."""
-    optimizer.zero_grad(set_to_none=True)
-    losses, logits = add_gradients(method, stage, batch, teacher_output, progress, autocast)
-    optimizer.step()
-    return losses, logits
-
-
-def add_gradients(
+def forward_backward(
     method: Callable[..., tuple[Tensor | None, dict[str, Tensor]]],
     stage: Stage,
     batch: Batch,
@@ -453,7 +443,10 @@ def add_gradients(
     share: float = 1.0,
     scale: Callable[[Tensor], Tensor] | None = None,
 ) -> tuple[dict[str, Tensor], Tensor | None]:
-    """Forward and backward of the losses times `share`, `scale`d -> (named weighted losses, student's logits)."""
+    """Forward (in the context `autocast`, if any) and backward of the losses times `share`, `scale`d.
+
+    Returns (named weighted losses, student's logits); gradients are added to those that there are.
+    """
     with autocast or nullcontext():
         logits, losses = method(batch, teacher_output, progress, stage)
     if not losses:

@@ -106,16 +106,16 @@ def probe(train: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor]) -> dict[str
     return {f"{name}_accuracy": 100 * float(model.score(*tested)) for name, model in fitted.items()}
 
 
-#: What a run without labels is judged by, the first that was measured, and whether more of it is better.
-WITHOUT_LABELS = {"probe_accuracy": True, "holdout_matching_loss": False, "train_matching_loss": False}
+#: The best epoch of a run without labels has the lowest of these, the first that was measured; a probe only reports, as
+#: its accuracy is that of test images.
+WITHOUT_LABELS, OF_PROBE = ("holdout_matching_loss", "train_matching_loss"), ("probe_accuracy", "knn_accuracy")
 
 
 def best_without_labels(records: Sequence[Mapping[str, float]]) -> tuple[str, int]:
     """What the epochs of a run without labels are compared by, and the best of them, counted from 1; the first of
     equals."""
     name = next(name for name in WITHOUT_LABELS if name in records[0])
-    values = [record[name] if WITHOUT_LABELS[name] else -record[name] for record in records]
-    values = [value if math.isfinite(value) else -math.inf for value in values]
+    values = [_lower(record[name]) for record in records]
     return name, values.index(max(values)) + 1
 
 
@@ -123,7 +123,7 @@ def summarise_without_labels(records: Sequence[Mapping[str, float]]) -> dict[str
     """The last and the best value of everything that tells how good such a run is, for `result.json`."""
     name, best = best_without_labels(records)
     summary: dict[str, Any] = {"best_by": name, "best_epoch": best}
-    for measured in (*WITHOUT_LABELS, "knn_accuracy"):
+    for measured in (*WITHOUT_LABELS, *OF_PROBE):
         if measured in records[-1]:
             summary |= {f"{measured}_last": records[-1][measured], f"{measured}_best": records[best - 1][measured]}
     return summary
@@ -136,9 +136,8 @@ RESAMPLES, COVERED = 1000, 0.95
 
 
 def judge(logits: Tensor, targets: Tensor) -> dict[str, Any]:
-    """What the logits (n, K) of a split say of a network, given the classes (n,): every one of `METRICS`, and by name
-
-    the `calibration`, intervals (name -> [low, high]), confusion (K x K counts, row by row a true class), and
+    """What the logits (n, K) of a split say of a network, given the classes (n,): every one of `METRICS`,
+    `calibration`, intervals (name -> [low, high]), confusion (K x K counts, row by row a true class), and
     per_class: images, accuracy (%, recall), precision (%) and f1 (%) of each class.
     """
     from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
@@ -313,7 +312,7 @@ class EpochMeter:
         self.has_images = True
 
     def state(self) -> dict:
-        """What `load_state` takes up again, in any number of processes."""
+        """What `load_state` restores, in any number of processes."""
         losses, correct, images, data_wait = self._totals()
         seconds = time.perf_counter() - self._start
         return {"losses": losses, "correct": correct, "counts": (images, self._has_logits, data_wait, seconds)}

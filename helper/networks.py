@@ -17,12 +17,11 @@ import numpy
 import torch
 from torch import Tensor, nn
 
-from dataset import VIEWS, Batch, ImageData, RowCache, differences
+from dataset import VIEWS, Batch, Centre, ImageData, RowCache, differences
 from dataset.cache import EVERY
 from errors import UserError
 from helper.checkpoint import AVERAGE, contained, take_average, upgrade
 from helper.distributed import count_processes
-from helper.download import published_name, read_timm, read_torchvision
 from helper.fast import Fast
 from helper.recipes import PUBLISHED_TEACHERS
 from helper.settings import all_settings, sources_of
@@ -42,7 +41,8 @@ from models.ensemble import Ensemble
 from models.external import is_external
 from models.found import locate_weights, recorded_accuracy
 from models.preprocessing import Preprocessing, TeacherView, read_preprocessing
-from models.wrappers import describe_wrapper
+from models.published import published_name, read_timm, read_torchvision
+from models.wrappers import added_layers, describe_wrapper
 
 #: How far, in points of accuracy, a teacher may be from its recorded or published accuracy.
 TEACHER_TOLERANCE = 0.5
@@ -105,17 +105,22 @@ def _together(path: str, teachers: Sequence[Network], weights: Sequence[float] |
     """Several teachers as one, whose digest is that of the list; the data set is the first one's."""
     with naming("--teacher_weights"):
         network = Ensemble([each.network for each in teachers], weights)
-    listed = "".join(f"{each.digest} {share:.6f}\n" for each, share in zip(teachers, network.shares, strict=True))
     return Network(
         path,
         ",".join(each.name for each in teachers),
         network,
         network.num_classes,
         *(teachers[0].dataset, teachers[0].data, teachers[0].image_size),
-        digest=hashlib.sha256(listed.encode()).hexdigest()[:16],
+        digest=digest_together([each.digest for each in teachers], network.shares),
         notes=[note for each in teachers for note in each.notes],
         members=tuple(teachers),
     )
+
+
+def digest_together(digests: Sequence[str], shares: Sequence[float]) -> str:
+    """The digest of several teachers in this order, given each one's and what it counts."""
+    listed = "".join(f"{digest} {share:.6f}\n" for digest, share in zip(digests, shares, strict=True))
+    return hashlib.sha256(listed.encode()).hexdigest()[:16]
 
 
 def read_initial(source: str, model_s: str | None, ema: bool = False) -> Network:
@@ -132,8 +137,14 @@ def read_network(path: str, name: str | None, flag: str, name_flag: str, ema: bo
     if is_external(path):
         with naming(flag):
             return _with_digest(_read_published(path, name, name_flag))
+    return network_in(upgrade(read_checkpoint(path, flag), f"{flag}: {path}"), path, name, flag, name_flag, ema)
+
+
+def network_in(
+    checkpoint: Mapping[str, Any], path: str, name: str | None, flag: str, name_flag: str, ema: bool = False
+) -> Network:
+    """The same of a file at `path` that was read already, and brought up to date by `checkpoint.upgrade`."""
     source = f"{flag}: {path}"
-    checkpoint = upgrade(read_checkpoint(path, flag), source)
     with contained(f"{source} cannot be used"):
         notes: list[str] = []
         if "record" in checkpoint or "model_name" in checkpoint:
@@ -224,7 +235,10 @@ def start_from(initial: Network, student: Backbone, model_s: str, classes: Seque
     source = f"{INIT}: {initial.path}"
     takes_classifier = load_initial(student, model_s, initial.network, source, same_classes=others is None)
     counts = f"{initial.num_classes} classes there, {len(classes)} here"
-    new = f" but the classifier's, which is new: {others or counts}"
+    added = added_layers(initial.network)
+    added = f"what its method added is left out ({', '.join(added)})" if added else ""
+    reasons = "; ".join(filter(None, (others, added))) or counts
+    new = f" but the classifier's, which is new: {reasons}"
     line = (
         f"{INIT} {initial.path}: all weights{'' if takes_classifier else new}; images are normalised with the mean and "
         f"deviation of {dataset}, whatever these weights were trained with"
@@ -339,10 +353,10 @@ def _views_of(
     return [as_it_was_trained(each, data, size) for each, size in zip(teachers, sizes, strict=True)]
 
 
-def own_test(source: Network, data: ImageData) -> Preprocessing | None:
-    """How the weights' library, or the record of their run, tests them; None where nobody says, where the data are no
-    image files, and where that is how they are tested here anyway."""
-    own, record = read_preprocessing(source.path), source.record
+def own_test(path: str, record: Mapping[str, Any], data: ImageData) -> Preprocessing | None:
+    """How the library of the weights `path`, or the record of their run, tests them; None where nobody says, where the
+    data are no image files, and where that is how they are tested here anyway."""
+    own = read_preprocessing(path)
     mean, std, size = (record.get(name) for name in Preprocessing._fields[:3])
     if own is None and mean and std and size and not record.get("source_size"):
         resize = size + 2 * max(-(record.get("margin") or 0), 0)
@@ -353,6 +367,16 @@ def own_test(source: Network, data: ImageData) -> Preprocessing | None:
     here = (tuple(data.mean), tuple(data.std), size, size + 2 * max(-data.margin, 0), "bilinear", False)
     theirs = (own.mean, own.std, own.test_size, own.test_resize, own.interpolation, own.squashes)
     return None if theirs == here else own
+
+
+def shown_as(own: Preprocessing, data: ImageData) -> tuple[ImageData, str]:
+    """The data with their test images as `own_test` shows them, read from their files, and how that is, in words."""
+    assert data.test_files is not None, "own_test is None without image files"
+    cut = (own.test_resize - own.test_size) / 2
+    files = data.test_files.seen_as(Centre(own.test_size, cut, data.background, own.interpolation, own.squashes))
+    sides = "both sides" if own.squashes else "the shorter side"
+    how = f"tested as its weights are: {sides} {own.test_resize}, centre {own.test_size}, {own.interpolation}"
+    return data._replace(test=files, mean=own.mean, std=own.std, resized=None), how
 
 
 class Teacher:
@@ -411,7 +435,7 @@ class Teacher:
         return ""
 
     def close(self) -> None:
-        """The runs are over."""
+        """Called after the last run."""
 
     def shown(self, batch: Batch) -> Tensor:
         """The images of a batch that the teacher is given."""

@@ -1,37 +1,26 @@
-"""The story of a run, top to bottom: files, data, student, method, stages, epochs, result.
+"""The story of a run, top to bottom: folder, student, method, stages, epochs, result.
 
 Nothing here knows the name of a method; what a method needs it says itself (distiller_zoo/base.py).
 """
 
-import functools
 import json
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 from torch import nn
 
 from dataset import (
-    WITHOUT_LABELS,
-    Centre,
     ImageData,
     Images,
-    Loader,
     StreamedImages,
-    class_weights,
     data_changes,
-    data_identity,
-    dataset_at,
-    hold_out,
-    load_data,
 )
-from dataset.folders import list_folder
 from distiller_zoo import Distiller, Progress, find_distiller
 from errors import Stopped, UserError
-from helper import command_line
 from helper.checkpoint import (
     build_distiller,
     check_optimizer,
@@ -42,21 +31,16 @@ from helper.checkpoint import (
     network_of,
     upgrade,
 )
-from helper.command_line import Given
 from helper.distributed import (
     average_statistics,
     by_main,
-    choose_kernels,
     count_processes,
     describe_batch,
-    device_of,
     is_main,
-    main_first,
-    one_by_one_here,
-    rank,
 )
-from helper.fast import Fast, check_precision
+from helper.fast import Fast
 from helper.guard import Guard
+from helper.inputs import Inputs, Opened, class_weights_of
 from helper.log import (
     describe_data,
     describe_method,
@@ -78,284 +62,27 @@ from helper.loops import (
 )
 from helper.metrics import best_epoch, best_without_labels, probe, summarise_without_labels
 from helper.networks import (
-    CachedTeacher,
     Network,
     Teacher,
-    check_accuracy,
     check_apart,
     classes_taught,
-    known_classes,
-    name_of_published,
-    own_test,
-    read_at_classes,
-    read_initial,
-    read_teacher,
     start_from,
-    with_class_names,
 )
-from helper.optim import average_of, check_rates, parameters_of, take_up
+from helper.optim import average_of, parameters_of, take_up
 from helper.run_folder import BEST, CONFIG, LAST, RESULT, FolderElsewhere, RunFolder
-from helper.settings import Configuration, all_settings, check_shared, identity, read_stored
+from helper.settings import Configuration, identity
 from helper.signals import StopRequest
 from models import build_model
 from models.backbone import Backbone, probe_shapes
 from models.checkpoints import load_weights, weights_digest
-from models.classes import compare_classes
 from models.cost import count_parameters
-from models.external import DROPS, is_external
+from models.external import DROPS
 from models.synchronised import synchronise
 
-#: Images per batch when testing; where they are wider than SMALL pixels, as many as in training.
-EVALUATION_BATCH, SMALL = 512, 64
-#: Of images that only a probe is fitted to, the share that tests it where they have no test images.
-#: And how many training images tell the matching loss where none are held out.
-PROBE_SPLIT, JUDGED_IMAGES = 0.2, 1000
+#: How many training images tell the matching loss where none are held out.
+JUDGED_IMAGES = 1000
 #: What a resumed run takes up besides weights, optimizer and skipped steps.
 STATE = ("stage_number", "epoch", "stage_step", "step", "epochs_over", "seconds", "records", "epoch_state")
-
-
-# Files.
-
-
-class Opened(NamedTuple):
-    """The configurations of the runs of a command line, and the networks that their files hold."""
-
-    configs: list[Configuration]
-    teacher: Network | None
-    initial: Network | None
-
-
-def open_runs(given: Given) -> Opened:
-    """Read what a command line names, each file once whatever the number of runs, and resolve every run."""
-    folder = given.resume if given.resume not in (None, command_line.LATEST) else None
-    stored = by_main(lambda: _read_settings(folder) if folder else {})
-    first = stored | given.runs[0]
-    ema = first.get("ema", False)
-    path, *_ = [command_line.teacher_of(stored | run) for run in given.runs]
-    how = first.get("model_t"), ema, first.get("teacher_weights")
-    teacher = None if path is None else main_first(lambda: read_teacher(path, *how))
-    of_teacher = {} if teacher is None else teacher.settings_as_teacher()
-    for run in given.runs:
-        run |= by_main(lambda run=run: with_class_names(run) | _dataset_of(stored | run, of_teacher))
-    source, initial, of_initial = None if folder else first.get("init"), None, {}
-    if source is not None and "model_s" not in first:
-        initial = None if is_external(source) else main_first(lambda: read_initial(source, None, ema))
-        of_initial = {"model_s": name_of_published(source) if initial is None else initial.name}
-
-    def resolve(run: Mapping[str, Any]) -> Configuration:
-        if given.resume == command_line.LATEST:
-            return _resolve_latest(run, of_teacher, of_initial)
-        return command_line.resolve(run, stored, of_teacher, of_initial, folder)
-
-    configs = by_main(lambda: command_line.share_order([resolve(run) for run in given.runs], given))
-    for config in configs:
-        check_rates(config)
-        check_precision(config.precision, device_of(config.device))
-        if config.patience and not config.holdout:
-            raise UserError(
-                "--patience: the test images must not decide when a run ends; keep training images for that, with "
-                "--holdout K"
-            )
-    check_shared(configs)
-    if source is not None and any(config.folder is None for config in configs):
-        initial = initial or main_first(lambda: read_initial(source, configs[0].model_s, ema))
-        found = {"init_digest": initial.digest}
-        configs = [config if config.folder else config.replace("initial weights", **found) for config in configs]
-    return Opened(configs, teacher, initial)
-
-
-def _dataset_of(values: Mapping[str, Any], of_teacher: Mapping[str, Any]) -> dict[str, str]:
-    """What `--data` says of the data set where nothing else does: {"dataset": "folder"} for a folder of images."""
-    known = values.get("dataset") or of_teacher.get("dataset") or all_settings()["dataset"].default
-    if values.get("labels") == "none" and values.get("data") is not None and known not in WITHOUT_LABELS:
-        if "dataset" in values:
-            return {}  # what is wrong is said where the images are read
-        print(f"--labels none: the images below {values['data']}: --dataset folder")
-        return {"dataset": "folder"}
-    if values.get("data") is None or "dataset" in values:
-        return {}
-    found = dataset_at(values["data"], known)
-    if found == known:
-        return {}
-    print(f"--data {values['data']} is a folder of images: --dataset {found}")
-    return {"dataset": found}
-
-
-def _resolve_latest(run: Mapping[str, Any], of_teacher: Mapping, of_initial: Mapping) -> Configuration:
-    """`--resume` without a value: the latest run of this name where there is one, else a new run."""
-    config = command_line.resolve(run, {}, of_teacher, of_initial)
-    folder = RunFolder.find(config.save_dir, config.name)
-    if folder is None:
-        return config
-    path = str(folder.path)
-    return command_line.resolve(run, _read_settings(path), of_teacher, of_initial, path)
-
-
-def _read_settings(path: str) -> dict[str, Any]:
-    """The settings of the run folder to resume."""
-    folder = RunFolder(path)
-    if not folder.path.is_dir():
-        raise UserError(f"--resume: {path} is not a run folder")
-    return read_stored(folder.read_json(CONFIG), f"--resume: {folder.path / CONFIG}")
-
-
-# Data and teacher.
-
-
-class Inputs(NamedTuple):
-    """The data set on the device, and how it is tested on."""
-
-    device: torch.device
-    data: ImageData
-    test_loader: Loader
-    choosing_loader: Loader | None  # held-out training images for choosing; `data` lacks them
-    identity: dict  # what tells whether the data are still the same
-    probe: tuple[Loader, Loader] | None = None  # labelled images to fit a probe of the features to, and to test it on
-
-
-def load_inputs(config: Configuration) -> Inputs:
-    """Load the data set of the runs; raises `UserError` where that is impossible."""
-    choose_kernels(config.deterministic)
-    device = device_of(config.device)
-    # Only a folder that was named on the command line is written to.
-    may_download = config.data is None or config.origins["data"] == "command line"
-    reading = (config.data, config.image_size, config.num_workers, config.max_broken, may_download)
-    with one_by_one_here():
-        data = load_data(
-            config.dataset,
-            *reading,
-            background=config.background,
-            stream={"auto": None, "on": True, "off": False}[config.stream],
-            split=config.split,
-            holdout=config.holdout,
-            labelled=config.labels != "none",
-            normalisation=_recorded_normalisation(config),
-            device_memory=torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None,
-        )
-    what = data_identity(data)
-    data = data._replace(train=data.train.to(device), test=data.test.to(device))
-    batch_size = EVALUATION_BATCH if data.image_size <= SMALL else config.batch_size
-    choosing_loader = None
-    if config.holdout:
-        try:
-            train, held_out = hold_out(data.train, config.holdout)
-        except ValueError as error:
-            raise UserError(f"--holdout: {error}; choose another number") from None
-        data = data._replace(train=train)
-        choosing_loader = _part_loader(held_out, data, batch_size, device)
-    probe = None if config.data_probe is None else _load_probe(config, data, reading[2:], batch_size, device)
-    return Inputs(device, data, _part_loader(data.test, data, batch_size, device), choosing_loader, what, probe)
-
-
-def _load_probe(
-    config: Configuration, data: ImageData, reading: tuple, batch_size: int, device: torch.device
-) -> tuple[Loader, Loader]:
-    """The images of `--data_probe`, prepared as the unlabelled ones are: to fit to, and to test on."""
-    normalisation, folder = (data.mean, data.std), config.data_probe
-    try:
-        split = 0.0 if list_folder(folder, may_split=True).test else PROBE_SPLIT
-        named: dict[str, Any] = {"background": config.background, "split": split, "normalisation": normalisation}
-        labelled = load_data(config.dataset, folder, config.image_size, *reading, **named)
-    except UserError as error:
-        raise UserError(str(error).replace("--data:", "--data_probe:", 1)) from None
-    train, test = (_part_loader(part.to(device), labelled, batch_size, device) for part in labelled[1:3])
-    return train, test
-
-
-def _recorded_normalisation(config: Configuration) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
-    """The mean and deviation that a resumed run has on record."""
-    if config.folder is None:
-        return None
-    if config.get("mean") and config.get("std"):
-        return config.mean, config.std
-    checkpoint = by_main(RunFolder(config.folder).read_last)  # a run from before they were settings
-    with contained(f"--resume: {config.folder}"):
-        record = checkpoint.get("record", checkpoint.get("data"))
-        return tuple(record["mean"]), tuple(record["std"])
-
-
-def _part_loader(images: Images | StreamedImages, data: ImageData, batch_size: int, device: torch.device) -> Loader:
-    """Batches of this process's part of a split: every image once in all of them."""
-    mine = torch.arange(len(images.targets)).tensor_split(count_processes())[rank()]
-    return Loader(images, data, batch_size, device, subset=mine)
-
-
-def _as_held(inputs: Inputs) -> Loader:
-    """The test images in the size in which they are held; whatever else sees them resizes that."""
-    data = inputs.data._replace(resized=None)
-    return _part_loader(data.test, data, inputs.test_loader.batch_size, inputs.device)
-
-
-def class_weights_of(config: Configuration, data: ImageData) -> torch.Tensor | None:
-    """What `--class_weights` gives each class (K,), None without it; the file is the main process's."""
-    if config.class_weights is None:
-        return None
-    return by_main(lambda: class_weights(config.class_weights, data.train.targets, data.classes))
-
-
-def prepare_teacher(source: Network | None, inputs: Inputs, config: Configuration) -> Teacher | None:
-    """The frozen teacher, its accuracy measured; raises `UserError` where it does not fit the data or its record."""
-    if source is None:
-        return None
-    data = inputs.data
-    if config.teacher_classes is not None:
-        source = read_at_classes(source, config.teacher_classes)
-    parts = (source, data, config.teacher_image_size, Fast.of(config), inputs.device)
-    if config.cache_teacher is None:
-        teacher = Teacher(*parts)
-    else:
-        teacher = CachedTeacher(*parts, folder=config.cache_teacher, top_k=config.cache_top_k)
-    notes = [_check_teacher(teacher, number, inputs, config) for number in range(len(source.teachers))]
-    if data.labelled and source.members and source.num_classes == data.num_classes:
-        shown = _as_held(inputs) if teacher.sees_source else inputs.test_loader
-        teacher.accuracy = evaluate(teacher.predict, shown, "checking the teachers")["test_accuracy"]
-        notes.append(f"{len(notes)} teachers: {teacher.accuracy:.2f} % by the average of their logits")
-    steps = [each.record.get("max_steps") for each in source.teachers]
-    notes += [f"warning: this teacher was trained for {each} steps only (--max_steps)" for each in steps if each]
-    described = (teacher.network.describe(data.image_size), teacher.seen)
-    teacher.note = "\n".join(filter(None, (*source.notes, *described, *notes)))
-    return teacher
-
-
-def _check_teacher(teacher: Teacher, number: int, inputs: Inputs, config: Configuration) -> str:
-    """A line on the accuracy of one of the teachers, tested as its weights' own test does where that is known and the
-    data are image files; raises `UserError` where it does not fit the data or its record."""
-    source, data = teacher.source.teachers[number], inputs.data
-    if not data.labelled:
-        first = known_classes(teacher.source)
-        others = compare_classes(known_classes(source), first) if first and teacher.source.num_classes else None
-        if others is not None and not config.allow_teacher_gap:
-            raise UserError(
-                f"--path_t: {teacher.source.teachers[0].path} and {source.path} have classes in another order, so "
-                "their logits have no average; choose other teachers, or --allow_teacher_gap"
-            )
-        return f"teacher {source.name}: its accuracy is not measured: the images have no labels"
-    if source.num_classes != data.num_classes:
-        has = f"its {source.num_classes} classes are not those of the data" if source.num_classes else "no classifier"
-        return f"teacher {source.name}: {has}; its maps alone teach"
-    others = compare_classes(source.record.get("classes"), data.classes)
-    if others is not None and not config.allow_teacher_gap:
-        raise UserError(f"--path_t: {others}; use the data that the teacher knows, or --allow_teacher_gap")
-    own, how = own_test(source, data), ""
-    shown = _as_held(inputs) if teacher.sees_source else inputs.test_loader
-    if own is not None:
-        centre = (
-            own.test_size,
-            (own.test_resize - own.test_size) / 2,
-            data.background,
-            own.interpolation,
-            own.squashes,
-        )
-        assert data.test_files is not None, "own_test is None without image files"
-        files = data.test_files.seen_as(Centre(*centre)).to(inputs.device)
-        as_theirs = data._replace(mean=own.mean, std=own.std, resized=None)
-        shown = _part_loader(files, as_theirs, inputs.test_loader.batch_size, inputs.device)
-        sides = "both sides" if own.squashes else "the shorter side"
-        how = f"; tested as its weights are: {sides} {own.test_resize}, centre {own.test_size}, {own.interpolation}"
-    predict = functools.partial(teacher.predict_alone, number, as_tested=own is not None)
-    accuracy = evaluate(predict, shown, "checking the teacher")["test_accuracy"]
-    teacher.accuracy = None if teacher.source.members else accuracy
-    return check_accuracy(source, data.name, accuracy, config.allow_teacher_gap) + how
 
 
 # Runs.
@@ -364,12 +91,16 @@ def _check_teacher(teacher: Teacher, number: int, inputs: Inputs, config: Config
 @contextmanager
 def prepared(opened: Opened, inputs: Inputs, teacher: Teacher | None) -> Iterator[list["Run"]]:
     """The runs, each in its claimed folder; new folders are removed again where a run turns out impossible."""
+    if teacher is None and opened.teacher is not None:
+        raise UserError("--resume: a student of a teacher is resumed by train_cifar_student.py")
     with ExitStack() as folders:
         with ExitStack() as preparations:
             runs: list[Run] = []
+            counted = class_weights_of(opened.configs, inputs.data)
             for config, label in zip(opened.configs, _labels(opened.configs), strict=True):
                 found = {"data_digest": inputs.identity["digest"], "mean": inputs.data.mean, "std": inputs.data.std}
-                config = _with_weights(config.replace("the data", **found), inputs.data)
+                weights = counted[config.class_weights]
+                config = _with_weights(config.replace("the data", **found), weights)
                 if teacher is not None and teacher.image_size != inputs.data.image_size:
                     config = config.replace("teacher's weights", teacher_image_size=teacher.image_size)
                 folder = _open_folder(config, preparations)
@@ -381,7 +112,7 @@ def prepared(opened: Opened, inputs: Inputs, teacher: Teacher | None) -> Iterato
                     _record_settings(config, folder, known=opened.configs[0] if runs else None)
                 if teacher is not None:
                     folder.log(teacher.note)
-                run = Run(config, inputs, teacher, opened.initial, folder, alone=len(opened.configs) == 1)
+                run = Run(config, inputs, teacher, opened.initial, folder, len(opened.configs) == 1, weights)
                 if config.folder is not None:
                     run.restore()
                     _record_changes(run)
@@ -392,9 +123,8 @@ def prepared(opened: Opened, inputs: Inputs, teacher: Teacher | None) -> Iterato
         yield runs
 
 
-def _with_weights(config: Configuration, data: ImageData) -> Configuration:
+def _with_weights(config: Configuration, weights: torch.Tensor | None) -> Configuration:
     """The run with the digest of its class weights; raises `UserError` where a resumed run began with others."""
-    weights = class_weights_of(config, data)
     if weights is None:
         return config
     digest = weights_digest({"weights": weights})
@@ -465,7 +195,7 @@ def train(runs: Sequence["Run"], teacher: Teacher | None) -> list[dict]:
     """Train the runs to their ends; returns the content of every `result.json`.
 
     Those whose next epochs show the same batches go through them together, the furthest behind first. One that fails
-    ends alone; its error is raised when the others are over.
+    ends alone; its error is raised when the others are done.
     """
     with StopRequest() as stop:
         for run in runs:
@@ -486,7 +216,7 @@ def train(runs: Sequence["Run"], teacher: Teacher | None) -> list[dict]:
 
             try:
                 train_epoch(group, teacher, stop.finishing, after_step)
-            except UserError as error:  # the images are unreadable: none of the group can go on
+            except UserError as error:  # the images are unreadable: none of the group can continue
                 for run in group:
                     run.fail(error)
                 if count_processes() > 1:
@@ -547,6 +277,7 @@ class Run:
         initial: Network | None,
         folder: RunFolder,
         alone: bool,
+        weights: torch.Tensor | None,
     ):
         self.config, self.inputs, self.folder = config, inputs, folder
         self.data = _with_classes(config, inputs.data, teacher)
@@ -555,17 +286,11 @@ class Run:
         student = _new_student(config, self.data)
         if initial is not None and config.folder is None:
             folder.log(start_from(initial, student, config.model_s, self.data.classes, config.dataset))
-        self.method = build_distiller(
-            config,
-            student,
-            None if teacher is None else teacher.network,
-            num_classes=self.data.num_classes,
-            image_size=self.data.image_size,
-            train_targets=self.data.train.targets,
-            class_weights=class_weights_of(config, self.data),
-        ).to(inputs.device)
-        if teacher is not None:
-            check_apart(self.method, teacher.network, config.distill)
+        network = None if teacher is None else teacher.network
+        of_data = self.data.num_classes, self.data.image_size, self.data.train.targets
+        self.method = build_distiller(config, student, network, *of_data, weights).to(inputs.device)
+        if network is not None:
+            check_apart(self.method, network, config.distill)
         if config.sync_bn and count_processes() > 1:
             synchronise(self.method)
         Fast.of(config).prepare_student(self.method, inputs.device)
@@ -573,7 +298,7 @@ class Run:
         self.stages = [without_trunk(stage, self.method) if frozen else stage for stage in stages]
         self.average = average_of(self.method, config.ema_decay)
         self.guard = Guard(config.max_bad_steps)
-        self.step, self.epochs_over, self.seconds = 0, 0, 0.0  # what is over, in all stages
+        self.step, self.epochs_over, self.seconds = 0, 0, 0.0  # finished, in all stages
         self.records: list[dict] = []  # of every epoch of the main stage
         self.epoch_state: dict | None = None  # where a resumed run is within an epoch
         self.error: UserError | None = None
@@ -586,7 +311,7 @@ class Run:
         self._random = random_state()  # used where several runs share the process
 
     def _enter(self, number: int, epoch: int = 0, stage_step: int = 0) -> None:
-        """Begin the stage of this number, or take it up after some of its epochs and steps."""
+        """Begin the stage of this number, or resume it after some of its epochs and steps."""
         self.stage_number, self.epoch, self.stage_step = number, epoch, stage_step
         self.training = Training(
             self.stages[number], self.method, self.data, self.config, self.inputs.device, self.guard
@@ -602,7 +327,7 @@ class Run:
         except UserError as error:
             self.fail(error)
             if count_processes() > 1:
-                raise  # this process may be the only one: it cannot leave the run and go on with the others
+                raise  # this process may be the only one: it cannot leave the run and continue with the others
         finally:
             if not self._alone:
                 self._random = random_state()
@@ -630,8 +355,10 @@ class Run:
         return self.error is not None or self.result is not None or (self.in_main_stage and self._stage_is_over())
 
     def _stage_is_over(self) -> bool:
-        over = self.epoch >= self.stages[self.stage_number].epochs or self._steps_left() == 0
-        return over or self._is_out_of_patience()
+        return self._stage_is_whole() or self._is_out_of_patience()
+
+    def _stage_is_whole(self) -> bool:
+        return self.epoch >= self.stages[self.stage_number].epochs or self._steps_left() == 0
 
     def _is_out_of_patience(self) -> bool:
         patience = self.config.patience
@@ -643,7 +370,7 @@ class Run:
 
     @property
     def first_step(self) -> int:
-        """Steps of the next epoch that are over."""
+        """Finished steps of the next epoch."""
         return self.epoch_state["steps"] if self.epoch_state else 0
 
     @property
@@ -674,7 +401,7 @@ class Run:
         self._go_to_next_stage()
 
     def _go_to_next_stage(self) -> None:
-        """Where a stage is over, begin the next; after the last write the result."""
+        """Where a stage is finished, begin the next; after the last write the result."""
         while self._stage_is_over() and not self.in_main_stage:
             self._enter(self.stage_number + 1)
         if self._stage_is_over():
@@ -723,7 +450,7 @@ class Run:
             self.average.eval()
 
     def end_epoch(self) -> None:
-        """Test, record and save; begin the next stage or finish where this one is over."""
+        """Test, record and save; begin the next stage or finish where this one is the last."""
         if self.error is not None or self._means is None:
             return
         # Of several processes one must not leave a test alone.
@@ -889,8 +616,7 @@ class Run:
         summary = summarise_without_labels(self.records)
         name, images = self._judged_images()
         of = f"{len(_spread(len(images.targets), name == 'train'))} {'training' if name == 'train' else 'held-out'}"
-        chosen = "best linear probe" if summary["best_by"] == "probe_accuracy" else "lowest matching loss"
-        return summary | {"protocol": f"{chosen}, matching loss on {of} images"}
+        return summary | {"protocol": f"lowest matching loss on {of} images"}
 
     def _best_epoch(self) -> int:
         """Counted from 1; the first of equals."""
@@ -915,8 +641,8 @@ class Run:
             "epochs": self.epoch,
             "steps": self.step,
             "teacher_accuracy": None if self.teacher is None else self.teacher.accuracy,
-            "test_images": len(self.data.test.targets),
-            "test_unreadable": self.records[-1].get("test_unreadable", 0),
+            "test_images": len(self.data.test.targets) + len(self.data.unreadable),
+            "test_unreadable": self.records[-1].get("test_unreadable", 0) + len(self.data.unreadable),
             "parameters": count_parameters(self.method.export()),
             "parameters_trained": count_parameters(nn.ModuleList(self.stages[-1].trained)),
             "seed": self.config.seed,
@@ -927,7 +653,7 @@ class Run:
             "device": str(self.inputs.device),
             "threads": torch.get_num_threads(),
         }
-        if self._is_out_of_patience():
+        if self._is_out_of_patience() and not self._stage_is_whole():
             measured = self.result.get("best_by", self.config.best_by).replace("_", " ")  # its own without labels
             self.folder.log(f"stopped early: no better {measured} in {self.config.patience} epochs")
         self.folder.append_outcome(identity(self.config, ("row", "run")), self.result)

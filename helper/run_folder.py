@@ -1,4 +1,4 @@
-"""The folder of one run: everything a run writes, written so that no file is ever half there."""
+"""The folder of one run: everything a run writes, written so that no file is ever partly written."""
 
 import errno
 import functools
@@ -223,7 +223,7 @@ class RunFolder:
         """One epoch's numbers: a line of `metrics.jsonl`, and TensorBoard's scalars by epochs of the whole run."""
         path = self.path / METRICS
         _append(path, json.dumps({key: _or_null(value) for key, value in record.items()}))
-        _flush(path)  # before the checkpoint that says the epoch is over
+        _flush(path)  # before the checkpoint that says the epoch is finished
         with writing(self.path / "events.out.tfevents"):
             self._events = self._events or SummaryWriter(self.path)
             for key, value in record.items():

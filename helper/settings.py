@@ -109,12 +109,6 @@ def _images(value: Any) -> int:
     return value
 
 
-def _share(text: str) -> float:
-    if not 0 <= float(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be a share from 0 to 1, not {text}")
-    return float(text)
-
-
 def _colour(text: str) -> tuple[int, ...]:
     parts = tuple(whole(part) for part in text.split(","))
     if len(parts) != 3 or max(parts) > 255:
@@ -305,7 +299,7 @@ SETTINGS: tuple[Setting, ...] = (
         _path,
         None,
         "with --labels none: a labelled folder of images, on which pooled features are tested after every epoch, by a "
-        "linear probe (which chooses the best epoch) and by nearest neighbours",
+        "linear probe and by nearest neighbours; the best epoch is chosen by the matching loss",
         group=DATA,
         metavar="FOLDER",
         resume="free",
@@ -314,7 +308,7 @@ SETTINGS: tuple[Setting, ...] = (
     ),
     Setting(
         ("--split",),
-        _share,
+        _below_one,
         0.0,
         "share of the training images, the same for all seeds, that becomes the test split of a folder without one",
         group=DATA,
@@ -369,7 +363,7 @@ SETTINGS: tuple[Setting, ...] = (
         ("--num_workers",),
         whole,
         min(4, count_cores()),
-        "threads or processes that decode images; data sets of small images are held in memory",
+        "processes that decode images; data sets of small images are held in memory",
         group=DATA,
         resume="free",
         identity="none",
@@ -473,7 +467,7 @@ SETTINGS: tuple[Setting, ...] = (
     ),
     Setting(
         ("--ema_decay",),
-        _share,
+        _below_one,
         0.0,
         "also keep an exponential moving average of the student's weights and statistics, D of it in every step "
         "(0: no); it is tested and saved next to the raw weights",
@@ -483,7 +477,7 @@ SETTINGS: tuple[Setting, ...] = (
     ),
     Setting(
         ("--drop_rate",),
-        _share,
+        _below_one,
         None,
         "dropout of a student of torchvision or timm (default: its library's)",
         group=TRAINING,
@@ -491,7 +485,7 @@ SETTINGS: tuple[Setting, ...] = (
     ),
     Setting(
         ("--drop_path_rate",),
-        _share,
+        _below_one,
         None,
         "drop path (stochastic depth) of a student of torchvision or timm, of its last branch (default: its library's)",
         group=TRAINING,
@@ -895,10 +889,10 @@ def check_resumed(given: Mapping[str, Any], stored: Mapping[str, Any], path: Pat
     """Raise `UserError` where the command line names another value than the run, of a setting that may not change."""
     known = all_settings()
     for name, value in given.items():
-        if known[name].resume != "free" and stored.get(name, known[name].default) != value:
+        was = stored.get(name, known[name].default)
+        if known[name].resume != "free" and was != value:
             raise UserError(
-                f"--resume: {path} was run with {name} {stored.get(name)}, not {value}; leave the flag out, or "
-                "start a new run"
+                f"--resume: {path} was run with {name} {was}, not {value}; leave the flag out, or start a new run"
             )
 
 

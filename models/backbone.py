@@ -46,7 +46,7 @@ class Shapes(NamedTuple):
 class Backbone(nn.Module):
     """A classification network whose last feature map can be reached, and changed, before the head reads it."""
 
-    #: True where a BatchNorm and a ReLU stand between `final` and the pooling (pre-activation networks).
+    #: True where a BatchNorm and a ReLU are between `final` and the pooling (pre-activation networks).
     activates_final = False
     #: True where the classifier reads the average of the activated map over its pixels, and nothing else.
     classifies_average = True
@@ -55,6 +55,8 @@ class Backbone(nn.Module):
     classifies_mean = True
     #: Why the final map cannot be changed before the head reads it; empty where it can.
     cannot_change = ""
+    #: A side of images, in pixels, that it surely reads; None where that is not known.
+    reads_size: int | None = None
     #: Whether the stage outputs can be shown before their last ReLU.
     shows_preactivations = True
     #: Names of the sub-modules below the last stage.
@@ -77,7 +79,7 @@ class Backbone(nn.Module):
     def forward_maps(self, x: Tensor, preact: bool = False) -> tuple[list[Tensor], Tensor]:
         """Images (B, 3, H, W) -> (stage outputs, final map); with `preact` stage outputs before their last ReLU.
 
-        Where the head reads tokens, they stand in the final map's place, as (B, C, T, 1); `to_map` finds the map.
+        Where the head reads tokens, they take the final map's place, as (B, C, T, 1); `to_map` finds the map.
         """
         maps, x = self.forward_trunk(x, preact)
         last_map, final = self.forward_last_stage(x, preact)
@@ -101,7 +103,7 @@ class Backbone(nn.Module):
         return final
 
     def activate(self, final: Tensor) -> Tensor:
-        """What stands between the final map and the pooling: nothing, except in pre-activation networks."""
+        """What is between the final map and the pooling: nothing, except in pre-activation networks."""
         return final
 
     def classify(self, activated: Tensor) -> tuple[Tensor, Tensor]:
@@ -170,8 +172,11 @@ def probe_shapes(network: Backbone, image_size: int) -> Shapes:
         with evaluating(network):
             output = network.outputs(torch.zeros(1, 3, image_size, image_size).to(parameter))
     except (AssertionError, RuntimeError, ValueError) as error:
-        name, reason = getattr(network, "name", type(network).__name__), first_line(error)
-        raise UserError(f"--image_size: {name} cannot read images of {image_size}x{image_size} ({reason})") from None
+        name, reason, size = getattr(network, "name", type(network).__name__), first_line(error), network.reads_size
+        hint = f"; it reads {size}x{size}" if size not in (None, image_size) else ""
+        raise UserError(
+            f"--image_size: {name} cannot read images of {image_size}x{image_size} ({reason}){hint}"
+        ) from None
     return _shapes_of(output)
 
 
@@ -221,7 +226,7 @@ def normalises_single_values(network: Backbone, image_size: int) -> bool:
     return any(single)
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     """What an exception says, on one line; its kind where it says nothing."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 

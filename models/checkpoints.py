@@ -1,6 +1,6 @@
-"""Weights from files: ours, RepDistiller's, the official NORM code's. Every rename of a key lives here.
+"""Weights from files: ours, RepDistiller's, the official NORM code's. Every rename of a key is made here.
 
-A checkpoint is a dictionary. Where the weights lie in it, and what they are called, is all that this file knows.
+Names of weights, strict loading, digests and recognition; where in a file the weights are, `found.py` says.
 """
 
 import hashlib
@@ -24,7 +24,7 @@ EARLIER_NAMES = {
     "ResNet50": ((r"\.downsample\.", ".shortcut."), (r"(^|\.)fc\.", r"\1linear.")),
 }
 
-#: The official NORM code's feature transform -> (expand, contract); its transform stands under one of these pairs.
+#: The official NORM code's feature transform -> (expand, contract); its transform has one of these pairs of names.
 OFFICIAL_TRANSFORMS = (("layer31", "layer32"), ("layer41", "layer42"))
 #: Parameters that the official code constructs and never uses.
 OFFICIAL_UNUSED = re.compile(r"^(alpha$|layer2[12]\.)")
@@ -50,7 +50,8 @@ def _fit(model: Backbone, model_name: str, weights: Weights) -> Found:
         renamed = rename_for(model_name, name_for(model_name, candidate))
         missing = expected - set(renamed)
         if set(renamed) <= expected and all(_can_be_filled(key, renamed) for key in missing):
-            notes = [f"the prefix {prefix} of all its keys is left out"] if prefix else []
+            whose = "all its" if all(key.startswith(prefix) for key in weights) else "its"
+            notes = [f"the prefix {prefix} of {whose} keys is left out"] if prefix else []
             if missing:
                 notes.append(f"its {len(missing)} missing num_batches_tracked are filled in with 0")
             return Found(renamed | {key: torch.tensor(0, device="cpu") for key in missing}, notes)
@@ -86,7 +87,7 @@ def build_with(model_name: str, weights: Weights, source: str) -> tuple[Backbone
 
 
 def name_for(model_name: str, weights: Weights) -> Weights:
-    """A plain network's weights from another code; of a foreign library's network they stand below `network` here."""
+    """A plain network's weights from another code; of a foreign library's network they are below `network` here."""
     if not is_external(model_name) or all(key.startswith("network.") for key in weights):
         return weights
     return {f"network.{key}": value for key, value in weights.items()}

@@ -33,7 +33,7 @@ class External(Backbone):
     def __init__(self, name: str, network: nn.Module, split: Split, num_classes: int):
         super().__init__()
         self.name, self.network, self.split, self._num_classes = name, network, split, num_classes
-        self.cannot_change = split.cannot_change
+        self.cannot_change, self.reads_size = split.cannot_change, split.image_size
         self.classifies_average, self.classifies_mean = self._look_at_head()
 
     @torch.no_grad()

@@ -166,7 +166,7 @@ def _call(what: object, arguments: object) -> object:
     return Unknown(what.name)
 
 
-#: What the files of other codes hold beside weights, and is nothing that this one needs.
+#: What the files of other codes hold in addition to weights, and this one does not need.
 LEFT_OUT = (
     *(f"{module}.multiarray._reconstruct" for module in ("numpy.core", "numpy._core")),
     *(f"datetime.{name}" for name in ("datetime", "date", "time", "timedelta", "timezone")),

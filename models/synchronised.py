@@ -100,7 +100,7 @@ def update_statistics(bn: nn.Module, mean: Tensor, variance: Tensor, number: Ten
 
 
 def synchronise(module: nn.Module) -> None:
-    """Put synchronised BatchNorms, with the same parameters and buffers, into the places of all others.
+    """Replace all other BatchNorms by synchronised ones with the same parameters and buffers.
 
     Raises `UserError` for a kind of BatchNorm that does what is not known here.
     """

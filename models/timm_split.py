@@ -147,8 +147,11 @@ def split(name: str, network: nn.Module, num_classes: int, image_size: int | Non
 def _split_map(network: nn.Module, num_classes: int, shape: tuple[int, ...], size: int) -> Split:
     channels_last = shape[1] != network.num_features
     final = (shape[3], *shape[1:3]) if channels_last else shape[1:]
-    told, modules = getattr(network, "feature_info", None) or (), dict(network.named_modules())
-    stages = {stage["module"]: stage["num_chs"] for stage in told if stage["module"] in modules}
+    modules = dict(network.named_modules())
+    told = [stage for stage in getattr(network, "feature_info", None) or () if stage["module"] in modules]
+    if len({stage["reduction"] for stage in told}) == 1:  # blocks of one resolution
+        told = [told[position] for position in equally_spaced(len(told))]
+    stages = {stage["module"]: stage["num_chs"] for stage in told}
 
     def restore(final: Tensor) -> Tensor:
         return final.movedim(1, 3) if channels_last else final
@@ -167,7 +170,9 @@ def _map_features(stages: dict[str, int], channels_last: bool) -> Features:
         def keep(layer, inputs, output):
             if isinstance(output, Tensor) and output.ndim == 4:
                 width = stages[names[layer]]
-                maps.append(output if output.shape[1] == width else output.movedim(3, 1))
+                # A map may be as wide as it has channels; then its layout is the last one's.
+                is_last = output.shape[3] == width and (channels_last or output.shape[1] != width)
+                maps.append(output.movedim(3, 1) if is_last else output)
 
         # Hooks cannot be exported, and who exports a network wants its logits.
         kept = () if torch.compiler.is_exporting() else stages

@@ -20,7 +20,7 @@ from errors import UserError
 from models.preprocessing import INTERPOLATIONS, Preprocessing
 from models.split import Split, columns_to_tokens, equally_spaced, no_map, patches_to_map, probe, tokens_to_columns
 
-#: What may stand behind the final map. Anything else works on features, so the map before it is not the last.
+#: What may follow the final map. Anything else works on features, so the map before it is not the last.
 HEAD_LAYERS = (
     (nn.Linear, nn.Identity, nn.Flatten, nn.Dropout, nn.LayerNorm, nn.BatchNorm1d, nn.BatchNorm2d)
     + (nn.AdaptiveAvgPool2d, nn.AvgPool2d, nn.AdaptiveMaxPool2d)
@@ -161,8 +161,12 @@ def _find_stages(name: str, graph: fx.Graph, shapes: dict[str, tuple[int, ...]])
         sums = [node for node in cuts if node.target is operator.add and shapes[node.name] == shapes[last.name]]
         blocks = sums[1:]  # the first adds the positions; two follow in each block
         return [*(blocks[position] for position in equally_spaced(len(blocks))[:-1]), last], True
-    # The second side is a side in both layouts of a map.
-    by_resolution = {shapes[node.name][2]: node for node in cuts if len(shapes[node.name]) == 4}
+    by_resolution: dict[int, fx.Node] = {}
+    for node in (cut for cut in cuts if len(shapes[cut.name]) == 4):
+        side = shapes[node.name][2]  # a side in both layouts of a map
+        # Windows of an attention, as many as they have channels, look like a map: of a resolution that was left before.
+        if side <= min(by_resolution, default=side):
+            by_resolution[side] = node
     return list(by_resolution.values()), False
 
 
@@ -192,7 +196,7 @@ def _layout(shape: tuple[int, ...]) -> Callable[[Tensor], Tensor] | None:
 
 
 def _check_head(name: str, network: nn.Module, graph: fx.Graph, final: fx.Node, num_classes: int) -> str:
-    """The classifier's name, if only pooling, normalisation and linear layers stand behind the final map."""
+    """The classifier's name, if only pooling, normalisation and linear layers follow the final map."""
     nodes = list(graph.nodes)
     layers = {node.target: network.get_submodule(node.target) for node in nodes if node.op == "call_module"}
     behind = {node.target for node in nodes[nodes.index(final) + 1 :] if node.op == "call_module"}

@@ -1,6 +1,6 @@
 """Networks that hold another one: what a method ships where its student is more than the plain network.
 
-A file with such a network names its kind and its sizes beside the weights, so that it is built again before they are
+A file with such a network names its kind and its sizes next to the weights, so that it is built again before they are
 loaded.
 """
 
@@ -72,6 +72,13 @@ class ReusedClassifier(Wrapper):
     def get_bn_before_relu(self):
         """As the network's; what it has behind its last stage output is not there any more."""
         return Backbone.get_bn_before_relu(self) if self.network.head else super().get_bn_before_relu()
+
+
+def added_layers(network: Backbone) -> list[str]:
+    """The names of the layers that a network has around the plain one; none where it is the plain one."""
+    if not isinstance(network, Wrapper):
+        return []
+    return [name for name, _ in network.named_children() if name != "network"] + added_layers(network.network)
 
 
 def _convolution(in_channels: int, out_channels: int, kernel_size: int) -> tuple[nn.Module, ...]:

@@ -36,7 +36,7 @@ from helper.command_line import Parser, pairs
 from helper.distributed import find_device
 from helper.fast import COMPILE, PRECISIONS, Fast, has_matrix_units
 from helper.guard import Guard
-from helper.loops import add_gradients, begin
+from helper.loops import forward_backward, set_modes
 from helper.metrics import EpochMeter
 from helper.networks import FrozenTeacher
 from helper.optim import parameters_of
@@ -86,7 +86,7 @@ class Contender:
         stage = self.method.main_stage(240)
         respond = self.fast.passing(self.method, stage.respond)
         self.stage = stage._replace(respond=self.fast.compiled(respond))
-        begin(self.stage, self.method)
+        set_modes(self.stage, self.method)
         self.optimizer = torch.optim.SGD(
             self.method.parameters(), 1e-3, 0.9, weight_decay=5e-4, fused=self.fast.fused_optimizer or None
         )
@@ -102,7 +102,7 @@ class Contender:
         batch = batch._replace(images=self.fast.lay_out(batch.images))
         autocast = self.fast.autocast(self.device)
         self.optimizer.zero_grad(set_to_none=True)
-        losses, logits = add_gradients(self.method, self.stage, batch, output, PROGRESS, autocast)
+        losses, logits = forward_backward(self.method, self.stage, batch, output, PROGRESS, autocast)
         self.guard.judge(losses, parameters_of(self.optimizer), 1)
         self.optimizer.step()
         self.meter.update(losses, logits, batch.targets)
@@ -113,7 +113,7 @@ class Contender:
             self.learn(batch, self.teach(batch))
 
     def seconds(self, batches: Iterator[Batch], steps: int) -> float:
-        """Time of so many steps, waiting for their batches included."""
+        """Time of `steps` steps, waiting for their batches included."""
         wait_for(self.device)
         start = time.perf_counter()
         for batch in itertools.islice(batches, steps):
@@ -295,7 +295,8 @@ def _launch_lines(records: list[dict]) -> list[str]:
     return ["| " + " | ".join(row) + " |" for row in rows]
 
 
-def _counts(text: str) -> list[int]:
+def counts(text: str) -> list[int]:
+    """8,16 -> whole numbers above 0, read from a flag."""
     return [count(part) for part in text.split(",")]
 
 
@@ -303,7 +304,7 @@ def main(argv=None) -> list[dict]:
     parser = Parser((__doc__ or "").split("\n")[0])
     every_pair = ",".join(":".join(pair) for pair in CIFAR_PAIRS)
     parser.add_argument("--pairs", type=pairs, default=every_pair, metavar="T:S,...", help="all of the tables")
-    parser.add_argument("--n", type=_counts, default="8", metavar="N,...")
+    parser.add_argument("--n", type=counts, default="8", metavar="N,...")
     parser.add_argument("--batch_size", type=count, default=64)
     parser.add_argument("--steps", type=count, default=3, help="steps of a round (3)")
     parser.add_argument("--rounds", type=count, default=3, help="alternating rounds (3)")

@@ -54,7 +54,9 @@ def letters(count: int) -> list[str]:
 
 def main(argv=None) -> None:
     parser = Parser((__doc__ or "").split("\n")[0])
-    parser.add_argument("folders", nargs="+", type=Path, metavar="RUN")
+    parser.add_argument(
+        "folders", nargs="+", type=Path, metavar="RUN", help="run folders of both settings, of all seeds"
+    )
     rows, left = read_rows(parser.parse_args(argv).folders)
     for one in left:
         print(describe_left(one), file=sys.stderr)

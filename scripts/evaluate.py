@@ -9,7 +9,7 @@ import base64
 import io
 import json
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,14 +23,14 @@ with starting():
     from torch import Tensor
 
     from dataset import DATASETS, ImageData, Loader, StreamedImages, dataset_at
-    from helper.checkpoint import AVERAGE, rebuild, take_average
+    from helper.checkpoint import AVERAGE, rebuild, take_average, upgrade
     from helper.command_line import Parser
     from helper.distributed import find_device
     from helper.export import RecordedData, read_deployed, to_pixels
     from helper.fast import Fast
     from helper.log import progress_bar
     from helper.metrics import METRICS, RESAMPLES, MinibatchCKA, divergences, fidelity, judge
-    from helper.networks import Teacher, read_network
+    from helper.networks import Teacher, network_in, own_test, read_network, shown_as
     from helper.run_folder import LAST, RESULT
     from helper.tables.pages import render, write_page
     from helper.tables.rows import FIDELITY
@@ -38,7 +38,7 @@ with starting():
     from models.checkpoints import read_checkpoint
     from models.classes import compare_classes
     from models.external import is_external
-    from models.preprocessing import read_preprocessing
+    from models.preprocessing import Preprocessing, read_preprocessing
     from setting import count
 
 NETWORK, PROGRAMS = "NETWORK", (".pt2", ".onnx")
@@ -96,9 +96,13 @@ def read_judged(source: str, model: str | None, device: torch.device, ema: bool 
         program = read_deployed(path, NETWORK)
         on_cpu = lambda images: program.predict(images.cpu()).to(device)  # noqa: E731
         return Judged(source, program.record.get("model_name", "?"), program.record, on_cpu)
-    found = read_network(path, model, NETWORK, "--model", ema)
+    checkpoint: Mapping[str, Any] = {}
+    if is_external(path):
+        found = read_network(path, model, NETWORK, "--model", ema)
+    else:
+        checkpoint = upgrade(read_checkpoint(path, NETWORK), f"{NETWORK}: {path}")
+        found = network_in(checkpoint, path, model, NETWORK, "--model", ema)
     network, trained, notes, record = found.network.eval().to(device), None, list(found.notes), dict(found.record)
-    checkpoint = {} if is_external(path) else read_checkpoint(path, NETWORK)
     if "training" in checkpoint:
         checkpoint = take_average(checkpoint, path) if ema and AVERAGE in checkpoint else checkpoint
         record |= checkpoint["training"].get("config", {}) | record
@@ -134,6 +138,21 @@ def data_for(judged: Judged, args) -> RecordedData:
     is_other = args.dataset is not None or args.data is not None
     wanted = RecordedData.of(record, dataset if is_other else None, args.data, args.image_size)
     return wanted._replace(dataset=dataset, split=wanted.split if args.split is None else args.split)
+
+
+def by_data(judged: Sequence[Judged], args) -> Iterator[tuple[ImageData, str, list[Judged]]]:
+    """The networks that are shown the same images, these images, and how, where that is the weights' own test."""
+    loaded: dict[RecordedData, ImageData] = {}
+    groups: dict[tuple[RecordedData, Preprocessing | None], list[Judged]] = {}
+    for one in judged:
+        wanted = data_for(one, args)
+        if wanted not in loaded:
+            loaded[wanted] = wanted.load()
+        own = own_test(one.source, one.record, loaded[wanted]) if args.image_size is None else None
+        groups.setdefault((wanted, own), []).append(one)
+    for (wanted, own), members in groups.items():
+        data, how = (loaded[wanted], "") if own is None else shown_as(own, loaded[wanted])
+        yield data, how, members
 
 
 def check_classes(judged: Judged, data: ImageData) -> None:
@@ -214,7 +233,7 @@ def name_of(data: ImageData, sample: int) -> str:
 def measure(seen: Seen, tested: Tested, teacher: Teacher | None, data: ImageData) -> dict[str, Any]:
     """Everything that is said of a network, as JSON can hold it."""
     judged, logits, record = seen.judged, seen.logits, seen.judged.record
-    left_out = len(data.test.targets) - len(tested.targets)
+    left_out = len(data.test.targets) - len(tested.targets) + len(data.unreadable)
     about: dict[str, Any] = {
         "network": judged.source,
         "model": judged.name,
@@ -284,6 +303,7 @@ def as_text(about: Mapping[str, Any]) -> str:
     """The numbers of a network, with 95 % intervals in brackets."""
     lost = f"; {about['test_unreadable']} unreadable, left out" if about["test_unreadable"] else ""
     lines = [f"{about['network']}: {about['model']} on {about['test_images']} test images of {about['dataset']}{lost}"]
+    lines += [f"  images              {about['test_transform']}"] if "test_transform" in about else []
     lines += [_line(about, name, *title) for name, title in TITLES.items()]
     lowest = [f"{name} {one['accuracy']:.1f} %" for name, one in by_accuracy(about)]
     lines.append(f"  per class           {', '.join(lowest[:10])}{', ... (lowest 10)' if len(lowest) > 10 else ''}")
@@ -383,8 +403,8 @@ def make_parser() -> Parser:
     add("--data", metavar="PATH", help="where the data are stored; default: as on record")
     add("--split", type=float, metavar="SHARE", help="of the training images, for a folder without test images")
     add("--image_size", type=count, metavar="PIXELS", help="default: the network's own")
-    add("--batch_size", type=count, default=128, metavar="B")
-    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
+    add("--batch_size", type=count, default=128, metavar="B", help="images that are computed at once (128)")
+    add("--device", default="auto", help="auto (CUDA where there is a GPU), cpu, cuda, cuda:1, ...")
     add("--json", type=Path, metavar="FILE", help="all numbers; of several networks a list")
     add("--html", type=Path, metavar="FILE", help="one page: numbers, reliability, confusions, worst errors as images")
     add("--fidelity", action="store_true", help=f"with --teacher: write {FIDELITY} into each run folder, for report.py")
@@ -396,19 +416,15 @@ def judge_all(args) -> list[Judgement]:
     device = find_device(args.device)
     judged = [read_judged(source, args.model, device, args.ema) for source in args.networks]
     source = args.teacher and read_network(file_of(args.teacher), None, "--teacher", "--teacher")
-    groups: dict[RecordedData, list[Judged]] = {}
-    for one in judged:
-        groups.setdefault(data_for(one, args), []).append(one)
     found = []
-    for wanted, members in groups.items():
-        data = wanted.load()
+    for data, how, members in by_data(judged, args):
         for one in members:
             check_classes(one, data)
         teacher = Teacher(source, data, None, Fast(), device) if source else None
         seen = [Seen(one) for one in members]
         tested = test(seen, teacher, data, device, args.batch_size)
         for one in seen:
-            about = measure(one, tested, teacher, data)
+            about = measure(one, tested, teacher, data) | ({"test_transform": how} if how else {})
             print(as_text(about), *(f"  note: {note}" for note in one.judged.notes), sep="\n")
             found.append(Judgement(about, one.judged, pictures_of(about, data) if args.html else {}))
     return found

@@ -256,7 +256,7 @@ def make_parser() -> Parser:
     add("--out", type=Path, metavar="FILE", help="default: <CKPT>_exported.pth next to it")
     add("--model_s", metavar="NAME", help="for official files whose weights fit several models")
     add("--ema", action="store_true", help="the moving average of the weights, of a run with --ema_decay")
-    add("--ft", choices=("default", "plain"), default="default", help="transform of an official file")
+    add("--ft", choices=("default", "plain"), default="default", help="transform of an official file (default)")
     add("--dataset", help="images to compare on; default: the run's data set")
     add("--data", metavar="PATH", help="where that data set is stored")
     formats = "pth, safetensors, pt2 (torch.export), onnx; default: the suffix of --out, pth"

@@ -16,15 +16,15 @@ from errors import run_script, starting
 
 with starting():
     from helper.command_line import Parser
-    from helper.download import CIFAR_TEACHERS, IMAGENET_TEACHERS, cifar_teacher, imagenet_teacher, provide
     from helper.recipes import PUBLISHED_TEACHERS
+    from models.published import CIFAR_TEACHERS, IMAGENET_TEACHERS, cifar_teacher, imagenet_teacher, provide
 
 KINDS = {"cifar": (CIFAR_TEACHERS, cifar_teacher), "imagenet": (IMAGENET_TEACHERS, imagenet_teacher)}
 
 
 def main(argv=None) -> list[Path]:
     parser = Parser((__doc__ or "").split("\n")[0])
-    parser.add_argument("kind", choices=KINDS)
+    parser.add_argument("kind", choices=KINDS, help="RepDistiller's for CIFAR-100, or torchvision's for ImageNet")
     parser.add_argument("names", nargs="*", metavar="NAME", help="networks; of torchvision's also NAME@WEIGHTS")
     args = parser.parse_args(argv)
     names, find = KINDS[args.kind]

@@ -2,11 +2,15 @@
 
 Of each family the smallest network, with random weights, is a teacher (KD, NORM, AT) and a student (NORM) for two steps
 and is exported with the transform folded in. A refusal is shown by its reason. The result is a Markdown table.
+
+With `--out FILE` each row is written to the page when it is known. Rows of other networks that the page has are kept,
+and without names their families are not tried again: a stopped list is resumed, and a page is made anew where its
+file is removed before.
 """
 
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,14 +22,21 @@ from dataset import Batch
 from distiller_zoo import DISTILLERS, Distiller, Predictor, Progress, Task
 from errors import UserError, run_script
 from helper.command_line import Parser
+from helper.run_folder import write_text
 from models import build_model
 from models.backbone import Backbone, FinalConv, first_line
 from models.cost import count_parameters
 
 CLASSES, IMAGES, STEPS = 7, 4, 2
 #: Image sizes that are tried in turn: some networks read only one.
-SIZES = (64, 224, 240)
+SIZES = (64, 224, 240, 256)
 HEAD = ("family", "smallest network", "images", "teacher: KD", "NORM", "AT", "student: NORM", "ships", "remarks")
+PAGE = """# Networks of other libraries: what works
+
+Of each family the smallest network, with random weights, as a teacher and as a student of two training steps, folded
+and exported. Made by `python scripts/list_networks.py --out docs/networks_table.md`; with a name behind that, its row.
+
+"""
 #: How far the exported network may be from the trained one, relative to the largest logit.
 TOLERANCE = 1e-3
 
@@ -158,14 +169,28 @@ def row(family: str, name: str) -> tuple[str, ...]:
     return family, f"`{name}`", str(size), *cells, trained, "-" if trained != "yes" else ships, remarks
 
 
-def rows(names: list[str]) -> Iterator[tuple[str, ...]]:
-    """The results of the named networks, or of the smallest of every family."""
+def rows(names: list[str], known: Collection[str]) -> Iterator[tuple[str, ...]]:
+    """The results of the named networks, or of the smallest of every family that is not `known`."""
     if names:
         yield from (row(family_of(name), name) for name in names)
         return
     for library in ("torchvision", "timm"):
         for family, members in families(library).items():
-            yield row(f"{library} {family}", smallest(library, members))
+            if f"{library} {family}" not in known:
+                yield row(f"{library} {family}", smallest(library, members))
+
+
+def markdown(cells: tuple[str, ...]) -> str:
+    """A row of the table; a bar in a reason would begin another cell."""
+    return "| " + " | ".join(cell.replace("|", "/") for cell in cells) + " |"
+
+
+def read_rows(page: Path | None) -> dict[tuple[str, str], str]:
+    """The rows of a page, by family and network; none where there is no page."""
+    if page is None or not page.exists():
+        return {}
+    lines = [line for line in page.read_text(encoding="utf-8").splitlines() if line.startswith("| ")]
+    return {tuple(line.removeprefix("| ").split(" | ")[:2]): line for line in lines[2:]}
 
 
 def main(argv=None) -> None:
@@ -173,18 +198,18 @@ def main(argv=None) -> None:
     parser.add_argument(
         "names", nargs="*", metavar="NAME", help="networks to try; default: the smallest of each family"
     )
-    parser.add_argument("--out", type=Path, metavar="FILE", help="write the table there too")
+    parser.add_argument(
+        "--out", type=Path, metavar="FILE", help="the page of the table: rows of other networks that it has are kept"
+    )
     args = parser.parse_args(argv)
     warnings.simplefilter("ignore")
-    lines = []
-    for cells in (HEAD, ("--",) * len(HEAD)):
-        lines.append("| " + " | ".join(cells) + " |")
-    print("\n".join(lines), flush=True)
-    for cells in rows(args.names):
-        lines.append("| " + " | ".join(cells) + " |")
-        print(lines[-1], flush=True)
-    if args.out:
-        args.out.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    head, found = [markdown(cells) for cells in (HEAD, ("--",) * len(HEAD))], read_rows(args.out)
+    print("\n".join(head), flush=True)
+    for cells in rows(args.names, {family for family, _ in found}):
+        found[cells[0], cells[1]] = markdown(cells)
+        print(found[cells[0], cells[1]], flush=True)
+        if args.out:
+            write_text(args.out, PAGE + "\n".join([*head, *(found[key] for key in sorted(found))]) + "\n")
 
 
 if __name__ == "__main__":

@@ -87,7 +87,7 @@ def make_parser() -> Parser:
     """The flags of this script."""
     parser = Parser((__doc__ or "").split("\n")[0])
     add = parser.add_argument
-    add("folders", nargs="*", type=Path, metavar="RUN")
+    add("folders", nargs="*", type=Path, metavar="RUN", help="run folders, or folders of them")
     add("--csv", type=Path, metavar="FILE", help="one line per run, unrounded")
     add("--html", type=Path, metavar="FILE", help="one page with everything: tables, settings, figures")
     add("--grid", action="store_true", help="print methods as rows and pairs as columns")

@@ -24,19 +24,32 @@ with starting():
     from helper.run_folder import write_text
     from helper.settings import SETTINGS
     from helper.tables.jobs import LOGS, Speeds, command_line, find_places, format_seconds, ready, run_jobs, submit
-    from helper.tables.plan import IMAGENET_TABLES, TABLES, Job, Plan, Variant, all_variants, by_state, read_variants
+    from helper.tables.plan import (
+        IMAGENET_TABLES,
+        TABLES,
+        Job,
+        Plan,
+        Variant,
+        all_variants,
+        by_state,
+        read_variants,
+        teachers_of,
+    )
     from models import find_builder
     from setting import count
 
 
 def pairs(text: str) -> list[tuple[str, str]]:
-    """(teacher, student) names, read from a flag like resnet32x4:resnet8x4,wrn_40_2:ShuffleV1."""
-    name = "((?:timm:|torchvision:)?[^:]+)"
-    matches = [re.fullmatch(f"{name}:{name}", part) for part in text.split(",")]
+    """(teacher, student) names, read from a flag like resnet32x4:resnet8x4,wrn_40_2:ShuffleV1; of several teachers
+    their names with + between them."""
+    name = "(?:timm:|torchvision:)?[^:+]+"
+    matches = [re.fullmatch(rf"({name}(?:\+{name})*):({name})", part) for part in text.split(",")]
     found = [(match[1], match[2]) for match in matches if match]
     if len(found) < len(matches):
-        raise argparse.ArgumentTypeError(f"must be pairs like resnet32x4:resnet8x4,wrn_40_2:ShuffleV1, not {text}")
-    for network in {network for pair in found for network in pair}:
+        raise argparse.ArgumentTypeError(
+            f"must be pairs like resnet32x4:resnet8x4,wrn_40_2:ShuffleV1, or like A+B:STUDENT, not {text}"
+        )
+    for network in {network for teacher, student in found for network in (*teachers_of(teacher), student)}:
         find_builder(network)
     return found
 
@@ -98,7 +111,12 @@ def make_parser() -> Parser:
     parser = Parser((__doc__ or "").rsplit("\n\n", 1)[0])
     add = parser.add_argument
     add("--table", choices=TABLES, help="of the NORM paper: 1, 2: CIFAR-100; 3, 6: ImageNet")
-    add("--pairs", type=pairs, metavar="T:S,T:S", help="teacher:student, ...; with --table: only these of its pairs")
+    add(
+        "--pairs",
+        type=pairs,
+        metavar="T:S,T:S",
+        help="teacher:student, teacher+teacher:student; with --table: only these of its pairs",
+    )
     add("--methods", metavar="M,M", help="rows, each with its recipe; default: every method that applies")
     add("--variants", metavar="'M FLAGS; M FLAGS'", help="rows with flags of their own, like 'norm -c 0; norm -s 1'")
     add("--trials", type=count, default=3, metavar="K", help="seeds of every row and of the baseline (3)")

@@ -9,17 +9,19 @@ import torch
 
 import train_cifar_student
 import train_teacher
-from dataset import Batch, Images
+from dataset import DATASETS, Batch, Images
 from errors import UserError
-from helper import run
+from helper import inputs, run
 from helper.recipes import CIFAR_PAIRS
 from models import build_model
+from tests.forks import Server
 from tests.run_folders import new_run
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"
 #: Networks that train in a blink, on 32x32 images.
 TEACHER, STUDENT = "resnet14", "resnet8"
+WHOLE_DIGITS = DATASETS["digits"]
 
 
 @pytest.fixture(autouse=True)
@@ -27,9 +29,28 @@ def _reproducible():
     torch.manual_seed(0)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _few_test_images() -> Iterator[None]:
+    """Hold 73 of the digits' 364 test images: most of a short run would be the tests of its teacher and student."""
+
+    def few(*arguments):
+        data = WHOLE_DIGITS(*arguments)
+        return data._replace(test=Images(*(part[::5] for part in data.test)))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(DATASETS, "digits", few)
+        yield
+
+
+@pytest.fixture
+def whole_digits(monkeypatch):
+    """Every test image of the digits, as processes of their own read them."""
+    monkeypatch.setitem(DATASETS, "digits", WHOLE_DIGITS)
+
+
 def keep_images(monkeypatch, train: int | None = None, test: int | None = None) -> None:
-    """Let runs read only the first so many images of each split; None: all of them."""
-    load_data = run.load_data
+    """Let runs read only the first `train` and `test` images; None: all of them."""
+    load_data = inputs.load_data
 
     def load_few(*arguments, **named):
         data = load_data(*arguments, **named)
@@ -37,18 +58,26 @@ def keep_images(monkeypatch, train: int | None = None, test: int | None = None) 
             train=Images(*(part[:train] for part in data.train)), test=Images(*(part[:test] for part in data.test))
         )
 
-    monkeypatch.setattr(run, "load_data", load_few)
+    monkeypatch.setattr(inputs, "load_data", load_few)
 
 
 @pytest.fixture
 def few_images(monkeypatch):
-    """Train on 128 of the digits, so that an epoch is four steps of 32."""
-    keep_images(monkeypatch, train=128)
+    """Train on 32 of the digits, so that an epoch is four steps of 8."""
+    keep_images(monkeypatch, train=32)
 
 
 @pytest.fixture
 def save_dir(tmp_path) -> Path:
     return tmp_path / "save"
+
+
+@pytest.fixture(scope="session")
+def server() -> Iterator[Server]:
+    """Of processes of scripts."""
+    server = Server()
+    yield server
+    server.close()
 
 
 @pytest.fixture(scope="session")
@@ -73,7 +102,7 @@ def distil(teacher_run, save_dir):
 
 @contextmanager
 def killed(saved_epochs: int = 1) -> Iterator[None]:
-    """Within this block a run is killed as soon as so many of its epochs are saved."""
+    """Within this block a run is killed as soon as `saved_epochs` of its epochs are saved."""
     save, saved = run.Run._save, []
 
     def save_then_stop(self, record):

@@ -75,7 +75,7 @@ def student_of(place: Path) -> Path:
 
 
 def inventory(folder: Path) -> set[Path]:
-    """Everything in a folder but what stands in the places where runs may write."""
+    """Everything in a folder outside of what runs may write to."""
     return {path for path in folder.rglob("*") if "save" not in path.relative_to(folder).parts}
 
 

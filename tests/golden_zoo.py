@@ -1,7 +1,7 @@
 """Golden checks of the methods beyond RepDistiller's: `cases[method][case][seed]`.
 
 Methods are built around stand-ins with the shapes of the inputs, filled by the hashed keys of the file, and asked for
-their loss. What a case needs besides, the text under `how` says.
+their loss. The text under `how` says what else a case needs.
 """
 
 import re

@@ -35,7 +35,7 @@ def _task(num_classes: int, batch: int) -> Task:
 
 
 def check_score_gradient(case) -> Difference:
-    """DistPro's gradient of the scores in the first step of its search; the networks stand in the entry's text."""
+    """DistPro's gradient of the scores in the first step of its search; the entry's text names the networks."""
     entry: Reader = case.entry
     text, images = entry["what"], entry["images"]
     teacher_name, student_name = re.search(r"(\w+) -> (\w+)", text).groups()

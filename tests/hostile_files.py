@@ -1,4 +1,4 @@
-"""Writes checkpoints that mean harm; `python -m tests.hostile_files FOLDER SEED COUNT` reads so many random ones there.
+"""Writes checkpoints that mean harm; `python -m tests.hostile_files FOLDER SEED COUNT` reads COUNT random ones there.
 
 The programs are random values, built from every operation and every name that models/pickled.py knows, and from some
 of torch's, numpy's and Python's that it does not; some are damaged once more.
@@ -187,7 +187,7 @@ class Writer:
 
 
 def main(folder: str, seed: int, count: int) -> None:
-    """Read so many random files; prints how many were read and how many refused."""
+    """Read `count` random files; prints how many were read and how many refused."""
     draw, read, refused = random.Random(seed), 0, 0
     path = Path(folder) / "hostile.pth"
     for number in range(count):

@@ -73,7 +73,7 @@ def assert_same_end(whole: Path, other: Path) -> None:
 def make_run(
     root: Path, distill: str, seed: int, curve: list[float], teacher: str | None = "resnet20", **flags
 ) -> Path:
-    """A finished run of so many epochs with this test accuracy (%) after each; `flags` are of the configuration."""
+    """A finished run with these test accuracies (%) after its epochs; `flags` are of the configuration."""
     given = {"distill": distill, "model_s": "resnet8", "trial": str(seed), "epochs": len(curve), **flags}
     of_teacher = {"path_t": "t.pth", "model_t": teacher, "teacher_digest": "0" * 64} if teacher else {}
     config = resolve(given, of_teacher=of_teacher)

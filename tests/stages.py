@@ -56,7 +56,7 @@ def train_epoch(
     epochs_over: int = 0,
     most_steps: int | None = None,
 ) -> tuple[dict[str, float], int]:
-    """An epoch of a stage, of so many steps at most -> (its means, its steps); a `FrozenTeacher` may teach."""
+    """An epoch of a stage, of `most_steps` steps at most -> (its means, its steps); a `FrozenTeacher` may teach."""
     run = StageRun(training, progress, epochs_over, most_steps)
     loops.train_epoch([run], None if teacher is None else Shown(teacher), nullcontext, lambda number: None)
     return run.means, run.last_step

@@ -36,7 +36,7 @@ def test_this_implementation_gives_the_golden_numbers(name, tmp_path):
 
 
 def numbers(entry, keys=()) -> Iterator[tuple]:
-    """The places of all numbers in nested lists and dictionaries."""
+    """The paths of all numbers in nested lists and dictionaries."""
     if isinstance(entry, float):
         yield keys
     for key, value in entry.items() if isinstance(entry, dict) else enumerate(entry) if isinstance(entry, list) else ():

@@ -15,12 +15,13 @@ import torch
 from models import build_model
 from models.checkpoints import find_weights, load_weights, read_checkpoint
 from models.files import DamagedFile
+from tests.conftest import slow_but
 from tests.hostile_files import archive, call, name, number, several, storage, stream, tensor, text
 
 GIB = 1 << 30
 
 
-@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("seed", slow_but([0, 1], 0))
 def test_random_programs_are_read_or_refused_and_end_no_process(tmp_path, seed):
     def limit():
         resource.setrlimit(resource.RLIMIT_AS, (4 * GIB, 4 * GIB))
@@ -98,7 +99,7 @@ def test_a_file_that_unpacks_to_more_than_it_is_is_refused(tmp_path):
     with pytest.raises(DamagedFile, match="compressed archive"):
         read_checkpoint(path)
     content = bytearray(archive(entry(tensor(storage()))))
-    directory = content.rindex(b"PK\x01\x02")  # the last part's entry: its sizes stand 20 bytes behind
+    directory = content.rindex(b"PK\x01\x02")  # the last part's entry: its sizes are 20 bytes behind
     content[directory + 20 : directory + 28] = (1 << 30).to_bytes(4, "little") * 2
     path.write_bytes(content)
     with pytest.raises(DamagedFile, match="larger than the file"):

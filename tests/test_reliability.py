@@ -5,8 +5,6 @@ import multiprocessing
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -17,11 +15,12 @@ import train_cifar_student
 import train_teacher
 from dataset import Images, load_data
 from errors import UserError
-from helper import run as run_module
+from helper import inputs
 from helper.run_folder import PREVIOUS, RunFolder
 from models.checkpoints import read_checkpoint
 from scripts import export_student
-from tests.conftest import ROOT, message_of
+from tests.conftest import message_of
+from tests.forks import Fork
 from tests.run_folders import assert_same_end, load, metrics, same_state, state, weights
 
 KILLS = int(os.environ.get("KILLS", "3"))
@@ -29,8 +28,8 @@ FLIPS = int(os.environ.get("FLIPS", "150"))
 
 
 def test_a_damaged_last_checkpoint_falls_back_to_the_one_before(distil, few_images, capsys):
-    whole = distil("--batch_size", "64", "--epochs", "2")
-    cut = distil("--batch_size", "64", "--epochs", "2", "--trial", "cut", "--seed", "1")
+    whole = distil("--batch_size", "16", "--epochs", "2")
+    cut = distil("--batch_size", "16", "--epochs", "2", "--trial", "cut", "--seed", "1")
     assert state(cut, PREVIOUS)["epoch"] == 1
     content = bytearray((cut / "last.pth").read_bytes())
     content[len(content) // 2] ^= 1
@@ -48,7 +47,7 @@ def test_a_damaged_last_checkpoint_falls_back_to_the_one_before(distil, few_imag
 @pytest.mark.parametrize("distill", ["norm", "norm_crd", "ofd"])
 @pytest.mark.parametrize("saves", [2, 3, 6])
 def test_cut_within_an_epoch_and_resumed_it_ends_the_same(distil, few_images, monkeypatch, distill, saves, capsys):
-    flags = ("--batch_size", "32", "--epochs", "2", *(("--nce_k", "16") if distill == "norm_crd" else ()))
+    flags = ("--batch_size", "8", "--epochs", "2", *(("--nce_k", "16") if distill == "norm_crd" else ()))
     whole = distil(*flags, distill=distill)
     save, saved = RunFolder.save, []
 
@@ -70,24 +69,25 @@ def test_cut_within_an_epoch_and_resumed_it_ends_the_same(distil, few_images, mo
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "code"), [("SIGTERM", 143), ("SIGINT", 130)])
-def test_a_signal_saves_and_stops(tmp_path, name, code):
-    argv = [sys.executable, "train_teacher.py", "--model", "resnet20", "--epochs", "50", "--save_dir", str(tmp_path)]
-    process = subprocess.Popen(argv, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    run = Path(process.stdout.readline().split("run folder: ")[1].strip())
-    log = run / "log.txt"
-    while not log.exists() or "parameters" not in log.read_text():
+def test_a_signal_saves_and_stops(tmp_path, server, whole_digits, name, code):
+    argv = ["train_teacher.py", "--model", "resnet8", "--epochs", "50", "--save_dir", str(tmp_path / "save")]
+    process = Fork(server, argv, tmp_path / "output.txt", tmp_path / "errors.txt")
+    while not any((tmp_path / "save").glob("*/last.pth")):
+        assert process.poll() is None
         time.sleep(0.1)
-    time.sleep(1.5)  # into the first epoch
     process.send_signal(getattr(signal, name))
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == code and f"stopped by {name} and saved" in errors and "Traceback" not in errors
-    assert state(run)["epoch"] < 50
-    train_teacher.main(["--resume", str(run), "--max_steps", "1"])
+    ended, errors = process.wait(60), (tmp_path / "errors.txt").read_text()
+    assert ended == code and f"stopped by {name} and saved" in errors and "Traceback" not in errors
+    (run,) = (tmp_path / "save").iterdir()
+    step = state(run)["step"]
+    assert 1 <= state(run)["epoch"] < 50 and step >= 23, "an epoch has 23 steps of 64"
+    train_teacher.main(["--resume", str(run), "--max_steps", str(step + 2)])
+    assert state(run)["step"] == step + 2
 
 
 def test_nothing_on_record_leads_out_of_the_run_folder(distil, few_images, tmp_path, monkeypatch, save_dir):
     """What config.json and a teacher's file say is read; only the command line says where to write."""
-    run, outside = distil("--batch_size", "64", "--epochs", "1"), tmp_path / "outside"
+    run, outside = distil("--batch_size", "16", "--epochs", "1"), tmp_path / "outside"
     config = json.loads((run / "config.json").read_text())
     argv = ["--resume", str(run), "--epochs", "2"]
     (run / "config.json").write_text(json.dumps(config | {"save_dir": str(outside), "device": "cpu"}))
@@ -114,7 +114,7 @@ def test_nothing_on_record_leads_out_of_the_run_folder(distil, few_images, tmp_p
 
 
 def test_a_folder_belongs_to_one_process(distil, few_images):
-    run = distil("--batch_size", "64", "--epochs", "1")
+    run = distil("--batch_size", "16", "--epochs", "1")
     folder = RunFolder(run).lock()
     message = message_of(train_cifar_student.main, ["--resume", str(run)])
     assert "another process is training in" in message
@@ -131,7 +131,7 @@ def flatten(value, path=""):
 @pytest.mark.slow
 def test_no_damaged_checkpoint_is_taken_for_a_whole_one(distil, few_images, tmp_path):
     """Flipped bits, cuts, and overwritten stretches; run with FLIPS=1000 for the published figure."""
-    source = (distil("--batch_size", "64", "--epochs", "1") / "best.pth").read_bytes()
+    source = (distil("--batch_size", "16", "--epochs", "1") / "best.pth").read_bytes()
     whole = flatten(read_checkpoint(_write(tmp_path / "whole.pth", source)))
     draw, refused = random.Random(0), 0
     for number in range(FLIPS):
@@ -180,7 +180,7 @@ def train_few(argv: list[str]) -> None:
     """`train_cifar_student.py` on few images, in a process of its own."""
     data = load_data("digits")
     few = data._replace(**{name: Images(*(part[:96] for part in getattr(data, name))) for name in ("train", "test")})
-    run_module.load_data = lambda *arguments, **named: few
+    inputs.load_data = lambda *arguments, **named: few
     torch.set_num_threads(1)
     train_cifar_student.main(argv)
 
@@ -204,7 +204,7 @@ def finish(argv: list[str]) -> float:
 
 @pytest.mark.slow
 def test_killed_at_any_moment_and_resumed_it_ends_the_same(teacher_run, tmp_path):
-    """SIGKILL at random moments of runs that go on until they are over; KILLS=50 for the published figure."""
+    """SIGKILL at random moments of runs that are resumed until they are done; KILLS=50 for the published figure."""
     argv = ["--distill", "norm", "--model_s", "resnet8", "--path_t", str(teacher_run / "last.pth")]
     argv += ["--epochs", "3", "--batch_size", "32", "--allow_teacher_gap", "--save_every_steps", "1"]
     seconds = finish([*argv, "--save_dir", str(tmp_path / "whole")])

@@ -4,16 +4,15 @@ import os
 import resource
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 
+from tests.conftest import slow_but
 from tests.dataset.test_streaming import write_images
+from tests.forks import Fork, Server
 
-ROOT = Path(__file__).resolve().parent.parent
 #: Seconds within which a run must have ended; the docs promise this.
 SECONDS = 5
 FLAGS = ["--dataset", "imagenet", "--image_size", "32", "--model", "resnet8", "--batch_size", "4", "--epochs", "500"]
@@ -25,41 +24,43 @@ def folder(tmp_path):
 
 
 @pytest.fixture
-def start(folder):
+def start(folder, server):
     """Start `Run`s, which are gone after the test."""
     runs = []
 
-    def start_one(workers: int, *flags: str, **options) -> Run:
-        runs.append(Run(folder, workers, *flags, **options))
+    def start_one(workers: int, *flags: str, limits: dict | None = None) -> Run:
+        runs.append(Run(server, folder, workers, *flags, limits=limits or {}))
         return runs[-1]
 
     yield start_one
     for run in runs:
         run.process.kill()
-        run.process.wait()
 
 
 class Run:
     """`train_teacher.py` in a process of its own, which writes what it says into files."""
 
-    def __init__(self, folder: Path, workers: int, *flags: str, **options):
-        argv = [sys.executable, "train_teacher.py", *FLAGS, "--data", str(folder), "--num_workers", str(workers)]
-        argv += ["--save_dir", str(folder.parent / "save"), *flags]
+    def __init__(self, server: Server, folder: Path, workers: int, *flags: str, limits: dict[int, int]):
+        argv = ["train_teacher.py", *FLAGS, "--data", str(folder), "--num_workers", str(workers)]
+        self._save_dir = folder.parent / "save"
+        argv += ["--save_dir", str(self._save_dir), *flags]
         self._output, self._errors = folder.parent / "output.txt", folder.parent / "errors.txt"
-        with open(self._output, "w") as output, open(self._errors, "w") as errors:
-            files = {"stdout": output, "stderr": errors}
-            environment = os.environ | {"OMP_NUM_THREADS": "1"}
-            self.process = subprocess.Popen(argv, cwd=ROOT, env=environment, **files, **options)
+        self.process = Fork(server, argv, self._output, self._errors, limits)
 
-    def wait_until_it_trains(self) -> None:
+    def wait_until_it_trains(self, stuck: bool = False) -> None:
+        """Until an epoch is done; or, of a run that reads an image for ever, until it must have begun to."""
         end = time.monotonic() + 60
-        while "parameters" not in self._output.read_text():
+        while not ("parameters" in self._printed() if stuck else any(self._save_dir.glob("*/metrics.jsonl"))):
             assert self.process.poll() is None and time.monotonic() < end, self._errors.read_text()
             time.sleep(0.05)
-        time.sleep(1)  # into the first epoch
+        if stuck:
+            time.sleep(1)
+
+    def _printed(self) -> str:
+        return self._output.read_text() if self._output.exists() else ""
 
     def end(self, within: float) -> tuple[int, str]:
-        """(exit code, what was said on stderr) of a process that ends within so many seconds."""
+        """(exit code, what was said on stderr) of a process that ends within this time."""
         started = time.monotonic()
         code = self.process.wait(within)
         print(f"ended after {time.monotonic() - started:.1f} s with {code}")
@@ -79,14 +80,15 @@ def hang(folder: Path, split: str = "train") -> Path:
     return path
 
 
+@pytest.mark.quick(3)
 @pytest.mark.parametrize("stuck", [False, True], ids=["reading", "stuck"])
-@pytest.mark.parametrize("workers", [0, 1, 4])
+@pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize(("name", "code"), [("SIGTERM", 143), ("SIGINT", 130)])
 def test_a_signal_ends_a_run(start, folder, workers, name, code, stuck):
     if stuck:
         hang(folder)
     run = start(workers)
-    run.wait_until_it_trains()
+    run.wait_until_it_trains(stuck)
     started = run.workers()
     assert len(started) == workers
     run.process.send_signal(getattr(signal, name))
@@ -108,11 +110,11 @@ def is_alive(process: int) -> bool:
     return True
 
 
-@pytest.mark.parametrize("workers", [0, 4])
+@pytest.mark.parametrize("workers", slow_but([0, 2], 2))
 def test_a_second_signal_ends_a_run_at_once(start, folder, workers):
     hang(folder)
     run = start(workers)
-    run.wait_until_it_trains()
+    run.wait_until_it_trains(stuck=True)
     run.process.send_signal(signal.SIGINT)
     time.sleep(0.3)
     run.process.send_signal(signal.SIGINT)
@@ -120,10 +122,11 @@ def test_a_second_signal_ends_a_run_at_once(start, folder, workers):
     assert code == 130 and "interrupted again" in errors
 
 
-@pytest.mark.parametrize("workers", [0, 1, 4])
+@pytest.mark.quick(3)
+@pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("trouble", ["unreadable", "diverged", "full disk"])
 def test_an_error_within_an_epoch_ends_a_run(start, folder, workers, trouble):
-    flags, options = (), {}
+    flags, limits = (), {}
     if trouble == "unreadable":
         for path in sorted((folder / "train" / "cat").iterdir())[:12]:
             path.write_bytes(b"no image")
@@ -131,9 +134,9 @@ def test_an_error_within_an_epoch_ends_a_run(start, folder, workers, trouble):
     elif trouble == "diverged":
         flags, expected = ("--learning_rate", "1e25", "--save_every_steps", "1"), "diverged"
     else:  # a file may not grow beyond this, which is less than a checkpoint
-        options["preexec_fn"] = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+        limits = {resource.RLIMIT_FSIZE: 100_000}
         flags, expected = ("--save_every_steps", "2"), "cannot be written"
-    run = start(workers, *flags, **options)
+    run = start(workers, *flags, limits=limits)
     code, errors = run.end(60)
     assert code == 2 and expected in errors and errors.splitlines()[-1].startswith("error: ")
     assert "Traceback" not in errors
@@ -148,7 +151,7 @@ def test_a_worker_that_is_killed_is_one_line(start, folder):
 
 
 def test_workers_that_cannot_be_started_are_one_line(start, folder):
-    run = start(60, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64)))
+    run = start(60, limits={resource.RLIMIT_NOFILE: 64})
     code, errors = run.end(60)
     assert code == 2 and "--num_workers: 60 worker processes cannot be started" in errors
     assert len(errors.splitlines()) == 1
@@ -157,7 +160,7 @@ def test_workers_that_cannot_be_started_are_one_line(start, folder):
 def test_workers_of_a_killed_run_end_and_do_not_keep_its_folder(start, folder):
     image = hang(folder, "val")
     run = start(2, "--save_every_steps", "1")
-    run.wait_until_it_trains()
+    run.wait_until_it_trains(stuck=True)
     (path,) = (folder.parent / "save").iterdir()
     end = time.monotonic() + 30
     while not (path / "last.pth").exists():
@@ -165,7 +168,6 @@ def test_workers_of_a_killed_run_end_and_do_not_keep_its_folder(start, folder):
         time.sleep(0.1)
     started = run.workers()
     run.process.kill()
-    run.process.wait()
     image.unlink()
     shutil.copy(folder / "val/cat/0.JPEG", image)
     resumed = start(0, "--resume", str(path), "--max_steps", "12", "--accept_changes")

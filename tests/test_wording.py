@@ -1,7 +1,8 @@
-"""The documents, --help texts and error messages use the field's terms (docs/glossary.md), one term for one thing."""
+"""Documents, --help texts, messages and comments use the field's terms (docs/glossary.md), one term for one thing."""
 
 import ast
 import re
+import tokenize
 from pathlib import Path
 
 import pytest
@@ -11,12 +12,16 @@ DOCUMENTS = ("README.md", "save/README.md", *(f"docs/{path.name}" for path in so
 #: The product's files: the strings in them that a user reads are checked, help texts and messages.
 PRODUCT = ("*.py", "models/*.py", "distiller_zoo/*.py", "crd/*.py", "dataset/*.py", "helper/**/*.py", "scripts/**/*.py")
 CODE = sorted({path.relative_to(ROOT).as_posix() for pattern in PRODUCT for path in ROOT.glob(pattern)})
+TESTS = sorted(
+    path.relative_to(ROOT).as_posix() for path in ROOT.glob("tests/**/*.py") if path.name != Path(__file__).name
+)
+DESCRIBED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 #: A private word or phrase, in the sense meant -> the field's term.
 WORDING = {
     r"\bmend(s|ed|ing)?\b": "repair, fix",
     r"\b(go|goes|going|went|gone) on\b": "resumes, continues",
     r"\b(lies?|lying)\b(?! (between|within|above|below|outside))": "is stored, is",
-    r"\bstands?\b(?! (for|alone|out)\b)": "is",
+    r"\bstands?\b(?! (for|alone|out)\b|-in)": "is",
     r"\bbeside\b|\bbesides(?=[.,;:)]|$)": "next to; as well",
     r"\bke(ep|eeps|pt) (\w+ )?apart\b": "held out",
     r"\b(published|first|recorded|kept|known|its own) sums?\b(?! of)|\bsum was\b": "checksum",
@@ -70,6 +75,19 @@ def messages(path: Path) -> list[str]:
     return texts
 
 
+def comments(path: Path) -> list[str]:
+    """The docstrings of a Python file and its comments, those of lines below each other as one."""
+    nodes = [node for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, DESCRIBED)]
+    texts, last = [ast.get_docstring(node) or "" for node in nodes], None
+    with tokenize.open(path) as file:
+        found = [each for each in tokenize.generate_tokens(file.readline) if each.type == tokenize.COMMENT]
+    for each in found:
+        text, begins = each.string.lstrip("#: "), last != each.start[0] - 1
+        texts.append(text if begins else f"{texts.pop()} {text}")
+        last = each.start[0]
+    return texts
+
+
 @pytest.mark.parametrize("document", DOCUMENTS)
 def test_documents_use_the_fields_words(document):
     assert not offences(prose(document))
@@ -78,6 +96,11 @@ def test_documents_use_the_fields_words(document):
 @pytest.mark.parametrize("file", CODE)
 def test_messages_and_help_use_the_fields_words(file):
     assert not [offence for text in messages(ROOT / file) for offence in offences(text)]
+
+
+@pytest.mark.parametrize("file", [*CODE, *TESTS])
+def test_comments_and_docstrings_use_the_fields_words(file):
+    assert not [offence for text in comments(ROOT / file) for offence in offences(text)]
 
 
 @pytest.mark.parametrize(

@@ -121,7 +121,7 @@ def names_of(rows: Sequence[Row]) -> list[str]:
         networks = row.pair if row.config["model_t"] else row.config["model_s"]
         names.append(row.label if taught == {networks} else f"{networks}: {row.label}")
     if len({row.epochs for row in rows}) > 1:
-        names = [f"{name}, {row.epochs} epochs" for name, row in zip(names, rows, strict=True)]
+        names = [f"{name}, {row.epochs} epoch{'s' * (row.epochs != 1)}" for name, row in zip(names, rows, strict=True)]
     return names
 
 
@@ -139,6 +139,7 @@ def learning_curves(rows: Sequence[Row], title: str = "", legend: bool = True) -
         return None
 
     def paint(axes) -> None:
+        axes.xaxis.get_major_locator().set_params(integer=True)  # there is no half epoch
         for number, (row, name) in enumerate(zip(rows, names, strict=True)):
             by_epoch = list(zip(*(record.curve for record in row.records), strict=False))
             epochs, style = range(1, len(by_epoch) + 1), line_style(number)

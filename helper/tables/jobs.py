@@ -122,7 +122,7 @@ class _Board:
 
     def _look_at(self, job: Job) -> tuple[Job, FileLock] | None:
         """Settle a job that needs no training; claim one that is ready. None where it is not taken."""
-        if job.teacher is not None and job.teacher.key in self.failures:
+        if any(teacher.key in self.failures for teacher in job.teachers):
             self._settle(job, "its teacher failed")
             return None
         now = self._shelf.renew(job)
@@ -130,7 +130,7 @@ class _Board:
             self._settle(job)
         elif now.state == "running":
             self._wait_for(job, now)
-        elif now.teacher is None or now.teacher.state == "finished":
+        elif all(teacher.state == "finished" for teacher in now.teachers):
             claim = _claim(self._shelf.save_dir, job)
             if claim is None:
                 self._wait_for(job, now)
@@ -262,7 +262,7 @@ def format_seconds(seconds: float) -> str:
 
 
 def submit(jobs: Sequence[Job], folder: Path, settings: Sequence[str], cluster: str) -> list[tuple[Job, Any]]:
-    """Submit every job to a cluster -> (job, submitit's handle of it); a student's waits for its teacher's to end well.
+    """Submit every job to a cluster -> (job, submitit's handle of it); a student's waits for its teachers' to end well.
 
     `settings` are submitit's parameters like timeout_min=600 or slurm_partition=gpu; `cluster` is slurm, or local and
     debug for trying.
@@ -283,12 +283,14 @@ def submit(jobs: Sequence[Job], folder: Path, settings: Sequence[str], cluster: 
     submitted: dict[str, tuple[Job, Any]] = {}
     additional = parameters.get("slurm_additional_parameters", {})
     for job in jobs:
-        _, teacher = submitted.get(job.teacher.key if job.teacher else "", (None, None))
-        if cluster == "slurm":  # holds the job back until the teacher is there
-            dependency = {} if teacher is None else {"dependency": f"afterok:{teacher.job_id}"}
+        teachers = [submitted[teacher.key][1] for teacher in job.teachers if teacher.key in submitted]
+        if cluster == "slurm":  # holds the job back until the teachers are there
+            awaited = ":".join(["afterok", *(str(teacher.job_id) for teacher in teachers)])
+            dependency = {"dependency": awaited} if teachers else {}
             executor.update_parameters(slurm_additional_parameters=additional | dependency)
-        elif teacher is not None:
-            teacher.wait()
+        else:
+            for teacher in teachers:
+                teacher.wait()
         command = submitit.helpers.CommandFunction(command_line(job, processes), verbose=False)
         submitted[job.key] = job, executor.submit(command)
     return list(submitted.values())
@@ -310,9 +312,10 @@ def ready(jobs: Iterable[Job]) -> list[Job]:
     for job in jobs:
         if job.state not in ("begun", "missing"):
             continue
-        if job.teacher is not None and job.teacher.state == "running":
+        running = next((teacher for teacher in job.teachers if teacher.state == "running"), None)
+        if running is not None:
             print(
-                f"left out: {job.title}: another process is training its teacher in {job.teacher.folder}; start the "
+                f"left out: {job.title}: another process is training its teacher in {running.folder}; start the "
                 "same command again when that is finished"
             )
         else:

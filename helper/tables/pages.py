@@ -299,7 +299,10 @@ def _section(number: int, title: str, rows: Sequence[Row]) -> dict[str, Any]:
         {"name": name, **figures.line_style(place)}
         for place, name in enumerate(figures.names_of(figures.with_curves(rows)))
     ]
-    others = (figures.accuracy_against_n(rows), figures.accuracy_against_cost(rows))
+    others = {
+        "Accuracy against N": figures.accuracy_against_n(rows),
+        "Accuracy against cost": figures.accuracy_against_cost(rows),
+    }
     return {
         "prefix": prefix,
         "title": title,
@@ -307,7 +310,7 @@ def _section(number: int, title: str, rows: Sequence[Row]) -> dict[str, Any]:
         "has_paper": any(row.published for row in rows),
         "curves": curves,
         "drawing": Markup(re.sub(r'id="(curve|band)-', rf'id="{prefix}\1-', drawn)),
-        "figures": [Markup(svg) for svg in others if svg],
+        "figures": {name: Markup(svg) for name, svg in others.items() if svg},
     }
 
 

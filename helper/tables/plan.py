@@ -12,12 +12,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
 from distiller_zoo import DISTILLERS, find_distiller
 from errors import UserError
 from helper.checkpoint import build_distiller
 from helper.command_line import parse, resolve, student_parser, teacher_parser
-from helper.networks import INIT, Network, read_network, with_class_names
+from helper.networks import INIT, Network, digest_together, naming, read_network, with_class_names
 from helper.recipes import CIFAR_PAIRS
 from helper.run_folder import CONFIG, LAST, PREVIOUS, is_taken, next_folder
 from helper.settings import FOUND, SETTINGS, Configuration, identity
@@ -25,6 +27,7 @@ from helper.tables.rows import read_config, read_result
 from models import build_model
 from models.backbone import Backbone
 from models.checkpoints import read_checkpoint
+from models.ensemble import Ensemble, shares_of
 from models.external import is_external
 
 #: The pairs of the NORM paper's tables: CIFAR-100 within a family, across families; ImageNet.
@@ -49,7 +52,7 @@ SET_BY_PLAN = {
     "leave it out, a run that was begun is resumed anyway": "--resume",
     "give reproduce.py --save_dir itself, before any --": "--save_dir",
     "--pairs TEACHER:STUDENT of reproduce.py names networks": "--model --model_s --model_t",
-    "leave it out, reproduce.py trains or finds the teachers of --pairs": "--path_t",
+    "leave it out, reproduce.py trains or finds the teachers of --pairs A:STUDENT and A+B:STUDENT": "--path_t",
     "--methods or --variants of reproduce.py name methods": "--distill",
 }
 #: What only the run itself finds out.
@@ -57,6 +60,11 @@ SET_BY_PLAN = {
 DIGESTS = {setting.argument: setting.instead_of for setting in SETTINGS if setting.instead_of}
 FOUND_OUT = {setting.argument for setting in SETTINGS if setting.group == FOUND} - set(DIGESTS)
 DIGEST = "teacher_digest"
+
+
+def teachers_of(teacher: str) -> list[str]:
+    """The names in the first part of a pair: of one teacher, or of several that teach together, A+B."""
+    return teacher.split("+")
 
 
 class Variant(NamedTuple):
@@ -76,7 +84,7 @@ class Job(NamedTuple):
     row: str  # networks and method
     config: Configuration
     flags: tuple[str, ...]  # of the script, but for --trial and --path_t
-    teacher: "Job | None" = None  # what must be finished first; None where that is no run of the plan
+    sources: tuple["Job | str", ...] = ()  # its teachers: runs of the plan, and files or published weights
     folder: Path = Path()  # where it is, or will be
     state: str = "missing"  # one of `STATES`; running is in another process
 
@@ -87,9 +95,15 @@ class Job(NamedTuple):
     @property
     def key(self) -> str:
         """Equal for two jobs that would train the same run."""
-        if self.teacher is None:
+        if not self.teachers:
             return _as_key(self.config)
-        return f"{_as_key(self.config, with_teacher=False)} {self.teacher.key}"
+        names = (source.key if isinstance(source, Job) else source for source in self.sources)
+        return " ".join((_as_key(self.config, with_teacher=False), *names))
+
+    @property
+    def teachers(self) -> list["Job"]:
+        """The runs of the plan that must be finished first."""
+        return [source for source in self.sources if isinstance(source, Job)]
 
     @property
     def command(self) -> tuple[str, ...]:
@@ -205,18 +219,28 @@ class Shelf:
         return self._digests[key]
 
     def renew(self, job: Job) -> Job:
-        """The job as it is by now: another process may have begun or finished it, or its teacher."""
-        if job.teacher is None:
-            folder, state = self.find(job.config)
-            return job._replace(folder=folder, state=state)
-        teacher = self.renew(job.teacher)
-        if teacher.state != "finished":  # whatever exists has learnt from another
-            return job._replace(teacher=teacher, folder=next_folder(self.save_dir, job.config.name), state="missing")
-        path = teacher.folder / LAST
-        found = {"path_t": str(path), DIGEST: self.digest(path, teacher.config.model_s, ema=job.config.ema)}
-        config = job.config.replace("teacher", **found)
-        folder, state = self.find(config)
-        return job._replace(config=config, teacher=teacher, folder=folder, state=state)
+        """The job as it is by now: another process may have begun or finished it, or one of its teachers."""
+        if job.teachers:
+            sources = tuple(self.renew(each) if isinstance(each, Job) else each for each in job.sources)
+            job = job._replace(sources=sources)
+            if any(teacher.state != "finished" for teacher in job.teachers):  # whatever exists has learnt from another
+                return job._replace(folder=next_folder(self.save_dir, job.config.name), state="missing")
+            job = self.with_digest(job)
+        folder, state = self.find(job.config)
+        return job._replace(folder=folder, state=state)
+
+    def with_digest(self, job: Job) -> Job:
+        """A job whose teachers are files, with the digest of their weights that the run will compute."""
+        paths, names, shares = _paths(job.sources), job.config.model_t.split(","), job.config.teacher_weights
+        pairs = zip(paths, names, strict=True)
+        digests = [self.digest(Path(path), name, ema=job.config.ema) for path, name in pairs]
+        digest = digests[0] if shares is None else digest_together(digests, shares)
+        return job._replace(config=job.config.replace("teacher", path_t=",".join(paths), **{DIGEST: digest}))
+
+
+def _paths(sources: Sequence[Job | str]) -> list[str]:
+    """What --path_t says of each teacher."""
+    return [str(each.folder / LAST) if isinstance(each, Job) else each for each in sources]
 
 
 def _version(path: Path) -> tuple | None:
@@ -268,18 +292,19 @@ class Plan:
         self.shelf.refresh()
         self.inapplicable.clear()
         students = dict.fromkeys(student for _, student in pairs)
-        sources = {name: self._source(name) for name in dict.fromkeys(teacher for teacher, _ in pairs)}
+        teachers = dict.fromkeys(name for pair in pairs for name in teachers_of(pair[0]))
+        sources = {name: self._source(name) for name in teachers}
         jobs = [source for source in sources.values() if isinstance(source, Job)]
         jobs += [self._network(student, number) for student in students for number in range(1, trials + 1)]
         for (teacher, student), variant in itertools.product(pairs, variants):
-            source = sources[teacher]
-            first = self._student(source, teacher, student, variant, 1)
+            of_pair = tuple(sources[name] for name in teachers_of(teacher))
+            first = self._student(of_pair, teacher, student, variant, 1)
             reason = self._refusal(teacher, student, first.config)
             if reason:
                 self.inapplicable.append((first.row, reason))
                 continue
             rest = range(2, trials + 1)
-            jobs += [first, *(self._student(source, teacher, student, variant, number) for number in rest)]
+            jobs += [first, *(self._student(of_pair, teacher, student, variant, number) for number in rest)]
         listed: dict[str, Job] = {}
         for job in jobs:  # of a network that is teacher and baseline the teacher's job stays, with its --save_freq
             listed.setdefault(job.key, job)
@@ -304,23 +329,28 @@ class Plan:
             return own._replace(config=own.config.replace("--trial", trial=usual.config.trial))
         return own._replace(row=f"{own.row} {' '.join(flags)}")
 
-    def _student(self, source: Job | str, teacher: str, student: str, variant: Variant, number: int) -> Job:
+    def _student(
+        self, sources: tuple[Job | str, ...], teacher: str, student: str, variant: Variant, number: int
+    ) -> Job:
         words = ("--distill", variant.distill, "--model_s", student, *variant.flags, *self.common)
         if not DISTILLERS[variant.distill].needs_teacher:
             return self._job(f"{student}: {variant.label}", words, number, variant.flags)
         words += self.of_student
-        known: dict[str, Any] = {"model_t": teacher}
-        if isinstance(source, Job):
-            known["path_t"] = str(source.folder / LAST)
-            known |= {name: source.config[name] for name in Network._fields if name in source.config}
-        else:
-            known["path_t"] = source
-            if is_external(source):  # torchvision's weights of a name fit our network and theirs
-                words += ("--model_t", teacher)
-            else:
-                known[DIGEST] = self.shelf.digest(Path(source), teacher, ema="--ema" in words)
+        first, *others = sources
+        known: dict[str, Any] = {"model_t": ",".join(teachers_of(teacher)), "path_t": ",".join(_paths(sources))}
+        known["teacher_weights"] = shares_of(None, len(sources)) if others else None
+        if isinstance(first, Job):
+            known |= {name: first.config[name] for name in Network._fields if name in first.config}
+        published = is_external(known["path_t"])
+        if published:  # torchvision's weights of a name fit our network and theirs
+            words += ("--model_t", known["model_t"])
         job = self._job(f"{teacher} -> {student}: {variant.label}", words, number, variant.flags, known)
-        return job._replace(teacher=source if isinstance(source, Job) else None)
+        with naming("--teacher_weights"):
+            if not others and job.config.teacher_weights is not None:
+                raise UserError(f"{teacher}:{student} has one teacher; name several, {teacher}+OTHER:{student}")
+            shares_of(job.config.teacher_weights, len(sources))
+        job = job._replace(sources=sources)
+        return job if job.teachers or published else self.shelf.with_digest(job)
 
     def _job(
         self,
@@ -352,11 +382,12 @@ class Plan:
 
     def _refusal(self, teacher: str, student: str, config: Configuration) -> str:
         """Why the method cannot be built on the pair; empty where it can."""
-        targets = torch.arange(50_000) % 10
+        targets = torch.arange(1000) % 10  # more than a batch, and few: a method may sort them
         try:
-            with torch.device("meta"):  # shapes alone, so that hundreds of rows are listed in seconds
+            with torch.device("meta"), ShapesAlone():  # so that hundreds of rows are listed in seconds
                 of_student = self._network_of_shapes(student, "student")
-                of_teacher = self._network_of_shapes(teacher, "teacher") if config.model_t else None
+                networks = [self._network_of_shapes(name, "teacher") for name in teachers_of(teacher) if config.model_t]
+                of_teacher = Ensemble(networks) if len(networks) > 1 else next(iter(networks), None)
                 parts = list(of_student.modules())
                 try:
                     build_distiller(config, of_student, of_teacher, 10, config.image_size, targets)
@@ -368,6 +399,18 @@ class Plan:
         except (NotImplementedError, RuntimeError):
             pass  # it reads numbers, which a network without weights does not have; its shapes were fine so far
         return ""
+
+
+class ShapesAlone(TorchFunctionMode):
+    """Within its block, random initial values, BatchNorm and ReLU return what they are given: they change no shape,
+    tensors of the device "meta" have no values, and these calls would take half of the time."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        is_initial = getattr(func, "__module__", None) == "torch.nn.init" or func is torch.Tensor.normal_
+        if is_initial or func in (F.batch_norm, F.relu):
+            return args[0] if args else next(iter(kwargs.values()))
+        return func(*args, **kwargs)
 
 
 def _remembering(forward: Callable) -> Callable:

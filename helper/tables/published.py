@@ -1,6 +1,6 @@
 """Accuracies that papers report, each with its source; what is not here is not known to this repository.
 
-Our means stand beside them in the reports (scripts/report.py).
+Our means are next to them in the reports (scripts/report.py).
 """
 
 import math

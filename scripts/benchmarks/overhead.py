@@ -24,7 +24,7 @@ from distiller_zoo import DISTILLERS, Task
 from errors import run_script
 from helper.command_line import Parser, pairs
 from helper.distributed import find_device
-from helper.loops import begin, train_step
+from helper.loops import forward_backward, set_modes
 from models import build_model
 from scripts.benchmark import PROGRESS, Contender, choose
 from scripts.benchmarks.parts import report, wait_for
@@ -40,12 +40,14 @@ def student_step(name: str, data: ImageData, args: Namespace) -> Callable[[Batch
     args.fast.prepare_student(method, args.device)
     stage = method.main_stage(240)
     stage = stage._replace(respond=args.fast.compiled(args.fast.passing(method, stage.respond)))
-    begin(stage, method)
+    set_modes(stage, method)
     optimizer = torch.optim.SGD(method.parameters(), 1e-3, 0.9, fused=args.fast.fused_optimizer or None)
 
     def step(batch: Batch) -> None:
         batch = batch._replace(images=args.fast.lay_out(batch.images))
-        train_step(method, stage, optimizer, batch, None, PROGRESS, args.fast.autocast(args.device))
+        optimizer.zero_grad(set_to_none=True)
+        forward_backward(method, stage, batch, None, PROGRESS, args.fast.autocast(args.device))
+        optimizer.step()
 
     return step
 

@@ -113,7 +113,7 @@ def count_flops(step: Callable[[], None]) -> int:
 
 
 def _fused_flops(*shapes, out_shape, **_) -> int:
-    """Of a convolution with others inside: (x, weight, bias, ...), or with another map beside x."""
+    """Of a convolution with others inside: (x, weight, bias, ...), or with another map in addition to x."""
     weight = shapes[2] if shapes[2] is not None and len(shapes[2]) == 4 else shapes[1]
     return 2 * math.prod(out_shape) * math.prod(weight[1:])
 

@@ -14,17 +14,20 @@ from errors import UserError, run_script
 from helper.command_line import Parser
 from helper.run_folder import write_text
 from scripts import benchmark
-from scripts.benchmarks import estimate_imagenet, input, losses, methods
+from scripts.benchmarks import estimate_imagenet, input, losses, memory, methods, overhead
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 PAGE, RECORDS = ROOT / "docs" / "benchmarks.md", ROOT / "docs" / "benchmarks"
 #: Which script's table shows a file, by the first word of its name.
 TABLES = {
     "methods": methods.table,
+    "cached": methods.cached_table,
     "losses": losses.table,
     "step": benchmark.table,
     "input": input.table,
     "estimate": estimate_imagenet.table,
+    "overhead": overhead.table,
+    "memory": memory.table,
 }
 PLACE = re.compile(r"(<!-- ((\w+?)_\w+\.json) -->\n).*?(<!-- end -->)", re.DOTALL)
 

@@ -31,7 +31,7 @@ def image_folder(tmp_path):
     return tmp_path
 
 
-def test_the_digits_are_split_by_class_and_never_mirrored():
+def test_the_digits_are_split_by_class_and_never_mirrored(whole_digits):
     data = load_data("digits")
     assert data.train.pixels.shape == (1433, 3, 32, 32) and data.test.pixels.shape == (364, 3, 32, 32)
     assert data.train.pixels.dtype == torch.uint8 and data.num_classes == 10
@@ -77,9 +77,9 @@ def test_an_epoch_shows_every_image_once_and_depends_on_seed_and_epoch_alone():
 
 def test_test_batches_are_in_order_and_normalised():
     data = load_data("digits")
-    batches = list(Loader(data.test, data, 100, CPU).batches())
-    assert torch.equal(torch.cat([batch.index for batch in batches]), torch.arange(364))
-    expected = v2.functional.normalize(data.test.pixels[:100].float() / 255, data.mean, data.std)
+    batches = list(Loader(data.test, data, 50, CPU).batches())
+    assert torch.equal(torch.cat([batch.index for batch in batches]), torch.arange(73))
+    expected = v2.functional.normalize(data.test.pixels[:50].float() / 255, data.mean, data.std)
     assert torch.allclose(batches[0].images, expected, atol=1e-6)
 
 

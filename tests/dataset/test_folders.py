@@ -120,7 +120,7 @@ def test_damaged_images_are_all_named_in_one_pass_and_left_out_up_to_a_limit(fol
     data = load(folder, max_broken=3)
     said = capsys.readouterr().out
     assert all(name in said for name in names) and data.train.targets.tolist() == [0] * 5 + [1] * 6
-    assert not data.unreadable_test_images()
+    assert not data.unreadable
     message = refusal(folder, max_broken=2)
     assert all(name in message for name in names) and "3 images" in message and "--max_broken 2" in message
 
@@ -131,7 +131,8 @@ def test_unreadable_test_images_are_known(folder, stream):
     data = load(folder, stream=stream)
     if stream:
         list(data.test.read(torch.arange(10).split(4)))
-    assert sorted(Path(name).name for name in data.unreadable_test_images()) == ["1.JPEG", "3.JPEG"]
+    unreadable = data.test.unreadable if stream else data.unreadable
+    assert sorted(Path(name).name for name in unreadable) == ["1.JPEG", "3.JPEG"]
     damage(folder, *(f"val/cat/{number}.JPEG" for number in range(5)))
     if not stream:
         assert "nor any other image of class cat" in refusal(folder)

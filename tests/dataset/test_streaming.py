@@ -1,4 +1,4 @@
-"""Images that are read from a disk as the training goes."""
+"""Streamed images."""
 
 import json
 import os

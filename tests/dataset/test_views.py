@@ -48,7 +48,7 @@ def test_rotations_share_the_flip_and_have_their_own_crops():
 
 
 def test_the_crops_of_each_view_are_uniform_and_independent():
-    """One white pixel in the middle tells where a crop lies."""
+    """One white pixel in the middle tells where a crop is."""
     n, size = 20_000, 12
     pixels = torch.zeros(n, 3, size, size, dtype=torch.uint8)
     pixels[:, :, 6, 6] = 255

@@ -43,11 +43,12 @@ class Tiny(Backbone):
         return self.fc
 
 
-def tiny_search(style="scaled", **hyper_parameters):
-    """A search of two tiny networks in float64 behind its first step, and what a step is made of."""
+def tiny_search(style="scaled", of_labels=(0.0, None), **hyper_parameters):
+    """A search of two tiny networks in float64 behind its first step, and what a step is made of; `of_labels` are label
+    smoothing and class weights."""
     student, teacher_network = Tiny(2), Tiny(3)
     teacher = FrozenTeacher(teacher_network).double()
-    task = Task(4, 8, 4, torch.zeros(1, dtype=torch.int64))
+    task = Task(4, 8, 4, torch.zeros(1, dtype=torch.int64), *of_labels)
     method = DistPro(student, teacher_network, task, distpro_search_style=style, **hyper_parameters).double()
     for transform in method.search.pathways.transforms:  # kinks would spoil the finite difference
         transform.reduce[2] = transform.mix[2] = nn.Softplus()
@@ -69,8 +70,13 @@ def exact_score_gradient(method, optimizer, batch, teacher, held_out):
     def run(parameters, images, maps=None):
         return torch.func.functional_call(search, {**parameters, **statistics}, (images, maps))
 
+    def cross_entropy(logits, targets):
+        wanted = (1 - method.label_smoothing) * F.one_hot(targets, 4) + method.label_smoothing / 4
+        weights = torch.ones(4) if method.class_weights is None else method.class_weights
+        return -(wanted * weights * logits.log_softmax(1)).sum(1).mean()
+
     output, losses = run(parameters, batch.images, teacher.maps)
-    loss = method.gamma * F.cross_entropy(output.logits, batch.targets)
+    loss = method.gamma * cross_entropy(output.logits, batch.targets)
     loss = loss + method.alpha * kl_divergence(output.logits, teacher.logits, method.kd_T)
     loss = loss + method.beta * (STYLES[method.distpro_search_style](scores, method.kd_weight) * losses).sum()
     gradients = torch.autograd.grad(loss, list(parameters.values()), create_graph=True)
@@ -80,7 +86,7 @@ def exact_score_gradient(method, optimizer, batch, teacher, held_out):
         )
         for (name, value), gradient in zip(parameters.items(), gradients, strict=True)
     }  # fmt: skip
-    validation = F.cross_entropy(run(ahead, held_out.images)[0].logits, held_out.targets)
+    validation = cross_entropy(run(ahead, held_out.images)[0].logits, held_out.targets)
     return torch.autograd.grad(validation, scores)[0]
 
 
@@ -96,6 +102,15 @@ def test_the_score_gradient_is_the_exact_one_of_second_order(style, monkeypatch)
     assert torch.allclose(
         method.score_gradient(optimizer, batch, teacher, held_out), exact, rtol=1e-5, atol=1e-6 * exact.norm().item()
     )
+
+
+def test_label_smoothing_and_class_weights_reach_the_held_out_images(monkeypatch):
+    monkeypatch.setattr(distpro_module, "REACH", 1e-4)
+    of_labels = 0.3, torch.tensor([0.2, 3.0, 1.0, 0.5])
+    method, _, optimizer, batch, teacher, held_out = tiny_search(of_labels=of_labels)
+    exact = exact_score_gradient(method, optimizer, batch, teacher, held_out)
+    found = method.score_gradient(optimizer, batch, teacher, held_out)
+    assert torch.allclose(found, exact, rtol=1e-5, atol=1e-6 * exact.norm().item())
 
 
 def test_the_look_ahead_is_the_step_that_sgd_makes():

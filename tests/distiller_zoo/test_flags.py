@@ -7,10 +7,10 @@ import torch
 
 from dataset import Batch
 from distiller_zoo import DISTILLERS, Progress, Task
-from helper.loops import begin, train_step
 from helper.networks import FrozenTeacher
 from setting import Setting
 from tests.conftest import pair_networks
+from tests.distiller_zoo.helpers import begin, train_step
 
 CLASSES, BATCH, SIZE = 10, 4, 16
 #: A student with a BatchNorm and a ReLU in its head, and a teacher of equal widths: every flag has something to act on.

@@ -7,6 +7,7 @@ import train_cifar_student
 from dataset import Loader
 from dataset.images import Augmentation, ImageData, Images
 from distiller_zoo.distpro import DistPro
+from errors import UserError
 from helper import run
 from helper.loops import _endless
 from tests.conftest import keep_images
@@ -28,7 +29,7 @@ def test_held_out_images_come_in_passes_that_differ_and_can_be_taken_up_anywhere
 
 
 def test_the_search_never_trains_on_the_held_out_images(distil, monkeypatch):
-    keep_images(monkeypatch, 128, 32)
+    keep_images(monkeypatch, 40, 16)
     seen, original = {"steps": set(), "held out": set()}, DistPro.move_scores
 
     def spy(self, optimizer, batch, teacher, held_out, progress):
@@ -37,25 +38,16 @@ def test_the_search_never_trains_on_the_held_out_images(distil, monkeypatch):
         original(self, optimizer, batch, teacher, held_out, progress)
 
     monkeypatch.setattr(DistPro, "move_scores", spy)
-    distil("--batch_size", "32", "--epochs", "1", "--init_epochs", "1", "--allow_teacher_gap", distill="distpro")
-    assert not seen["steps"] & seen["held out"] and (len(seen["steps"]), len(seen["held out"])) == (102, 26)
+    distil("--batch_size", "8", "--epochs", "1", "--init_epochs", "1", "--allow_teacher_gap", distill="distpro")
+    assert not seen["steps"] & seen["held out"] and (len(seen["steps"]), len(seen["held out"])) == (32, 8)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("place", ["within the search", "behind the search's first epoch"])
 def test_a_search_that_is_cut_goes_on_as_if_it_had_not_been(distil, monkeypatch, place):
-    keep_images(monkeypatch, 128, 32)
-    flags = (
-        "--batch_size",
-        "64",
-        "--epochs",
-        "1",
-        "--init_epochs",
-        "2",
-        "--save_every_steps",
-        "1",
-        "--allow_teacher_gap",
-    )
+    keep_images(monkeypatch, 20, 8)  # two steps of 8 in an epoch, four images are held out
+    flags = ("--batch_size", "8", "--epochs", "1", "--init_epochs", "2", "--save_every_steps", "1")
+    flags += ("--allow_teacher_gap",)
     whole = distil(*flags, distill="distpro")
     save, save_last = run.Run._save, run.Run._save_last
 
@@ -84,3 +76,9 @@ def test_a_search_that_is_cut_goes_on_as_if_it_had_not_been(distil, monkeypatch,
     for key in ("distiller", "optimizer", "epoch", "step"):
         assert same_state(a[key], b[key]), key
     assert [record.get("stage") for record in metrics(cut)] == ["search", "search", None]
+
+
+@pytest.mark.parametrize("flags", [("--optimizer", "adamw"), ("--clip_grad", "1"), ("--recipe", "finetune")], ids=str)
+def test_a_search_that_looks_ahead_of_sgd_refuses_other_steps(distil, flags):
+    with pytest.raises(UserError, match=r"(--optimizer adamw|--clip_grad): stage search of --distill distpro"):
+        distil("--allow_teacher_gap", "--max_steps", "1", *flags, distill="distpro")

@@ -12,7 +12,7 @@ import train_cifar_student
 import train_teacher
 from dataset import Images, load_data
 from distiller_zoo import Progress, Task, find_distiller
-from helper import run
+from helper import inputs, run
 from helper.distributed import average_statistics, count_processes, joined, rank
 from helper.fast import Fast
 from helper.loops import Training, evaluate
@@ -27,9 +27,9 @@ CPU = torch.device("cpu")
 IMAGES, BATCH = 43, 8
 #: name -> (method, student, its hyper-parameters, synchronised, --accumulate, steps)
 CASES = {
-    "norm": ("norm", "resnet8", {"co_sponge": 2}, True, 1, 20),
+    "norm": ("norm", "resnet8", {"co_sponge": 2}, True, 1, 13),
     "norm_direct": ("norm", "resnet8", {"co_sponge": 2, "ft_form": "direct"}, True, 1, 4),
-    "norm_crd": ("norm_crd", "resnet8", {"co_sponge": 2, "nce_k": 8, "mode": "relax"}, True, 1, 20),
+    "norm_crd": ("norm_crd", "resnet8", {"co_sponge": 2, "nce_k": 8, "mode": "relax"}, True, 1, 7),
     "preactivations": ("ofd", "wrn_16_1", {}, True, 1, 4),
     "without_norms": ("kd", "resnet8", {}, True, 2, 6),
     "unused": ("norm", "resnet8", {"gamma": 0.0}, True, 1, 6),
@@ -114,7 +114,7 @@ def remove_norms(module: nn.Module) -> None:
 
 def test(distiller, data) -> dict:
     distiller.eval()
-    loader = run._part_loader(data.test, data, 32, CPU)
+    loader = inputs._part_loader(data.test, data, 32, CPU)
     return evaluate(lambda images: distiller.predict(images.double()), loader)
 
 
@@ -133,7 +133,7 @@ def run_cases(number: int, port: int, folder: str, whole_runs: list[list[str]]) 
     with joined():
         assert (rank(), count_processes()) == (number, 2)
         torch.save({name: train(name) for name in CASES}, Path(folder, f"{number}.pth"))
-    run.load_data = few_images
+    inputs.load_data = few_images
     torch.distributed.destroy_process_group = leave_without_ddp
     for offset, (script, *argv) in enumerate(whole_runs, 1):
         os.environ["MASTER_PORT"] = str(port + offset)
@@ -148,7 +148,7 @@ def run_script_with_trouble() -> None:
     from errors import UserError, run_script
 
     trouble = os.environ["TROUBLE"]
-    run.load_data = few_images
+    inputs.load_data = few_images
     unlucky = os.environ["RANK"] == "1" and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
     original = run.Run.save_within_epoch
 

@@ -16,12 +16,12 @@ from helper.settings import AUGMENTATION, DATA, SETTINGS
 from tests.conftest import keep_images, message_of
 from tests.run_folders import same_state, weights
 
-SHORT = ("--batch_size", "32", "--epochs", "2", "--seed", "3", "--data_seed", "5", "--allow_teacher_gap")
+SHORT = ("--batch_size", "8", "--epochs", "2", "--seed", "3", "--data_seed", "5", "--allow_teacher_gap")
 
 
 @pytest.fixture(autouse=True)
 def _hardly_any_images(teacher_run, monkeypatch):
-    keep_images(monkeypatch, train=64, test=32)
+    keep_images(monkeypatch, train=16, test=16)
 
 
 @pytest.fixture
@@ -37,6 +37,7 @@ def passes(monkeypatch):
     return seen
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize(
     ("method", "flags"),
     [
@@ -65,7 +66,7 @@ def test_without_augmentation_one_epoch_fills_it_for_every_seed(distil, tmp_path
     cache = ("--augment", "none", "--cache_teacher", str(tmp_path / "cache"))
     distil(*SHORT, *cache, distill="kd")
     assert len(passes) == 2
-    distil(*SHORT[4:6], *SHORT[8:], "--batch_size", "16", "--epochs", "1", "--data_seed", "6", *cache, distill="kd")
+    distil(*SHORT[4:6], *SHORT[8:], "--batch_size", "4", "--epochs", "1", "--data_seed", "6", *cache, distill="kd")
     assert len(passes) == 2
 
 

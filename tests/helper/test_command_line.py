@@ -235,3 +235,9 @@ def test_a_flag_without_effect_is_refused(flags, way_out):
     with pytest.raises(UserError, match=f"^{flags[0]}: has no effect .*{way_out}"):
         resolve(given.runs[0])
     resolve(parse(teacher_parser(), ["--model", "resnet8", "--no-nesterov", "--optimizer", "adamw"]).runs[0])
+
+
+def test_a_device_that_is_not_here_is_refused_in_a_short_line():
+    with pytest.raises(UserError) as caught:
+        parse_student("--model_s", "resnet8", "--fast", "auto", "--device", "mps")
+    assert str(caught.value).startswith("--device: mps cannot be used: ") and len(str(caught.value)) < 200

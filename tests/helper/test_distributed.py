@@ -14,8 +14,7 @@ import train_teacher
 from dataset import Augmentation, Batch, ImageData, Images, Loader
 from distiller_zoo import DISTILLERS
 from errors import UserError
-from helper import distributed
-from helper import run as run_module
+from helper import distributed, inputs
 from helper.command_line import parse, resolve, teacher_parser
 from tests.conftest import ROOT
 from tests.helper.distributed_cases import CASES, few_images, run_cases, train
@@ -110,7 +109,7 @@ def test_whole_runs_write_once(together):
 
 @pytest.mark.slow
 def test_all_processes_start_from_the_given_weights(together, tmp_path, monkeypatch):
-    monkeypatch.setattr(run_module, "load_data", few_images)
+    monkeypatch.setattr(inputs, "load_data", few_images)
     source, run = together / "digits_ce_resnet8_trial1" / "last.pth", "digits_ce_resnet8_trial3_try"
     train_teacher.main(["--save_dir", str(tmp_path), *FINE_TUNING, "--init", str(source)])
     alone, shared = (weights(folder / run) for folder in (tmp_path, together))
@@ -122,8 +121,8 @@ def test_all_processes_start_from_the_given_weights(together, tmp_path, monkeypa
 @pytest.mark.slow
 def test_a_run_goes_on_in_another_number_of_processes(together, tmp_path, monkeypatch):
     """Four steps in two processes and five in one: the same weights as nine in one, but for rounding."""
-    monkeypatch.setattr(run_module, "load_data", few_images)
-    (together / "digits_ce_resnet8_trial2_try" / "last.pth").write_bytes(b"")  # so it goes on from the one before
+    monkeypatch.setattr(inputs, "load_data", few_images)
+    (together / "digits_ce_resnet8_trial2_try" / "last.pth").write_bytes(b"")  # so it resumes from the one before
     train_teacher.main(["--save_dir", str(tmp_path), *RUN, *SLOW, "--max_steps", "9"])
     run = "digits_ce_resnet8_trial2_try"
     train_teacher.main(["--resume", str(together / run), "--max_steps", "9"])
@@ -227,7 +226,7 @@ def test_a_batch_that_cannot_be_divided_is_refused(monkeypatch, distil):
 
 def test_every_part_is_large_enough_for_the_method(distil, monkeypatch):
     """A short last batch is cut into fewer parts."""
-    monkeypatch.setattr(run_module, "load_data", few_images)
+    monkeypatch.setattr(inputs, "load_data", few_images)
     sizes, losses = [], DISTILLERS["rkd"].losses
 
     def spied(self, student, teacher, targets, index, progress):

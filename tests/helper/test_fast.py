@@ -18,7 +18,7 @@ from scripts import export_student
 from tests.conftest import killed, make_batch
 from tests.run_folders import load, metrics, same_state, weights
 
-FLAGS = ("--batch_size", "32", "--max_steps", "4")
+FLAGS = ("--batch_size", "8", "--max_steps", "4")
 
 
 pytestmark = pytest.mark.usefixtures("few_images")
@@ -64,7 +64,7 @@ def test_a_fast_run_repeats_itself_and_its_student_is_float32(distil):
 
 
 def test_a_fast_run_goes_on_as_it_was(distil):
-    flags = ("--batch_size", "32", "--epochs", "2", "--fast", "auto")
+    flags = ("--batch_size", "8", "--epochs", "2", "--fast", "auto")
     whole = distil(*flags)
     with killed():
         distil(*flags, "--trial", "cut", "--seed", "1")
@@ -167,7 +167,7 @@ def graphs(monkeypatch):
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Guards may run slower:RuntimeWarning")  # of Python 3.13.0
 def test_a_compiled_run_is_the_same_and_compiles_each_pass_once(distil, graphs):
-    flags = ("--batch_size", "48", "--epochs", "3")  # the last batch is shorter, NORM's weight changes with the epoch
+    flags = ("--batch_size", "12", "--epochs", "3")  # the last batch is shorter, NORM's weight changes with the epoch
     plain = distil(*flags)
     assert not graphs
     compiled = distil(*flags, "--compile", "default", "--trial", "compiled", "--seed", "1")
@@ -182,7 +182,7 @@ def test_a_compiled_run_is_the_same_and_compiles_each_pass_once(distil, graphs):
 @pytest.mark.filterwarnings("ignore:Guards may run slower:RuntimeWarning")
 def test_runs_side_by_side_and_stages_are_compiled(teacher_run, save_dir, graphs):
     flags = ["--path_t", str(teacher_run / "last.pth"), "--save_dir", str(save_dir), "--compile", "default"]
-    flags += ["--batch_size", "64", "--max_steps", "2", "--epochs", "1", "--model_s", "resnet14"]
+    flags += ["--batch_size", "16", "--max_steps", "2", "--epochs", "1", "--model_s", "resnet14"]
     train_cifar_student.main([*flags, "--sweep", "distill=norm,fsp,simkd"])
     assert len(graphs) >= 4
 

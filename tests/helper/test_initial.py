@@ -9,9 +9,9 @@ import torch
 import train_cifar_student
 import train_teacher
 from errors import UserError
-from helper import distributed, download, networks
-from helper import run as run_module
+from helper import distributed, inputs, networks
 from models import build_model
+from models import published as published_module
 from models.backbone import FinalConv
 from models.checkpoints import load_initial
 from scripts import export_student
@@ -26,7 +26,7 @@ FROZEN = (*SHORT, "--learning_rate", "1e-30")
 
 @pytest.fixture(autouse=True)
 def _few_images(monkeypatch):
-    monkeypatch.setattr(run_module, "load_data", few_images)
+    monkeypatch.setattr(inputs, "load_data", few_images)
 
 
 @pytest.fixture
@@ -42,7 +42,7 @@ def published(tmp_path, monkeypatch):
 
     network, asked = torchvision.models.resnet18(), []
     torch.save(network.state_dict(), tmp_path / "resnet18.pth")
-    monkeypatch.setattr(download, "provide", lambda file: asked.append(file.name) or tmp_path / "resnet18.pth")
+    monkeypatch.setattr(published_module, "provide", lambda file: asked.append(file.name) or tmp_path / "resnet18.pth")
     return network.state_dict(), asked
 
 
@@ -230,3 +230,10 @@ def test_what_a_wrapper_holds_starts_a_network_with_a_new_classifier():
     now, given = student.state_dict(), source.network.state_dict()
     assert all(torch.equal(now[key], given[key]) for key in now if not key.startswith("fc."))
     assert torch.equal(now["fc.weight"], before["fc.weight"])
+
+
+def test_what_a_method_added_is_named_where_it_is_left_out():
+    classes, student = list("abcdefghij"), build_model("wrn_16_1", 10)
+    given = networks.Network("a.pth", "wrn_16_1", FinalConv(build_model("wrn_16_1", 10), 64), 10)
+    line = networks.start_from(given, student, "wrn_16_1", classes, "digits")
+    assert "the classifier's, which is new: what its method added is left out (final_conv); images" in line

@@ -11,7 +11,7 @@ from scripts import export_student
 from tests.conftest import message_of
 from tests.run_folders import load
 
-SHORT = ("--batch_size", "32", "--max_steps", "3")
+SHORT = ("--batch_size", "8", "--max_steps", "3")
 pytestmark = pytest.mark.usefixtures("few_images")
 
 

@@ -30,7 +30,7 @@ ENDED = {
 
 
 @pytest.fixture(autouse=True)
-def runs(tmp_path, monkeypatch) -> Path:
+def runs(tmp_path, monkeypatch, whole_digits) -> Path:
     """The folders, in the current directory: the student's configuration names its teacher from there."""
     with tarfile.open(ROOT / "tests" / "fixtures" / "old_runs.tar.xz") as archive:
         archive.extractall(tmp_path, filter="data")

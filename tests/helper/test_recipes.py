@@ -1,9 +1,11 @@
 """The recipes, and which of their rows wins."""
 
+import re
+
 from dataset import DATASETS
 from distiller_zoo import DISTILLERS
 from helper.command_line import resolve as resolve_run
-from helper.recipes import CIFAR_PAIRS, IMAGENET_PAIRS, RECIPES, ROWS, find_rows, resolve
+from helper.recipes import CHOSEN_RECIPES, CIFAR_PAIRS, IMAGENET_PAIRS, RECIPES, ROWS, find_rows, resolve
 from helper.settings import SETTINGS as TABLE
 from helper.settings import all_settings, identity
 from models import imagenet_model_dict, model_dict
@@ -65,6 +67,12 @@ def test_a_recipe_is_on_top_of_the_tables_and_below_flags():
     tables = run(recipe="tables")
     assert {name for name in plain if plain[name] != tables[name]} == set()
     assert identity(plain) == identity(tables) != identity(patient)
+
+
+def test_every_number_of_a_recipe_has_a_place_in_a_paper_or_is_our_choice():
+    for row in CHOSEN_RECIPES:
+        assert re.match(r"our choice: |[A-Z]\w+ et al\. \((CVPR )?20\d\d\), (section|table) \d", row.source), row
+    assert not any(re.match(r"ours?\b(?! choice: )", row.source) for row in ROWS)
 
 
 def test_the_warm_up_of_a_recipe_scales_with_the_run():

@@ -1,13 +1,7 @@
 """Runs that are resumed: they end as if they had never been stopped, and say what was changed."""
 
 import json
-import os
 import shutil
-import signal
-import subprocess
-import sys
-import time
-from pathlib import Path
 
 import pytest
 
@@ -15,17 +9,17 @@ import train_cifar_student
 import train_teacher
 from helper import run as run_module
 from helper.run_folder import RunFolder
-from tests.conftest import ROOT, killed, message_of
-from tests.run_folders import assert_same_end, load, metrics, same_state, state
+from tests.conftest import killed, message_of
+from tests.run_folders import assert_same_end, load, metrics, new_run, same_state, state
 
-SHORT = ("--batch_size", "32", "--max_steps", "3")
+SHORT = ("--batch_size", "8", "--max_steps", "3")
 pytestmark = pytest.mark.usefixtures("few_images")
 
 
 @pytest.mark.quick(1)
 @pytest.mark.parametrize("distill", ["norm", "norm_crd"])
 def test_one_epoch_and_its_resumption_equal_two_epochs(distil, distill, capsys):
-    flags = ("--batch_size", "32", "--epochs", "2", *(("--nce_k", "16") if distill == "norm_crd" else ()))
+    flags = ("--batch_size", "8", "--epochs", "2", *(("--nce_k", "16") if distill == "norm_crd" else ()))
     whole = distil(*flags, distill=distill)
     with killed():
         distil(*flags, "--trial", "cut", "--seed", "1", distill=distill)
@@ -43,7 +37,7 @@ def test_one_epoch_and_its_resumption_equal_two_epochs(distil, distill, capsys):
 
 
 def test_a_finished_run_that_is_resumed_changes_nothing(distil):
-    run = distil("--batch_size", "64", "--epochs", "1")
+    run = distil("--batch_size", "16", "--epochs", "1")
     before = load(run / "last.pth")
     train_cifar_student.main(["--resume", str(run)])
     assert same_state(before, load(run / "last.pth")) and len(metrics(run)) == 1
@@ -77,7 +71,7 @@ def test_a_run_that_is_killed_between_two_checkpoints_ends_with_the_same_best(tm
     monkeypatch.setattr(run_module, "evaluate", fake)
     monkeypatch.setattr(RunFolder, "save", save_then_stop)
     with pytest.raises(KeyboardInterrupt):
-        train_teacher.main(["--model", "resnet8", "--epochs", "2", "--batch_size", "128", "--save_dir", str(tmp_path)])
+        train_teacher.main(["--model", "resnet8", "--epochs", "2", "--batch_size", "32", "--save_dir", str(tmp_path)])
     run = next(tmp_path.iterdir())
     [result] = train_teacher.main(["--resume", str(run)])
     best, last = load(run / "best.pth"), load(run / "last.pth")
@@ -86,26 +80,8 @@ def test_a_run_that_is_killed_between_two_checkpoints_ends_with_the_same_best(tm
     assert same_state(best["model"], last["model"])
 
 
-@pytest.mark.slow
-def test_an_interrupted_script_can_be_resumed(tmp_path):
-    argv = [sys.executable, "train_teacher.py", "--model", "resnet8", "--epochs", "50", "--save_dir", str(tmp_path)]
-    process = subprocess.Popen(argv, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    run = Path(process.stdout.readline().split("run folder: ")[1].strip())
-    while not (run / "last.pth").exists():
-        time.sleep(0.1)
-        assert process.poll() is None
-    os.kill(process.pid, signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 130 and "Traceback" not in errors
-    done = load(run / "last.pth")["record"]["epoch"]
-    step = state(run)["step"]
-    # The script has trained on all images, this process sees few.
-    train_teacher.main(["--resume", str(run), "--max_steps", str(step + 2), "--accept_changes"])
-    assert load(run / "last.pth")["record"]["epoch"] == done + 1
-
-
 def test_what_a_resumed_run_has_changed_is_what_it_goes_on_with(distil, capsys):
-    run = distil("--batch_size", "64", "--epochs", "1", "--max_steps", "1")
+    run = distil("--batch_size", "16", "--epochs", "1", "--max_steps", "1")
     train_cifar_student.main(["--resume", str(run), "--epochs", "3", "--max_steps", "2"])
     assert "  epochs             3                        (was 1)" in capsys.readouterr().out
     config = json.loads((run / "config.json").read_text())
@@ -121,3 +97,12 @@ def test_a_teacher_that_has_moved_can_be_named_anew(distil, teacher_run, tmp_pat
     moved = shutil.copy(teacher_run / "last.pth", tmp_path / "moved.pth")
     train_cifar_student.main(["--resume", str(run), "--path_t", str(moved)])
     assert json.loads((run / "config.json").read_text())["path_t"] == str(moved)
+
+
+def test_a_student_is_resumed_by_the_script_of_students(distil, save_dir):
+    run = distil(*SHORT)
+    message = message_of(train_teacher.main, ["--resume", str(run), "--max_steps", "4"])
+    assert message == "--resume: a student of a teacher is resumed by train_cifar_student.py"
+    alone = new_run(train_teacher.main, save_dir, "--model", "resnet8", *SHORT)
+    train_cifar_student.main(["--resume", str(alone), "--max_steps", "4"])
+    assert metrics(alone)[-1]["step"] == 4

@@ -7,10 +7,12 @@ import pytest
 import train_teacher
 from errors import UserError
 from helper import run as run_module
+from scripts import evaluate
 from tests.conftest import keep_images, message_of
-from tests.run_folders import load, metrics, same_state, state, weights
+from tests.dataset.test_streaming import write_images
+from tests.run_folders import load, metrics, new_run, same_state, state, weights
 
-SHORT = ("--batch_size", "32", "--max_steps", "3")
+SHORT = ("--batch_size", "8", "--max_steps", "3")
 pytestmark = pytest.mark.usefixtures("few_images")
 
 
@@ -49,7 +51,7 @@ def test_every_method_runs_and_leaves_a_complete_folder(distil, distill, flags, 
 
 
 def test_max_steps_may_fall_into_a_later_epoch(distil):
-    run = distil("--batch_size", "32", "--max_steps", "6")
+    run = distil("--batch_size", "8", "--max_steps", "6")
     assert [record["step"] for record in metrics(run)] == [4, 6]
     assert json.loads((run / "result.json").read_text())["steps"] == 6
 
@@ -78,7 +80,7 @@ def test_best_last_and_mean_of_five_are_told_apart(tmp_path, monkeypatch):
         return {"test_accuracy": next(accuracies), "test_accuracy_top5": 0.0, "test_loss": 0.0}
 
     monkeypatch.setattr(run_module, "evaluate", fake)
-    argv = ["--model", "resnet8", "--epochs", "6", "--batch_size", "128", "--save_dir", str(tmp_path)]
+    argv = ["--model", "resnet8", "--epochs", "6", "--batch_size", "32", "--save_dir", str(tmp_path)]
     [result] = train_teacher.main(argv)
     assert (result["accuracy_last"], result["accuracy_best"], result["best_epoch"]) == (15.0, 30.0, 2)
     assert result["accuracy_mean_last_five"] == pytest.approx((30 + 30 + 20 + 25 + 15) / 5)
@@ -89,7 +91,7 @@ def test_best_last_and_mean_of_five_are_told_apart(tmp_path, monkeypatch):
 
 def test_a_diverging_loss_names_its_term(distil):
     with pytest.raises(UserError, match=r"loss_\w+ is (nan|inf)"):
-        distil("--batch_size", "32", "--epochs", "1", "--learning_rate", "1e30")
+        distil("--batch_size", "8", "--epochs", "1", "--learning_rate", "1e30")
 
 
 def test_weights_that_are_all_zero_are_refused(distil, save_dir):
@@ -121,3 +123,17 @@ def test_why_a_run_failed_stands_in_its_log(distil, save_dir):
         distil("--learning_rate", "1e25", *SHORT)
     [run] = save_dir.iterdir()
     assert (run / "log.txt").read_text().splitlines()[-1].startswith("failed: ")
+
+
+@pytest.mark.parametrize("stream", ["off", "on"])
+def test_test_images_that_cannot_be_read_are_counted_in_the_result(tmp_path, save_dir, stream, capsys):
+    folder = write_images(tmp_path / "data", side=32)
+    for name in ("val/cat/1.JPEG", "val/dog/3.JPEG"):
+        (folder / name).write_bytes(b"no image")
+    flags = ("--model", "resnet8", "--data", str(folder), "--stream", stream, "--num_workers", "0")
+    run = new_run(train_teacher.main, save_dir, *flags, "--max_steps", "1", "--batch_size", "8", "--max_broken", "4")
+    result = json.loads((run / "result.json").read_text())
+    assert (result["test_images"], result["test_unreadable"]) == (10, 2)
+    assert "2 of 10 test images unreadable" in capsys.readouterr().out
+    evaluate.main([str(run)])
+    assert "8 test images; 2 unreadable, left out" in " ".join(capsys.readouterr().out.split())

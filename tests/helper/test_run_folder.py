@@ -20,11 +20,11 @@ from tests.run_folders import load, metrics, same_state, weights
 
 @pytest.fixture(autouse=True)
 def _few_images(monkeypatch):
-    keep_images(monkeypatch, 64, 64)
+    keep_images(monkeypatch, 16, 16)
 
 
 def train(root: Path, *flags: str) -> Path:
-    train_teacher.main(["--model", "resnet8", "--batch_size", "32", "--save_dir", str(root), *flags])
+    train_teacher.main(["--model", "resnet8", "--batch_size", "8", "--save_dir", str(root), *flags])
     return max(root.iterdir())
 
 

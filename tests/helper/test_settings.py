@@ -13,7 +13,7 @@ from setting import RECIPE, Setting, count
 from tests.conftest import message_of
 from tests.run_folders import config_of, new_run
 
-SHORT = ("--model", "resnet8", "--batch_size", "32", "--max_steps", "1")
+SHORT = ("--model", "resnet8", "--batch_size", "8", "--max_steps", "1")
 ROW = Setting(("--warmth",), count, 3, "how warm the training is", group=TRAINING)
 pytestmark = pytest.mark.usefixtures("few_images")
 
@@ -61,6 +61,8 @@ def test_a_new_row_is_checked_when_a_run_is_resumed(add, train):
     train_teacher.main(["--resume", str(run), "--warmth", "5", "--max_steps", "2"])
     # A run from before there was the row had its default.
     train_teacher.main(["--resume", str(older), "--warmth", "3", "--max_steps", "2"])
+    message = message_of(train_teacher.main, ["--resume", str(older), "--warmth", "4", "--max_steps", "2"])
+    assert f"{older} was run with warmth 3, not 4" in message
     assert config_of(older)["warmth"] == 3
     add(ROW._replace(resume="free"))
     train_teacher.main(["--resume", str(run), "--warmth", "6", "--max_steps", "3"])

@@ -12,7 +12,7 @@ import train_cifar_student
 import train_teacher
 from distiller_zoo.kd import KD
 from errors import UserError
-from helper import fast, optim
+from helper import fast, inputs, optim
 from helper import run as run_module
 from helper.networks import read_network
 from models.cost import count_parameters
@@ -20,7 +20,7 @@ from scripts import export_student
 from tests.conftest import keep_images, message_of
 from tests.run_folders import assert_same_end, load, metrics, new_run, same_state, state, weights
 
-STEPS = ("--model", "resnet8", "--batch_size", "32")
+STEPS = ("--model", "resnet8", "--batch_size", "8")
 GAP = "--allow_teacher_gap"  # few images to test on
 SMALL_RATE = ("--learning_rate", "0.01")
 ADAMW = ("--optimizer", "adamw", "--learning_rate", "0.01", "--lr_decay", "cos", "--lr_warmup_epochs", "1")
@@ -30,8 +30,8 @@ MIXED = ("--mixup", "0.3", "--augment", "randaugment")
 
 @pytest.fixture(autouse=True)
 def _few_images(monkeypatch):
-    """Four steps of 32 in an epoch, and few images to test on."""
-    keep_images(monkeypatch, 128, 32)
+    """Four steps of 8 in an epoch, and few images to test on."""
+    keep_images(monkeypatch, 32, 16)
 
 
 @pytest.fixture
@@ -43,7 +43,7 @@ def train(save_dir):
 @pytest.fixture
 def as_if_on_gpu(monkeypatch):
     """The way of float16, gradient scaler and all, in a precision that a CPU computes."""
-    monkeypatch.setattr(run_module, "check_precision", lambda precision, device: None)
+    monkeypatch.setattr(inputs, "check_precision", lambda precision, device: None)
     monkeypatch.setitem(fast.PRECISIONS, "float16", torch.bfloat16)
 
 
@@ -80,7 +80,7 @@ def cut(distil, monkeypatch, *flags: str) -> None:
     ids=lambda flags: flags[1],
 )
 def test_a_run_that_is_stopped_within_an_epoch_ends_in_the_same_weights(distil, monkeypatch, as_if_on_gpu, flags):
-    flags = ("--batch_size", "32", "--epochs", "2", *flags)
+    flags = ("--batch_size", "8", "--epochs", "2", *flags)
     whole = distil(GAP, *flags, distill="kd")
     cut(distil, monkeypatch, *flags)
     other = next(path for path in whole.parent.iterdir() if path.name.endswith("trialcut"))
@@ -112,8 +112,15 @@ def test_what_a_flag_does_not_say_stays(train, flags):
 
 @pytest.mark.parametrize("schedule", ["cos", "one_cycle"])
 def test_momentum_is_dropped_at_milestones_alone(train, schedule):
-    flags = ("--epochs", "2", "--batch_size", "128", "--lr_decay", schedule)
+    flags = ("--epochs", "2", "--batch_size", "32", "--lr_decay", schedule)
     assert same_state(weights(train(*flags)), weights(train(*flags, "--drop_momentum")))
+
+
+def test_norms_and_biases_are_spared_the_weight_decay(train):
+    flags = ("--max_steps", "1", "--momentum", "0", "--seed", "1", "--no-decay_norms", "--weight_decay")
+    plain, decayed = (weights(train(*flags, decay, "--trial", f"decay{decay}")) for decay in ("0", "0.5"))
+    spared = {name for name, value in plain.items() if torch.equal(value, decayed[name])}
+    assert spared == {name for name, value in plain.items() if value.dim() <= 1}
 
 
 def test_the_gradient_is_scaled_down_to_its_norm(train, monkeypatch):
@@ -208,7 +215,8 @@ def test_the_moving_average_can_teach_and_start_a_student(train, capsys):
 
 
 def test_a_frozen_trunk_keeps_weights_and_statistics(distil):
-    runs = [distil(GAP, "--max_steps", str(n), "--epochs", "1", "--freeze", "trunk", distill="hint") for n in (1, 3)]
+    flags = (GAP, "--batch_size", "8", "--epochs", "1", "--freeze", "trunk")
+    runs = [distil(*flags, "--max_steps", str(n), distill="hint") for n in (1, 3)]
     short, long = map(weights, runs)
     changed = {name for name in short if not torch.equal(short[name], long[name])}
     assert {name for name in changed if name.startswith("student.")} == {"student.fc.weight", "student.fc.bias"}
@@ -227,19 +235,31 @@ def test_a_linear_probe_says_how_much_it_trains(train):
 
 
 def test_a_run_ends_when_its_patience_does(train):
-    still = ("--learning_rate", "0", "--freeze", "trunk", "--holdout", "20", "--lr_decay", "step")
+    still = ("--learning_rate", "0", "--freeze", "trunk", "--holdout", "10", "--lr_decay", "step")
     run = train(*still, "--epochs", "6", "--patience", "2")
     assert len(metrics(run)) == 3 and result(run)["best_epoch"] == 1 and result(run)["epochs"] == 3
     assert "stopped early: no better accuracy in 2 epochs" in (run / "log.txt").read_text()
     train_teacher.main(["--resume", str(run), "--patience", "0", "--epochs", "4"])
     assert len(metrics(run)) == 4
+    for limit in (("--epochs", "3"), ("--epochs", "6", "--max_steps", "9")):  # the epochs end then anyway
+        ended = train(*still, *limit, "--patience", "2")
+        assert len(metrics(ended)) == 3 and "stopped early" not in (ended / "log.txt").read_text()
+
+
+def test_the_file_of_class_weights_is_read_once(train, tmp_path, monkeypatch):
+    (tmp_path / "weights.txt").write_text("".join(f"{digit} {1 + digit}\n" for digit in range(10)))
+    read, texts = inputs.class_weights, []
+    monkeypatch.setattr(inputs, "class_weights", lambda how, *rest: texts.append(how) or read(how, *rest))
+    flags = ("--class_weights", str(tmp_path / "weights.txt"), "--max_steps", "1")
+    train(*flags, "--trials", "2", "--trial", "8")
+    assert texts == [str(tmp_path / "weights.txt")]
 
 
 # float16.
 
 
 def test_a_step_that_overflows_is_skipped_and_counted(distil, monkeypatch, as_if_on_gpu):
-    limits = ("--epochs", "1", "--batch_size", "32", "--precision", "float16")
+    limits = ("--epochs", "1", "--batch_size", "8", "--precision", "float16")
     first = state(distil(GAP, *limits, "--max_steps", "1", distill="kd"))
     calls, losses = iter(range(1, 100)), KD.losses
 

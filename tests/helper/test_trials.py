@@ -15,12 +15,12 @@ from tests.conftest import keep_images, message_of
 from tests.run_folders import assert_same_end, metrics, same_state, weights
 
 #: Two epochs of four steps.
-FLAGS = ("--batch_size", "32", "--epochs", "2")
+FLAGS = ("--batch_size", "8", "--epochs", "2")
 
 
 @pytest.fixture(autouse=True)
 def _few_images(monkeypatch):
-    keep_images(monkeypatch, 128, 128)
+    keep_images(monkeypatch, 32, 24)
 
 
 @pytest.fixture
@@ -60,7 +60,7 @@ def same_weights(left: Path, right: Path) -> bool:
 @pytest.mark.slow
 def test_trials_are_what_they_are_alone_and_share_the_teacher(train, passes, save_dir):
     together = train("--trials", "3", "--distill", "mlkd")  # mlkd draws from the global generators while training
-    shared = passes.count(64)  # two views of 32 images
+    shared = passes.count(16)  # two views of 8 images
     assert sorted(together) == ["1", "2", "3"] and shared == 2 * 4
     assert [json.loads((together[name] / "config.json").read_text())["seed"] for name in "123"] == [1, 2, 3]
     assert not same_weights(together["1"], together["2"])
@@ -100,7 +100,7 @@ def test_a_sweep_trains_every_combination(train, passes):
         (2, 4),
     }
     assert {config["seed"] for config in configs.values()} == {1}
-    assert passes.count(32) == 2, "two steps, one teacher pass each"
+    assert passes.count(8) == 2, "two steps, one teacher pass each"
     first, second = (metrics(runs[f"1_b{beta}_cosponge4"])[0]["loss_norm"] for beta in ("0.5", "2"))
     assert second > 3 * first
 
@@ -115,7 +115,7 @@ def test_methods_and_networks_can_be_swept(train, passes, save_dir):
     train("--sweep", "distill=kd,attention,ofd", "model_s=resnet8,resnet14", "--max_steps", "2")
     assert len(list(save_dir.iterdir())) == 6
     # OFD reads the maps before their ReLU: a pass of its own.
-    assert passes.count(32) == 2 * 2
+    assert passes.count(8) == 2 * 2
 
 
 def test_trials_without_a_teacher_differ_in_their_order_too(save_dir):
@@ -140,7 +140,7 @@ def test_trials_that_are_stopped_go_on_together(train, passes, monkeypatch):
         train(*names)
     passes.clear()
     cut = train(*names, "--resume")
-    assert passes.count(32) == 2, "both go on from the second step of the second epoch"
+    assert passes.count(8) == 2, "both go on from the second step of the second epoch"
     assert same_weights(whole["1"], cut["11"]) and same_weights(whole["2"], cut["12"])
 
 
@@ -159,7 +159,7 @@ def test_one_that_is_ahead_waits(train, passes, monkeypatch):
     (runs["2"] / "last.pth").write_bytes(kept["2", 2])
     passes.clear()
     train("--trials", "2", "--distill", "kd", "--epochs", "3", "--resume")
-    assert passes.count(32) == 4 + 4, "the last epoch is shared again"
+    assert passes.count(8) == 4 + 4, "the last epoch is shared again"
 
 
 def test_one_that_fails_does_not_stop_the_others(train, save_dir):
@@ -204,9 +204,9 @@ def test_what_cannot_be_trained_together_is_refused(flags, words, teacher_run, s
 
 
 def test_runs_that_go_on_together_have_the_same_data(train):
-    train("--trial", "1", "--holdout", "16", "--max_steps", "1", *FLAGS)
+    train("--trial", "1", "--holdout", "8", "--max_steps", "1", *FLAGS)
     train("--trial", "2", "--max_steps", "1", *FLAGS)
-    with pytest.raises(UserError, match=r"has holdout 16, .*trial2_try 0; they cannot train in one process"):
+    with pytest.raises(UserError, match=r"has holdout 8, .*trial2_try 0; they cannot train in one process"):
         train("--trials", "2", "--resume", "--max_steps", "2")
 
 

@@ -11,6 +11,8 @@ import train_cifar_student
 import train_teacher
 from distiller_zoo import DISTILLERS
 from errors import UserError
+from helper import run as run_module
+from helper.command_line import parse, resolve, student_parser
 from helper.networks import read_teacher
 from helper.tables.rows import read_rows
 from models import build_model
@@ -63,7 +65,7 @@ def test_a_feature_method_learns_is_judged_by_its_loss_and_starts_a_classifier(l
     assert {"loss_norm", "holdout_matching_loss"} <= set(last) and "loss_ce" not in last
     result, losses = result_of(run), [one["holdout_matching_loss"] for one in (first, last)]
     assert result["best_epoch"] == 1 + losses.index(min(losses)) and result["best_by"] == "holdout_matching_loss"
-    assert result["protocol"] == "lowest matching loss, matching loss on 8 held-out images"
+    assert result["protocol"] == "lowest matching loss on 8 held-out images"
     assert (result["holdout_matching_loss_best"], result["holdout_matching_loss_last"]) == (min(losses), losses[1])
     record = load(run / "best.pth")["record"]
     assert (record["classes"], record["num_classes"], record["epoch"]) == ([], 0, result["best_epoch"])
@@ -87,12 +89,14 @@ def test_a_feature_method_learns_is_judged_by_its_loss_and_starts_a_classifier(l
     assert "has no classifier" in message_of(export_student.main, [str(run / "last.pth")])
 
 
-def test_a_probe_chooses_the_best_epoch(learn, images):
+def test_a_probe_reports_and_chooses_nothing(learn, images, monkeypatch):
+    probes = iter((90.0, 10.0, 10.0))
+    monkeypatch.setattr(run_module, "probe", lambda *_: {"probe_accuracy": next(probes), "knn_accuracy": 50.0})
     run = learn("--data_probe", str(images / "probe"), distill="hint")
-    result, probes = result_of(run), [one["probe_accuracy"] for one in metrics(run)]
-    assert result["best_by"] == "probe_accuracy" and result["best_epoch"] == 1 + probes.index(max(probes))
-    assert 0 <= result["knn_accuracy_last"] <= 100 and "train_matching_loss_last" in result
-    assert "accuracy_last" not in result and "on 24 training images" in result["protocol"]
+    result, losses = result_of(run), [one["train_matching_loss"] for one in metrics(run)]
+    assert losses[1] < losses[0] and (result["best_by"], result["best_epoch"]) == ("train_matching_loss", 2)
+    assert (result["probe_accuracy_last"], result["probe_accuracy_best"]) == (10, 10)
+    assert result["protocol"] == "lowest matching loss on 24 training images" and "accuracy_last" not in result
     train_cifar_student.main(["--resume", str(run), "--epochs", "3"])
     assert len(metrics(run)) == 3
 
@@ -163,9 +167,27 @@ def test_teachers_whose_classes_are_in_another_order_have_no_average(learn, teac
     assert load(run / "last.pth")["record"]["classes"] == file["record"]["classes"]
 
 
-def test_what_had_no_better_epoch_is_named(learn, images):
-    flags = ("--epochs", "4", "--patience", "1", "--learning_rate", "0", "--data_probe", str(images / "probe"))
+def test_patience_waits_for_a_lower_matching_loss(learn, images, monkeypatch):
+    losses = iter((1.0, 2.0, 0.5, 0.4))
+    monkeypatch.setattr(run_module, "matching_loss", lambda *_: next(losses))
+    flags = ("--epochs", "4", "--patience", "1", "--data_probe", str(images / "probe"))
     run = learn("--holdout", "8", *flags, distill="kd")
-    assert (
-        len(metrics(run)) < 4 and "stopped early: no better probe accuracy in 1 epochs" in (run / "log.txt").read_text()
-    )
+    assert "stopped early: no better holdout matching loss in 1 epochs" in (run / "log.txt").read_text()
+    probe = [value for one in metrics(run) for name, value in one.items() if name in ("probe_accuracy", "knn_accuracy")]
+    assert len(metrics(run)) == 2 and len(probe) == 4 and all(0 <= value <= 100 for value in probe)
+
+
+def test_what_a_recipe_takes_from_labels_is_said_with_the_way_out(images):
+    argv = ["--path_t", "t.pth", "--model_s", "resnet8", "--distill", "kd", "--labels", "none", "--dataset", "folder"]
+    argv += ["--data", str(images / "all"), "--recipe"]
+
+    def resolved(*flags: str):
+        return resolve(parse(student_parser(), [*argv, *flags]).runs[0])
+
+    with pytest.raises(UserError, match=r"--recipe patient: without labels .* no --mixup; give --mixup 0 too"):
+        resolved("patient")
+    with pytest.raises(UserError, match="no --mixup and no --cutmix; give --mixup 0 --cutmix 0 too"):
+        resolved("a3")
+    assert resolved("patient", "--mixup", "0").epochs == 1200
+    with pytest.raises(UserError, match=r"^--mixup: it needs labels, and there are none"):
+        resolved("patient", "--mixup", "1")

@@ -11,12 +11,12 @@ from torchvision.models import VisionTransformer
 
 from distiller_zoo import DISTILLERS, Predictor, Progress, Task
 from distiller_zoo.feature_transform import FeatureTransform, norm_loss
-from helper.loops import train_step
 from models import build_model, torchvision_split
 from models.backbone import FinalConv, evaluating, probe_shapes
 from models.external import External
 from models.split import patches_to_map, tokens_to_columns
 from tests.conftest import make_batch
+from tests.distiller_zoo.helpers import train_step
 
 SIZE, CLASSES = 64, 7
 TASK = Task(CLASSES, SIZE, 4, torch.arange(8) % CLASSES)

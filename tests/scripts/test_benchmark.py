@@ -1,4 +1,4 @@
-"""The benchmarks run as they stand, and what they compare is the same training."""
+"""The benchmarks run as they are, and what they compare is the same training."""
 
 import json
 import math
@@ -9,7 +9,7 @@ import torch
 from dataset import Batch, load_data
 from helper.fast import Fast
 from scripts import benchmark
-from scripts.benchmarks import estimate_imagenet, losses, methods, overhead, tables
+from scripts.benchmarks import estimate_imagenet, losses, memory, methods, overhead, tables
 from tests.conftest import message_of
 
 RECORD = {
@@ -94,7 +94,9 @@ def test_methods_are_timed_beside_kd_and_refusals_are_told(capsys):
     assert "ratio" not in refused and "equal" in refused["refused"]
     assert timed["cached_ratio"] > 0 and "cached_ratio" not in fsp
     shown = capsys.readouterr().out
-    assert "| fsp |" in shown and "(cached teacher: " in shown
+    assert "| fsp |" in shown and "| teacher computed |" in shown
+    row = f"| kd | resnet14 -> resnet8 | {1e3 * timed['cached_step_s'] / timed['cached_ratio']:.1f} ms |"
+    assert row in methods.cached_table([timed, fsp, refused]) and "fsp" not in methods.cached_table([fsp, refused])
 
 
 def test_losses_are_timed_beside_their_formula(capsys):
@@ -108,6 +110,19 @@ def test_forms_that_disagree_are_an_error(monkeypatch):
     monkeypatch.setattr(losses.plain_losses, "pkt", lambda student, teacher: student.square().sum())
     message = message_of(losses.main, ["--batch_size", "4", "--rounds", "1", "--losses", "pkt"])
     assert "the forms disagree" in message
+
+
+@pytest.mark.slow
+def test_memory_hardly_grows_with_n_for_tokens(capsys):
+    flags = ["--pairs", "timm:test_vit:timm:test_vit", "--image_size", "160", "--batch_size", "32", "--n", "1,16"]
+    one, sixteen = memory.main(flags)
+    assert one["held"] < sixteen["held"] and memory.peak(sixteen) < 1.05 * memory.peak(one)
+    assert "| timm:test_vit -> timm:test_vit | 160x160 | 32 | 16 |" in capsys.readouterr().out
+
+
+def test_the_published_memory_of_tokens_hardly_grows_with_n():
+    one, sixteen = json.loads((tables.RECORDS / "memory_tokens.json").read_text(encoding="utf-8"))
+    assert (one["n"], sixteen["n"]) == (1, 16) and memory.peak(sixteen) < 1.05 * memory.peak(one)
 
 
 def test_the_page_shows_its_records():

@@ -9,11 +9,14 @@ import pytest
 import torch
 from sklearn import metrics
 
+from helper import networks
 from helper.networks import Teacher
 from helper.tables.rows import read_record
 from models import build_model
+from models.preprocessing import read_preprocessing
 from scripts import evaluate, export_student
 from tests.conftest import message_of
+from tests.helper.test_teachers_own_test import picture, theirs
 
 SHORT = ("--batch_size", "128", "--max_steps", "6", "--num_workers", "0")
 
@@ -58,7 +61,7 @@ def test_the_numbers_are_those_of_torch_and_scikit_learn(distil):
         (about,) = evaluate.main([str(exported.with_suffix(kind))])
         assert {name: about[name] for name in expected} == pytest.approx(expected, abs=1e-3)
         assert about["confusion"] == metrics.confusion_matrix(true, found).tolist()
-        assert about["test_images"] == 364 and about["test_unreadable"] == 0
+        assert about["test_images"] == 73 and about["test_unreadable"] == 0
     for name, value in expected.items():
         low, high = about["intervals"][name]
         assert low < value < high
@@ -123,6 +126,40 @@ def test_the_average_of_the_weights_is_judged_where_it_is_asked_for(distil):
     found = [evaluate.main([str(run), *flags])[0] for flags in ((), ("--ema",))]
     assert [one["accuracy"] for one in found] == [result["accuracy_last"], result["accuracy_last_ema"]]
     assert found[0]["digest"] != found[1]["digest"]
+
+
+def test_a_file_is_read_once(distil, monkeypatch):
+    run, read = distil(*SHORT, distill="kd"), []
+    for module in (evaluate, networks):
+        one = module.read_checkpoint
+        monkeypatch.setattr(module, "read_checkpoint", lambda path, flag, one=one: read.append(path) or one(path, flag))
+    evaluate.main([str(run)])
+    assert read == [str(run / "last.pth")]
+
+
+@pytest.mark.parametrize("source", ["timm:resnet10t.c3_in1k", "timm:convnext_atto.d2_in1k"])
+def test_published_weights_are_tested_as_their_library_tests_them(source, tmp_path, monkeypatch):
+    """Numbers against the library's own transform; images that are not square, of which another crop shows."""
+    pytest.importorskip("timm")
+    classes, shown = ["cat", "dog"], []
+    for number in range(6):
+        (folder := tmp_path / "data" / ("val", "train")[number % 3 == 2] / classes[number % 2]).mkdir(
+            parents=True, exist_ok=True
+        )
+        picture(300 + 40 * number, 240).save(folder / f"{number}.png")
+        shown += [] if number % 3 == 2 else [(picture(300 + 40 * number, 240), number % 2)]
+    network = build_model(source.partition(".")[0], 2).eval()
+    monkeypatch.setattr(networks, "read_timm", lambda _: (network, {"dataset": "folder", "classes": classes}))
+    (about,) = evaluate.main([source, "--data", str(tmp_path / "data")])
+    own, transform = read_preprocessing(source), theirs(source)
+    mean, std = (torch.tensor(each).view(3, 1, 1) for each in (own.mean, own.std))
+    with torch.inference_mode():
+        logits = network(torch.stack([(transform(image) - mean) / std for image, _ in shown]))
+    expected = torch.nn.functional.cross_entropy(logits, torch.tensor([target for _, target in shown]))
+    assert about["loss"] == pytest.approx(float(expected), abs=2e-3)
+    assert f"the shorter side {own.test_resize}, centre {own.test_size}" in about["test_transform"]
+    (resized,) = evaluate.main([source, "--data", str(tmp_path / "data"), "--image_size", "64"])
+    assert "test_transform" not in resized and resized["image_size"] == 64
 
 
 def test_faults_are_named(distil, tmp_path):

@@ -31,7 +31,7 @@ def test_the_exported_file_is_the_plain_student_and_predicts_the_same(distil, ca
     out = export_student.main([str(run / "best.pth")])
     printed = capsys.readouterr().out
     assert out == run / "best_exported.pth"
-    assert "largest difference" in printed and "same class on 364 of 364" in printed
+    assert "largest difference" in printed and "same class on 73 of 73" in printed
     assert "144,730 parameters" in printed and "78,042 parameters" in printed and " ms " in printed
     network, record = load_exported(read_checkpoint(out), "file")
     assert network.state_dict().keys() == build_model("resnet8", 10).state_dict().keys()
@@ -92,7 +92,7 @@ def official_checkpoint(name: str, layers: tuple[str, str], extra: dict, residua
 def test_an_official_student_loads_and_folds(name, layers, extra, tmp_path, capsys):
     weights, predictor = official_checkpoint(name, layers, extra)
     path = tmp_path / "last.pth"
-    # What the official code stores: an argparse Namespace and a numpy scalar beside the weights.
+    # What the official code stores: an argparse Namespace and a numpy scalar next to the weights.
     content = {"opt": argparse.Namespace(model_s=name), "model": weights, "best_acc": numpy.float64(76.4)}
     torch.save(content, path)
     out = export_student.main([str(path)])

@@ -16,7 +16,7 @@ from tests.conftest import message_of
 CPU = torch.device("cpu")
 #: Launches of a fast step of KD, resnet14 -> resnet8, guard and meter included.
 KD = 135
-#: What each method may launch beside KD, with two or three to spare; without a teacher in its main stage, less.
+#: What each method may launch more than KD, with two or three to spare; without a teacher in its main stage, less.
 BESIDE_KD = {
     "abound": -30,
     "attention": 132,

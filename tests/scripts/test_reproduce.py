@@ -48,7 +48,7 @@ def test_what_is_trained_is_tabulated_and_a_failure_is_the_exit_code(command, ca
     def run_all_but_kd(listed, places, shelf):
         for job in listed:
             if job.config.distill != "kd":
-                pretend(job, "result.json", teacher_digest="1" * 64 if job.teacher else None)
+                pretend(job, "result.json", teacher_digest="1" * 64 if job.teachers else None)
         shelf.refresh()
         return {"kd": "exit code 2"}
 
@@ -89,3 +89,14 @@ def test_a_table_trains_each_run_once_with_two_plans_at_work(command):
 def test_pairs_of_other_libraries_hold_a_colon():
     [pair] = reproduce.pairs("torchvision:resnet18:resnet8")
     assert pair == ("torchvision:resnet18", "resnet8")
+
+
+def test_several_teachers_of_a_pair_are_named_with_plus(tmp_path, capsys):
+    flags = ["--methods", "kd,norm", "--trials", "1", "--save_dir", str(tmp_path), "--dry_run"]
+    reproduce.main(["--pairs", "resnet14+timm:resnet10t:resnet8,resnet14:resnet8", *flags])
+    printed = capsys.readouterr().out
+    assert "resnet14+timm:resnet10t -> resnet8: norm" in printed and "7 runs: 0 finished" in printed
+    assert "like A+B:STUDENT" in message_of(reproduce.main, ["--pairs", "resnet14,resnet20:resnet8"])
+    assert "like A+B:STUDENT" in message_of(reproduce.main, ["--pairs", "resnet14+:resnet8"])
+    message = message_of(reproduce.main, ["--pairs", "resnet14:resnet8", *flags, "--", "--path_t", "a,b"])
+    assert "--path_t" in message and "A+B:STUDENT" in message

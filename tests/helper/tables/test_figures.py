@@ -46,6 +46,7 @@ def test_a_curve_is_the_mean_and_its_band_has_its_colour(tmp_path, monkeypatch):
     [band] = painted[0].collections
     assert tuple(band.get_facecolor()[0][:3]) == pytest.approx(torch.tensor(_rgb(kd.get_color())).tolist())
     assert painted[0].get_legend() is None, "the legend is not on the curves"
+    assert all(float(tick).is_integer() for tick in painted[0].get_xticks()), "there is no half epoch"
 
 
 def _rgb(colour: str) -> list[float]:

@@ -36,8 +36,8 @@ class Trainings:
         self.started.append(job.title)
         self.commands.append(job.command)
         self.places.add(place.get("PLACE", ""))
-        if job.teacher is not None:
-            assert (job.teacher.folder / "result.json").exists(), "a student needs a finished teacher"
+        for teacher in job.teachers:
+            assert (teacher.folder / "result.json").exists(), "a student needs a finished teacher"
         if self._fail and self._fail in job.title:
             log.write("error: --x: it went wrong\n\n")
         return type("Process", (), {"wait": lambda _: self.wait(job)})()
@@ -49,7 +49,7 @@ class Trainings:
         if not job.folder.exists():
             pretend(job, "result.json")
         else:
-            (job.folder / "result.json").write_text((job.teacher.folder / "result.json").read_text())
+            (job.folder / "result.json").write_text((job.teachers[0].folder / "result.json").read_text())
         return 0
 
 
@@ -219,8 +219,8 @@ def test_jobs_are_submitted_with_submitit_and_students_wait(tmp_path, monkeypatc
     pytest.importorskip("submitit")
 
     def touch(job, processes):
-        needed = f"test -e '{job.teacher.folder}.done' &&" if job.teacher else ""
-        return ["sh", "-c", f"{needed} touch '{job.folder}.done'"]
+        needed = "".join(f"test -e '{teacher.folder}.done' && " for teacher in job.teachers)
+        return ["sh", "-c", f"{needed}touch '{job.folder}.done'"]
 
     monkeypatch.setattr(jobs, "command_line", touch)
     for job, handle in jobs.submit(table(tmp_path, "kd")[1], tmp_path, ["timeout_min=5"], "local"):
@@ -251,6 +251,9 @@ def test_slurm_jobs_of_students_depend_on_their_teachers(tmp_path, monkeypatch):
     listed = table(tmp_path, "kd; ft")[1]
     jobs.submit(listed, tmp_path, ["slurm_partition=gpu", "gpus_per_node=8"], "slurm")
     assert settings == [None, None, "afterok:101", None]
+    several = Plan(str(tmp_path)).jobs([("resnet14+resnet20", "resnet8")], read_variants("kd"), 1)
+    jobs.submit(several, tmp_path, ["slurm_partition=gpu"], "slurm")
+    assert settings[4:] == [None, None, None, "afterok:101:102"], "an executor's numbers begin at 101"
     assert commands[0][1:5] == ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=8"]
     with pytest.raises(UserError, match="every task would train the whole run"):
         jobs.submit(listed, tmp_path, ["tasks_per_node=2"], "slurm")

@@ -204,7 +204,7 @@ def test_the_page_is_whole_and_fetches_nothing(runs):
     text = pages.as_html(rows_of(runs), {"tsne_x": "<svg id='t'></svg>"})
     counts = Outline(text).counts
     assert counts["tr"] == 1 + 5 and counts["details"] == 5 and counts["table"] == 1
-    assert text.count("<figure>") == 4 and "tsne x" in text
+    assert text.count("<figure>") == text.count("<figcaption>") == 4 and "tsne x" in text
     assert not re.search(r"""(?:src|href)=["'](?!#)|url\((?!#)|@import""", text.replace("xlink:href", "href"))
     assert "--distill kd --model_t resnet20 --model_s resnet8" in text and "62.00 ± 1.00" in text
     assert "<b>80.00</b>" in text and "<b>67.00 ± 1.00</b>" in text, "the best of every student"

@@ -5,12 +5,15 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
+from torch.nn import init
 
 from errors import UserError
 from helper.command_line import resolve
 from helper.recipes import CIFAR_PAIRS
-from helper.tables.plan import TABLES, Job, Plan, Shelf, Variant, all_variants, read_variants, trial_name
+from helper.tables.plan import TABLES, Job, Plan, ShapesAlone, Shelf, Variant, all_variants, read_variants, trial_name
 from helper.tables.rows import read_rows
+from models import build_model
 from tests.run_folders import make_run, pretend
 
 PAIR = (("resnet20", "resnet8"),)
@@ -44,9 +47,11 @@ def test_teachers_and_baselines_come_first_then_every_row_and_seed(tmp_path):
         *(f"resnet8: ft --ft plain, seed {seed}" for seed in (1, 2)),
     ]
     norm = jobs[5]
-    assert norm.folder.name == "digits_norm_resnet20_resnet8_trial1_a_1" and norm.teacher.key == jobs[0].key
+    assert norm.folder.name == "digits_norm_resnet20_resnet8_trial1_a_1" and [each.key for each in norm.teachers] == [
+        jobs[0].key
+    ]
     assert norm.command[0] == "train_cifar_student.py" and given(norm)["--path_t"] == str(jobs[0].folder / "last.pth")
-    assert jobs[-1].teacher is None, "the transform alone reads no teacher"
+    assert jobs[-1].teachers == [], "the transform alone reads no teacher"
 
 
 def test_flags_of_teachers_and_of_students_reach_them_alone(tmp_path):
@@ -102,6 +107,25 @@ def test_a_method_that_cannot_train_the_pair_is_named_with_its_reason(tmp_path):
     assert not any("fsp" in job.title for job in jobs) and any("kd" in job.title for job in jobs)
     [(title, reason)] = made.inapplicable
     assert title == "resnet32x4 -> resnet8: fsp" and "equal channels" in reason
+
+
+def test_networks_of_shapes_have_the_shapes_of_networks():
+    images = 1, 3, 32, 32
+    with torch.device("meta"), ShapesAlone(), torch.no_grad():
+        shown = [build_model(name, 10).outputs(torch.zeros(images), preact=True) for name in ("wrn_16_1", "ShuffleV1")]
+    with torch.no_grad():
+        real = [build_model(name, 10).outputs(torch.zeros(images), preact=True) for name in ("wrn_16_1", "ShuffleV1")]
+    shapes, expected = (
+        [[one.shape for one in (*each.maps, each.final, each.logits)] for each in both] for both in (shown, real)
+    )
+    assert shapes == expected
+
+
+def test_what_keeps_a_shape_is_not_computed_for_shapes():
+    weights = torch.ones(2, 2)
+    with ShapesAlone():
+        assert init.kaiming_uniform_(weights) is init.kaiming_normal_(tensor=weights) is weights
+    assert weights.sum() == 4
 
 
 @pytest.mark.slow
@@ -168,7 +192,7 @@ def test_a_published_teacher_is_taken_where_it_is(tmp_path, monkeypatch):
     monkeypatch.setattr(Shelf, "digest", lambda self, path, name, ema: f"digest of {name}")
     jobs = listed()
     assert "resnet56 with labels alone, seed 1" not in titles(jobs)
-    assert jobs[-1].teacher is None and str(file) in jobs[-1].command
+    assert jobs[-1].teachers == [] and str(file) in jobs[-1].command
     assert jobs[-1].config.teacher_digest == "digest of resnet56"
 
 
@@ -177,7 +201,7 @@ def test_imagenet_is_taught_by_torchvisions_networks(tmp_path):
     assert titles(jobs) == ["resnet50_4 with labels alone, seed 1", "resnet50 -> resnet50_4: norm, seed 1"]
     script, *flags = jobs[1].command
     assert script == "train_imagenet_student.py" and "torchvision:resnet50" in flags
-    assert jobs[1].config.batch_size == 256 and jobs[1].teacher is None
+    assert jobs[1].config.batch_size == 256 and jobs[1].teachers == []
     pretend(jobs[1], "result.json", teacher_digest="1" * 64)
     again = Plan(str(tmp_path), "imagenet", ("--data", "images")).jobs(TABLES["6"], [Variant("norm")], 1)
     assert again[1].state == "finished", "a published network is its name"

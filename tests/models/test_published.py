@@ -14,9 +14,8 @@ import pytest
 import torch
 
 from errors import UserError
-from helper import download
-from helper.download import RemoteFile, provide
-from models import build_model
+from models import build_model, published
+from models.published import RemoteFile, provide
 from scripts import fetch
 from tests.conftest import message_of
 
@@ -122,7 +121,7 @@ def test_cut_connections_are_continued_where_they_ended(server, tmp_path):
 
 
 def test_what_came_is_kept_for_the_next_try(server, tmp_path, monkeypatch):
-    monkeypatch.setattr(download, "ATTEMPTS", 2)
+    monkeypatch.setattr(published, "ATTEMPTS", 2)
     server.cut = len(CONTENT) // 3
     file = remote(server, tmp_path)
     message = refusal(file)
@@ -170,7 +169,7 @@ def test_a_web_page_is_not_a_file(server, tmp_path):
 def test_what_is_missing_and_where_to_put_it_is_said_offline(server, tmp_path):
     absent = remote(server, tmp_path, "absent.pth")
     message = refusal(absent)
-    assert "404" in message and str(absent.target) in message and download.MIRROR in message
+    assert "404" in message and str(absent.target) in message and published.MIRROR in message
     assert len(server.asked) == 1, "a file that is not there is not asked for again"
     nobody = RemoteFile(tmp_path / "x.pth", "http://127.0.0.1:9", "x.pth", SUM)
     assert "x.pth is missing" in refusal(nobody)
@@ -183,7 +182,7 @@ def test_a_mirror_may_be_a_url_or_a_folder(server, tmp_path, monkeypatch):
     folder.mkdir()
     (folder / "file.pth").write_bytes(CONTENT)
     for mirror in (str(folder), folder.as_uri(), server.url):
-        monkeypatch.setenv(download.MIRROR, mirror)
+        monkeypatch.setenv(published.MIRROR, mirror)
         file = RemoteFile(tmp_path / "here" / "file.pth", "http://127.0.0.1:9", "file.pth", SUM)
         assert provide(file).read_bytes() == CONTENT
         file.target.unlink()
@@ -219,9 +218,9 @@ def test_a_redirect_to_nowhere_is_one_line(server, tmp_path, location):
     "mirror", ["://", "http://", "http://[x/", "foo://bar", "http://a b", "http://\u00e4:x/", "~/nowhere"]
 )
 def test_a_mirror_that_is_none_is_one_line(server, tmp_path, mirror, monkeypatch):
-    monkeypatch.setenv(download.MIRROR, mirror)
+    monkeypatch.setenv(published.MIRROR, mirror)
     assert "cannot be downloaded" in refusal(remote(server, tmp_path))
-    monkeypatch.setenv(download.MIRROR, server.url)
+    monkeypatch.setenv(published.MIRROR, server.url)
     server.location = f"{server.url}/loop"
     assert "cannot be downloaded" in refusal(remote(server, tmp_path))
 
@@ -236,7 +235,7 @@ def test_an_answer_larger_than_the_file_can_be_is_not_stored(server, tmp_path):
 
 
 def test_a_server_that_drips_is_left(server, tmp_path, monkeypatch):
-    monkeypatch.setattr(download, "LONGEST", 0.5)
+    monkeypatch.setattr(published, "LONGEST", 0.5)
     server.drips = True
     assert "not done after 0.5 s" in refusal(remote(server, tmp_path))
     assert len(server.asked) == 1
@@ -271,7 +270,7 @@ def cifar_weights(tmp_path, model: str, folder: str = "resnet56_vanilla"):
 
 def test_a_cifar_teacher_is_known_by_its_structure_and_pinned(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv(download.MIRROR, str(tmp_path / "mirror"))
+    monkeypatch.setenv(published.MIRROR, str(tmp_path / "mirror"))
     source = cifar_weights(tmp_path, "resnet56")
     (path,) = fetch.main(["cifar", "resnet56"])
     assert str(path) == "save/models/resnet56_vanilla/ckpt_epoch_240.pth" and "72.34" in capsys.readouterr().out
@@ -285,7 +284,7 @@ def test_a_cifar_teacher_is_known_by_its_structure_and_pinned(tmp_path, monkeypa
 
 def test_a_file_of_another_network_is_no_cifar_teacher(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv(download.MIRROR, str(tmp_path / "mirror"))
+    monkeypatch.setenv(published.MIRROR, str(tmp_path / "mirror"))
     cifar_weights(tmp_path, "resnet20")
     assert "resnet20" in message_of(fetch.main, ["cifar", "resnet56"])
     damaged = cifar_weights(tmp_path, "resnet56")

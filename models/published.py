@@ -1,4 +1,5 @@
-"""Files from the network: resumed, checked, limited in size and time, and under their name only when they are whole."""
+"""Published weights by name. Files from the network are resumed, checked, limited in size and time, and under their
+name only when they are whole."""
 
 import hashlib
 import os
@@ -13,7 +14,6 @@ from urllib.error import HTTPError, URLError
 from urllib.request import Request, urlopen
 
 import torch
-import torchvision
 from filelock import FileLock
 
 from errors import UserError
@@ -232,7 +232,9 @@ def torchvision_weights(name: str):
     """`resnet50` or `resnet50@IMAGENET1K_V2` -> torchvision's entry for these weights; `UserError` if there is none."""
     architecture, _, wanted = name.partition("@")
     find_external(f"torchvision:{architecture}")
-    members = torchvision.models.get_model_weights(architecture).__members__
+    from torchvision.models import get_model_weights  # imported where it is needed: it takes a second
+
+    members = get_model_weights(architecture).__members__
     if (wanted or WEIGHTS) not in members:
         raise UserError(f"torchvision:{name}: its weights are {', '.join(members) or 'not published'}")
     return members[wanted or WEIGHTS]

@@ -1,0 +1,308 @@
+"""What the runs of a command line are given: their configurations, the files they name, the data, the teacher.
+
+Each file is opened once, whatever the number of runs.
+"""
+
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+from dataset import (
+    WITHOUT_LABELS,
+    ImageData,
+    Images,
+    Loader,
+    StreamedImages,
+    class_weights,
+    data_identity,
+    dataset_at,
+    hold_out,
+    load_data,
+)
+from dataset.folders import list_folder
+from errors import UserError
+from helper import command_line
+from helper.checkpoint import (
+    contained,
+)
+from helper.command_line import Given
+from helper.distributed import (
+    by_main,
+    choose_kernels,
+    count_processes,
+    device_of,
+    main_first,
+    one_by_one_here,
+    rank,
+)
+from helper.fast import Fast, check_precision
+from helper.loops import (
+    evaluate,
+)
+from helper.networks import (
+    CachedTeacher,
+    Network,
+    Teacher,
+    check_accuracy,
+    known_classes,
+    name_of_published,
+    own_test,
+    read_at_classes,
+    read_initial,
+    read_teacher,
+    shown_as,
+    with_class_names,
+)
+from helper.optim import check_rates
+from helper.run_folder import CONFIG, RunFolder
+from helper.settings import Configuration, all_settings, check_shared, read_stored
+from models.classes import compare_classes
+from models.external import is_external
+
+#: Images per batch when testing; where they are wider than SMALL pixels, as many as in training.
+EVALUATION_BATCH, SMALL = 512, 64
+#: Of images that only a probe is fitted to, the share that tests it where they have no test images.
+PROBE_SPLIT = 0.2
+
+
+# Files.
+
+
+class Opened(NamedTuple):
+    """The configurations of the runs of a command line, and the networks that their files hold."""
+
+    configs: list[Configuration]
+    teacher: Network | None
+    initial: Network | None
+
+
+def open_runs(given: Given) -> Opened:
+    """Read what a command line names, each file once whatever the number of runs, and resolve every run."""
+    folder = given.resume if given.resume not in (None, command_line.LATEST) else None
+    stored = by_main(lambda: _read_settings(folder) if folder else {})
+    first = stored | given.runs[0]
+    ema = first.get("ema", False)
+    path, *_ = [command_line.teacher_of(stored | run) for run in given.runs]
+    how = first.get("model_t"), ema, first.get("teacher_weights")
+    teacher = None if path is None else main_first(lambda: read_teacher(path, *how))
+    of_teacher = {} if teacher is None else teacher.settings_as_teacher()
+    for run in given.runs:
+        run |= by_main(lambda run=run: with_class_names(run) | _dataset_of(stored | run, of_teacher))
+    source, initial, of_initial = None if folder else first.get("init"), None, {}
+    if source is not None and "model_s" not in first:
+        initial = None if is_external(source) else main_first(lambda: read_initial(source, None, ema))
+        of_initial = {"model_s": name_of_published(source) if initial is None else initial.name}
+
+    def resolve(run: Mapping[str, Any]) -> Configuration:
+        if given.resume == command_line.LATEST:
+            return _resolve_latest(run, of_teacher, of_initial)
+        return command_line.resolve(run, stored, of_teacher, of_initial, folder)
+
+    configs = by_main(lambda: command_line.share_order([resolve(run) for run in given.runs], given))
+    for config in configs:
+        check_rates(config)
+        check_precision(config.precision, device_of(config.device))
+        if config.patience and not config.holdout:
+            raise UserError(
+                "--patience: the test images must not decide when a run ends; keep training images for that, with "
+                "--holdout K"
+            )
+    check_shared(configs)
+    if source is not None and any(config.folder is None for config in configs):
+        initial = initial or main_first(lambda: read_initial(source, configs[0].model_s, ema))
+        found = {"init_digest": initial.digest}
+        configs = [config if config.folder else config.replace("initial weights", **found) for config in configs]
+    return Opened(configs, teacher, initial)
+
+
+def _dataset_of(values: Mapping[str, Any], of_teacher: Mapping[str, Any]) -> dict[str, str]:
+    """What `--data` says of the data set where nothing else does: {"dataset": "folder"} for a folder of images."""
+    known = values.get("dataset") or of_teacher.get("dataset") or all_settings()["dataset"].default
+    if values.get("labels") == "none" and values.get("data") is not None and known not in WITHOUT_LABELS:
+        if "dataset" in values:
+            return {}  # what is wrong is said where the images are read
+        print(f"--labels none: the images below {values['data']}: --dataset folder")
+        return {"dataset": "folder"}
+    if values.get("data") is None or "dataset" in values:
+        return {}
+    found = dataset_at(values["data"], known)
+    if found is None or found == known:
+        return {}
+    print(f"--data {values['data']} is a folder of images: --dataset {found}")
+    return {"dataset": found}
+
+
+def _resolve_latest(run: Mapping[str, Any], of_teacher: Mapping, of_initial: Mapping) -> Configuration:
+    """`--resume` without a value: the latest run of this name where there is one, else a new run."""
+    config = command_line.resolve(run, {}, of_teacher, of_initial)
+    folder = RunFolder.find(config.save_dir, config.name)
+    if folder is None:
+        return config
+    path = str(folder.path)
+    return command_line.resolve(run, _read_settings(path), of_teacher, of_initial, path)
+
+
+def _read_settings(path: str) -> dict[str, Any]:
+    """The settings of the run folder to resume."""
+    folder = RunFolder(path)
+    if not folder.path.is_dir():
+        raise UserError(f"--resume: {path} is not a run folder")
+    return read_stored(folder.read_json(CONFIG), f"--resume: {folder.path / CONFIG}")
+
+
+# Data and teacher.
+
+
+class Inputs(NamedTuple):
+    """The data set on the device, and how it is tested on."""
+
+    device: torch.device
+    data: ImageData
+    test_loader: Loader
+    choosing_loader: Loader | None  # held-out training images for choosing; `data` lacks them
+    identity: dict  # what tells whether the data are still the same
+    probe: tuple[Loader, Loader] | None = None  # labelled images to fit a probe of the features to, and to test it on
+
+
+def load_inputs(config: Configuration) -> Inputs:
+    """Load the data set of the runs; raises `UserError` where that is impossible."""
+    choose_kernels(config.deterministic)
+    device = device_of(config.device)
+    # Only a folder that was named on the command line is written to.
+    may_download = config.data is None or config.origins["data"] == "command line"
+    reading = (config.data, config.image_size, config.num_workers, config.max_broken, may_download)
+    with one_by_one_here():
+        data = load_data(
+            config.dataset,
+            *reading,
+            background=config.background,
+            stream={"auto": None, "on": True, "off": False}[config.stream],
+            split=config.split,
+            holdout=config.holdout,
+            labelled=config.labels != "none",
+            normalisation=_recorded_normalisation(config),
+            device_memory=torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None,
+        )
+    what = data_identity(data)
+    data = data._replace(train=data.train.to(device), test=data.test.to(device))
+    batch_size = EVALUATION_BATCH if data.image_size <= SMALL else config.batch_size
+    choosing_loader = None
+    if config.holdout:
+        try:
+            train, held_out = hold_out(data.train, config.holdout)
+        except ValueError as error:
+            raise UserError(f"--holdout: {error}; choose another number") from None
+        data = data._replace(train=train)
+        choosing_loader = _part_loader(held_out, data, batch_size, device)
+    probe = None if config.data_probe is None else _load_probe(config, data, reading[2:], batch_size, device)
+    return Inputs(device, data, _part_loader(data.test, data, batch_size, device), choosing_loader, what, probe)
+
+
+def _load_probe(
+    config: Configuration, data: ImageData, reading: tuple, batch_size: int, device: torch.device
+) -> tuple[Loader, Loader]:
+    """The images of `--data_probe`, prepared as the unlabelled ones are: to fit to, and to test on."""
+    normalisation, folder = (data.mean, data.std), config.data_probe
+    try:
+        split = 0.0 if list_folder(folder, may_split=True).test else PROBE_SPLIT
+        named: dict[str, Any] = {"background": config.background, "split": split, "normalisation": normalisation}
+        labelled = load_data(config.dataset, folder, config.image_size, *reading, **named)
+    except UserError as error:
+        raise UserError(str(error).replace("--data:", "--data_probe:", 1)) from None
+    train, test = (_part_loader(part.to(device), labelled, batch_size, device) for part in labelled[1:3])
+    return train, test
+
+
+def _recorded_normalisation(config: Configuration) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
+    """The mean and deviation that a resumed run has on record."""
+    if config.folder is None:
+        return None
+    if config.get("mean") and config.get("std"):
+        return config.mean, config.std
+    checkpoint = by_main(RunFolder(config.folder).read_last)  # a run from before they were settings
+    with contained(f"--resume: {config.folder}"):
+        record = checkpoint.get("record", checkpoint.get("data"))
+        return tuple(record["mean"]), tuple(record["std"])
+
+
+def _part_loader(images: Images | StreamedImages, data: ImageData, batch_size: int, device: torch.device) -> Loader:
+    """Batches of this process's part of a split: every image once in all of them."""
+    mine = torch.arange(len(images.targets)).tensor_split(count_processes())[rank()]
+    return Loader(images, data, batch_size, device, subset=mine)
+
+
+def _as_held(inputs: Inputs) -> Loader:
+    """The test images in the size in which they are held; whatever else sees them resizes that."""
+    data = inputs.data._replace(resized=None)
+    return _part_loader(data.test, data, inputs.test_loader.batch_size, inputs.device)
+
+
+def class_weights_of(configs: Sequence[Configuration], data: ImageData) -> dict[str | None, torch.Tensor | None]:
+    """What each value of `--class_weights` among some runs gives the classes (K,); a file is read once, by the main
+    process."""
+    found: dict[str | None, torch.Tensor | None] = {None: None}
+    for how in dict.fromkeys(config.class_weights for config in configs if config.class_weights is not None):
+        found[how] = by_main(lambda how=how: class_weights(how, data.train.targets, data.classes))
+    return found
+
+
+def prepare_teacher(source: Network | None, inputs: Inputs, config: Configuration) -> Teacher | None:
+    """The frozen teacher, its accuracy measured; raises `UserError` where it does not fit the data or its record."""
+    if source is None:
+        return None
+    data = inputs.data
+    if config.teacher_classes is not None:
+        source = read_at_classes(source, config.teacher_classes)
+    parts = (source, data, config.teacher_image_size, Fast.of(config), inputs.device)
+    if config.cache_teacher is None:
+        teacher = Teacher(*parts)
+    else:
+        teacher = CachedTeacher(*parts, folder=config.cache_teacher, top_k=config.cache_top_k)
+    notes = [_check_teacher(teacher, number, inputs, config) for number in range(len(source.teachers))]
+    if data.labelled and source.members and source.num_classes == data.num_classes:
+        shown = _as_held(inputs) if teacher.sees_source else inputs.test_loader
+        teacher.accuracy = evaluate(teacher.predict, shown, "checking the teachers")["test_accuracy"]
+        notes.append(f"{len(notes)} teachers: {teacher.accuracy:.2f} % by the average of their logits")
+    steps = [each.record.get("max_steps") for each in source.teachers]
+    notes += [
+        f"warning: this teacher was trained for {each} step{'s' * (each != 1)} only (--max_steps)"
+        for each in steps
+        if each
+    ]
+    described = (teacher.network.describe(data.image_size), teacher.seen)
+    teacher.note = "\n".join(filter(None, (*source.notes, *described, *notes)))
+    return teacher
+
+
+def _check_teacher(teacher: Teacher, number: int, inputs: Inputs, config: Configuration) -> str:
+    """A line on the accuracy of one of the teachers, tested as its weights' own test does where that is known and the
+    data are image files; raises `UserError` where it does not fit the data or its record."""
+    source, data = teacher.source.teachers[number], inputs.data
+    if not data.labelled:
+        first = known_classes(teacher.source)
+        others = compare_classes(known_classes(source), first) if first and teacher.source.num_classes else None
+        if others is not None and not config.allow_teacher_gap:
+            raise UserError(
+                f"--path_t: {teacher.source.teachers[0].path} and {source.path} have classes in another order, so "
+                "their logits have no average; choose other teachers, or --allow_teacher_gap"
+            )
+        return f"teacher {source.name}: its accuracy is not measured: the images have no labels"
+    if source.num_classes != data.num_classes:
+        has = f"its {source.num_classes} classes are not those of the data" if source.num_classes else "no classifier"
+        return f"teacher {source.name}: {has}; its maps alone teach"
+    others = compare_classes(source.record.get("classes"), data.classes)
+    if others is not None and not config.allow_teacher_gap:
+        raise UserError(f"--path_t: {others}; use the data that the teacher knows, or --allow_teacher_gap")
+    own, how = own_test(source.path, source.record, data), ""
+    shown = _as_held(inputs) if teacher.sees_source else inputs.test_loader
+    if own is not None:
+        as_theirs, how = shown_as(own, data)
+        test = as_theirs.test.to(inputs.device)
+        shown = _part_loader(test, as_theirs, inputs.test_loader.batch_size, inputs.device)
+    predict = functools.partial(teacher.predict_alone, number, as_tested=own is not None)
+    accuracy = evaluate(predict, shown, "checking the teacher")["test_accuracy"]
+    teacher.accuracy = None if teacher.source.members else accuracy
+    line = check_accuracy(source, data.name, accuracy, config.allow_teacher_gap)
+    return f"{line}; {how}" if how else line

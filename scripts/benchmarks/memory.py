@@ -1,0 +1,84 @@
+"""What N costs in memory: the peak of a training step with NORM, of transformers by default, for several N.
+
+python scripts/benchmarks/memory.py [--pairs timm:vit_small_patch16_224:timm:vit_tiny_patch16_224] [--n 1,16]
+    [--image_size 224] [--batch_size 32] [--json FILE]
+
+The peak is of everything that training holds: both networks, the transform, gradients, the optimizer's momentum and
+what a step allocates. In the fast path.
+"""
+
+import itertools
+import sys
+from argparse import Namespace
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
+
+import torch
+
+from dataset import ImageData, Loader, load_data
+from errors import run_script
+from helper.command_line import Parser, pairs
+from helper.distributed import find_device
+from scripts.benchmark import Contender, choose, counts
+from scripts.benchmarks.parts import peak_memory, report
+from setting import count
+
+
+def size_of(tensors: Iterable[torch.Tensor]) -> int:
+    """Bytes of tensors."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def measure(pair: tuple[str, str], n: int, data: ImageData, args: Namespace) -> dict[str, Any]:
+    """One record: what is held between two steps and what a step adds at most, in bytes."""
+    contender = Contender(pair, n, data, args, "auto", args.fast)
+    batch = next(Loader(data.train, data, args.batch_size, args.device, data.augmentation).batches())
+    contender.step(batch)  # what is made once: momentum, and what libraries keep
+    contender.optimizer.zero_grad(set_to_none=True)
+    momentum = (value for state in contender.optimizer.state.values() for value in state.values())
+    held = [*contender.method.state_dict().values(), *contender.teacher.state_dict().values(), *momentum]
+    known = {"pair": " -> ".join(pair), "n": n, "batch_size": args.batch_size, "image_size": data.image_size}
+    return known | {
+        "device": str(args.device),
+        "held": size_of(value for value in held if isinstance(value, torch.Tensor)),
+        "step": peak_memory(lambda: contender.step(batch), args.device),
+    }
+
+
+def peak(record: dict) -> int:
+    """Bytes that a record's training holds at most."""
+    return record["held"] + record["step"]
+
+
+def table(records: list[dict]) -> str:
+    """The records as Markdown, each compared with the first N of its pair."""
+    lines = ["| pair | image | batch | N | peak | relative |", "|--|--|--|--|--|--|"]
+    for pair, of_pair in itertools.groupby(records, key=lambda record: record["pair"]):
+        first, *_ = ordered = list(of_pair)
+        for one in ordered:
+            side, share = one["image_size"], peak(one) / peak(first)
+            size = f"{side}x{side} | {one['batch_size']} | {one['n']} | {peak(one) / 2**20:.1f} MiB | {share:.3f}"
+            lines.append(f"| {pair} | {size} |")
+    return "\n".join(lines)
+
+
+def main(argv=None) -> list[dict]:
+    parser = Parser((__doc__ or "").split("\n")[0])
+    usual = "timm:vit_small_patch16_224:timm:vit_tiny_patch16_224"
+    parser.add_argument("--pairs", type=pairs, default=usual, metavar="T:S,...", help=usual)
+    parser.add_argument("--n", type=counts, default="1,16", metavar="N,N")
+    parser.add_argument("--image_size", type=count, default=224, help="pixels on a side (224)")
+    parser.add_argument("--batch_size", type=count, default=32)
+    parser.add_argument("--device", type=find_device, default="auto")
+    parser.add_argument("--json", metavar="FILE", help="write the records there")
+    args = parser.parse_args(argv)
+    args.fast, data = choose(args.device), load_data("digits", None, args.image_size)
+    records = (measure(pair, n, data, args) for pair in args.pairs for n in args.n)
+    return report(records, table, args.json)
+
+
+if __name__ == "__main__":
+    run_script(main)
