@@ -7,7 +7,7 @@ from dataset.decoding import Centre
 from dataset.identity import data_changes, data_digest, data_identity
 from dataset.images import Augmentation, ImageData, Images, hold_out
 from dataset.loader import Batch, Loader
-from dataset.prediction import find_images, read_normalised
+from dataset.prediction import describe_preparation, find_images, read_normalised
 from dataset.seeds import epoch_seed
 from dataset.sources import DATASETS, WITHOUT_LABELS, dataset_at, load_data
 from dataset.streaming import StreamedImages
@@ -32,6 +32,7 @@ __all__ = [
     "data_digest",
     "data_identity",
     "dataset_at",
+    "describe_preparation",
     "differences",
     "epoch_seed",
     "find_images",

@@ -238,7 +238,7 @@ def convert_to_rgb(image: Image.Image, background: tuple[int, int, int] = WHITE)
 
     Transparency is laid on `background`. Greys of 16 bits are divided by 256, of 12 bits by 16 where the file says so.
     """
-    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
         tags = getattr(image, "tag_v2", {})
         bits = tags.get(258, 16)  # BitsPerSample
         bits = bits[0] if isinstance(bits, tuple) else bits

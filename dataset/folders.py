@@ -60,8 +60,7 @@ def list_images(path: str) -> Listing:
     left_out: list[str] = []
     names = [os.path.relpath(file, path) for file in _walk(path, {os.path.realpath(path)}, left_out)]
     if left_out:
-        where, some = printable(path), _some(left_out)
-        print(f"left out {len(left_out)} files below {where} that are no images by their names: {some}")
+        print(describe_left_out(left_out, path))
     if not names:
         raise UserError(f"--data: there is no image in {printable(path)} or below it")
     return Listing(path, names, [0] * len(names))
@@ -177,8 +176,7 @@ def _list_split(path: str, allow_empty: bool = False) -> tuple[Listing, list[str
         if len(listing.names) == before:
             empty.append(name)
     if left_out:
-        where, some = printable(path), _some(left_out)
-        print(f"left out {len(left_out)} files below {where} that are no images by their names: {some}")
+        print(describe_left_out(left_out, path))
     if len(empty) == len(folders) or (empty and not allow_empty):
         raise UserError(f"--data: {printable(path)} has no images, or classes without any: {_some(empty)}")
     return listing, list(folders)
@@ -222,6 +220,11 @@ def _class_folders(path: str) -> dict[str, str]:
 
 def _is_image(name: str) -> bool:
     return not name.startswith(".") and os.path.splitext(name)[1].lower() in endings()
+
+
+def describe_left_out(names: list[str], folder: str) -> str:
+    """A line on the files below a folder that are not read."""
+    return f"left out {len(names)} files below {printable(folder)} that are no images by their names: {_some(names)}"
 
 
 def _some(names: list[str]) -> str:

@@ -2,12 +2,14 @@
 
 import glob
 import os
+import sys
 from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor
 
 from dataset.decoding import WHITE, BrokenImage, Centre, Place, endings, read_views
+from dataset.folders import describe_left_out
 from dataset.images import resize
 from errors import UserError
 
@@ -33,6 +35,23 @@ def read_normalised(path: str | os.PathLike, record: dict, flag: str = "IMAGE") 
     return resize(((image / 255 - mean) / std)[None], record["image_size"])[0]
 
 
+def describe_preparation(record: dict) -> str:
+    """How `read_normalised` brings an image file to a network, in one sentence, for people without this code."""
+    margin, size = record.get("margin") or 0, record["image_size"]
+    held = record.get("source_size") or size
+    inner, side = held - 2 * max(margin, 0), held - 2 * margin
+    steps = [
+        "first picture of a file, turned as EXIF says",
+        "greys of 16 bits divided by 256, of 12 bits in a TIFF by 16",
+        f"transparency on the background colour {','.join(str(part) for part in record.get('background') or WHITE)}",
+        f"RGB of 8 bits; shorter side resized to {side} (bilinear, antialiased), centre of {inner}x{inner} cut out",
+        *([f"{margin} black pixels added on each side"] if margin > 0 else []),
+        "(pixel / 255 - mean) / std",
+        *([f"resized from {held}x{held} to {size}x{size} (bilinear)"] if held != size else []),
+    ]
+    return "; ".join(steps)
+
+
 def find_images(names: Iterable[str], flag: str = "IMAGE") -> Iterator[str]:
     """The files that names stand for, in order: a file itself, the images below a folder, what a pattern matches.
 
@@ -52,9 +71,15 @@ def find_images(names: Iterable[str], flag: str = "IMAGE") -> Iterator[str]:
 
 
 def _below(folder: str) -> Iterator[str]:
-    """The images below a folder, by the endings of their names; hidden ones are left out."""
+    """The images below a folder, by the endings of their names; other files are counted on standard error, and hidden
+    ones left out."""
+    left_out: list[str] = []
     for place, folders, names in os.walk(folder):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for name in sorted(names):
-            if not name.startswith(".") and os.path.splitext(name)[1].lower() in endings():
+        for name in sorted(name for name in names if not name.startswith(".")):
+            if os.path.splitext(name)[1].lower() in endings():
                 yield os.path.join(place, name)
+            else:
+                left_out.append(name)
+    if left_out:
+        print(describe_left_out(left_out, folder), file=sys.stderr)

@@ -21,7 +21,7 @@ with starting():
     import torch
     from torch import Tensor, nn
 
-    from dataset import ImageData, Loader, dataset_at
+    from dataset import ImageData, Loader, dataset_at, describe_preparation
     from dataset.decoding import WHITE
     from distiller_zoo import Distiller, Predictor
     from helper.checkpoint import network_of, rebuild, rebuild_official, take_average, upgrade
@@ -56,11 +56,6 @@ TOLERANCE = 1e-3
 CALIBRATION_IMAGES, QUANTISED_BATCH, LOST_POINTS = 512, 100, 1.0
 #: What a model card's heading begins with.
 CARD = "Model card"
-#: How a file becomes the network's input, as every export says it.
-IMAGES = (
-    "turned as EXIF says; transparency on the background colour; shorter side resized with antialiasing to image_size "
-    "- 2 * margin, centre crop, margin added in black (cut off where it is below 0); (pixel / 255 - mean) / std"
-)
 
 
 class Trained(NamedTuple):
@@ -241,7 +236,7 @@ def model_card(record: dict, source: Path, files: Iterable[Path], lines: Iterabl
         "teacher": taught,
         "accuracy": _accuracy(record, source),
         "input": f"RGB, {record['image_size']}x{record['image_size']}",
-        "preparation": IMAGES,
+        "preparation": describe_preparation(record),
         "mean, std": f"{record.get('mean', 'unknown')}, {record.get('std', 'unknown')}",
         "licence": "TO FILL IN",
         "limits": "TO FILL IN: what it must not be used for, and which images it was not tested on",
@@ -287,7 +282,11 @@ def main(argv=None) -> Path:
     predictor = Predictor(trained.method).eval()
     network, merged = merge_branches(trained.method.export(), images.shape[-1])
     _, of_network = network_of(trained.method)
-    record = trained.record | of_network | {"wrapper": describe_wrapper(network), "images": IMAGES}
+    record = (
+        trained.record
+        | of_network
+        | {"wrapper": describe_wrapper(network), "images": describe_preparation(trained.record)}
+    )
     for kind, file in files.items():
         write, read = FORMATS[kind]
         with replacing(file) as temporary:

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torchvision.transforms import RandomResizedCrop, v2
 
-from dataset import Loader, epoch_seed, load_data, read_normalised
+from dataset import Loader, describe_preparation, epoch_seed, load_data, read_normalised
 from dataset.decoding import (
     MAX_SIDE,
     RATIO,
@@ -117,6 +117,10 @@ def test_greys_of_more_than_8_bits_are_scaled_by_a_rule_or_refused():
     expected = (greys.astype(numpy.uint16) >> 8).astype(numpy.uint8)
     for kind in ("PNG", "TIFF"):
         assert numpy.array_equal(shown(encoded(deep, kind))[..., 0], expected)
+    for largest, scaled in ((65535, greys), (4095, greys // 16 * 16)):
+        pixels = (scaled // (65536 // (largest + 1))).astype(">u2")
+        seen = shown(b"P5\n32 32\n%d\n" % largest + pixels.tobytes())[..., 0]  # a PGM says its scale
+        assert abs(seen.astype(int) - expected).max() <= 1, largest
     for mode, dtype in (("I", numpy.int32), ("F", numpy.float32)):
         with pytest.raises(BrokenImage, match=f"mode {mode}"):
             shown(encoded(Image.fromarray(greys.astype(dtype)), "TIFF"))
@@ -130,6 +134,29 @@ def test_a_jpeg_is_decoded_at_a_part_of_its_size_where_that_shows_little():
             difference = abs(shown(content, crop).astype(int) - shown(whole, crop))
             assert 0 < difference.mean() < 3 and difference.max() < 32, (size, difference.mean(), difference.max())
     assert numpy.array_equal(shown(content, Centre(224)), shown(whole, Centre(224)))
+
+
+def test_of_several_pictures_the_first_is_shown():
+    first, second = (Image.new("RGB", (20, 20), (grey,) * 3) for grey in (10, 200))
+    for kind in ("GIF", "WEBP", "TIFF", "PNG"):
+        assert abs(shown(encoded(first, kind, save_all=True, append_images=[second])).mean() - 10) < 2, kind
+
+
+@pytest.mark.parametrize("size", [(1, 1), (8000, 10), (10, 8000), (1, 300)])
+def test_extreme_sizes_are_shown(size):
+    for crop in (WHOLE, RandomCrops(32, 0, 0, 1, (0.08, 1.0))):
+        assert (shown(encoded(Image.new("RGB", size, (9, 9, 9))), crop) == 9).all()
+
+
+def test_the_preparation_of_an_image_is_described():
+    about = {"image_size": 64, "mean": (0.5,) * 3, "std": (0.5,) * 3}
+    assert "shorter side resized to 64 (bilinear, antialiased), centre of 64x64" in describe_preparation(about)
+    assert "colour 255,255,255;" in describe_preparation(about)
+    imagenet = describe_preparation(about | {"margin": -4, "background": [1, 2, 3]})
+    assert "resized to 72 (" in imagenet and "centre of 64x64" in imagenet and "colour 1,2,3;" in imagenet
+    padded = describe_preparation(about | {"margin": 2, "source_size": 32})
+    assert "resized to 28 (" in padded and "centre of 28x28 cut out; 2 black pixels added on each side" in padded
+    assert padded.endswith("/ std; resized from 32x32 to 64x64 (bilinear)")
 
 
 def test_no_other_program_is_started_for_an_image(tmp_path, monkeypatch):
