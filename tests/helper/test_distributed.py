@@ -25,6 +25,8 @@ EQUAL = [name for name, case in CASES.items() if case[3]]
 RUN = ("--batch_size", "8", "--epochs", "2", "--model", "resnet8", "--save_every_steps", "1")
 SLOW = ("--trial", "2", "--sync_bn", "--learning_rate", "0.001")
 FINE_TUNING = ("--batch_size", "8", "--trial", "3", "--sync_bn", "--learning_rate", "0.01", "--max_steps", "2")
+#: As processes of their own read them.
+pytestmark = pytest.mark.usefixtures("whole_digits")
 
 
 def free_port() -> int:

@@ -7,10 +7,8 @@ import pytest
 import train_teacher
 from errors import UserError
 from helper import run as run_module
-from scripts import evaluate
 from tests.conftest import keep_images, message_of
-from tests.dataset.test_streaming import write_images
-from tests.run_folders import load, metrics, new_run, same_state, state, weights
+from tests.run_folders import load, metrics, same_state, state, weights
 
 SHORT = ("--batch_size", "8", "--max_steps", "3")
 pytestmark = pytest.mark.usefixtures("few_images")
@@ -123,17 +121,3 @@ def test_why_a_run_failed_stands_in_its_log(distil, save_dir):
         distil("--learning_rate", "1e25", *SHORT)
     [run] = save_dir.iterdir()
     assert (run / "log.txt").read_text().splitlines()[-1].startswith("failed: ")
-
-
-@pytest.mark.parametrize("stream", ["off", "on"])
-def test_test_images_that_cannot_be_read_are_counted_in_the_result(tmp_path, save_dir, stream, capsys):
-    folder = write_images(tmp_path / "data", side=32)
-    for name in ("val/cat/1.JPEG", "val/dog/3.JPEG"):
-        (folder / name).write_bytes(b"no image")
-    flags = ("--model", "resnet8", "--data", str(folder), "--stream", stream, "--num_workers", "0")
-    run = new_run(train_teacher.main, save_dir, *flags, "--max_steps", "1", "--batch_size", "8", "--max_broken", "4")
-    result = json.loads((run / "result.json").read_text())
-    assert (result["test_images"], result["test_unreadable"]) == (10, 2)
-    assert "2 of 10 test images unreadable" in capsys.readouterr().out
-    evaluate.main([str(run)])
-    assert "8 test images; 2 unreadable, left out" in " ".join(capsys.readouterr().out.split())

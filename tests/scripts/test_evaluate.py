@@ -9,6 +9,7 @@ import pytest
 import torch
 from sklearn import metrics
 
+import train_teacher
 from helper import networks
 from helper.networks import Teacher
 from helper.tables.rows import read_record
@@ -16,7 +17,9 @@ from models import build_model
 from models.preprocessing import read_preprocessing
 from scripts import evaluate, export_student
 from tests.conftest import message_of
+from tests.dataset.test_streaming import write_images
 from tests.helper.test_teachers_own_test import picture, theirs
+from tests.run_folders import new_run
 
 SHORT = ("--batch_size", "128", "--max_steps", "6", "--num_workers", "0")
 
@@ -45,7 +48,7 @@ def predicted(path) -> tuple[torch.Tensor, torch.Tensor]:
         return network((pixels / 255 - mean) / std), targets
 
 
-def test_the_numbers_are_those_of_torch_and_scikit_learn(distil):
+def test_the_numbers_are_those_of_torch_and_scikit_learn(distil, whole_digits):
     run = distil(*SHORT)
     exported = export_student.main([str(run / "last.pth"), "--format", "pth,onnx,pt2"])
     logits, targets = predicted(exported)
@@ -61,7 +64,7 @@ def test_the_numbers_are_those_of_torch_and_scikit_learn(distil):
         (about,) = evaluate.main([str(exported.with_suffix(kind))])
         assert {name: about[name] for name in expected} == pytest.approx(expected, abs=1e-3)
         assert about["confusion"] == metrics.confusion_matrix(true, found).tolist()
-        assert about["test_images"] == 73 and about["test_unreadable"] == 0
+        assert about["test_images"] == 364 and about["test_unreadable"] == 0
     for name, value in expected.items():
         low, high = about["intervals"][name]
         assert low < value < high
@@ -172,3 +175,17 @@ def test_faults_are_named(distil, tmp_path):
     assert "does not say what it was trained on" in message_of(evaluate.main, [str(bare), "--model", "resnet8"])
     argv = [str(bare), "--model", "resnet8", "--dataset", "digits"]
     assert "7 classes, the data 10" in message_of(evaluate.main, argv)
+
+
+@pytest.mark.parametrize("stream", ["off", "on"])
+def test_test_images_that_cannot_be_read_are_counted_in_the_result(tmp_path, save_dir, stream, capsys):
+    folder = write_images(tmp_path / "data", side=32)
+    for name in ("val/cat/1.JPEG", "val/dog/3.JPEG"):
+        (folder / name).write_bytes(b"no image")
+    flags = ("--model", "resnet8", "--data", str(folder), "--stream", stream, "--num_workers", "0")
+    run = new_run(train_teacher.main, save_dir, *flags, "--max_steps", "1", "--batch_size", "8", "--max_broken", "4")
+    result = json.loads((run / "result.json").read_text())
+    assert (result["test_images"], result["test_unreadable"]) == (10, 2)
+    assert "2 of 10 test images unreadable" in capsys.readouterr().out
+    evaluate.main([str(run)])
+    assert "on 8 test images of folder; 2 unreadable, left out" in capsys.readouterr().out
