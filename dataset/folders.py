@@ -46,11 +46,11 @@ def is_image_folder(path: str) -> bool:
 
 def has_image_folders(path: str) -> bool:
     """Whether folders in a path hold images themselves, not only further below."""
-    return any(_is_image(entry.name) for folder in _class_folders(path).values() for entry in _entries(folder))
+    return any(is_image(entry.name) for folder in _class_folders(path).values() for entry in _entries(folder))
 
 
 def _holds_image(folder: str) -> bool:
-    return any(_is_image(name) for _, _, names in os.walk(folder) for name in names)
+    return any(is_image(name) for _, _, names in os.walk(folder) for name in names)
 
 
 def list_images(path: str) -> Listing:
@@ -106,7 +106,7 @@ def list_folder(path: str, may_split: bool = False) -> Folder:
 
 
 def _lacks_classes(path: str) -> bool:
-    return not _class_folders(path) and any(_is_image(entry.name) for entry in _entries(path))
+    return not _class_folders(path) and any(is_image(entry.name) for entry in _entries(path))
 
 
 def _list_test(path: str, classes: list[str]) -> Listing:
@@ -189,7 +189,7 @@ def _walk(folder: str, seen: set[str], left_out: list[str]) -> Iterator[str]:
     for entry in shown:
         if entry.is_dir():
             continue
-        if _is_image(entry.name):
+        if is_image(entry.name):
             yield entry.path
         else:
             left_out.append(entry.name)
@@ -218,7 +218,8 @@ def _class_folders(path: str) -> dict[str, str]:
     return dict(sorted(found.items()))
 
 
-def _is_image(name: str) -> bool:
+def is_image(name: str) -> bool:
+    """Whether a file is read as an image, by its name; hidden ones are not."""
     return not name.startswith(".") and os.path.splitext(name)[1].lower() in endings()
 
 

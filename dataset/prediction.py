@@ -8,8 +8,8 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor
 
-from dataset.decoding import WHITE, BrokenImage, Centre, Place, endings, read_views
-from dataset.folders import describe_left_out
+from dataset.decoding import WHITE, BrokenImage, Centre, Place, read_views
+from dataset.folders import describe_left_out, is_image
 from dataset.images import resize
 from errors import UserError
 
@@ -76,10 +76,10 @@ def _below(folder: str) -> Iterator[str]:
     left_out: list[str] = []
     for place, folders, names in os.walk(folder):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for name in sorted(name for name in names if not name.startswith(".")):
-            if os.path.splitext(name)[1].lower() in endings():
+        for name in sorted(names):
+            if is_image(name):
                 yield os.path.join(place, name)
-            else:
+            elif not name.startswith("."):
                 left_out.append(name)
     if left_out:
         print(describe_left_out(left_out, folder), file=sys.stderr)

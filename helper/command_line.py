@@ -379,11 +379,12 @@ def resolve(
     if merged["labels"][0] == "none":
         _without_labels(merged)
     values = {name: value for name, (value, _) in merged.items()}
+    origins = {name: origin for name, (_, origin) in merged.items()}
     _refuse_without_effect(given, values)
     _check_targets(values)
     _check_cache(values)
-    _check_labels(values, {name: origin for name, (_, origin) in merged.items()})
-    return Configuration(values, {name: origin for name, (_, origin) in merged.items()}, folder)
+    _check_labels(values, origins)
+    return Configuration(values, origins, folder)
 
 
 def _refuse_without_effect(given: Mapping[str, Any], values: Mapping[str, Any]) -> None:

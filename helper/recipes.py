@@ -385,11 +385,12 @@ _WIGHTMAN = (
     "Wightman et al. (2021), table 2, column A3; the cross entropy is not its binary one, RandAugment has "
     "torchvision's magnitude, images are of the data's size"
 )
+_ADAMW = {"optimizer": "adamw", "lr_decay": "cos", "clip_grad": 1.0}
 #: What a recipe changes for any method, on top of all other rows.
 CHOSEN_RECIPES = (
     _recipe(
         "patient",
-        {"optimizer": "adamw", "lr_decay": "cos", "clip_grad": 1.0, "batch_size": 512},
+        {**_ADAMW, "batch_size": 512},
         f"{_BEYER} 2: Adam with decoupled decay, cosine, clipping at norm 1, batches of 512",
     ),
     _recipe("patient", {"mixup": 1.0}, f"{_BEYER} 3: function matching, shares of the mixed images uniform"),
@@ -436,9 +437,7 @@ CHOSEN_RECIPES = (
     _recipe(
         "finetune",
         {
-            "optimizer": "adamw",
-            "lr_decay": "cos",
-            "clip_grad": 1.0,
+            **_ADAMW,
             "learning_rate": 1e-4,
             "weight_decay": 0.01,
             "decay_norms": False,

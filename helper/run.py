@@ -85,9 +85,6 @@ JUDGED_IMAGES = 1000
 STATE = ("stage_number", "epoch", "stage_step", "step", "epochs_over", "seconds", "records", "epoch_state")
 
 
-# Runs.
-
-
 @contextmanager
 def prepared(opened: Opened, inputs: Inputs, teacher: Teacher | None) -> Iterator[list["Run"]]:
     """The runs, each in its claimed folder; new folders are removed again where a run turns out impossible."""

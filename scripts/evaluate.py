@@ -105,7 +105,7 @@ def read_judged(source: str, model: str | None, device: torch.device, ema: bool 
     network, trained, notes, record = found.network.eval().to(device), None, list(found.notes), dict(found.record)
     if "training" in checkpoint:
         checkpoint = take_average(checkpoint, path) if ema and AVERAGE in checkpoint else checkpoint
-        record |= checkpoint["training"].get("config", {}) | record
+        record = checkpoint["training"].get("config", {}) | record
         try:
             method, _ = rebuild(checkpoint, path)
             trained = _responding(method.to(device))

@@ -282,11 +282,8 @@ def main(argv=None) -> Path:
     predictor = Predictor(trained.method).eval()
     network, merged = merge_branches(trained.method.export(), images.shape[-1])
     _, of_network = network_of(trained.method)
-    record = (
-        trained.record
-        | of_network
-        | {"wrapper": describe_wrapper(network), "images": describe_preparation(trained.record)}
-    )
+    described = {"wrapper": describe_wrapper(network), "images": describe_preparation(trained.record)}
+    record = trained.record | of_network | described
     for kind, file in files.items():
         write, read = FORMATS[kind]
         with replacing(file) as temporary:

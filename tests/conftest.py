@@ -101,6 +101,21 @@ def distil(teacher_run, save_dir):
 
 
 @contextmanager
+def killed_within_an_epoch() -> Iterator[None]:
+    """Within this block a run is killed as soon as the second step of its second epoch is saved, if it is to be."""
+    save = run.Run.save_within_epoch
+
+    def save_then_stop(self, number, stopping):
+        save(self, number, stopping)
+        if (self.epoch, number) == (1, 2):
+            raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(run.Run, "save_within_epoch", save_then_stop)
+        yield
+
+
+@contextmanager
 def killed(saved_epochs: int = 1) -> Iterator[None]:
     """Within this block a run is killed as soon as `saved_epochs` of its epochs are saved."""
     save, saved = run.Run._save, []

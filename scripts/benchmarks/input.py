@@ -42,12 +42,12 @@ def decode_rate(data: ImageData, most: int) -> float:
 def loader_rate(data: ImageData, batch_size: int, device: torch.device, epochs: int) -> float:
     """Images per second of training batches on the device, by workers that have started."""
     loader = Loader(data.train, data, batch_size, device, data.augmentation)
-    images, start = 0, 0.0
-    for epoch in range(epochs + 1):
+    for _ in loader.batches():  # behind a whole epoch no worker is ahead
+        pass
+    images, start = 0, time.perf_counter()
+    for epoch in range(1, epochs + 1):
         for batch in loader.batches(epoch):
             images += len(batch.targets)
-        if not epoch:
-            images, start = 0, time.perf_counter()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return images / (time.perf_counter() - start)

@@ -20,11 +20,8 @@ import torch
 
 from dataset import ImageData, Loader, load_data
 from errors import run_script
-from helper.command_line import Parser, pairs
-from helper.distributed import find_device
 from scripts.benchmark import Contender, choose, counts
-from scripts.benchmarks.parts import peak_memory, report
-from setting import count
+from scripts.benchmarks.parts import describe_step, pair_parser, peak_memory, report
 
 
 def size_of(tensors: Iterable[torch.Tensor]) -> int:
@@ -40,9 +37,7 @@ def measure(pair: tuple[str, str], n: int, data: ImageData, args: Namespace) -> 
     contender.optimizer.zero_grad(set_to_none=True)
     momentum = (value for state in contender.optimizer.state.values() for value in state.values())
     held = [*contender.method.state_dict().values(), *contender.teacher.state_dict().values(), *momentum]
-    known = {"pair": " -> ".join(pair), "n": n, "batch_size": args.batch_size, "image_size": data.image_size}
-    return known | {
-        "device": str(args.device),
+    return describe_step(pair, n, data, args) | {
         "held": size_of(value for value in held if isinstance(value, torch.Tensor)),
         "step": peak_memory(lambda: contender.step(batch), args.device),
     }
@@ -66,14 +61,9 @@ def table(records: list[dict]) -> str:
 
 
 def main(argv=None) -> list[dict]:
-    parser = Parser((__doc__ or "").split("\n")[0])
     usual = "timm:vit_small_patch16_224:timm:vit_tiny_patch16_224"
-    parser.add_argument("--pairs", type=pairs, default=usual, metavar="T:S,...", help=usual)
+    parser = pair_parser((__doc__ or "").split("\n")[0], usual)
     parser.add_argument("--n", type=counts, default="1,16", metavar="N,N")
-    parser.add_argument("--image_size", type=count, default=224, help="pixels on a side (224)")
-    parser.add_argument("--batch_size", type=count, default=32)
-    parser.add_argument("--device", type=find_device, default="auto")
-    parser.add_argument("--json", metavar="FILE", help="write the records there")
     args = parser.parse_args(argv)
     args.fast, data = choose(args.device), load_data("digits", None, args.image_size)
     records = (measure(pair, n, data, args) for pair in args.pairs for n in args.n)

@@ -22,12 +22,10 @@ import torch
 from dataset import Batch, ImageData, Loader, load_data
 from distiller_zoo import DISTILLERS, Task
 from errors import run_script
-from helper.command_line import Parser, pairs
-from helper.distributed import find_device
 from helper.loops import forward_backward, set_modes
 from models import build_model
 from scripts.benchmark import PROGRESS, Contender, choose
-from scripts.benchmarks.parts import report, wait_for
+from scripts.benchmarks.parts import describe_step, pair_parser, report, wait_for
 from setting import count
 
 
@@ -68,8 +66,7 @@ def measure(pair: tuple[str, str], data: ImageData, args: Namespace) -> dict:
             times[name] += [(time.perf_counter() - start) / args.steps] if number else []
     found = {name: statistics.median(each) for name, each in times.items()}
     ratio = found["step_s"] / (found["teacher_s"] + found["student_s"])
-    known = {"pair": " -> ".join(pair), "n": args.n, "batch_size": args.batch_size, "image_size": data.image_size}
-    return known | {"device": str(args.device), "ratio": ratio} | found
+    return describe_step(pair, args.n, data, args) | {"ratio": ratio} | found
 
 
 def table(records: list[dict]) -> str:
@@ -83,16 +80,11 @@ def table(records: list[dict]) -> str:
 
 
 def main(argv=None) -> list[dict]:
-    parser = Parser((__doc__ or "").split("\n")[0])
     usual = "timm:vit_small_patch16_224:torchvision:resnet18"
-    parser.add_argument("--pairs", type=pairs, default=usual, metavar="T:S,...", help=usual)
-    parser.add_argument("--image_size", type=count, default=224, help="pixels on a side (224)")
+    parser = pair_parser((__doc__ or "").split("\n")[0], usual)
     parser.add_argument("--n", type=count, default=8)
-    parser.add_argument("--batch_size", type=count, default=32)
     parser.add_argument("--steps", type=count, default=3, help="steps of a round (3)")
     parser.add_argument("--rounds", type=count, default=3, help="alternating rounds (3)")
-    parser.add_argument("--device", type=find_device, default="auto")
-    parser.add_argument("--json", metavar="FILE", help="write the records there")
     args = parser.parse_args(argv)
     args.fast, data = choose(args.device), load_data("digits", None, args.image_size)
     return report((measure(pair, data, args) for pair in args.pairs), table, args.json)

@@ -5,8 +5,10 @@ import math
 import os
 import platform
 import time
+from argparse import Namespace
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
@@ -17,9 +19,12 @@ from torchvision import transforms
 
 from dataset import Batch, ImageData
 from distiller_zoo import Distiller, Task, find_distiller
+from helper.command_line import Parser, pairs
+from helper.distributed import find_device
 from helper.recipes import resolve
 from helper.run_folder import write_text
 from models.backbone import Backbone
+from setting import count
 
 
 class PlainImages(Dataset):
@@ -62,6 +67,23 @@ def recipe_method(
     recipe = {argument: value for argument, (value, _) in resolve("cifar100", *pair, name).items()}
     recipe = {flag.argument: recipe.get(flag.argument, flag.default) for flag in method.flags}
     return method(student, teacher, task, **(recipe | others))
+
+
+def pair_parser(summary: str, usual: str) -> Parser:
+    """The flags of a benchmark of steps of pairs, by default of the `usual` ones, on digits of any size."""
+    parser = Parser(summary)
+    parser.add_argument("--pairs", type=pairs, default=usual, metavar="T:S,...", help=usual)
+    parser.add_argument("--image_size", type=count, default=224, help="pixels on a side (224)")
+    parser.add_argument("--batch_size", type=count, default=32)
+    parser.add_argument("--device", type=find_device, default="auto")
+    parser.add_argument("--json", metavar="FILE", help="write the records there")
+    return parser
+
+
+def describe_step(pair: tuple[str, str], n: int, data: ImageData, args: Namespace) -> dict[str, Any]:
+    """What a record says of the step that was measured."""
+    known = {"pair": " -> ".join(pair), "n": n, "batch_size": args.batch_size, "image_size": data.image_size}
+    return known | {"device": str(args.device)}
 
 
 def report(measured: Iterable[dict], table: Callable[[list[dict]], str], path: str | os.PathLike | None) -> list[dict]:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from dataset import VIEWS, Batch
 from distiller_zoo import DISTILLERS, Distiller, Progress, Stage, Task
 from distiller_zoo.distpro import DistPro
+from helper.loops import set_modes
 from models.backbone import Backbone, Output
 from tests.check_values import g
 from tests.conftest import make_batch, pair_networks
@@ -56,13 +57,6 @@ def batch_of(method: Distiller, n: int = 4) -> Batch:
     return batch._replace(images=torch.randn(views * n, 3, 32, 32))
 
 
-def begin(stage: Stage, method: Distiller) -> None:
-    """What a stage trains is in train mode and gets gradients, everything else does not."""
-    method.requires_grad_(False).eval()
-    for module in stage.trained:
-        module.requires_grad_(True).train()
-
-
 def train_step(method, stage, optimizer, batch, teacher_output, progress) -> tuple[dict[str, Tensor], Tensor | None]:
     """One step -> (named weighted losses, student's logits)."""
     optimizer.zero_grad(set_to_none=True)
@@ -77,7 +71,7 @@ def take_steps(
 ):
     """Steps of a stage, or of the main one; returns the losses of the last, and the stage."""
     stage = stage or method.main_stage(240)
-    begin(stage, method)
+    set_modes(stage, method)
     optimizer = torch.optim.SGD([p for p in method.parameters() if p.requires_grad], lr=lr, momentum=0.9)
     for batch in batches:
         teacher_output = teacher(batch.images, method.teacher_preact) if stage.needs_teacher else None
@@ -133,6 +127,6 @@ def build_distpro(teacher_name="resnet14", student_name="resnet8", **hyper_param
 def start_search(method):
     """The search's stage, begun, and its optimizer."""
     search, _ = method.stages(240)
-    begin(search, method)
+    set_modes(search, method)
     parameters = [parameter for parameter in method.parameters() if parameter.requires_grad]
     return search, torch.optim.SGD(parameters, lr=0.05, momentum=0.9, weight_decay=5e-4)

@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from distiller_zoo.abound import ABLoss
+from helper.loops import set_modes
 from tests.conftest import make_batch
-from tests.distiller_zoo.helpers import PROGRESS, begin, build, close, train_step
+from tests.distiller_zoo.helpers import PROGRESS, build, close, train_step
 
 
 def random_maps(*shapes, scale=1.0):
@@ -33,7 +34,7 @@ def test_ab_is_the_formula_and_weighs_deeper_layers_more():
 
 
 def take_steps(stage, method, teacher, steps=3):
-    begin(stage, method)
+    set_modes(stage, method)
     optimizer = torch.optim.SGD([p for p in method.parameters() if p.requires_grad], lr=1e-4, momentum=0.9)
     for _ in range(steps):
         batch = make_batch()

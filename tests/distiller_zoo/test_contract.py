@@ -9,10 +9,11 @@ from torch.nn import functional as F
 
 from distiller_zoo import DISTILLERS, Progress, refuse_without_effect
 from errors import UserError
+from helper.loops import set_modes
 from models.backbone import Output
 from setting import LARGEST
 from tests.conftest import pair_networks, slow_but
-from tests.distiller_zoo.helpers import FAULTS, PROGRESS, TASK, batch_of, begin, build, take_steps
+from tests.distiller_zoo.helpers import FAULTS, PROGRESS, TASK, batch_of, build, take_steps
 
 PAIRS = (("resnet14", "resnet8"), ("wrn_40_1", "wrn_16_1"), ("vgg13", "vgg8"))
 #: Weights, and the terms that each of them multiplies, where these are not the method's name.
@@ -69,7 +70,7 @@ def test_every_stage_trains_what_it_says_and_nothing_else(name, pair):
 @pytest.mark.parametrize("name", DISTILLERS)
 def test_each_weight_scales_its_own_terms(name):
     teacher, method = whole(name)
-    begin(method.main_stage(240), method)
+    set_modes(method.main_stage(240), method)
     batch = batch_of(method)
 
     def terms():
@@ -98,7 +99,7 @@ def test_degenerate_batches_have_finite_losses_and_gradients(name, fault):
     if fault == "duplicates":
         batch = batch._replace(images=batch.images[:1].expand_as(batch.images).clone())
     for stage in method.stages(240):
-        begin(stage, method)
+        set_modes(stage, method)
         shown = teacher(batch.images, method.teacher_preact) if method.needs_teacher else None
         sides = [stage.respond(batch.images, shown), shown]
         if fault == "zeros":
@@ -138,7 +139,7 @@ def test_losses_are_float32_where_the_networks_are_not(name):
     teacher, method = whole(name)
     batch = batch_of(method)
     for stage in method.stages(240):
-        begin(stage, method)
+        set_modes(stage, method)
         with torch.autocast("cpu", torch.bfloat16):
             shown = teacher(batch.images, method.teacher_preact) if method.needs_teacher else None
             _, losses = method(batch, shown, PROGRESS, stage)

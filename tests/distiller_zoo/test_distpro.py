@@ -12,11 +12,11 @@ from distiller_zoo import Predictor, Progress
 from distiller_zoo.distpro import SEARCHED
 from distiller_zoo.pathways import STYLES, Pathways, PathwayTransform, PathwayWeights
 from errors import UserError
+from helper.loops import set_modes
 from models.backbone import Output
 from tests.check_values import g
 from tests.conftest import make_batch
 from tests.distiller_zoo.helpers import (
-    begin,
     build_distpro,
     parts_that_differ,
     start_search,
@@ -134,7 +134,7 @@ def test_distpro_searches_on_a_copy_and_then_trains_the_student(pair):
     assert all(parameter.grad is not None and torch.isfinite(parameter.grad).all() for parameter in searched.values())
     assert (method.weights.scores != 1).any() and torch.equal(method.weights.process[0], method.weights.scores)
     *_, main = method.stages(240)
-    begin(main, method)
+    set_modes(main, method)
     assert not any(parameter.requires_grad for parameter in searched.values())
     optimizer = torch.optim.SGD([p for p in method.parameters() if p.requires_grad], lr=0.01)
     before = {name: value.clone() for name, value in method.state_dict().items()}

@@ -13,12 +13,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from distiller_zoo import DISTILLERS, Progress, Task
 from errors import UserError
+from helper.loops import set_modes
 from helper.recipes import CIFAR_PAIRS, resolve
 from models.backbone import Output
 from models.cost import count_parameters
 from scripts import list_methods
 from tests.conftest import pair_networks
-from tests.distiller_zoo.helpers import FrozenTeacher, batch_of, begin, train_step
+from tests.distiller_zoo.helpers import FrozenTeacher, batch_of, train_step
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 BATCH, CLASSES = 4, 6
@@ -54,7 +55,7 @@ def build(name: str, teacher, student):
 
 def steps_of(stage, method, teacher, steps: int):
     """Steps of a stage one by one, with what comes before each; yields the losses."""
-    begin(stage, method)
+    set_modes(stage, method)
     # A rate at which the wide maps of untrained deep teachers do not blow up an autoencoder.
     optimizer = torch.optim.SGD([p for p in method.parameters() if p.requires_grad], lr=1e-6, momentum=0.9)
     progress, batch = Progress(stage.epochs // 2, stage.epochs), batch_of(method, BATCH)

@@ -7,9 +7,10 @@ from torch.nn import functional as F
 from distiller_zoo.abound import Connector
 from distiller_zoo.factor import FactorTransfer, Paraphraser, Translator
 from distiller_zoo.kdsvd import KDSVD
+from helper.loops import set_modes
 from helper.recipes import resolve
 from tests.conftest import make_batch
-from tests.distiller_zoo.helpers import PROGRESS, begin, build, close
+from tests.distiller_zoo.helpers import PROGRESS, build, close
 
 
 def random_maps(*shapes, scale=1.0):
@@ -76,12 +77,12 @@ def test_the_paraphraser_is_learned_first_and_left_alone_then():
     assert method.paraphraser not in main.trained and method.translator in main.trained
     batch = make_batch()
     output = teacher(batch.images)
-    begin(first, method)
+    set_modes(first, method)
     logits, losses = method(batch, output, PROGRESS, first)
     *_, last = output.maps
     assert logits is None and list(losses) == ["reconstruction"]
     assert torch.allclose(losses["reconstruction"], F.mse_loss(method.paraphraser(last)[1], last))
-    begin(main, method)
+    set_modes(main, method)
     student = method.student.outputs(batch.images)
     *_, student_last = student.maps
     factors = method.translator(student_last), method.paraphraser(last, is_factor=True)

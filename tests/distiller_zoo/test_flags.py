@@ -7,10 +7,11 @@ import torch
 
 from dataset import Batch
 from distiller_zoo import DISTILLERS, Progress, Task
+from helper.loops import set_modes
 from helper.networks import FrozenTeacher
 from setting import Setting
 from tests.conftest import pair_networks
-from tests.distiller_zoo.helpers import begin, train_step
+from tests.distiller_zoo.helpers import train_step
 
 CLASSES, BATCH, SIZE = 10, 4, 16
 #: A student with a BatchNorm and a ReLU in its head, and a teacher of equal widths: every flag has something to act on.
@@ -73,7 +74,7 @@ def train(name: str, flags: dict) -> tuple[list[dict[str, float]], dict[str, tor
     batch, losses = batch_for(method), []
     output = teacher(batch.images, method.teacher_preact)
     for stage in method.stages(240):
-        begin(stage, method)
+        set_modes(stage, method)
         trained = [parameter for parameter in method.parameters() if parameter.requires_grad]
         optimizer = torch.optim.SGD(trained, 1e-3, 0.9)
         torch.manual_seed(2)

@@ -11,12 +11,12 @@ from dataset import Batch
 from distiller_zoo import Predictor, Progress
 from distiller_zoo.one import ONE, ensemble_divergence, ensemble_logits, ramp
 from errors import UserError
+from helper.loops import set_modes
 from models import build_model, imagenet_model_dict, model_dict
 from tests.check_values import g
 from tests.conftest import make_batch
 from tests.distiller_zoo.helpers import (
     TASK,
-    begin,
     train_step,
 )
 
@@ -127,7 +127,7 @@ def test_one_trains_trunk_branches_and_gate_and_ships_the_first_branch(student):
     method = build_one(student)
     optimizer = torch.optim.SGD(method.parameters(), lr=0.01, momentum=0.9)
     (stage,) = method.stages(300)
-    begin(stage, method)
+    set_modes(stage, method)
     before = {name: value.clone() for name, value in method.state_dict().items()}
     for _ in range(3 if student == "resnet8" else 1):
         losses, _ = train_step(method, stage, optimizer, make_batch(2), None, Progress(40, 300))

@@ -11,9 +11,10 @@ from distiller_zoo.fsp import FSP
 from distiller_zoo.kdsvd import KDSVD
 from distiller_zoo.ofd import margins, partial_distance
 from errors import UserError
+from helper.loops import set_modes
 from tests.check_values import NARROW_STUDENT_MAP, STUDENT_MAP, TEACHER_MAP
 from tests.conftest import make_batch
-from tests.distiller_zoo.helpers import PROGRESS, begin, build, close, train_step
+from tests.distiller_zoo.helpers import PROGRESS, build, close, train_step
 
 NAMES = ("abound", "factor", "fsp", "kdsvd", "ofd")
 
@@ -63,7 +64,7 @@ def test_the_first_stages_lower_their_own_loss():
     for name in ("abound", "fsp", "factor"):
         teacher, method = build(name)
         stage, batch = method.stages(240)[0], make_batch()
-        begin(stage, method)
+        set_modes(stage, method)
         output = teacher(batch.images, method.teacher_preact)
         optimizer = torch.optim.SGD([p for p in method.parameters() if p.requires_grad], lr=0.002, momentum=0.9)
         values = [sum(train_step(method, stage, optimizer, batch, output, PROGRESS)[0].values()) for _ in range(60)]

@@ -9,8 +9,9 @@ from torch.nn import functional as F
 
 from distiller_zoo import DISTILLERS, Distiller
 from distiller_zoo.dkd import decoupled_losses
+from helper.loops import set_modes
 from tests.check_values import STUDENT_LOGITS, TARGETS, TEACHER_LOGITS
-from tests.distiller_zoo.helpers import PROGRESS, TASK, batch_of, begin, build
+from tests.distiller_zoo.helpers import PROGRESS, TASK, batch_of, build
 
 MIXING = [name for name, method in DISTILLERS.items() if not method.refuses_mixing]
 SHARES = 0.7 * F.one_hot(TARGETS, 10).double() + 0.3 * F.one_hot(TARGETS.roll(1), 10).double()
@@ -70,7 +71,7 @@ def losses_of(method, frozen, batch, targets) -> dict:
 @pytest.mark.parametrize("name", MIXING)
 def test_shares_of_one_class_are_that_class_and_shares_of_two_train(name):
     frozen, method = build_with_labels(name, alpha=1.0)
-    begin(method.main_stage(240), method)
+    set_modes(method.main_stage(240), method)
     batch = batch_of(method)
     truth = F.one_hot(batch.targets, 10).float()
     hard, soft = (losses_of(method, frozen, batch, targets) for targets in (batch.targets, truth))

@@ -6,10 +6,9 @@ import torch
 import train_cifar_student
 import train_teacher
 from helper import loops
-from helper import run as run_module
 from helper.networks import Teacher
 from helper.settings import identity
-from tests.conftest import message_of
+from tests.conftest import killed_within_an_epoch, message_of
 from tests.run_folders import assert_same_end, config_of, load, metrics, new_run, same_state, state, weights
 
 pytestmark = pytest.mark.usefixtures("few_images")
@@ -35,18 +34,10 @@ def train(save_dir):
     return lambda *flags: new_run(train_teacher.main, save_dir, *STEP, *flags)
 
 
-def test_a_run_that_is_stopped_within_an_epoch_ends_in_the_same_weights(distil, monkeypatch):
+def test_a_run_that_is_stopped_within_an_epoch_ends_in_the_same_weights(distil):
     flags = ("--batch_size", "8", "--epochs", "2", "--save_every_steps", "1", *ALL)
     whole = distil(*flags, distill="kd")
-    save = run_module.Run.save_within_epoch
-
-    def save_then_stop(self, number, stopping):
-        save(self, number, stopping)
-        if (self.epoch, number) == (1, 2):
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(run_module.Run, "save_within_epoch", save_then_stop)
+    with killed_within_an_epoch():
         distil(*flags, "--trial", "cut", "--seed", "1", distill="kd")
     cut = next(path for path in whole.parent.iterdir() if path.name.endswith("trialcut"))
     assert state(cut)["epoch_state"]["steps"] == 2

@@ -13,11 +13,10 @@ import train_teacher
 from distiller_zoo.kd import KD
 from errors import UserError
 from helper import fast, inputs, optim
-from helper import run as run_module
 from helper.networks import read_network
 from models.cost import count_parameters
 from scripts import export_student
-from tests.conftest import keep_images, message_of
+from tests.conftest import keep_images, killed_within_an_epoch, message_of
 from tests.run_folders import assert_same_end, load, metrics, new_run, same_state, state, weights
 
 STEPS = ("--model", "resnet8", "--batch_size", "8")
@@ -55,20 +54,6 @@ def result(run) -> dict:
     return json.loads((run / "result.json").read_text())
 
 
-def cut(distil, monkeypatch, *flags: str) -> None:
-    """Train until a run is stopped after two steps of its second epoch."""
-    save = run_module.Run.save_within_epoch
-
-    def save_then_stop(self, number, stopping):
-        save(self, number, stopping)
-        if (self.epoch, number) == (1, 2):
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(run_module.Run, "save_within_epoch", save_then_stop)
-        distil(GAP, *flags, "--trial", "cut", "--seed", "1", "--save_every_steps", "1", distill="kd")
-
-
 @pytest.mark.parametrize(
     "flags",
     [
@@ -79,10 +64,11 @@ def cut(distil, monkeypatch, *flags: str) -> None:
     ],
     ids=lambda flags: flags[1],
 )
-def test_a_run_that_is_stopped_within_an_epoch_ends_in_the_same_weights(distil, monkeypatch, as_if_on_gpu, flags):
+def test_a_run_that_is_stopped_within_an_epoch_ends_in_the_same_weights(distil, as_if_on_gpu, flags):
     flags = ("--batch_size", "8", "--epochs", "2", *flags)
     whole = distil(GAP, *flags, distill="kd")
-    cut(distil, monkeypatch, *flags)
+    with killed_within_an_epoch():
+        distil(GAP, *flags, "--trial", "cut", "--seed", "1", "--save_every_steps", "1", distill="kd")
     other = next(path for path in whole.parent.iterdir() if path.name.endswith("trialcut"))
     assert state(other)["epoch_state"]["steps"] == 2
     train_cifar_student.main(["--resume", str(other)])
