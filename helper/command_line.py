@@ -379,12 +379,11 @@ def resolve(
     if merged["labels"][0] == "none":
         _without_labels(merged)
     values = {name: value for name, (value, _) in merged.items()}
-    origins = {name: origin for name, (_, origin) in merged.items()}
     _refuse_without_effect(given, values)
     _check_targets(values)
     _check_cache(values)
-    _check_labels(values, origins)
-    return Configuration(values, origins, folder)
+    _check_labels(values, merged)
+    return Configuration(values, {name: origin for name, (_, origin) in merged.items()}, folder)
 
 
 def _refuse_without_effect(given: Mapping[str, Any], values: Mapping[str, Any]) -> None:
@@ -425,8 +424,9 @@ def _without_labels(merged: dict) -> None:
         merged[gamma] = (0.0, "--labels none")
 
 
-def _check_labels(values: Mapping[str, Any], origins: Mapping[str, str]) -> None:
-    """Raise `UserError` where something needs labels, and there are none; what was not given is of the recipe."""
+def _check_labels(values: Mapping[str, Any], merged: Mapping[str, tuple[Any, str]]) -> None:
+    """Raise `UserError` where something needs labels, and there are none; what was not given, as the origins in
+    `merged` say, is of the recipe."""
     method = find_distiller(values["distill"])
     if values["labels"] != "none":
         if values["data_probe"] is not None:
@@ -439,7 +439,7 @@ def _check_labels(values: Mapping[str, Any], origins: Mapping[str, str]) -> None
         )
     known = settings.settings_of(method.name)
     given = [name for name, one in known.items() if one.needs_labels and values.get(name) not in (None, one.default)]
-    chosen = [name for name in given if origins[name] in ("command line", "resumed run")]
+    chosen = [name for name in given if merged[name][1] in ("command line", "resumed run")]
     if chosen:
         raise UserError(f"--{chosen[0]}: it needs labels, and there are none (--labels none); leave it out")
     if given:
