@@ -159,8 +159,24 @@ def count_cores() -> int:
 OF_SGD = ("optimizer", "sgd")
 #: Every setting of a run: a row here is its flag, default, help, entry in config.json, check on --resume, and more.
 SETTINGS: tuple[Setting, ...] = (
-    Setting(("--distill",), _method, "norm", "one of the methods above", group=TEACHER, metavar="METHOD"),
-    Setting(("--model_s",), model_name, RECIPE, "student", group=NETWORK, metavar="NAME"),
+    Setting(
+        ("--distill",),
+        _method,
+        "norm",
+        "one of the methods above",
+        group=TEACHER,
+        metavar="METHOD",
+        called=("method", "kd", "loss", "algo"),
+    ),
+    Setting(
+        ("--model_s",),
+        model_name,
+        RECIPE,
+        "student",
+        group=NETWORK,
+        metavar="NAME",
+        called=("model", "student", "student_model", "arch", "backbone"),
+    ),
     Setting(
         ("--model_t",),
         _model_names,
@@ -169,6 +185,7 @@ SETTINGS: tuple[Setting, ...] = (
         group=TEACHER,
         metavar="NAME",
         shared=True,
+        called=("teacher_model", "teacher_arch"),
     ),
     Setting(
         ("--path_t",),
@@ -179,6 +196,7 @@ SETTINGS: tuple[Setting, ...] = (
         metavar="FILE",
         resume="free",
         shared=True,
+        called=("teacher", "teacher_path", "teacher_ckpt", "teacher_checkpoint", "model_path_t"),
     ),
     Setting(
         ("--teacher_weights",),
@@ -252,6 +270,7 @@ SETTINGS: tuple[Setting, ...] = (
         group=INITIAL,
         metavar="SOURCE",
         shared=True,
+        called=("pretrained", "initial_checkpoint", "finetune", "weights"),
     ),
     Setting(
         ("--ema",),
@@ -282,6 +301,7 @@ SETTINGS: tuple[Setting, ...] = (
         resume="free",
         shared=True,
         is_path=True,
+        called=("data_dir", "data_path", "data_root", "root", "dir"),
     ),
     Setting(
         ("--labels",),
@@ -316,6 +336,7 @@ SETTINGS: tuple[Setting, ...] = (
         shared=True,
         decides_outputs=True,
         needs_labels=True,
+        called=("val_split",),
     ),
     Setting(
         ("--background",),
@@ -347,6 +368,7 @@ SETTINGS: tuple[Setting, ...] = (
         group=DATA,
         shared=True,
         decides_outputs=True,
+        called=("img_size", "input_size", "resolution", "size", "imgsz", "crop_size"),
     ),
     Setting(
         ("--holdout",),
@@ -368,6 +390,7 @@ SETTINGS: tuple[Setting, ...] = (
         resume="free",
         identity="none",
         shared=True,
+        called=("workers", "j"),
     ),
     Setting(
         ("--max_broken",),
@@ -388,7 +411,14 @@ SETTINGS: tuple[Setting, ...] = (
         group=TRAINING,
         identity="none",  # the values that it sets tell runs apart
     ),
-    Setting(("--batch_size",), count, RECIPE, "global batch size; the learning rate is not rescaled", group=TRAINING),
+    Setting(
+        ("--batch_size",),
+        count,
+        RECIPE,
+        "global batch size; the learning rate is not rescaled",
+        group=TRAINING,
+        called=("bs", "bz"),
+    ),
     Setting(
         ("--accumulate",),
         count,
@@ -397,6 +427,7 @@ SETTINGS: tuple[Setting, ...] = (
         group=TRAINING,
         metavar="K",
         resume="free",
+        called=("grad_accum_steps", "gradient_accumulation_steps", "accum_iter"),
     ),
     Setting(
         ("--sync_bn",),
@@ -412,11 +443,25 @@ SETTINGS: tuple[Setting, ...] = (
         "length of the main stage; schedules scale with it unless set explicitly",
         group=TRAINING,
         resume="free",
+        called=("num_epochs", "max_epochs"),
     ),
     Setting(
-        ("--optimizer",), str, "sgd", "the optimizer; lamb and adan are timm's", choices=OPTIMIZERS, group=TRAINING
+        ("--optimizer",),
+        str,
+        "sgd",
+        "the optimizer; lamb and adan are timm's",
+        choices=OPTIMIZERS,
+        group=TRAINING,
+        called=("opt", "optim"),
     ),
-    Setting(("--learning_rate",), number, RECIPE, "the initial learning rate", group=TRAINING),
+    Setting(
+        ("--learning_rate",),
+        number,
+        RECIPE,
+        "the initial learning rate",
+        group=TRAINING,
+        called=("lr", "base_lr"),
+    ),
     Setting(
         ("--lr_decay",),
         str,
@@ -425,6 +470,7 @@ SETTINGS: tuple[Setting, ...] = (
         "rises over the first 0.3 of the run and falls over the rest, in every step",
         choices=SCHEDULES,
         group=TRAINING,
+        called=("schedule", "scheduler", "sched", "lr_schedule", "lr_scheduler", "lr_policy", "cos", "cosine"),
     ),
     Setting(
         ("--lr_warmup_epochs",),
@@ -435,12 +481,24 @@ SETTINGS: tuple[Setting, ...] = (
         full_run=RECIPE,
         group=TRAINING,
         metavar="E",
+        called=("warmup",),
     ),
     Setting(
-        ("--min_learning_rate",), number, 0.0, "floor of the schedule, where cos and one_cycle end", group=TRAINING
+        ("--min_learning_rate",),
+        number,
+        0.0,
+        "floor of the schedule, where cos and one_cycle end",
+        group=TRAINING,
+        called=("min_lr",),
     ),
     Setting(
-        ("--clip_grad",), number, 0.0, "scale the gradient down to this norm (0: no)", group=TRAINING, metavar="NORM"
+        ("--clip_grad",),
+        number,
+        0.0,
+        "scale the gradient down to this norm (0: no)",
+        group=TRAINING,
+        metavar="NORM",
+        called=("grad_clip", "clip", "max_norm"),
     ),
     Setting(
         ("--lr_decay_epochs",),
@@ -451,9 +509,10 @@ SETTINGS: tuple[Setting, ...] = (
         group=TRAINING,
         metavar="E,E,...",
         works_with=("lr_decay", "step"),
+        called=("milestones",),
     ),
     Setting(("--lr_decay_rate",), number, RECIPE, "factor of the step schedule", group=TRAINING),
-    Setting(("--weight_decay",), number, RECIPE, "weight decay", group=TRAINING),
+    Setting(("--weight_decay",), number, RECIPE, "weight decay", group=TRAINING, called=("wd",)),
     Setting(("--decay_norms",), bool, True, "weight decay on normalisation layers and biases too", group=TRAINING),
     Setting(("--momentum",), number, RECIPE, "momentum of SGD", group=TRAINING, works_with=OF_SGD),
     Setting(("--nesterov",), bool, False, "Nesterov's momentum", group=TRAINING, works_with=OF_SGD),
@@ -474,6 +533,7 @@ SETTINGS: tuple[Setting, ...] = (
         group=TRAINING,
         metavar="D",
         needs_labels=True,
+        called=("model_ema",),
     ),
     Setting(
         ("--drop_rate",),
@@ -482,6 +542,7 @@ SETTINGS: tuple[Setting, ...] = (
         "dropout of a student of torchvision or timm (default: its library's)",
         group=TRAINING,
         metavar="P",
+        called=("drop", "dropout"),
     ),
     Setting(
         ("--drop_path_rate",),
@@ -490,6 +551,7 @@ SETTINGS: tuple[Setting, ...] = (
         "drop path (stochastic depth) of a student of torchvision or timm, of its last branch (default: its library's)",
         group=TRAINING,
         metavar="P",
+        called=("drop_path",),
     ),
     Setting(
         ("--freeze",),
@@ -499,6 +561,7 @@ SETTINGS: tuple[Setting, ...] = (
         choices=("none", "trunk"),
         group=TRAINING,
         needs_labels=True,
+        called=("freeze_backbone", "linear_probe"),
     ),
     Setting(
         ("--best_by",),
@@ -508,6 +571,7 @@ SETTINGS: tuple[Setting, ...] = (
         choices=BEST_BY,
         group=TRAINING,
         needs_labels=True,
+        called=("eval_metric",),
     ),
     Setting(
         ("--patience",),
@@ -517,6 +581,7 @@ SETTINGS: tuple[Setting, ...] = (
         group=TRAINING,
         metavar="E",
         resume="free",
+        called=("early_stopping",),
     ),
     Setting(
         ("--augment",),
@@ -527,6 +592,7 @@ SETTINGS: tuple[Setting, ...] = (
         choices=POLICIES,
         group=AUGMENTATION,
         decides_outputs=True,
+        called=("aa", "auto_augment", "augmentation"),
     ),
     Setting(
         ("--colour_jitter",),
@@ -535,6 +601,7 @@ SETTINGS: tuple[Setting, ...] = (
         "scale brightness, contrast and saturation by factors from 1 - S to 1 + S",
         group=AUGMENTATION,
         metavar="S",
+        called=("color_jitter", "jitter"),
         decides_outputs=True,
     ),
     Setting(
@@ -545,6 +612,7 @@ SETTINGS: tuple[Setting, ...] = (
         group=AUGMENTATION,
         metavar="P",
         decides_outputs=True,
+        called=("reprob",),
     ),
     Setting(
         ("--mixup",),
@@ -575,6 +643,7 @@ SETTINGS: tuple[Setting, ...] = (
         group=AUGMENTATION,
         metavar="S",
         needs_labels=True,
+        called=("smoothing",),
     ),
     Setting(
         ("--class_weights",),
@@ -602,6 +671,7 @@ SETTINGS: tuple[Setting, ...] = (
         group=TRAINING,
         metavar="K",
         resume="free",
+        called=("iters", "iterations", "max_iter", "steps"),
     ),
     Setting(
         ("--device",),
@@ -612,6 +682,7 @@ SETTINGS: tuple[Setting, ...] = (
         resume="free",
         identity="none",
         shared=True,
+        called=("gpu", "gpus", "gpu_id", "cuda", "no_cuda"),
     ),
     Setting(
         ("--fast",),
@@ -633,6 +704,7 @@ SETTINGS: tuple[Setting, ...] = (
         shared=True,
         auto=lambda device: "bfloat16" if computes_bfloat16(device) else "float32",
         decides_outputs=True,
+        called=("amp", "fp16", "bf16", "half", "mixed_precision", "use_amp"),
     ),
     Setting(
         ("--channels_last",),
@@ -675,6 +747,7 @@ SETTINGS: tuple[Setting, ...] = (
         resume="free",
         identity="none",
         shared=True,
+        called=("torchcompile",),
     ),
     Setting(
         ("--deterministic",),
@@ -687,7 +760,15 @@ SETTINGS: tuple[Setting, ...] = (
         identity="none",
         shared=True,
     ),
-    Setting(("--trial",), _trial, "1", "name of this repetition", group=RUN, identity="none"),
+    Setting(
+        ("--trial",),
+        _trial,
+        "1",
+        "name of this repetition",
+        group=RUN,
+        identity="none",
+        called=("name", "exp", "experiment"),
+    ),
     Setting(
         ("--seed",),
         whole,
@@ -695,6 +776,7 @@ SETTINGS: tuple[Setting, ...] = (
         "of weights, order and augmentation; default: --trial if that is a number, else 0",
         group=RUN,
         identity="run",
+        called=("manual_seed", "random_state"),
     ),
     Setting(
         ("--data_seed",),
@@ -715,6 +797,7 @@ SETTINGS: tuple[Setting, ...] = (
         resume="free",
         identity="none",
         shared=True,
+        called=("out", "output", "output_dir", "out_dir", "save", "log_dir", "logdir", "model_path"),
     ),
     Setting(
         ("--save_freq",),
@@ -725,6 +808,7 @@ SETTINGS: tuple[Setting, ...] = (
         metavar="E",
         resume="free",
         identity="none",
+        called=("save_interval", "checkpoint_interval"),
     ),
     Setting(
         ("--save_every_steps",),
@@ -755,6 +839,7 @@ SETTINGS: tuple[Setting, ...] = (
         metavar="K",
         resume="free",
         identity="none",
+        called=("log_interval", "log_freq", "tb_freq"),
     ),
     Setting(
         ("--accept_changes",),
@@ -874,7 +959,11 @@ def read_stored(stored: object, source: str) -> dict:
         raise UserError(f"{source} does not hold settings; name a run folder")
     known, values = all_settings(), {}
     for name, value in stored.items():
-        if name in ("origins", "resume"):  # resume: written by earlier versions
+        if name == "resume":  # written by earlier versions
+            continue
+        if name == "origins":
+            if not isinstance(value, Mapping) or not all(isinstance(origin, str) for origin in value.values()):
+                raise UserError(f"{source}: its origins must be a text for each setting")
             continue
         if name not in known:
             raise UserError(f"{source} holds the unknown setting {str(name)[:100]!r}; was it written by this version?")
