@@ -271,6 +271,7 @@ SETTINGS: tuple[Setting, ...] = (
         metavar="SOURCE",
         shared=True,
         called=("pretrained", "initial_checkpoint", "finetune", "weights"),
+        is_path=True,
     ),
     Setting(
         ("--ema",),

@@ -260,7 +260,11 @@ class Row(NamedTuple):
         recipe = resolve_recipe(config["dataset"], config["model_t"], config["model_s"], config["distill"], chosen)
         label = [config["distill"]]
         # A run that started from other weights or was cut short is not what a paper reports.
-        label += [known[name].written(config[name]) for name in ("init", "max_steps") if config[name] is not None]
+        unusual = {
+            "init": config["init"] and "/".join(Path(config["init"]).parts[-2:]),
+            "max_steps": config["max_steps"],
+        }
+        label += [known[name].written(value) for name, value in unusual.items() if value is not None]
         for flag in (flag for flag in flags if flag.identity == "row"):
             usual = recipe.get(flag.argument, (flag.default, ""))[0]
             value = config.get(flag.argument, usual)

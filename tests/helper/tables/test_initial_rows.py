@@ -4,7 +4,7 @@ import json
 
 import torch
 
-from helper.command_line import resolve
+from helper.command_line import parse, resolve, teacher_parser
 from helper.tables.plan import Plan, Shelf, Variant
 from helper.tables.rows import read_rows
 from models import build_model
@@ -16,6 +16,15 @@ def test_runs_of_other_initial_weights_are_other_rows(tmp_path):
     runs = [make_run(tmp_path, "ce", 1, [50.0]), make_run(tmp_path, "ce", 2, [60.0], init="timm:resnet8")]
     rows, _ = read_rows(runs)
     assert sorted(row.label for row in rows) == ["ce", "ce --init timm:resnet8"]
+
+
+def test_initial_weights_are_stored_absolute_and_named_by_their_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for source, stored in (("save/x/best.pth", f"{tmp_path}/save/x/best.pth"), ("timm:resnet8", "timm:resnet8")):
+        [given] = parse(teacher_parser(), ["--model", "resnet8", "--init", source]).runs
+        assert given["init"] == stored
+    [row], _ = read_rows([make_run(tmp_path, "ce", 1, [50.0], init=f"{tmp_path}/save/x/best.pth")])
+    assert row.label == "ce --init x/best.pth"
 
 
 def test_initial_weights_are_told_apart_by_their_digest_wherever_the_file_is(tmp_path):
