@@ -57,14 +57,14 @@ class Setting(NamedTuple):
     metavar: str | None = None
     resume: str = "fixed"  # "free": a resumed run may change it
     #: What a difference makes: another "row" of a table, another "run" of the same row, or "none", the same run.
-    identity: str = "row"
+    tells_apart: str = "row"
     shared: bool = False  # runs of one process have it in common
     auto: Callable[[Any], Any] | None = None  # device -> the value under --fast auto
     is_path: bool = False  # stored absolute: a run may be resumed from another folder
     decides_outputs: bool = False  # of the teacher for the images of an epoch: a cache of them is checked by it
     needs_labels: bool = False  # another value than the default has no effect, or no meaning, without labels
     works_with: tuple[str, str] | None = None  # (setting, value): given with another value it would have no effect
-    instead_of: str = ""  # a digest: where it is known the setting of this name, a path, identifies nothing
+    instead_of: str = ""  # a digest: where it is known the setting of this name, a path, tells nothing apart
 
     @property
     def argument(self) -> str:

@@ -18,7 +18,7 @@ from distiller_zoo.ce import CrossEntropy
 from distiller_zoo.feature_transform import FeatureTransform
 from distiller_zoo.norm import FTBaseline
 from errors import UserError
-from helper.settings import Configuration, read_stored
+from helper.configuration import Configuration, read_stored
 from models import build_model
 from models.backbone import Backbone
 from models.checkpoints import (

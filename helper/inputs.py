@@ -28,6 +28,7 @@ from helper.checkpoint import (
     contained,
 )
 from helper.command_line import Given
+from helper.configuration import Configuration, check_shared, read_stored
 from helper.distributed import (
     by_main,
     choose_kernels,
@@ -57,7 +58,7 @@ from helper.networks import (
 )
 from helper.optim import check_rates
 from helper.run_folder import CONFIG, RunFolder
-from helper.settings import Configuration, all_settings, check_shared, read_stored
+from helper.settings import all_settings
 from models.classes import compare_classes
 from models.external import is_external
 

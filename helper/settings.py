@@ -1,4 +1,4 @@
-"""The one table of the settings of a run, and what follows from it: the configuration, and what tells runs apart.
+"""The one table of the settings of a run: each is one row, from which its flag, its checks and its records follow.
 
 A method's own settings are in its file (distiller_zoo/); recipes.py has the values that depend on data and networks.
 """
@@ -6,8 +6,7 @@ A method's own settings are in its file (distiller_zoo/); recipes.py has the val
 import argparse
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
 from dataset import BALANCED, DATASETS, POLICIES
@@ -196,7 +195,7 @@ SETTINGS: tuple[Setting, ...] = (
         "accept a teacher whose accuracy or classes are not the recorded ones",
         group=TEACHER,
         resume="free",
-        identity="none",
+        tells_apart="none",
         shared=True,
     ),
     Setting(
@@ -230,7 +229,7 @@ SETTINGS: tuple[Setting, ...] = (
         group=TEACHER,
         metavar="FOLDER",
         resume="free",
-        identity="none",
+        tells_apart="none",
         shared=True,
         is_path=True,
     ),
@@ -259,7 +258,7 @@ SETTINGS: tuple[Setting, ...] = (
         False,
         "take the moving average (EMA) of the weights where the file of a teacher or of initial weights holds both",
         group=INITIAL,
-        identity="none",  # the digests say which weights
+        tells_apart="none",  # the digests say which weights
         shared=True,
     ),
     Setting(
@@ -335,7 +334,7 @@ SETTINGS: tuple[Setting, ...] = (
         choices=("auto", "on", "off"),
         group=DATA,
         resume="free",
-        identity="none",
+        tells_apart="none",
         shared=True,
     ),
     Setting(
@@ -366,7 +365,7 @@ SETTINGS: tuple[Setting, ...] = (
         "processes that decode images; data sets of small images are held in memory",
         group=DATA,
         resume="free",
-        identity="none",
+        tells_apart="none",
         shared=True,
     ),
     Setting(
@@ -376,7 +375,7 @@ SETTINGS: tuple[Setting, ...] = (
         "maximum number of unreadable images before the run stops",
         group=DATA,
         resume="free",
-        identity="none",
+        tells_apart="none",
         shared=True,
     ),
     Setting(
@@ -386,7 +385,7 @@ SETTINGS: tuple[Setting, ...] = (
         "whose defaults are taken; " + "; ".join(f"{name}: {what}" for name, what in RECIPES.items()),
         choices=RECIPES,
         group=TRAINING,
-        identity="none",  # the values that it sets tell runs apart
+        tells_apart="none",  # the values that it sets tell runs apart
     ),
     Setting(("--batch_size",), count, RECIPE, "global batch size; the learning rate is not rescaled", group=TRAINING),
     Setting(
@@ -610,7 +609,7 @@ SETTINGS: tuple[Setting, ...] = (
         "auto (CUDA where there is a GPU), cpu, cuda, cuda:1, ...",
         group=TRAINING,
         resume="free",
-        identity="none",
+        tells_apart="none",
         shared=True,
     ),
     Setting(
@@ -620,7 +619,7 @@ SETTINGS: tuple[Setting, ...] = (
         "auto: enable the options below that this device supports; off: none",
         choices=("auto", "off"),
         group=SPEED,
-        identity="none",
+        tells_apart="none",
         shared=True,
     ),
     Setting(
@@ -640,7 +639,7 @@ SETTINGS: tuple[Setting, ...] = (
         False,
         "memory layout of images and feature maps",
         group=SPEED,
-        identity="none",
+        tells_apart="none",
         shared=True,
         auto=lambda device: True,
     ),
@@ -650,7 +649,7 @@ SETTINGS: tuple[Setting, ...] = (
         False,
         "the teacher's BatchNorms folded into its convolutions",
         group=SPEED,
-        identity="none",
+        tells_apart="none",
         shared=True,
         auto=lambda device: True,
     ),
@@ -660,7 +659,7 @@ SETTINGS: tuple[Setting, ...] = (
         False,
         "one kernel for the update of all parameters",
         group=SPEED,
-        identity="none",
+        tells_apart="none",
         shared=True,
         auto=lambda device: device.type in ("cpu", "cuda"),
     ),
@@ -673,7 +672,7 @@ SETTINGS: tuple[Setting, ...] = (
         choices=COMPILE,
         group=SPEED,
         resume="free",
-        identity="none",
+        tells_apart="none",
         shared=True,
     ),
     Setting(
@@ -684,17 +683,17 @@ SETTINGS: tuple[Setting, ...] = (
         "none. A CPU needs no flag",
         group=SPEED,
         resume="free",
-        identity="none",
+        tells_apart="none",
         shared=True,
     ),
-    Setting(("--trial",), _trial, "1", "name of this repetition", group=RUN, identity="none"),
+    Setting(("--trial",), _trial, "1", "name of this repetition", group=RUN, tells_apart="none"),
     Setting(
         ("--seed",),
         whole,
         RECIPE,
         "of weights, order and augmentation; default: --trial if that is a number, else 0",
         group=RUN,
-        identity="run",
+        tells_apart="run",
     ),
     Setting(
         ("--data_seed",),
@@ -702,7 +701,7 @@ SETTINGS: tuple[Setting, ...] = (
         RECIPE,
         "of order and augmentation (--seed); runs that are trained together share the first one's",
         group=RUN,
-        identity="none",
+        tells_apart="none",
         decides_outputs=True,
     ),
     Setting(
@@ -713,7 +712,7 @@ SETTINGS: tuple[Setting, ...] = (
         group=RUN,
         metavar="ROOT",
         resume="free",
-        identity="none",
+        tells_apart="none",
         shared=True,
     ),
     Setting(
@@ -724,7 +723,7 @@ SETTINGS: tuple[Setting, ...] = (
         group=RUN,
         metavar="E",
         resume="free",
-        identity="none",
+        tells_apart="none",
     ),
     Setting(
         ("--save_every_steps",),
@@ -734,7 +733,7 @@ SETTINGS: tuple[Setting, ...] = (
         group=RUN,
         metavar="K",
         resume="free",
-        identity="none",
+        tells_apart="none",
     ),
     Setting(
         ("--max_bad_steps",),
@@ -744,7 +743,7 @@ SETTINGS: tuple[Setting, ...] = (
         group=RUN,
         metavar="K",
         resume="free",
-        identity="none",
+        tells_apart="none",
     ),
     Setting(
         ("--print_freq",),
@@ -754,7 +753,7 @@ SETTINGS: tuple[Setting, ...] = (
         group=RUN,
         metavar="K",
         resume="free",
-        identity="none",
+        tells_apart="none",
     ),
     Setting(
         ("--accept_changes",),
@@ -763,7 +762,7 @@ SETTINGS: tuple[Setting, ...] = (
         "resume although the teacher's weights or the data are not those that the run began with; it is recorded",
         group=RUN,
         resume="free",
-        identity="none",
+        tells_apart="none",
         shared=True,
     ),
     # Not flags: what a run finds out and keeps.
@@ -773,7 +772,7 @@ SETTINGS: tuple[Setting, ...] = (
         None,
         "how the teacher's network is wrapped",
         group=FOUND,
-        identity="none",
+        tells_apart="none",
         decides_outputs=True,
     ),
     Setting(
@@ -789,7 +788,13 @@ SETTINGS: tuple[Setting, ...] = (
     Setting(("data_digest",), _digest, None, "digest of the data", group=FOUND, shared=True, decides_outputs=True),
     Setting(("weights_digest",), _digest, None, "digest of the class weights", group=FOUND),
     Setting(
-        ("mean",), _statistics, None, "mean of the images' channels", group=FOUND, identity="none", decides_outputs=True
+        ("mean",),
+        _statistics,
+        None,
+        "mean of the images' channels",
+        group=FOUND,
+        tells_apart="none",
+        decides_outputs=True,
     ),
     Setting(
         ("std",),
@@ -797,7 +802,7 @@ SETTINGS: tuple[Setting, ...] = (
         None,
         "standard deviation of the images' channels",
         group=FOUND,
-        identity="none",
+        tells_apart="none",
         decides_outputs=True,
     ),
     Setting(("init_digest",), _digest, None, "digest of the initial weights", group=FOUND, instead_of="init"),
@@ -825,121 +830,3 @@ def settings_of(distill: str) -> dict[str, Setting]:
 def all_settings() -> dict[str, Setting]:
     """Every setting that some run has, by argument."""
     return {setting.argument: setting for setting in (*SETTINGS, *method_settings().values())}
-
-
-class Configuration(Mapping):
-    """The resolved settings of one run, each of its setting's type; read as attributes or as a mapping.
-
-    `origins` says where each value comes from; `folder` is the run folder to resume, None for a new run.
-    """
-
-    def __init__(self, values: Mapping[str, Any], origins: Mapping[str, str], folder: str | None = None):
-        self._values, self.origins, self.folder = dict(values), dict(origins), folder
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return self.__dict__["_values"][name]
-        except KeyError:
-            raise AttributeError(f"a run has no setting {name}") from None
-
-    def __getitem__(self, name: str) -> Any:
-        return self._values[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._values)
-
-    def __len__(self) -> int:
-        return len(self._values)
-
-    def replace(self, origin: str, **values: Any) -> "Configuration":
-        """The same run with other values, which come from `origin`."""
-        return Configuration(self._values | values, self.origins | dict.fromkeys(values, origin), self.folder)
-
-    @property
-    def name(self) -> str:
-        """The name of the run's folder: data set, method, networks, trial, and that it is a try of some steps."""
-        networks = [name.replace(":", "-").replace(",", "+") for name in (self.model_t, self.model_s) if name]
-        tried = ["try"] if self.max_steps else []
-        return "_".join([self.dataset, self.distill, *networks, f"trial{self.trial}", *tried])
-
-    def as_json(self) -> dict:
-        """What config.json holds."""
-        return self._values | {"origins": self.origins}
-
-
-def read_stored(stored: object, source: str) -> dict:
-    """The content of a config.json, or of a checkpoint's copy -> its values; raises `UserError` that begins with
-    `source`. Settings that are newer than the file are absent."""
-    if not isinstance(stored, Mapping):
-        raise UserError(f"{source} does not hold settings; name a run folder")
-    known, values = all_settings(), {}
-    for name, value in stored.items():
-        if name in ("origins", "resume"):  # resume: written by earlier versions
-            continue
-        if name not in known:
-            raise UserError(f"{source} holds the unknown setting {str(name)[:100]!r}; was it written by this version?")
-        try:
-            values[name] = known[name].read(value)
-        except ValueError as error:
-            raise UserError(f"{source}: {error}") from None
-    return values
-
-
-def check_resumed(given: Mapping[str, Any], stored: Mapping[str, Any], path: Path | str) -> None:
-    """Raise `UserError` where the command line names another value than the run, of a setting that may not change."""
-    known = all_settings()
-    for name, value in given.items():
-        was = stored.get(name, known[name].default)
-        if known[name].resume != "free" and was != value:
-            raise UserError(
-                f"--resume: {path} was run with {name} {was}, not {value}; leave the flag out, or start a new run"
-            )
-
-
-def accept_found(found: Mapping[str, Any], stored: Mapping[str, Any], accept: bool, path: Path | str) -> dict[str, Any]:
-    """What a resumed run has stored, with what its files say now; raises `UserError` where a digest has changed and
-    `accept` is false."""
-    known = all_settings()
-    for name, value in found.items():
-        if stored.get(name) not in (None, value) and not accept:
-            raise UserError(
-                f"--resume: {path}: the {known[name].help} was {stored[name]} and is {value} now; restore the files "
-                "that the run began with, or accept the new ones with --accept_changes"
-            )
-    return dict(stored) | dict(found)
-
-
-def check_shared(configs: Iterable[Configuration]) -> None:
-    """Raise `UserError` where runs that are to share one process differ in what its runs have in common."""
-    first, *others = configs
-    if others and any(config.folder and config.accept_changes for config in (first, *others)):
-        # The images of a process are normalised in one way, and each run keeps that with which it began.
-        raise UserError("--accept_changes: resume each run alone, with --resume RUN: it keeps its own normalisation")
-    for other in others:
-        for setting in SETTINGS:
-            ours, theirs = first.get(setting.argument), other.get(setting.argument)
-            if setting.shared and None not in (ours, theirs) and ours != theirs:
-                names = [config.folder or "a new run" for config in (first, other)]
-                raise UserError(
-                    f"--resume: {names[0]} has {setting.argument} {ours}, {names[1]} {theirs}; they cannot train in "
-                    "one process; resume them separately"
-                )
-
-
-def identity(config: Mapping[str, Any], kinds: tuple[str, ...] = ("row",)) -> dict[str, Any]:
-    """What tells a run's row from other rows; with "run" among the kinds, a run from other runs.
-
-    Files count by the digests of their weights. Runs from before a setting existed had its default.
-    """
-    known = settings_of(config["distill"])
-    whole_batch = {"images_per_pass": config["batch_size"]}
-    defaults = {name: setting.default for name, setting in known.items()} | whole_batch
-    values = defaults | {name: value for name, value in config.items() if value is not None}
-    kept = {
-        name: value
-        for name, value in values.items()
-        if name in known and known[name].identity in kinds and value not in (None, RECIPE)
-    }
-    for replaced in {known[name].instead_of for name in kept}:  # a run from before digests were kept has its path
-        kept.pop(replaced, None)
-    return kept

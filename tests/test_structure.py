@@ -89,7 +89,7 @@ def test_no_copies_of_students_and_no_feature_by_number():
 
 
 def test_loops_know_no_method_by_name():
-    loops = ("run", "loops", "optim", "guard", "metrics", "distributed", "log", "fast", "signals")
+    loops = ("run", "loops", "optim", "guard", "metrics", "distributed", "log", "fast")
     for name in (*loops, "run_folder", "checkpoint", "networks", "export"):
         text = (ROOT / "helper" / f"{name}.py").read_text()
         assert not re.search(r"""distill\s*(==|in)\s|["'](norm|kd|crd|ft|ce)["']""", text), name

@@ -18,11 +18,11 @@ from torch import Tensor
 
 from dataset import Loader
 from errors import UserError
+from helper.configuration import row_key
 from helper.export import RecordedData
 from helper.fast import Fast
 from helper.networks import Teacher, read_network, read_teacher
 from helper.run_folder import LAST
-from helper.settings import identity
 from helper.tables.rows import Row
 from models import build_model
 from models.cost import count_multiply_adds
@@ -160,7 +160,7 @@ def accuracy_against_n(rows: Sequence[Row], title: str = "") -> str | None:
     """Last accuracy against N for every group of rows that differ in N alone; None where no group has two values."""
     found: dict[str, dict[int, Row]] = defaultdict(dict)
     for row in rows:
-        others = identity(row.config)
+        others = row_key(row.config)
         n = others.pop("co_sponge", None)
         if n is not None:
             found[json.dumps(others, sort_keys=True, default=str)][n] = row
