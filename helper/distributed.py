@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, distributed, nn
 
-from errors import Stopped, StoppedAtOnce, UserError
+from errors import Stopped, StoppedAtOnce, UserError, first_line
 from models.synchronised import average, count_processes, is_synchronised
 
 #: Where processes tell each other that one of them has failed.
@@ -108,7 +108,7 @@ def find_device(name: str) -> torch.device:
         if device.type == "cuda" and device.index is not None:
             torch.cuda.set_device(device)  # its random generator is the one that is saved
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0].partition(". ")[0]  # torch adds advice to its developers
+        reason = first_line(error).partition(". ")[0]  # torch adds advice to its developers
         raise UserError(f"--device: {name} cannot be used: {reason}") from None
     return device
 

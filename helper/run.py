@@ -18,10 +18,9 @@ from dataset import (
     Images,
     StreamedImages,
 )
-from distiller_zoo import Distiller, Progress, find_distiller
+from distiller_zoo import Distiller, Progress, build_distiller, find_distiller
 from errors import Stopped, UserError
 from helper.checkpoint import (
-    build_distiller,
     check_optimizer,
     check_progress,
     contained,
@@ -40,7 +39,6 @@ from helper.distributed import (
     is_main,
 )
 from helper.fast import Fast
-from helper.guard import Guard
 from helper.inputs import Inputs, Opened, class_weights_of
 from helper.log import (
     describe_data,
@@ -62,15 +60,10 @@ from helper.loops import (
     without_trunk,
 )
 from helper.metrics import best_epoch, best_without_labels, probe, summarise_without_labels
-from helper.networks import (
-    Network,
-    Teacher,
-    check_apart,
-    classes_taught,
-    start_from,
-)
-from helper.optim import average_of, parameters_of, take_up
+from helper.networks import Network, classes_taught, start_from
+from helper.optim import Guard, average_of, parameters_of, take_up
 from helper.run_folder import BEST, CONFIG, LAST, RESULT, FolderElsewhere, RunFolder
+from helper.teacher import Teacher, check_apart
 from models import build_model
 from models.backbone import Backbone, probe_shapes
 from models.checkpoints import load_weights, weights_digest

@@ -15,9 +15,8 @@ import torch
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from distiller_zoo import DISTILLERS, find_distiller
+from distiller_zoo import DISTILLERS, build_distiller, find_distiller
 from errors import UserError
-from helper.checkpoint import build_distiller
 from helper.command_line import parse, resolve, student_parser, teacher_parser
 from helper.configuration import Configuration, run_key
 from helper.networks import INIT, Network, digest_together, naming, read_network, with_class_names

@@ -7,7 +7,7 @@ import train_cifar_student
 import train_teacher
 from helper import loops
 from helper.configuration import row_key
-from helper.networks import Teacher
+from helper.teacher import Teacher
 from tests.conftest import killed_within_an_epoch, message_of
 from tests.run_folders import assert_same_end, config_of, load, metrics, new_run, same_state, state, weights
 
