@@ -22,7 +22,7 @@ from helper.optim import stretch
 from helper.recipes import resolve as resolve_recipe
 from helper.recipes import run_length
 from models.external import is_external
-from setting import RECIPE, Setting, as_text, count
+from setting import FILLED_IN, Setting, as_text, count
 
 #: A value of `--resume`: the latest run of the same name, if there is one.
 LATEST = "auto"
@@ -91,8 +91,8 @@ def _add(group, setting: Setting) -> None:
         help_text = f"{setting.help} ({'on' if setting.default else 'off'})"
         group.add_argument(*setting.names, action=argparse.BooleanOptionalAction, default=None, help=help_text)
         return
-    default = f" ({as_text(setting.default)})" if setting.default not in (None, RECIPE, "") else ""
-    if setting.default is not RECIPE and default and default.strip(" ()") in setting.help:
+    default = f" ({as_text(setting.default)})" if setting.default not in (None, FILLED_IN, "") else ""
+    if setting.default is not FILLED_IN and default and default.strip(" ()") in setting.help:
         default = ""
     metavar = setting.metavar or (None if setting.choices else setting.argument.upper())
     group.add_argument(
@@ -365,7 +365,7 @@ def resolve(
     chosen = {argument: value for argument, value in (stored | given).items() if argument in known}
     recipe = resolve_recipe(dataset, of_teacher.get("model_t"), told["model_s"], distill, chosen)
     layers = (
-        {name: (one.default, "default") for name, one in known.items() if one.default is not RECIPE},
+        {name: (one.default, "default") for name, one in known.items() if one.default is not FILLED_IN},
         recipe,
         {name: (value, "from --init") for name, value in of_initial.items()},
         {name: (value, "teacher's record") for name, value in of_teacher.items() if value is not None},
@@ -377,7 +377,8 @@ def resolve(
     _derive(merged, known)
     if merged["labels"][0] == "none":
         _without_labels(merged)
-    values, origins = ({name: pair[part] for name, pair in merged.items()} for part in (0, 1))
+    values: dict[str, Any] = {name: value for name, (value, _) in merged.items()}
+    origins = {name: origin for name, (_, origin) in merged.items()}
     _refuse_without_effect(given, values)
     _check_targets(values)
     _check_cache(values)

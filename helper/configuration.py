@@ -13,7 +13,7 @@ from dataset import data_changes
 from errors import UserError
 from helper import settings
 from helper.settings import all_settings, settings_of
-from setting import RECIPE
+from setting import FILLED_IN
 
 
 class Configuration(Mapping):
@@ -111,7 +111,7 @@ def _telling_apart(config: Mapping[str, Any], whats: tuple[str, ...]) -> dict[st
     kept = {
         name: value
         for name, value in values.items()
-        if name in known and known[name].tells_apart in whats and value not in (None, RECIPE)
+        if name in known and known[name].tells_apart in whats and value not in (None, FILLED_IN)
     }
     for replaced in {known[name].instead_of for name in kept}:  # a run from before digests were kept has its path
         kept.pop(replaced, None)

@@ -22,7 +22,7 @@ from helper.recipes import resolve as resolve_recipe
 from helper.run_folder import CONFIG, METRICS, RESULT
 from helper.settings import FOUND, INITIAL, SPEED, TRAINING, settings_of
 from helper.tables.published import PUBLISHED, Published, judge
-from setting import RECIPE, Setting, as_text
+from setting import FILLED_IN, Setting, as_text
 
 #: The accuracies of `result.json` and their titles. "Best" is chosen as the protocol says.
 ACCURACIES = {"accuracy_last": "last", "accuracy_best": "best", "accuracy_mean_last_five": "mean of last five"}
@@ -105,7 +105,7 @@ def _read_settings(folder: Path) -> dict[str, Any]:
 def _completed(stored: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     try:
         defaults = {name: one.default for name, one in settings_of(stored["distill"]).items()}
-        config = {name: value for name, value in defaults.items() if value is not RECIPE} | dict(stored)
+        config = {name: value for name, value in defaults.items() if value is not FILLED_IN} | dict(stored)
         row_key(config)
         config["epochs"]  # is in every report
     except KeyError as error:

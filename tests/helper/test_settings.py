@@ -10,7 +10,7 @@ from helper import settings
 from helper.command_line import parse, resolve, student_parser, teacher_parser
 from helper.configuration import check_shared, read_stored, row_key, run_key
 from helper.settings import SETTINGS, TRAINING, all_settings
-from setting import RECIPE, Setting, count
+from setting import FILLED_IN, Setting, count
 from tests.conftest import message_of
 from tests.run_folders import config_of, new_run
 
@@ -125,7 +125,7 @@ def test_every_row_is_whole():
 @pytest.mark.parametrize("name", [name for name, one in all_settings().items() if one.is_flag])
 def test_every_default_can_be_stored_and_read_again(name):
     setting = all_settings()[name]
-    if setting.default is not RECIPE:
+    if setting.default is not FILLED_IN:
         assert setting.read(json.loads(json.dumps(setting.default))) == setting.default
 
 
