@@ -72,7 +72,7 @@ class Training:
         kept, held_out = _split(len(data.train.targets), stage.holdout, config.data_seed)
         augmentation = augmentation_of(config, data)
         self.loader = self._loader(data, kept, config.data_seed, augmentation)
-        unmixed = augmentation._replace(mixup=0.0, cutmix=0.0)
+        unmixed = augmentation.unmixed
         self._held_out = self._loader(data, held_out, config.data_seed + 1, unmixed) if stage.holdout else None
         self._held_out_batches: Iterator[Batch] | None = None
         self._labelled = data.labelled
@@ -82,7 +82,7 @@ class Training:
     def judging_loader(self, images: Images | StreamedImages, data: ImageData, subset: Tensor) -> Loader:
         """The same batches of some images in every epoch, for `matching_loss`."""
         config, method = self.config, self.method
-        augmentation = None if method.views == "plain" else self.loader.augmentation
+        augmentation = None if method.views == "plain" else augmentation_of(config, data).unmixed
         sizes = {"min_batch": method.min_batch, "subset": subset}
         loader = Loader(images, data, config.batch_size, self.device, augmentation, views=method.views, **sizes)
         if not len(loader):

@@ -554,7 +554,6 @@ SETTINGS: tuple[Setting, ...] = (
         group=AUGMENTATION,
         metavar="ALPHA",
         decides_outputs=True,
-        needs_labels=True,
     ),
     Setting(
         ("--cutmix",),
@@ -565,7 +564,6 @@ SETTINGS: tuple[Setting, ...] = (
         group=AUGMENTATION,
         metavar="ALPHA",
         decides_outputs=True,
-        needs_labels=True,
     ),
     Setting(
         ("--label_smoothing",),
