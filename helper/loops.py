@@ -334,8 +334,8 @@ def step(runs: Sequence, batch: Batch, teacher: Teacher | None, number: int) -> 
 
 @torch.no_grad()
 def evaluate(predict: Callable[[Tensor], Tensor], loader: Loader, title: str = "testing") -> dict[str, float]:
-    """Every one of `METRICS` of `predict(images) -> logits` over a whole split, as test_<name>; the number of
-    unreadable images, which are left out, as test_unreadable where there are any.
+    """What `METRICS` say of `predict(images) -> logits` over a whole split, as test_<name>; the number of unreadable
+    images, which are left out, as test_unreadable where there are any.
 
     Of several processes each goes through its own part of the split, in `loader`. Raises `UserError` where no image of
     the split can be read.
@@ -348,7 +348,8 @@ def evaluate(predict: Callable[[Tensor], Tensor], loader: Loader, title: str = "
     if not found:
         raise UserError(f"--data: {title}: no readable image; repair or remove the files")
     all_logits, all_targets = (torch.cat([values for part in found for values in part[side]]) for side in (0, 1))
-    measured = {f"test_{name}": measure(all_logits, all_targets) for name, measure in METRICS.items()}
+    values = {f"test_{name}": measure(all_logits, all_targets) for name, measure in METRICS.items()}
+    measured = {name: value for name, value in values.items() if value is not None}
     (images,) = total_of([len(loader.subset)])
     unreadable = int(images) - len(all_targets)
     return measured | ({"test_unreadable": unreadable} if unreadable else {})
