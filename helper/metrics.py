@@ -200,7 +200,7 @@ def _interval(values: list[float] | numpy.ndarray) -> list[float]:
 
 
 def calibration(logits: Tensor, targets: Tensor) -> dict[str, Any]:
-    """How far confidence (the largest probability) and accuracy are apart (Guo et al., ICML 2017, equation 5).
+    """How far confidence (the largest probability) and accuracy are apart (Guo et al., ICML 2017).
 
     ece: the expected calibration error (%) over `BINS` bins of equal width; reliability: of each bin that holds images
     its limits (0..1), images, mean confidence (%) and accuracy (%).
@@ -250,7 +250,7 @@ def divergences(logits: Tensor, teacher_logits: Tensor) -> Tensor:
 class MinibatchCKA:
     """Linear CKA of two networks' maps over the batches of a split, from HSIC's unbiased estimator.
 
-    Nguyen, Raghu & Kornblith, ICLR 2021, equations 2 and 3. It needs batches of four images or more, in random order:
+    Nguyen, Raghu & Kornblith, ICLR 2021, minibatch CKA. It needs batches of four images or more, in random order:
     shorter ones are left out.
     """
 
