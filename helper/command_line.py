@@ -380,9 +380,9 @@ def resolve(
     values: dict[str, Any] = {name: value for name, (value, _) in merged.items()}
     origins = {name: origin for name, (_, origin) in merged.items()}
     _refuse_without_effect(given, values)
+    _check_labels(values)
     _check_targets(values)
     _check_cache(values)
-    _check_labels(values, origins)
     return Configuration(values, origins, folder, in_folder)
 
 
@@ -424,9 +424,8 @@ def _without_labels(merged: dict) -> None:
         merged[gamma] = (0.0, "--labels none")
 
 
-def _check_labels(values: Mapping[str, Any], origins: Mapping[str, str]) -> None:
-    """Raise `UserError` where something needs labels, and there are none; what was not given, as the origins say, is of
-    the recipe."""
+def _check_labels(values: Mapping[str, Any]) -> None:
+    """Raise `UserError` where something needs labels, and there are none."""
     method = find_distiller(values["distill"])
     if values["labels"] != "none":
         if values["data_probe"] is not None:
@@ -439,15 +438,8 @@ def _check_labels(values: Mapping[str, Any], origins: Mapping[str, str]) -> None
         )
     known = settings.settings_of(method.name)
     given = [name for name, one in known.items() if one.needs_labels and values.get(name) not in (None, one.default)]
-    chosen = [name for name in given if origins[name] in ("command line", "resumed run")]
-    if chosen:
-        raise UserError(f"--{chosen[0]}: it needs labels, and there are none (--labels none); leave it out")
     if given:
-        without = " ".join(f"--{name} {known[name].default:g}" for name in given)
-        raise UserError(
-            f"--recipe {values['recipe']}: without labels (--labels none) there is no "
-            f"{' and no '.join(f'--{name}' for name in given)}; give {without} too, or another recipe"
-        )
+        raise UserError(f"--{given[0]}: it needs labels, and there are none (--labels none); leave it out")
     if values["data"] is None:
         raise UserError("--labels none: name the folder of images with --data")
 

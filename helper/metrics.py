@@ -23,10 +23,14 @@ def accuracy(logits: Tensor, targets: Tensor) -> float:
     return 100 * int((logits.argmax(1) == targets).sum()) / len(targets)
 
 
-def accuracy_top5(logits: Tensor, targets: Tensor) -> float:
-    """Top-5 accuracy (%)."""
-    top = logits.topk(min(5, logits.shape[1]), 1).indices == targets[:, None]
-    return 100 * int(top.sum()) / len(targets)
+def accuracy_top5(logits: Tensor, targets: Tensor) -> float | None:
+    """Top-5 accuracy (%); None with up to 5 classes, where it would always be 100."""
+    right = _in_top5(logits, targets)
+    return None if right is None else 100 * int(right.sum()) / len(targets)
+
+
+def _in_top5(logits: Tensor, targets: Tensor) -> Tensor | None:
+    return None if logits.shape[1] <= 5 else (logits.topk(5, 1).indices == targets[:, None]).any(1)
 
 
 def loss(logits: Tensor, targets: Tensor) -> float:
@@ -56,8 +60,9 @@ def macro_f1(logits: Tensor, targets: Tensor) -> float:
     return 100 * float(score)
 
 
-#: What is measured on the images of a whole split: name -> function (logits (n, K), classes (n,)) -> number.
-METRICS: dict[str, Callable[[Tensor, Tensor], float]] = {
+#: What is measured on the images of a whole split: name -> function (logits (n, K), classes (n,)) -> number, or None
+#: where it says nothing of such data.
+METRICS: dict[str, Callable[[Tensor, Tensor], float | None]] = {
     "accuracy": accuracy,
     "accuracy_top5": accuracy_top5,
     "loss": loss,
@@ -153,9 +158,11 @@ def judge(logits: Tensor, targets: Tensor) -> dict[str, Any]:
     precision, recall, f1, images = measured
     columns = [images.tolist(), *((100 * values).tolist() for values in (recall, precision, f1))]
     names = ("images", "accuracy", "precision", "f1")
-    top5 = (logits.topk(min(5, logits.shape[1]), 1).indices == targets[:, None]).any(1)
     losses = F.cross_entropy(logits.double(), targets, reduction="none")
-    of_images = {"accuracy": 100.0 * (true == found), "accuracy_top5": 100.0 * top5.numpy(), "loss": losses.numpy()}
+    top5 = _in_top5(logits, targets)
+    of_images = {"accuracy": 100.0 * (true == found)}
+    of_images |= {} if top5 is None else {"accuracy_top5": 100.0 * top5.numpy()}
+    of_images["loss"] = losses.numpy()
     return {
         **{name: measure(logits, targets) for name, measure in METRICS.items()},
         **calibration(logits, targets),
@@ -193,7 +200,7 @@ def _interval(values: list[float] | numpy.ndarray) -> list[float]:
 
 
 def calibration(logits: Tensor, targets: Tensor) -> dict[str, Any]:
-    """How far confidence (the largest probability) and accuracy are apart (Guo et al., ICML 2017, equation 5).
+    """How far confidence (the largest probability) and accuracy are apart (Guo et al., ICML 2017).
 
     ece: the expected calibration error (%) over `BINS` bins of equal width; reliability: of each bin that holds images
     its limits (0..1), images, mean confidence (%) and accuracy (%).
@@ -243,7 +250,7 @@ def divergences(logits: Tensor, teacher_logits: Tensor) -> Tensor:
 class MinibatchCKA:
     """Linear CKA of two networks' maps over the batches of a split, from HSIC's unbiased estimator.
 
-    Nguyen, Raghu & Kornblith, ICLR 2021, equations 2 and 3. It needs batches of four images or more, in random order:
+    Nguyen, Raghu & Kornblith, ICLR 2021, minibatch CKA. It needs batches of four images or more, in random order:
     shorter ones are left out.
     """
 

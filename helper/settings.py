@@ -455,7 +455,6 @@ SETTINGS: tuple[Setting, ...] = (
             "images",
             metavar="ALPHA",
             decides_outputs=True,
-            needs_labels=True,
         ),
         Setting(
             ("--cutmix",),
@@ -465,7 +464,6 @@ SETTINGS: tuple[Setting, ...] = (
             "for each batch",
             metavar="ALPHA",
             decides_outputs=True,
-            needs_labels=True,
         ),
         Setting(
             ("--label_smoothing",),

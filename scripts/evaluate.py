@@ -282,16 +282,19 @@ def _shown(values: Tensor, which: Tensor, logits: Tensor, tested: Tested, data: 
 # Text.
 
 
-def numbers(about: Mapping[str, Any], name: str) -> tuple[str, str]:
-    """A metric and its interval, empty where it has none."""
+def numbers(about: Mapping[str, Any], name: str, unit: str) -> tuple[str, str]:
+    """A metric with its unit and its interval, empty where it has none; of one that says nothing of so few classes why
+    it does not."""
+    if about[name] is None:
+        return "-", f"always 100 % with {len(about['classes'])} classes"
     digits = 4 if name in ("loss", "kl", "cka", "cka_unfolded") else 2
     interval = about["intervals"].get(name, ())
-    return f"{about[name]:.{digits}f}", " to ".join(f"{end:.{digits}f}" for end in interval)
+    return f"{about[name]:.{digits}f}{unit}", " to ".join(f"{end:.{digits}f}" for end in interval)
 
 
 def _line(about: Mapping[str, Any], name: str, title: str, unit: str) -> str:
-    value, interval = numbers(about, name)
-    return f"  {title:<19} {value}{unit}" + (f" ({interval})" if interval else "")
+    value, interval = numbers(about, name, unit)
+    return f"  {title:<19} {value}" + (f" ({interval})" if interval else "")
 
 
 def by_accuracy(about: Mapping[str, Any]) -> list[tuple[str, dict[str, Any]]]:
@@ -366,9 +369,9 @@ def _data_uri(pixels) -> str:
 
 def _cells(about: Mapping[str, Any], name: str, title: str, unit: str) -> dict[str, Any]:
     """A line of the page's table of numbers."""
-    value, interval = numbers(about, name)
+    value, interval = numbers(about, name, unit)
     ends = about["intervals"].get(name) if unit == " %" else None
-    return {"title": title, "value": value + unit, "interval": interval, "ends": ends}
+    return {"title": title, "value": value, "interval": interval, "ends": ends}
 
 
 def as_html(found: Sequence[Judgement]) -> str:

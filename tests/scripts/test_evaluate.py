@@ -195,5 +195,9 @@ def test_test_images_that_cannot_be_read_are_counted_in_the_result(tmp_path, sav
     result = json.loads((run / "result.json").read_text())
     assert (result["test_images"], result["test_unreadable"]) == (10, 2)
     assert "2 of 10 test images unreadable" in capsys.readouterr().out
-    evaluate.main([str(run)])
-    assert "on 8 test images of folder; 2 unreadable, left out" in capsys.readouterr().out
+    (about,) = evaluate.main([str(run), "--html", str(tmp_path / "page.html")])
+    out = capsys.readouterr().out
+    assert "on 8 test images of folder; 2 unreadable, left out" in out
+    # Two classes have no top-5 accuracy.
+    assert about["accuracy_top5"] is None and "test_accuracy_top5" not in (run / "metrics.jsonl").read_text()
+    assert all("always 100 % with 2 classes" in text for text in (out, (tmp_path / "page.html").read_text()))
