@@ -26,6 +26,8 @@ from setting import FILLED_IN, Setting, as_text, count
 
 #: A value of `--resume`: the latest run of the same name, if there is one.
 LATEST = "auto"
+#: How much of a misspelt flag must be that of the one that is suggested (difflib's ratio).
+CLOSE = 0.75
 
 
 class Given(NamedTuple):
@@ -39,13 +41,17 @@ class Parser(argparse.ArgumentParser):
     """An argument parser whose errors are `UserError`s, one line without the usage, with a suggestion for a typo."""
 
     def __init__(self, description: str | None):
+        self.names: list[str] = []
+        self.unless_given: dict[str, Any] = {}  # what the script's name says; a resumed run knows better
+        self.aliases: dict[str, str] = {}  # what this script calls a setting -> its argument
         formatter = argparse.RawDescriptionHelpFormatter
         super().__init__(
             usage="%(prog)s [flags]", description=description, allow_abbrev=False, formatter_class=formatter
         )
-        self.names: list[str] = []
-        self.unless_given: dict[str, Any] = {}  # what the script's name says; a resumed run knows better
-        self.aliases: dict[str, str] = {}  # what this script calls a setting -> its argument
+
+    def add_argument(self, *names, **options):
+        self.names += names
+        return super().add_argument(*names, **options)
 
     def add_argument_group(self, *arguments, **named):
         group = super().add_argument_group(*arguments, **named)
@@ -60,20 +66,30 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message):
         unknown = re.match(r"unrecognized arguments: (--?[\w-]+)", message)
-        hint = suggest(unknown[1], self.names) if unknown else None
+        hint = suggest(unknown[1], self.names, self._called()) if unknown else None
         raise UserError(f"{message}; did you mean {hint}?" if hint else f"{message} (--help lists the flags)")
 
+    def _called(self) -> dict[str, str]:
+        """What other toolboxes call the settings that this script has flags for -> its flag."""
+        own = {argument: f"--{name}" for name, argument in self.aliases.items()}
+        flags = {own.get(one.argument, one.names[-1]): one for one in settings.all_settings().values()}
+        return {other: flag for flag, one in flags.items() if flag in self.names for other in one.called}
 
-def suggest(word: str, names: Iterable[str]) -> str | None:
-    """The flag that a misspelt one stands for: --lr, --epoch, --batch-size, --modle; None where none is close."""
+
+def suggest(word: str, names: Iterable[str], called: Mapping[str, str]) -> str | None:
+    """The flag that a misspelt one stands for: --lr, --epoch, --batch-size, --modle; None where none is close.
+
+    `called`: what other toolboxes call a flag, in lower case and with underscores -> the flag.
+    """
     wanted = word.lstrip("-").replace("-", "_").lower()
     known = {name.lstrip("-").lower(): name for name in names if name.startswith("--")}
     initials = {"".join(part[:1] for part in name.split("_")): flag for name, flag in known.items() if "_" in name}
     begins = [flag for name, flag in known.items() if name.startswith(wanted) and len(wanted) > 2]
     stems = known | {name.rpartition("_")[0]: flag for name, flag in known.items() if name[-2:-1] == "_"}
     swapped = next((flag for name, flag in stems.items() if sorted(name) == sorted(wanted)), None)  # --modle: --model_s
-    close = difflib.get_close_matches(wanted, known, n=1)
-    return known.get(wanted) or swapped or (begins or [initials.get(wanted)])[0] or (known[close[0]] if close else None)
+    close = difflib.get_close_matches(wanted, known, n=1, cutoff=CLOSE)
+    exact = known.get(wanted) or called.get(wanted)
+    return exact or swapped or (begins or [initials.get(wanted)])[0] or (known[close[0]] if close else None)
 
 
 def pairs(text: str) -> list[tuple[str, str]]:
