@@ -59,6 +59,7 @@ def test_imports_go_downward(path):
     assert seen <= ROOMS[room], f"{room} must not know {seen - ROOMS[room]}"
 
 
+@pytest.mark.slow
 def test_imports_have_no_cycle():
     modules = {module_name(path): path for path in FILES}
     graph = {name: {target for target in imported_modules(path) if target in modules} for name, path in modules.items()}
@@ -72,6 +73,7 @@ def test_imports_have_no_cycle():
         visit(name, [])
 
 
+@pytest.mark.slow
 def test_nothing_happens_at_import(tmp_path):
     modules = ", ".join(module_name(path) for path in FILES)
     code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import {modules}"

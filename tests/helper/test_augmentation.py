@@ -59,6 +59,7 @@ FLAGS = {
 }
 
 
+@pytest.mark.slow
 def test_a_flag_changes_what_is_learnt_and_one_setting(train):
     without = train()
     before = config_of(without)

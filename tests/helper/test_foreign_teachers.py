@@ -59,6 +59,7 @@ def test_logits_of_other_classes_are_refused_or_read_at_some_of_them(distil_from
     assert "the teacher has no class 1000" in message
 
 
+@pytest.mark.slow
 def test_the_classes_of_a_file_are_recorded_and_the_file_is_no_longer_needed(distil_from, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     names = tmp_path / "names.txt"
