@@ -38,7 +38,7 @@ from helper.distributed import (
     one_by_one_here,
     rank,
 )
-from helper.fast import Fast, check_precision
+from helper.fast import Fast, check_precision, keep_freed_memory
 from helper.loops import (
     evaluate,
 )
@@ -167,6 +167,7 @@ def load_inputs(config: Configuration) -> Inputs:
     """Load the data set of the runs; raises `UserError` where that is impossible."""
     choose_kernels(config.deterministic)
     device = device_of(config.device)
+    keep_freed_memory(device)
     # Only a folder that was named on the command line is written to.
     may_download = config.data is None or config.origins["data"] == "command line"
     reading = (config.data, config.image_size, config.num_workers, config.max_broken, may_download)
