@@ -371,7 +371,7 @@ def _cells(about: Mapping[str, Any], name: str, title: str, unit: str) -> dict[s
     """A line of the page's table of numbers."""
     value, interval = numbers(about, name, unit)
     ends = about["intervals"].get(name) if unit == " %" else None
-    return {"title": title, "value": value, "interval": interval, "ends": ends}
+    return {"title": title, "value": value, "interval": interval, "ends": ends, "number": about[name]}
 
 
 def as_html(found: Sequence[Judgement]) -> str:
@@ -382,7 +382,9 @@ def as_html(found: Sequence[Judgement]) -> str:
             "about": about,
             "notes": one.judged.notes,
             "pictures": one.pictures,
-            "lines": [_cells(about, name, *title) for name, title in titles.items() if name in about],
+            "lines": lines,
+            "cells": {line["title"]: line["value"] for line in lines},
+            "images": {name: counts["images"] for name, counts in by_accuracy(about)},
             "fullest": max(bin["images"] for bin in about["reliability"]),
             "confusions": confusions(about)[:CONFUSIONS],
             "classes": by_accuracy(about)[:MATRIX_CLASSES],
@@ -391,8 +393,11 @@ def as_html(found: Sequence[Judgement]) -> str:
         }
         for one in found
         for about in [one.about]
+        for lines in [[_cells(about, name, *title) for name, title in titles.items() if name in about]]
     ]
-    return render("evaluation.html.j2", networks=networks, resamples=RESAMPLES)
+    shown = [title for title, _ in titles.values() if any(title in page["cells"] for page in networks)]
+    compared = shown if len(networks) > 1 else ()
+    return render("evaluation.html.j2", networks=networks, compared=compared, resamples=RESAMPLES)
 
 
 def make_parser() -> Parser:
