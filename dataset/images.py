@@ -98,7 +98,7 @@ class Augmentation(NamedTuple):
         added = [(name, value) for name, value, off in zip(self._fields, self, plain, strict=True) if value != off]
         parts = [name if value is True else f"{name} {value}" for name, value in added]
         said = "; the training accuracy counts the class with the larger share" if self.mixes and labelled else ""
-        line = f"{'without' if is_still else 'besides'} crops and flips"
+        line = "without crops and flips" if is_still else "besides crops and flips"
         return f"{line}: {', '.join(parts).replace('_', ' ')}{said}" if parts else line if is_still else ""
 
     def changes(self, mean: Sequence[float], seed: int, epoch: int) -> Changes | None:

@@ -21,7 +21,7 @@ from helper.configuration import Configuration
 from helper.distributed import Replica, count_processes, images_per_pass, rank, total_of
 from helper.fast import Fast
 from helper.log import progress_bar
-from helper.metrics import METRICS, EpochMeter
+from helper.metrics import EpochMeter, measure_all
 from helper.optim import SCHEDULES, Guard, make_optimizer, parameters_of, step_learning_rate, warm_up
 from helper.teacher import Teacher
 from models.backbone import Backbone, Output
@@ -347,8 +347,8 @@ def evaluate(predict: Callable[[Tensor], Tensor], loader: Loader, title: str = "
     if not found:
         raise UserError(f"--data: {title}: no readable image; repair or remove the files")
     all_logits, all_targets = (torch.cat([values for part in found for values in part[side]]) for side in (0, 1))
-    values = {f"test_{name}": measure(all_logits, all_targets) for name, measure in METRICS.items()}
-    measured = {name: value for name, value in values.items() if value is not None}
+    values = measure_all(all_logits, all_targets)
+    measured = {f"test_{name}": value for name, value in values.items() if value is not None}
     (images,) = total_of([len(loader.subset)])
     unreadable = int(images) - len(all_targets)
     return measured | ({"test_unreadable": unreadable} if unreadable else {})

@@ -4,7 +4,7 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy
 import torch
@@ -60,36 +60,43 @@ def macro_f1(logits: Tensor, targets: Tensor) -> float:
     return 100 * float(score)
 
 
-#: What is measured on the images of a whole split: name -> function (logits (n, K), classes (n,)) -> number, or None
-#: where it says nothing of such data.
-METRICS: dict[str, Callable[[Tensor, Tensor], float | None]] = {
-    "accuracy": accuracy,
-    "accuracy_top5": accuracy_top5,
-    "loss": loss,
-    "balanced_accuracy": balanced_accuracy,
-    "macro_f1": macro_f1,
-}
-
-
 def _lower(value: float) -> float:
     return -value if math.isfinite(value) else -math.inf
 
 
-#: What the best epoch may be chosen by: one of `METRICS` -> function of its value, larger for a better epoch.
-BEST_BY: dict[str, Callable[[float], float]] = {
-    "accuracy": float,
-    "balanced_accuracy": float,
-    "macro_f1": float,
-    "loss": _lower,
+class Metric(NamedTuple):
+    """What is measured on the images of a whole split, and how it is shown."""
+
+    measure: Callable[[Tensor, Tensor], float | None]  # logits (n, K), classes (n,); None: it says nothing of such data
+    title: str
+    unit: str = " %"
+    decimals: int = 2
+    goodness: Callable[[float], float] | None = None  # larger for a better epoch; None: the best is not chosen by it
+
+
+METRICS: dict[str, Metric] = {
+    "accuracy": Metric(accuracy, "accuracy", goodness=float),
+    "accuracy_top5": Metric(accuracy_top5, "top-5 accuracy"),
+    "balanced_accuracy": Metric(balanced_accuracy, "balanced accuracy", goodness=float),
+    "macro_f1": Metric(macro_f1, "macro F1", goodness=float),
+    "loss": Metric(loss, "loss", "", 4, goodness=_lower),
 }
+#: What the best epoch may be chosen by.
+BEST_BY = tuple(name for name, metric in METRICS.items() if metric.goodness is not None)
+
+
+def measure_all(logits: Tensor, targets: Tensor) -> dict[str, float | None]:
+    """Every one of `METRICS`, given logits (n, K) and classes (n,)."""
+    return {name: metric.measure(logits, targets) for name, metric in METRICS.items()}
 
 
 def best_epoch(records: Sequence[Mapping[str, float]], metric: str) -> int:
     """The number of the best epoch, from 1, by a metric on the held-out images, or the test images where there are
     none; the first of equals."""
     values = [record.get(f"holdout_{metric}", record.get(f"test_{metric}")) for record in records]
-    goodness = [BEST_BY[metric](math.nan if value is None else value) for value in values]
-    return goodness.index(max(goodness)) + 1
+    goodness = METRICS[metric].goodness or float
+    found = [goodness(math.nan if value is None else value) for value in values]
+    return found.index(max(found)) + 1
 
 
 def probe(train: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor]) -> dict[str, float]:
@@ -164,7 +171,7 @@ def judge(logits: Tensor, targets: Tensor) -> dict[str, Any]:
     of_images |= {} if top5 is None else {"accuracy_top5": 100.0 * top5.numpy()}
     of_images["loss"] = losses.numpy()
     return {
-        **{name: measure(logits, targets) for name, measure in METRICS.items()},
+        **measure_all(logits, targets),
         **calibration(logits, targets),
         "intervals": mean_intervals(of_images) | _class_intervals(true, found, len(labels)),
         "confusion": confusion_matrix(true, found, labels=labels).tolist(),
