@@ -59,9 +59,12 @@ class CRD(FeatureDistiller):
     group = "relations between images"
     reads = ("pooled", "sample index and negatives")
     refuses_mixing = WHY_UNMIXED
-    needs_targets = WHY_LABELLED
+    refuses_unlabelled = WHY_LABELLED
     flags = (*FeatureDistiller.flags, *CONTRAST_FLAGS)
-    needs = {**FeatureDistiller.needs, **{flag.argument: (above_zero(BETA),) for flag in CONTRAST_FLAGS}}
+    flags_work_if = {
+        **FeatureDistiller.flags_work_if,
+        **{flag.argument: (above_zero(BETA),) for flag in CONTRAST_FLAGS},
+    }
 
     def __init__(self, student, teacher, task, **hyper_parameters):
         super().__init__(student, teacher, task, **hyper_parameters)
@@ -83,9 +86,9 @@ class NORM_CRD(NORM):
     departures = "The official code cannot start this method and takes -c for CRD's weight; here it is --crd_weight."
     reads = ("final", "pooled", "sample index and negatives")
     refuses_mixing = WHY_UNMIXED
-    needs_targets = WHY_LABELLED
+    refuses_unlabelled = WHY_LABELLED
     flags = (*NORM.flags, CRD_WEIGHT, *CONTRAST_FLAGS)
-    needs = {**NORM.needs, **{flag.argument: (above_zero(CRD_WEIGHT),) for flag in CONTRAST_FLAGS}}
+    flags_work_if = {**NORM.flags_work_if, **{flag.argument: (above_zero(CRD_WEIGHT),) for flag in CONTRAST_FLAGS}}
 
     def __init__(self, student, teacher, task, **hyper_parameters):
         super().__init__(student, teacher, task, **hyper_parameters)

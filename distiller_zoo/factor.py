@@ -119,8 +119,8 @@ class Paraphrasing(MapDistiller):
         INIT_LEARNING_RATE._replace(default=0.01),
         MAP_SIZE,
     )
-    needs = {
-        **MapDistiller.needs,
+    flags_work_if = {
+        **MapDistiller.flags_work_if,
         **dict.fromkeys(("factor_norm", "translator_bn", "init_epochs", "init_learning_rate"), (above_zero(BETA),)),
     }
 

@@ -89,7 +89,7 @@ class MapDistiller(FeatureDistiller):
     """
 
     flags = (*FeatureDistiller.flags, MAP_SIZE)
-    needs = {**FeatureDistiller.needs, "map_size": (above_zero(BETA),)}
+    flags_work_if = {**FeatureDistiller.flags_work_if, "map_size": (above_zero(BETA),)}
 
     def __init__(self, student, teacher, task, **hyper_parameters):
         super().__init__(student, teacher, task, **hyper_parameters)

@@ -141,7 +141,7 @@ class NORM(Distiller):
     reads = ("final",)
     ships = "student (transform folded in)"
     flags = (GAMMA, ALPHA, BETA, BETA1, CETA, CO_SPONGE, KD_T, FT, FT_POSITION, FT_FORM, LARGER_STUDENT, MAP_SIZE)
-    needs = {
+    flags_work_if = {
         "kd_T": (above_zero(ALPHA),),
         **dict.fromkeys(("beta1", "larger_student", "map_size"), (above_zero(BETA),)),
     }
@@ -224,7 +224,7 @@ class NORM(Distiller):
         terms["norm"] = self.beta * norm_weight(self.beta1, progress.epoch, progress.epochs) * student.norm_loss
         return terms
 
-    def needs_teacher_logits(self):
+    def reads_teacher_logits(self):
         return self.alpha > 0
 
     def export(self) -> Backbone:
@@ -283,8 +283,8 @@ class FTBaseline(NORM):
     reference = "OSVAI/NORM"
     departures = "N, and whether logits are standardised, are not published: 8, raw."
     reads = ()
-    needs_teacher = False
-    needs_targets = "it learns from labels alone"
+    reads_teacher = False
+    refuses_unlabelled = "it learns from labels alone"
     # The paper's baseline is trained with the cross entropy only; whether on raw logits is not published.
     flags = (
         GAMMA,
@@ -294,9 +294,9 @@ class FTBaseline(NORM):
         FT_POSITION,
         FT_FORM,
     )
-    needs = {}
+    flags_work_if = {}
 
-    def needs_teacher_logits(self):
+    def reads_teacher_logits(self):
         return False
 
     def losses(self, student, teacher, targets, index, progress):

@@ -63,11 +63,11 @@ class ONE(Distiller):
     )
     reference = "Lan1991Xu/ONE_NeurIPS2018"
     group = "without a teacher"
-    needs_teacher = False
-    needs_targets = "its branches learn from labels"
+    reads_teacher = False
+    refuses_unlabelled = "its branches learn from labels"
     min_batch = 2  # the gate's BatchNorm sees one vector per image
     flags = (GAMMA, BETA, KD_T._replace(default=3.0), BRANCHES, RAMP_EPOCHS)
-    needs = dict.fromkeys(("kd_T", "ramp_epochs"), (above_zero(BETA),))
+    flags_work_if = dict.fromkeys(("kd_T", "ramp_epochs"), (above_zero(BETA),))
 
     def __init__(self, student, teacher, task, **hyper_parameters):
         super().__init__(student, teacher, task, **hyper_parameters)

@@ -118,8 +118,8 @@ class ReviewKD(FeatureDistiller):
     teacher_preact = True  # unless --review_teacher says behind
     min_batch = 2  # the deepest level's BatchNorms see one pixel per image
     flags = (*FeatureDistiller.flags, WARMUP_EPOCHS, REVIEW_STUDENT, REVIEW_TEACHER, REVIEW_WIDTH)
-    needs = {
-        **FeatureDistiller.needs,
+    flags_work_if = {
+        **FeatureDistiller.flags_work_if,
         **dict.fromkeys(("warmup_epochs", "review_student", "review_teacher", "review_width"), (above_zero(BETA),)),
     }
 

@@ -52,7 +52,7 @@ class SimKD(MapDistiller):
         LOGIT_STANDARDIZATION,
         PROJECTOR_FACTOR,
     )
-    needs = FeatureDistiller.needs
+    flags_work_if = FeatureDistiller.flags_work_if
     map_size = "pool"  # what is shipped pools the student's larger map
 
     def __init__(self, student, teacher, task, **hyper_parameters):

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 
 from dataset import (
-    WITHOUT_LABELS,
+    OF_IMAGE_FILES,
     ImageData,
     Images,
     Loader,
@@ -117,7 +117,7 @@ def open_runs(given: Given) -> Opened:
 def _dataset_of(values: Mapping[str, Any], of_teacher: Mapping[str, Any]) -> dict[str, str]:
     """What `--data` says of the data set where nothing else does: {"dataset": "folder"} for a folder of images."""
     known = values.get("dataset") or of_teacher.get("dataset") or all_settings()["dataset"].default
-    if values.get("labels") == "none" and values.get("data") is not None and known not in WITHOUT_LABELS:
+    if values.get("labels") == "none" and values.get("data") is not None and known not in OF_IMAGE_FILES:
         if "dataset" in values:
             return {}  # what is wrong is said where the images are read
         print(f"--labels none: the images below {values['data']}: --dataset folder")

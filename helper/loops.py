@@ -322,7 +322,7 @@ def step(runs: Sequence, batch: Batch, teacher: Teacher | None, number: int) -> 
             with run.own_turn():
                 training = run.training
                 output, preact = None, training.method.teacher_preact
-                if teacher is not None and training.stage.needs_teacher:
+                if teacher is not None and training.stage.reads_teacher:
                     if preact not in outputs:
                         outputs[preact] = teacher.teach(part, training, run.epochs_over + 1, preact)
                     output = outputs[preact]
