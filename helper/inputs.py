@@ -28,6 +28,7 @@ from helper.checkpoint import (
     contained,
 )
 from helper.command_line import Given
+from helper.configuration import Configuration, check_shared, read_stored
 from helper.distributed import (
     by_main,
     choose_kernels,
@@ -37,27 +38,23 @@ from helper.distributed import (
     one_by_one_here,
     rank,
 )
-from helper.fast import Fast, check_precision
+from helper.fast import Fast, check_precision, keep_freed_memory
 from helper.loops import (
     evaluate,
 )
 from helper.networks import (
-    CachedTeacher,
     Network,
-    Teacher,
-    check_accuracy,
     known_classes,
     name_of_published,
-    own_test,
     read_at_classes,
     read_initial,
     read_teacher,
-    shown_as,
     with_class_names,
 )
 from helper.optim import check_rates
 from helper.run_folder import CONFIG, RunFolder
-from helper.settings import Configuration, all_settings, check_shared, read_stored
+from helper.settings import all_settings
+from helper.teacher import CachedTeacher, Teacher, check_accuracy, own_test, shown_as
 from models.classes import compare_classes
 from models.external import is_external
 
@@ -170,6 +167,7 @@ def load_inputs(config: Configuration) -> Inputs:
     """Load the data set of the runs; raises `UserError` where that is impossible."""
     choose_kernels(config.deterministic)
     device = device_of(config.device)
+    keep_freed_memory(device)
     # Only a folder that was named on the command line is written to.
     may_download = config.data is None or config.origins["data"] == "command line"
     reading = (config.data, config.image_size, config.num_workers, config.max_broken, may_download)

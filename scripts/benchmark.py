@@ -34,14 +34,13 @@ from distiller_zoo import Progress, Task
 from errors import UserError, run_script
 from helper.command_line import Parser, pairs
 from helper.distributed import find_device
-from helper.fast import COMPILE, PRECISIONS, Fast, has_matrix_units
-from helper.guard import Guard
+from helper.fast import COMPILE, PRECISIONS, Fast, has_matrix_units, keep_freed_memory
 from helper.loops import forward_backward, set_modes
 from helper.metrics import EpochMeter
-from helper.networks import FrozenTeacher
-from helper.optim import parameters_of
+from helper.optim import Guard, parameters_of
 from helper.recipes import CIFAR_PAIRS
 from helper.settings import SETTINGS
+from helper.teacher import FrozenTeacher
 from models import build_model
 from models.backbone import Output
 from scripts.benchmarks.launches import count_launches
@@ -324,6 +323,7 @@ def main(argv=None) -> list[dict]:
     parser.add_argument("--json", metavar="FILE", help="write the records there")
     parser.add_argument("--profile", metavar="FILE", help="instead: one pair's kernels, and a trace in FILE")
     args = parser.parse_args(argv)
+    keep_freed_memory(args.device)
     data = load_data(args.dataset, args.data)
     args.fast = choose(args.device)._replace(compile=args.compile)
     if args.profile:

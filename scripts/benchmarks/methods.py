@@ -26,12 +26,11 @@ from distiller_zoo import DISTILLERS, Progress, Task
 from errors import UserError, run_script
 from helper.command_line import Parser, pairs
 from helper.distributed import find_device
-from helper.fast import Fast
-from helper.guard import Guard
+from helper.fast import Fast, keep_freed_memory
 from helper.loops import forward_backward, set_modes
 from helper.metrics import EpochMeter
-from helper.networks import FrozenTeacher
-from helper.optim import parameters_of
+from helper.optim import Guard, parameters_of
+from helper.teacher import FrozenTeacher
 from models import build_model
 from models.backbone import Output
 from scripts.benchmarks.parts import recipe_method, report, wait_for
@@ -183,6 +182,7 @@ def main(argv=None) -> list[dict]:
     parser.add_argument("--json", metavar="FILE", help="write the records there")
     args = parser.parse_args(argv)
     device = find_device(args.device)
+    keep_freed_memory(device)
     cases = itertools.product(args.methods.split(","), args.pairs)
     return report((compare(*case, args.batch_size, args.steps, device) for case in cases), both_tables, args.json)
 

@@ -44,6 +44,7 @@ def exported(folder, tmp_path_factory):
     return export_student.main([str(run / "last.pth"), "--format", ",".join(FORMATS)])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", FORMATS)
 def test_every_format_predicts_the_same_for_any_batch_and_carries_its_record(exported, kind):
     reference, other = read_deployed(str(exported)), read_deployed(str(exported.with_suffix(f".{kind}")))

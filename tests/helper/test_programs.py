@@ -43,6 +43,7 @@ def expected(network, pixels: torch.Tensor) -> torch.Tensor:
     return network((pixels / 255 - mean) / std).softmax(1)
 
 
+@pytest.mark.slow
 def test_an_onnx_file_with_everything_inside_equals_torch_on_raw_bytes(network, tmp_path):
     path = str(tmp_path / "whole.onnx")
     export.write_onnx(network, RECORD, path, WHOLE)
@@ -77,6 +78,7 @@ def test_an_opset_that_torch_does_not_write_is_refused(network, tmp_path):
         export.write_onnx(network, RECORD, str(tmp_path / "old.onnx"), Program(opset=12))
 
 
+@pytest.mark.slow
 def test_flags_without_effect_are_refused(distil, tmp_path):
     run = distil("--batch_size", "256", "--max_steps", "2", distill="kd")
     checkpoint = str(run / "last.pth")

@@ -54,6 +54,7 @@ def result(run) -> dict:
     return json.loads((run / "result.json").read_text())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "flags",
     [
@@ -220,6 +221,7 @@ def test_a_linear_probe_says_how_much_it_trains(train):
     assert "trained: 650 parameters" in (run / "log.txt").read_text()
 
 
+@pytest.mark.slow
 def test_a_run_ends_when_its_patience_does(train):
     still = ("--learning_rate", "0", "--freeze", "trunk", "--holdout", "10", "--lr_decay", "step")
     run = train(*still, "--epochs", "6", "--patience", "2")

@@ -59,6 +59,7 @@ def result_of(run) -> dict:
     return json.loads((run / "result.json").read_text())
 
 
+@pytest.mark.slow
 def test_a_feature_method_learns_is_judged_by_its_loss_and_starts_a_classifier(learn, images, save_dir, capsys):
     run = learn("--holdout", "8", distill="norm")
     first, last = metrics(run)
@@ -91,6 +92,7 @@ def test_a_feature_method_learns_is_judged_by_its_loss_and_starts_a_classifier(l
     assert "has no classifier" in message_of(export_student.main, [str(run / "last.pth")])
 
 
+@pytest.mark.slow
 def test_a_probe_reports_and_chooses_nothing(learn, images, monkeypatch):
     probes = iter((90.0, 10.0, 10.0))
     monkeypatch.setattr(run_module, "probe", lambda *_: {"probe_accuracy": next(probes), "knn_accuracy": 50.0})
@@ -134,6 +136,7 @@ def test_methods_say_truly_whether_they_need_labels(name):
     assert distiller.export().num_classes == classes
 
 
+@pytest.mark.slow
 def test_what_needs_labels_is_refused(images, teacher_run, tmp_path):
     argv = ["--path_t", str(teacher_run / "last.pth"), "--model_s", "resnet8", "--labels", "none"]
     argv += ["--save_dir", str(tmp_path / "save")]

@@ -153,6 +153,7 @@ def test_both_forms_agree_on_tokens_and_on_sizes_that_do_not_divide(prefix, side
         assert (value.double() - collapsed[name].double()).abs().max() / scale <= 1e-12, name
 
 
+@pytest.mark.slow
 def test_memory_hardly_grows_with_n():
     """What a step of a ViT-S/16 keeps at 224 pixels and 64 images, in sizes without numbers: N = 16 within 5 % of 1."""
 

@@ -11,8 +11,8 @@ from sklearn import metrics
 
 import train_teacher
 from helper import networks
-from helper.networks import Teacher
 from helper.tables.rows import read_record
+from helper.teacher import Teacher
 from models import build_model
 from models.preprocessing import read_preprocessing
 from scripts import evaluate, export_student
@@ -48,6 +48,7 @@ def predicted(path) -> tuple[torch.Tensor, torch.Tensor]:
         return network((pixels / 255 - mean) / std), targets
 
 
+@pytest.mark.slow
 def test_the_numbers_are_those_of_torch_and_scikit_learn(distil, whole_digits):
     run = distil(*SHORT)
     exported = export_student.main([str(run / "last.pth"), "--format", "pth,onnx,pt2"])
@@ -80,6 +81,7 @@ def test_a_folder_that_is_named_is_not_ignored(teacher_run, tmp_path, script):
     assert "reads no folder" in message_of(script.main, [*argv, str(tmp_path), "--dataset", "digits"])
 
 
+@pytest.mark.slow
 def test_fidelity_is_recorded_where_reports_look_for_it(distil, teacher_run, tmp_path, capsys):
     plain, folded = distil(*SHORT, distill="kd"), distil(*SHORT)
     teacher, out = str(teacher_run / "last.pth"), tmp_path / "out.json"
@@ -95,6 +97,7 @@ def test_fidelity_is_recorded_where_reports_look_for_it(distil, teacher_run, tmp
     assert (itself["agreement"], itself["kl"]) == (100, pytest.approx(0)) and itself["cka"] == pytest.approx(1)
 
 
+@pytest.mark.slow
 def test_the_page_holds_everything_it_shows(distil, teacher_run, tmp_path):
     page = tmp_path / "page.html"
     run = distil(*SHORT, distill="kd")
@@ -110,6 +113,7 @@ def test_the_page_holds_everything_it_shows(distil, teacher_run, tmp_path):
     assert shown == [n for row in about["confusion"] for n in row]
 
 
+@pytest.mark.slow
 def test_a_teacher_is_given_the_images_as_they_are_held(distil, teacher_run, monkeypatch):
     run, teacher = distil(*SHORT, "--image_size", "48", distill="kd"), str(teacher_run / "last.pth")
     call, sizes = Teacher.__call__, set()
@@ -123,6 +127,7 @@ def test_a_teacher_is_given_the_images_as_they_are_held(distil, teacher_run, mon
     assert sizes == {32} and about["image_size"] == 48
 
 
+@pytest.mark.slow
 def test_the_average_of_the_weights_is_judged_where_it_is_asked_for(distil):
     run = distil(*SHORT, "--ema_decay", "0.5")
     result = json.loads((run / "result.json").read_text())
@@ -131,6 +136,7 @@ def test_the_average_of_the_weights_is_judged_where_it_is_asked_for(distil):
     assert found[0]["digest"] != found[1]["digest"]
 
 
+@pytest.mark.slow
 def test_a_file_is_read_once(distil, monkeypatch):
     run, read = distil(*SHORT, distill="kd"), []
     for module in (evaluate, networks):
@@ -140,6 +146,7 @@ def test_a_file_is_read_once(distil, monkeypatch):
     assert read == [str(run / "last.pth")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("source", ["timm:resnet10t.c3_in1k", "timm:convnext_atto.d2_in1k"])
 def test_published_weights_are_tested_as_their_library_tests_them(source, tmp_path, monkeypatch):
     """Numbers against the library's own transform; images that are not square, of which another crop shows."""
@@ -165,6 +172,7 @@ def test_published_weights_are_tested_as_their_library_tests_them(source, tmp_pa
     assert "test_transform" not in resized and resized["image_size"] == 64
 
 
+@pytest.mark.slow
 def test_faults_are_named(distil, tmp_path):
     run = distil(*SHORT, distill="kd")
     exported = str(export_student.main([str(run / "last.pth")]))
