@@ -65,7 +65,10 @@ class Guard:
         if self.most_skipped and largest_of_all(not _is_good(seen)):  # all processes skip a step, or none
             self._skip(seen)
             return False
-        self._seen = seen if self._seen is None else torch.where(_is_good(self._seen), seen, self._seen)
+        if self._seen is None:
+            self._seen = seen
+        else:  # in its place, so that a captured step keeps it too
+            torch.where(_is_good(self._seen), seen, self._seen, out=self._seen)
         return True
 
     def _skip(self, seen: Tensor) -> None:
