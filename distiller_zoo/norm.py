@@ -79,7 +79,7 @@ LARGER_STUDENT = Flag(
     "where the student's last map is larger than the teacher's: pool its expanded map, as the official ImageNet loop "
     "does, or refuse, as its CIFAR loop does; a larger teacher's map is always pooled",
     choices=("pool", "refuse"),
-    identity="none",  # what is refused is no run
+    tells_apart="none",  # what is refused is no run
 )
 BETA1 = Flag(
     ("-b1", "--beta1"),

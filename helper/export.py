@@ -21,10 +21,10 @@ from torch import Tensor, nn
 from torch.export.passes import move_to_device_pass
 
 from dataset import ImageData, load_data
-from errors import UserError
+from errors import UserError, first_line
 from helper.run_folder import save
 from helper.settings import count_cores
-from models.backbone import Backbone, first_line
+from models.backbone import Backbone
 from models.checkpoints import load_exported, read_checkpoint
 from models.files import RECORD
 
@@ -336,7 +336,7 @@ def _exporting(kind: str, record: Mapping) -> Iterator[None]:
             cause = cause.__cause__
         raise UserError(
             f"--format {kind}: torch {torch.__version__} cannot export {record.get('model_name', 'this network')} "
-            f"({first_line(cause)[:200]}); choose another format, like pth or safetensors"
+            f"({first_line(cause)}); choose another format, like pth or safetensors"
         ) from None
 
 
@@ -351,7 +351,7 @@ def _need(*modules: str, format: str = "onnx"):
 
 
 def _unreadable(path: str, flag: str, error: Exception) -> UserError:
-    reason = (str(error).strip().split("\n") or [""])[0][:200] or type(error).__name__
+    reason = first_line(error)
     return UserError(f"{flag}: {path} cannot be read (damaged, cut off or not by scripts/export_student.py): {reason}")
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from errors import UserError
+from errors import UserError, first_line
 from models.backbone import Backbone, Output
 from models.folding import fold_batch_norms
 from models.fusing import fuse_activations
@@ -197,10 +197,9 @@ class Fast(NamedTuple):
             yield
         except torch._dynamo.exc.TorchDynamoException as error:  # pyright: ignore[reportAttributeAccessIssue]
             cause = getattr(error, "inner_exception", error)
-            reason = next(iter(str(cause).strip().splitlines()), "")[:200]
             raise UserError(
-                f"--compile {self.compile}: {type(cause).__name__} {reason}; it needs a working compiler (on a "
-                "CPU one of C++); --compile off goes without, also with --resume"
+                f"--compile {self.compile}: {type(cause).__name__} {first_line(cause)}; it needs a working compiler "
+                "(on a CPU one of C++); --compile off goes without, also with --resume"
             ) from None
 
 

@@ -28,6 +28,7 @@ from helper.checkpoint import (
     contained,
 )
 from helper.command_line import Given
+from helper.configuration import Configuration, check_shared, read_stored
 from helper.distributed import (
     by_main,
     choose_kernels,
@@ -42,22 +43,18 @@ from helper.loops import (
     evaluate,
 )
 from helper.networks import (
-    CachedTeacher,
     Network,
-    Teacher,
-    check_accuracy,
     known_classes,
     name_of_published,
-    own_test,
     read_at_classes,
     read_initial,
     read_teacher,
-    shown_as,
     with_class_names,
 )
 from helper.optim import check_rates
 from helper.run_folder import CONFIG, RunFolder
-from helper.settings import Configuration, all_settings, check_shared, read_stored
+from helper.settings import all_settings
+from helper.teacher import CachedTeacher, Teacher, check_accuracy, own_test, shown_as
 from models.classes import compare_classes
 from models.external import is_external
 

@@ -17,14 +17,13 @@ from dataset import Augmentation, Batch, ImageData, Images, Loader, StreamedImag
 from distiller_zoo import Distiller, Progress, Stage
 from distiller_zoo.base import ALPHA, BETA, GAMMA
 from errors import StoppedAtOnce, UserError
+from helper.configuration import Configuration
 from helper.distributed import Replica, count_processes, images_per_pass, rank, total_of
 from helper.fast import Fast
-from helper.guard import Guard
 from helper.log import progress_bar
 from helper.metrics import METRICS, EpochMeter
-from helper.networks import Teacher
-from helper.optim import SCHEDULES, make_optimizer, parameters_of, step_learning_rate, warm_up
-from helper.settings import Configuration
+from helper.optim import SCHEDULES, Guard, make_optimizer, parameters_of, step_learning_rate, warm_up
+from helper.teacher import Teacher
 from models.backbone import Backbone, Output
 
 #: A loss that is scaled below this and whose gradient is still not finite in float16 has no finite gradient.

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-from setting import RECIPE, Setting
+from setting import Setting
 
 #: The networks that the tables train at a lower rate.
 MOBILE = ("MobileNetV2", "MobileNetV2_norm", "ShuffleV1", "ShuffleV2")
@@ -506,4 +506,4 @@ def run_length(flag: Setting, dataset: str, method: str, recipe: Mapping[str, tu
     What a method publishes for a data set belongs to its run there, everything else to the flag's own `full_run`.
     """
     (_, source), (epochs, _) = recipe.get(flag.argument, (flag.default, "default")), recipe["epochs"]
-    return epochs if flag.full_run is RECIPE or source == f"{method} on {dataset}" else flag.full_run
+    return epochs if flag.full_run == "recipe" or source == f"{method} on {dataset}" else flag.full_run

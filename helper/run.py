@@ -17,12 +17,10 @@ from dataset import (
     ImageData,
     Images,
     StreamedImages,
-    data_changes,
 )
-from distiller_zoo import Distiller, Progress, find_distiller
+from distiller_zoo import Distiller, Progress, build_distiller, find_distiller
 from errors import Stopped, UserError
 from helper.checkpoint import (
-    build_distiller,
     check_optimizer,
     check_progress,
     contained,
@@ -31,7 +29,9 @@ from helper.checkpoint import (
     network_of,
     upgrade,
 )
+from helper.configuration import Configuration, check_found, run_key
 from helper.distributed import (
+    StopRequest,
     average_statistics,
     by_main,
     count_processes,
@@ -39,7 +39,6 @@ from helper.distributed import (
     is_main,
 )
 from helper.fast import Fast
-from helper.guard import Guard
 from helper.inputs import Inputs, Opened, class_weights_of
 from helper.log import (
     describe_data,
@@ -61,17 +60,10 @@ from helper.loops import (
     without_trunk,
 )
 from helper.metrics import best_epoch, best_without_labels, probe, summarise_without_labels
-from helper.networks import (
-    Network,
-    Teacher,
-    check_apart,
-    classes_taught,
-    start_from,
-)
-from helper.optim import average_of, parameters_of, take_up
+from helper.networks import Network, classes_taught, start_from
+from helper.optim import Guard, average_of, parameters_of, take_up
 from helper.run_folder import BEST, CONFIG, LAST, RESULT, FolderElsewhere, RunFolder
-from helper.settings import Configuration, identity
-from helper.signals import StopRequest
+from helper.teacher import Teacher, check_apart
 from models import build_model
 from models.backbone import Backbone, probe_shapes
 from models.checkpoints import load_weights, weights_digest
@@ -121,21 +113,10 @@ def prepared(opened: Opened, inputs: Inputs, teacher: Teacher | None) -> Iterato
 
 
 def _with_weights(config: Configuration, weights: torch.Tensor | None) -> Configuration:
-    """The run with the digest of its class weights; raises `UserError` where a resumed run began with others."""
+    """The run with the digest of its class weights."""
     if weights is None:
         return config
-    digest = weights_digest({"weights": weights})
-    if config.get("weights_digest") not in (None, digest) and not _accepts(config):
-        raise UserError(
-            f"--class_weights: {config.class_weights} is not what {config.folder} began with; restore the file, or "
-            "accept the new weights with --accept_changes"
-        )
-    return config.replace("the class weights", weights_digest=digest)
-
-
-def _accepts(config: Configuration) -> bool:
-    """Whether changes are accepted now: what an earlier resume has accepted says nothing of changes since."""
-    return config.accept_changes and config.origins["accept_changes"] == "command line"
+    return config.replace("the class weights", weights_digest=weights_digest({"weights": weights}))
 
 
 def _labels(configs: Sequence[Configuration]) -> list[str]:
@@ -553,9 +534,10 @@ class Run:
         with contained(source):
             checkpoint = by_main(lambda: upgrade(self.folder.read_last(), source))
             training = checkpoint["training"]
-            self._check_data(checkpoint["record"])
             self._enter(training["stage_number"], training["epoch"], training["stage_step"])
             check_progress(training, self.in_main_stage)
+            trained = self.epoch + (training["epoch_state"] is not None) if self.in_main_stage else 0
+            check_found(self.config, checkpoint["record"], self.inputs.identity, trained, self.stages[-1].epochs)
             load_weights(self.method, self.config.model_s, training["distiller"], source)
             optimizer = self.training.optimizer
             state = check_optimizer(training["optimizer"], parameters_of(optimizer))
@@ -568,7 +550,6 @@ class Run:
             if self.average is not None and "ema" in training:
                 load_weights(self.average.module, self.config.model_s, training["ema"], source)
                 self.average.n_averaged.fill_(1)
-            self._check_epochs()
         self.folder.keep_metrics_until(self.epochs_over)
         stage = self.stages[self.stage_number]
         title = format_title(stage.name, Progress(self.epoch - 1, stage.epochs))
@@ -579,21 +560,6 @@ class Run:
             rates = self.training.learning_rate(self.epoch), self.training.learning_rate(self.epoch + 1)
             old, new = (f"{rate:.4g}" for rate in (self.records[-1].get("learning_rate", rates[0]), rates[1]))
             self.folder.log(f"--epochs was {before} and is {now}: the learning rate was {old} and is {new} next")
-
-    def _check_epochs(self) -> None:
-        """Raise `UserError` where the main stage is to be shorter than what is trained of it."""
-        begun = self.epoch + (self.epoch_state is not None)
-        if self.in_main_stage and begun > self.stages[self.stage_number].epochs:
-            raise UserError(f"--epochs: {begun} are trained already; give at least as many, or start a new run")
-
-    def _check_data(self, record: Mapping[str, Any]) -> None:
-        """Raise `UserError` where the data are not those that the run began with."""
-        changes = data_changes(record.get("identity") or {"classes": record["classes"]}, self.inputs.identity)
-        if changes and not _accepts(self.config):
-            raise UserError(
-                f"--resume: {self.folder.path}: the data have changed: {', '.join(changes)}; restore them, or accept "
-                "that with --accept_changes"
-            )
 
     # The result.
 
@@ -653,6 +619,6 @@ class Run:
         if self._is_out_of_patience() and not self._stage_is_whole():
             measured = self.result.get("best_by", self.config.best_by).replace("_", " ")  # its own without labels
             self.folder.log(f"stopped early: no better {measured} in {self.config.patience} epochs")
-        self.folder.append_outcome(identity(self.config, ("row", "run")), self.result)
+        self.folder.append_outcome(run_key(self.config), self.result)
         self.folder.write_json(RESULT, self.result)
         self.folder.log(format_result(self.result))

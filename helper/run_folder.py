@@ -17,7 +17,7 @@ from filelock import FileLock, Timeout
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from errors import UserError
+from errors import UserError, first_line
 from models.files import DamagedFile, read_checkpoint
 
 CONFIG, METRICS, RESULT, LOG = "config.json", "metrics.jsonl", "result.json", "log.txt"
@@ -299,7 +299,7 @@ def save(checkpoint: dict, path: str) -> None:
     try:
         torch.save(checkpoint, path)
     except RuntimeError as error:  # torch's word for a file that cannot be written
-        raise OSError(errno.ENOSPC, f"the disk is full ({str(error).splitlines()[0][:100]})") from None
+        raise OSError(errno.ENOSPC, f"the disk is full ({first_line(error)})") from None
 
 
 def _is_record(line: str) -> bool:

@@ -7,8 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from errors import UserError
-from models.backbone import first_line
+from errors import UserError, first_line
 
 #: Sides of the blank images that are tried in turn; some networks read only one size.
 PROBE_SIZES = (224, 256, 299, 384, 448, 512, 160)

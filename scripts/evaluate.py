@@ -30,10 +30,11 @@ with starting():
     from helper.fast import Fast
     from helper.log import progress_bar
     from helper.metrics import METRICS, RESAMPLES, MinibatchCKA, divergences, fidelity, judge
-    from helper.networks import Teacher, network_in, own_test, read_network, shown_as
+    from helper.networks import network_in, read_network
     from helper.run_folder import LAST, RESULT
     from helper.tables.pages import render, write_page
     from helper.tables.rows import FIDELITY
+    from helper.teacher import Teacher, own_test, shown_as
     from models.backbone import Output
     from models.checkpoints import read_checkpoint
     from models.classes import compare_classes

@@ -20,11 +20,11 @@ import torch
 
 from dataset import Batch
 from distiller_zoo import DISTILLERS, Distiller, Predictor, Progress, Task
-from errors import UserError, run_script
+from errors import UserError, first_line, run_script
 from helper.command_line import Parser
 from helper.run_folder import write_text
 from models import build_model
-from models.backbone import Backbone, FinalConv, first_line
+from models.backbone import Backbone, FinalConv
 from models.cost import count_parameters
 
 CLASSES, IMAGES, STEPS = 7, 4, 2

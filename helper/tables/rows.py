@@ -16,12 +16,13 @@ from typing import Any, NamedTuple
 from distiller_zoo import Distiller, find_distiller, refuse_without_effect
 from errors import UserError
 from helper import command_line
+from helper.configuration import read_stored, row_key, run_key
 from helper.log import describe_protocol
 from helper.recipes import resolve as resolve_recipe
 from helper.run_folder import CONFIG, METRICS, RESULT
-from helper.settings import FOUND, INITIAL, SPEED, TRAINING, identity, read_stored, settings_of
+from helper.settings import FOUND, INITIAL, SPEED, TRAINING, settings_of
 from helper.tables.published import PUBLISHED, Published, judge
-from setting import RECIPE, Setting, as_text
+from setting import FILLED_IN, Setting, as_text
 
 #: The accuracies of `result.json` and their titles. "Best" is chosen as the protocol says.
 ACCURACIES = {"accuracy_last": "last", "accuracy_best": "best", "accuracy_mean_last_five": "mean of last five"}
@@ -104,8 +105,8 @@ def _read_settings(folder: Path) -> dict[str, Any]:
 def _completed(stored: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     try:
         defaults = {name: one.default for name, one in settings_of(stored["distill"]).items()}
-        config = {name: value for name, value in defaults.items() if value is not RECIPE} | dict(stored)
-        identity(config)
+        config = {name: value for name, value in defaults.items() if value is not FILLED_IN} | dict(stored)
+        row_key(config)
         config["epochs"]  # is in every report
     except KeyError as error:
         raise UserError(f"{folder / CONFIG} does not say {error}") from None
@@ -261,7 +262,7 @@ class Row(NamedTuple):
         label = [config["distill"]]
         # A run that started from other weights or was cut short is not what a paper reports.
         label += [known[name].written(config[name]) for name in ("init", "max_steps") if config[name] is not None]
-        for flag in (flag for flag in flags if flag.identity == "row"):
+        for flag in (flag for flag in flags if flag.tells_apart == "row"):
             usual = recipe.get(flag.argument, (flag.default, ""))[0]
             value = config.get(flag.argument, usual)
             if flag.full_run is None and flag.written(value) != flag.written(usual):
@@ -301,7 +302,7 @@ def read_rows(folders: Iterable[Path]) -> tuple[list[Row], list[Left]]:
     for folder in find_folders(folders):
         try:
             record = read_record(folder)
-            key = _key(record.config, ("row", "run"))
+            key = _as_text(run_key(record.config))
             older = runs.get(key)
             if older is not None:
                 older, record = sorted((older, record), key=_age)
@@ -314,7 +315,7 @@ def read_rows(folders: Iterable[Path]) -> tuple[list[Row], list[Left]]:
         raise UserError(f"RUN: none of the folders holds a finished run{reasons}")
     rows = defaultdict(list)
     for record in runs.values():
-        rows[_key(record.config, ("row",))].append(record)
+        rows[_as_text(row_key(record.config))].append(record)
     return _in_order(_tell_apart([Row(records) for records in rows.values()])), left
 
 
@@ -322,8 +323,8 @@ def _age(record: Record) -> tuple:
     return (record.folder / RESULT).stat().st_mtime_ns, _natural(record.folder.name)
 
 
-def _key(config: Mapping[str, Any], kinds: tuple[str, ...]) -> str:
-    return json.dumps(identity(config, kinds), sort_keys=True, default=str)
+def _as_text(key: Mapping[str, Any]) -> str:
+    return json.dumps(key, sort_keys=True, default=str)
 
 
 def _tell_apart(rows: Sequence[Row]) -> list[Row]:
@@ -337,9 +338,9 @@ def _tell_apart(rows: Sequence[Row]) -> list[Row]:
 
 def differences(rows: Sequence[Row]) -> dict[str, list[Any]]:
     """Setting -> its value in every row, for those that are not the same in all; None where it does not exist."""
-    identities = [identity(row.config) for row in rows]
-    names = dict.fromkeys(name for one in identities for name in one)
-    values = {name: [one.get(name) for one in identities] for name in names}
+    keys = [row_key(row.config) for row in rows]
+    names = dict.fromkeys(name for key in keys for name in key)
+    values = {name: [key.get(name) for key in keys] for name in names}
     return {name: of_rows for name, of_rows in values.items() if any(value != of_rows[0] for value in of_rows)}
 
 
@@ -412,7 +413,7 @@ def command_of(record: Record) -> str:
     unusual = [
         one
         for one in known.values()
-        if one.group in (TRAINING, SPEED, INITIAL) and one.identity == "row" and one not in always
+        if one.group in (TRAINING, SPEED, INITIAL) and one.tells_apart == "row" and one not in always
         if config.get(one.argument) not in (None, usual.get(one.argument))
     ]
     flags = [flag for flag in method.flags if _has_effect(method, config, flag)]

@@ -27,11 +27,10 @@ from errors import UserError, run_script
 from helper.command_line import Parser, pairs
 from helper.distributed import find_device
 from helper.fast import Fast, keep_freed_memory
-from helper.guard import Guard
 from helper.loops import forward_backward, set_modes
 from helper.metrics import EpochMeter
-from helper.networks import FrozenTeacher
-from helper.optim import parameters_of
+from helper.optim import Guard, parameters_of
+from helper.teacher import FrozenTeacher
 from models import build_model
 from models.backbone import Output
 from scripts.benchmarks.parts import recipe_method, report, wait_for

@@ -9,7 +9,7 @@ from dataset.views import rotations, weak_strong
 from distiller_zoo import DISTILLERS, Progress, Task
 from helper.command_line import resolve
 from helper.loops import Training
-from helper.networks import FrozenTeacher
+from helper.teacher import FrozenTeacher
 from tests.conftest import pair_networks
 
 CPU = torch.device("cpu")

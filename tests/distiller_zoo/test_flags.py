@@ -8,7 +8,7 @@ import torch
 from dataset import Batch
 from distiller_zoo import DISTILLERS, Progress, Task
 from helper.loops import set_modes
-from helper.networks import FrozenTeacher
+from helper.teacher import FrozenTeacher
 from setting import Setting
 from tests.conftest import pair_networks
 from tests.distiller_zoo.helpers import train_step

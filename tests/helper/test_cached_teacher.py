@@ -11,8 +11,8 @@ import train_cifar_student
 from dataset import RowCache
 from dataset.cache import LOCK
 from distiller_zoo import DISTILLERS
-from helper.networks import FrozenTeacher, Teacher
 from helper.settings import AUGMENTATION, DATA, SETTINGS
+from helper.teacher import FrozenTeacher, Teacher
 from tests.conftest import keep_images, message_of
 from tests.run_folders import same_state, weights
 

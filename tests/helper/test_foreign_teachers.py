@@ -8,7 +8,8 @@ import torch
 import train_cifar_student
 from dataset import Augmentation, ImageData, Images
 from helper import networks
-from helper.networks import Network, as_it_was_trained
+from helper.networks import Network
+from helper.teacher import as_it_was_trained
 from models import build_model
 from scripts import export_student
 from tests.conftest import message_of

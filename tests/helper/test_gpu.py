@@ -11,7 +11,7 @@ from dataset import Augmentation, ImageData, Images, views
 from distiller_zoo import DISTILLERS, Progress
 from helper.command_line import resolve
 from helper.loops import Training, step
-from helper.networks import FrozenTeacher
+from helper.teacher import FrozenTeacher
 from tests.conftest import pair_networks
 from tests.distiller_zoo.test_every_pair import BATCH, CLASSES, build, with_statistics
 from tests.stages import Shown, StageRun, train_epoch

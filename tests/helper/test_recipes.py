@@ -5,9 +5,10 @@ import re
 from dataset import DATASETS
 from distiller_zoo import DISTILLERS
 from helper.command_line import resolve as resolve_run
+from helper.configuration import row_key
 from helper.recipes import CHOSEN_RECIPES, CIFAR_PAIRS, IMAGENET_PAIRS, RECIPES, ROWS, find_rows, resolve
 from helper.settings import SETTINGS as TABLE
-from helper.settings import all_settings, identity
+from helper.settings import all_settings
 from models import imagenet_model_dict, model_dict
 
 
@@ -66,7 +67,7 @@ def test_a_recipe_is_on_top_of_the_tables_and_below_flags():
     assert run(recipe="patient", gamma=0.5).gamma == 0.5
     tables = run(recipe="tables")
     assert {name for name in plain if plain[name] != tables[name]} == set()
-    assert identity(plain) == identity(tables) != identity(patient)
+    assert row_key(plain) == row_key(tables) != row_key(patient)
 
 
 def test_every_number_of_a_recipe_has_a_place_in_a_paper_or_is_our_choice():

@@ -8,9 +8,9 @@ import pytest
 import train_cifar_student
 import train_teacher
 from errors import Stopped, UserError
-from helper.networks import FrozenTeacher
+from helper.distributed import StopRequest
 from helper.run import Run
-from helper.signals import StopRequest
+from helper.teacher import FrozenTeacher
 from tests.conftest import keep_images, message_of
 from tests.run_folders import assert_same_end, metrics, same_state, weights
 

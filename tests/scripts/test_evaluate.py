@@ -11,8 +11,8 @@ from sklearn import metrics
 
 import train_teacher
 from helper import networks
-from helper.networks import Teacher
 from helper.tables.rows import read_record
+from helper.teacher import Teacher
 from models import build_model
 from models.preprocessing import read_preprocessing
 from scripts import evaluate, export_student
