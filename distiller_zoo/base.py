@@ -73,6 +73,7 @@ class Progress(NamedTuple):
 
     epoch: int
     epochs: int
+    factor: Tensor | None = None  # `Distiller.schedule` as a tensor, in steps that are compiled
 
 
 class Stage(NamedTuple):
@@ -208,6 +209,14 @@ class Distiller(nn.Module):
     def weighted_cross_entropy(self, weight: float, logits: Tensor, targets: Tensor) -> dict[str, Tensor]:
         """{"ce": weight * cross entropy}, or {} where the weight is 0."""
         return {"ce": weight * self.cross_entropy(logits, targets)} if weight else {}
+
+    def schedule(self, progress: Progress) -> float | Tensor:
+        """What changes with the epoch in `losses`: a factor, or a tensor of several."""
+        return 1.0
+
+    def factor(self, progress: Progress) -> float | Tensor:
+        """The schedule's value, as `losses` reads it: given as a tensor, nothing is compiled again in another epoch."""
+        return self.schedule(progress) if progress.factor is None else progress.factor
 
     def stages(self, epochs: int) -> list[Stage]:
         """The parts of the training in their order, the main one last; `epochs` are the main one's."""

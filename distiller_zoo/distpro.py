@@ -140,7 +140,10 @@ class DistPro(LogitDistiller):
 
     def losses(self, student, teacher, targets, index, progress):
         pathway_losses = self.pathways(student.maps, teacher.maps)
-        return self._terms(student, teacher, targets, self.weights.at(progress), pathway_losses)
+        return self._terms(student, teacher, targets, self.factor(progress), pathway_losses)
+
+    def schedule(self, progress):
+        return self.weights.at(progress)
 
     def _search_respond(self, images, teacher):
         output, _ = self.search(images)

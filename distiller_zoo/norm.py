@@ -221,8 +221,11 @@ class NORM(Distiller):
         terms = self.weighted_cross_entropy(self.gamma, student_logits, targets)
         if self.alpha:
             terms |= weighted_kd(self.alpha, student_logits, standardise_logits(teacher.logits, self.scale), self.kd_T)
-        terms["norm"] = self.beta * norm_weight(self.beta1, progress.epoch, progress.epochs) * student.norm_loss
+        terms["norm"] = self.beta * self.factor(progress) * student.norm_loss
         return terms
+
+    def schedule(self, progress):
+        return norm_weight(self.beta1, progress.epoch, progress.epochs)
 
     def reads_teacher_logits(self):
         return self.alpha > 0
@@ -295,6 +298,7 @@ class FTBaseline(NORM):
         FT_FORM,
     )
     flags_work_if = {}
+    beta1 = 1.0
 
     def reads_teacher_logits(self):
         return False

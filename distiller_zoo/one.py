@@ -96,8 +96,11 @@ class ONE(Distiller):
             terms["ce_ensemble"] = self.gamma * self.cross_entropy(ensemble, targets)
         if self.beta:
             divergences = [ensemble_divergence(logits, ensemble, self.kd_T) for logits in student.branch_logits]
-            terms["one"] = self.beta * ramp(progress.epoch, self.ramp_epochs) * sum(divergences)
+            terms["one"] = self.beta * self.factor(progress) * sum(divergences)
         return terms
+
+    def schedule(self, progress):
+        return ramp(progress.epoch, self.ramp_epochs)
 
     def predict(self, images):
         return self.student(images)

@@ -146,6 +146,8 @@ class ReviewKD(FeatureDistiller):
     def losses(self, student, teacher, targets, index, progress):
         terms = super().losses(student, teacher, targets, index, progress)
         if self.name in terms:
-            risen = min(1.0, progress.epoch / self.warmup_epochs) if self.warmup_epochs else 1.0
-            terms[self.name] = terms[self.name] * risen
+            terms[self.name] = terms[self.name] * self.factor(progress)
         return terms
+
+    def schedule(self, progress):
+        return min(1.0, progress.epoch / self.warmup_epochs) if self.warmup_epochs else 1.0

@@ -339,7 +339,7 @@ def share_order(configs: Sequence[Configuration], given: Given) -> list[Configur
 
 
 def _default(argument: str) -> Any:
-    return settings.all_settings()[argument].default
+    return next(setting.default for setting in settings.SETTINGS if setting.argument == argument)
 
 
 def teacher_of(values: Mapping[str, Any]) -> str | None:
@@ -479,8 +479,7 @@ def _check_cache(values: Mapping[str, Any]) -> None:
 
 
 def _is_of_data(argument: str) -> bool:
-    setting = settings.all_settings().get(argument)
-    return setting is not None and setting.group == settings.DATA
+    return any(setting.argument == argument and setting.group == settings.DATA for setting in settings.SETTINGS)
 
 
 def _scale_epochs(merged: dict, known: Mapping[str, Setting], chosen: set[str], recipe: Mapping) -> None:

@@ -47,7 +47,7 @@ class Training:
         self.guard, self.fast = guard or Guard(), Fast.of(config)
         stage = stage._replace(respond=self.fast.passing(method, stage.respond))
         self.stage, self.method, self.config, self.device = stage, method, config, device
-        self._compiled_stage = stage._replace(respond=self.fast.compiled(stage.respond))
+        self._compiled = self.fast.compiled(method.forward)
         set_modes(stage, method)
         self.optimizer = make_optimizer(method, config)
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "float16")  # pyright: ignore[reportPrivateImportUsage]
@@ -134,6 +134,9 @@ class Training:
         """Prepare an epoch of this stage; `state` is where an interrupted one stopped. What is random depends on the
         seed and on the number of finished epochs of the whole run."""
         self.progress, epoch = progress, epochs_over + 1
+        if self.fast.compile != "off":
+            factor = torch.as_tensor(self.method.schedule(progress), dtype=torch.float32, device=self.device)
+            self.progress = progress._replace(factor=factor)
         torch.manual_seed(epoch_seed(self.config.seed, epoch, stream="training"))
         first = state["steps"] if state else 0
         self.set_learning_rate(first)
@@ -168,7 +171,10 @@ class Training:
         """Give the optimizer the rate of a step of this epoch, counted from 0."""
         rate = self.learning_rate(self.progress.epoch + 1, step)
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(rate)
+            else:
+                group["lr"] = rate
 
     def begin_step(self, number: int) -> None:
         """Forget the gradients of the step before; take the learning rate of this one, counted from 1."""
@@ -186,11 +192,11 @@ class Training:
             self.guard.begin_step(self.method)
         # Gradients are added over the micro-batches and averaged over the processes; this makes them the batch's mean.
         share = len(part.targets) * count_processes() / (batch.whole or len(batch.targets) * count_processes())
-        stage = self._compiled_stage if self.is_whole(part) else self.stage
+        compute = self._compiled if self.is_whole(part) else self.method
         with self.replica.only_adding(not is_last), self.fast.naming_compiler():
             losses, logits = forward_backward(
-                self.replica,
-                stage,
+                functools.partial(self.replica, compute),
+                self.stage,
                 part,
                 teacher_output,
                 self.progress,

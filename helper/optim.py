@@ -21,12 +21,20 @@ LIMIT = 1e30
 GRADIENT = "the gradient"
 
 
+def _rate(groups: list[dict], config: Any) -> float | Tensor:
+    """The rate before the first step: a tensor in a run that is compiled, where nothing is then compiled or captured
+    again for another rate. Only fused optimizers read it without waiting for the device."""
+    if config.compile == "off" or not config.fused_optimizer:
+        return 0.0
+    return torch.zeros((), device=groups[0]["params"][0].device)
+
+
 def _sgd(groups: list[dict], config: Any) -> torch.optim.Optimizer:
     if config.nesterov and not config.momentum:
         raise UserError("--nesterov: needs --momentum above 0")
     return torch.optim.SGD(
         groups,
-        lr=0.0,
+        lr=_rate(groups, config),
         momentum=config.momentum,
         weight_decay=config.weight_decay,
         nesterov=config.nesterov,
@@ -35,7 +43,14 @@ def _sgd(groups: list[dict], config: Any) -> torch.optim.Optimizer:
 
 
 def _adamw(groups: list[dict], config: Any) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(groups, lr=0.0, weight_decay=config.weight_decay, fused=config.fused_optimizer or None)
+    rate = _rate(groups, config)
+    return torch.optim.AdamW(
+        groups,
+        lr=rate,
+        weight_decay=config.weight_decay,
+        fused=config.fused_optimizer or None,
+        capturable=isinstance(rate, Tensor) and rate.is_cuda,
+    )
 
 
 def _of_timm(name: str) -> Callable[[list[dict], Any], torch.optim.Optimizer]:

@@ -83,8 +83,8 @@ class Contender:
         self.teacher = FrozenTeacher(self.fast.prepare_teacher(teacher.to(self.device), data.image_size))
         self.teacher_pass = self.fast.compiled(self.teacher.forward, outlives=True)
         stage = self.method.main_stage(240)
-        respond = self.fast.passing(self.method, stage.respond)
-        self.stage = stage._replace(respond=self.fast.compiled(respond))
+        self.stage = stage._replace(respond=self.fast.passing(self.method, stage.respond))
+        self.compute = self.fast.compiled(self.method.forward)
         set_modes(self.stage, self.method)
         self.optimizer = torch.optim.SGD(
             self.method.parameters(), 1e-3, 0.9, weight_decay=5e-4, fused=self.fast.fused_optimizer or None
@@ -101,7 +101,7 @@ class Contender:
         batch = batch._replace(images=self.fast.lay_out(batch.images))
         autocast = self.fast.autocast(self.device)
         self.optimizer.zero_grad(set_to_none=True)
-        losses, logits = forward_backward(self.method, self.stage, batch, output, PROGRESS, autocast)
+        losses, logits = forward_backward(self.compute, self.stage, batch, output, PROGRESS, autocast)
         self.guard.judge(losses, parameters_of(self.optimizer), 1)
         self.optimizer.step()
         self.meter.update(losses, logits, batch.targets)
