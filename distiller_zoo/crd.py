@@ -4,15 +4,7 @@ from torch import Tensor
 
 from crd import CRDLoss, NegativeSampler
 from crd.negatives import MODES
-from distiller_zoo.base import (
-    BETA,
-    Distiller,
-    Flag,
-    above_zero,
-    count,
-    number,
-    positive,
-)
+from distiller_zoo.base import BETA, Distiller, Flag, above_zero, count, number, positive
 from distiller_zoo.kd import FeatureDistiller
 from distiller_zoo.norm import NORM
 from models.backbone import Output, probe_shapes

@@ -17,18 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from distiller_zoo.base import (
-    ALPHA,
-    BETA,
-    GAMMA,
-    KD_T,
-    Distiller,
-    Flag,
-    above_zero,
-    count,
-    number,
-    widen,
-)
+from distiller_zoo.base import ALPHA, BETA, GAMMA, KD_T, Distiller, Flag, above_zero, count, number, widen
 from distiller_zoo.feature_transform import FORMS, FeatureTransform, norm_loss
 from distiller_zoo.kd import CONSTANT_CLASSES, weighted_kd
 from distiller_zoo.maps import MAP_SIZE, describe_sizes, match_size, takes_maximum
