@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.export.passes import move_to_device_pass
 
-from dataset import ImageData, load_data
+from dataset import ImageData, describe_preparation, load_data
 from errors import UserError, first_line
 from helper.run_folder import save
 from helper.settings import count_cores
@@ -97,8 +97,9 @@ class Program(NamedTuple):
         return cls(record.get("input") == "pixels", record.get("output") == "probabilities")
 
     def recorded(self, record: Mapping) -> dict:
-        """The record of a program."""
-        return {**record, "input": self.input, "output": self.output}
+        """The record of a program: how images are prepared for it belongs to what it takes."""
+        prepared = {"images": describe_preparation(dict(record), not self.pixels)} if "images" in record else {}
+        return {**record, **prepared, "input": self.input, "output": self.output}
 
     @property
     def input(self) -> str:

@@ -220,30 +220,50 @@ def _accuracy(record: dict, source: Path) -> str:
     return f"{record['accuracy']:.2f} % top-1 on the test images, float32, one centre crop{epoch}{tried}"
 
 
-def model_card(record: dict, source: Path, files: Iterable[Path], lines: Iterable[str]) -> str:
+def _call(file: Path, record: dict, program: Program) -> str:
+    """A file of the card: its size, and how it is used."""
+    use = "weights and record, for `models` of the toolbox that wrote it"
+    if file.suffix.lstrip(".") in PROGRAMS:
+        kind = "uint8, 0 to 255, which it normalises itself" if program.pixels else "float32, normalised"
+        size, classes = record["image_size"], record["num_classes"]
+        use = f"takes `{program.input}`: {kind}, (B, 3, {size}, {size}); gives `{program.output}`, (B, {classes})"
+    return f"- `{file.name}`, {file.stat().st_size / 2**20:.2f} MiB: {use}"
+
+
+def _counted(record: dict) -> str:
+    known = record.get("identity") or {}
+    counts = {"classes": record["num_classes"], "training images": record.get("train_images")}
+    counts["test images"] = known.get("test_images")
+    return ", ".join(f"{number:,} {name}" for name, number in counts.items() if number)
+
+
+def _taught(record: dict) -> str:
+    teacher = record.get("teacher")
+    if not teacher:
+        return "no teacher" if record.get("distill") else "unknown"
+    accuracy = "" if teacher.get("accuracy") is None else f", {teacher['accuracy']:.2f} % on the same test images"
+    return f"{teacher['name']}, digest {teacher['digest']}{accuracy}"
+
+
+def model_card(record: dict, source: Path, files: Iterable[Path], program: Program, lines: Iterable[str]) -> str:
     """What somebody who receives the files must know, as Markdown."""
-    teacher, classes = record.get("teacher"), record.get("classes") or ()
-    taught = "no teacher"
-    if teacher:
-        accuracy = "" if teacher.get("accuracy") is None else f", {teacher['accuracy']:.2f} % on the same test images"
-        taught = f"{teacher['name']}, digest {teacher['digest']}{accuracy}"
-    counted = f"{len(classes)} classes" + (f", {record['train_images']:,} training images" if classes else "")
+    classes = record.get("classes") or ()
     rows = {
         "network": f"{record['model_name']}, digest {record.get('digest', 'unknown')}",
-        "data": f"{record.get('dataset') or 'unknown'}: {counted}",
+        "data": f"{record.get('dataset') or 'unknown'}: {_counted(record)}",
         "classes": f"{', '.join(classes[:20])}{', ...' if len(classes) > 20 else ''}" or "unknown",
         "method": f"--distill {record['distill']}" if record.get("distill") else "unknown",
-        "teacher": taught,
+        "teacher": _taught(record),
         "accuracy": _accuracy(record, source),
         "input": f"RGB, {record['image_size']}x{record['image_size']}",
-        "preparation": describe_preparation(record),
+        "preparation": record["images"],
         "mean, std": f"{record.get('mean', 'unknown')}, {record.get('std', 'unknown')}",
         "licence": "TO FILL IN",
         "limits": "TO FILL IN: what it must not be used for, and which images it was not tested on",
     }
     shown = "\n".join(f"| {name} | {in_markdown(str(value))} |" for name, value in rows.items())
-    sizes = "\n".join(f"- `{file.name}`, {file.stat().st_size / 2**20:.2f} MiB" for file in files)
-    return f"# {CARD}: {record['model_name']}\n\n|  |  |\n| -- | -- |\n{shown}\n\n## Files\n\n{sizes}\n\n" + "".join(
+    uses = "\n".join(_call(file, record, program) for file in files)
+    return f"# {CARD}: {record['model_name']}\n\n|  |  |\n| -- | -- |\n{shown}\n\n## Files\n\n{uses}\n\n" + "".join(
         f"{line}\n\n" for line in lines
     )
 
@@ -296,8 +316,9 @@ def main(argv=None) -> Path:
         target, line = quantise(files["onnx"], data)
         print(f"exported {record['model_name']}: {target}\n{line}")
         written, lines = [*written, target], [line]
-    write_text(out.with_suffix(".json"), json.dumps(record, indent=2) + "\n")
-    write_text(out.with_suffix(".md"), model_card(record, source, written, lines))
+    said = program.recorded(record) if set(files) <= set(PROGRAMS) else record
+    write_text(out.with_suffix(".json"), json.dumps(said, indent=2) + "\n")
+    write_text(out.with_suffix(".md"), model_card(said, source, written, program, lines))
     print(f"model card: {out.with_suffix('.md')}; its licence is to be filled in")
     describe(predictor, network, images.shape[-1])
     for note in filter(None, (trained.method.export_note(), merged)):

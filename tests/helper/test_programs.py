@@ -8,7 +8,7 @@ import onnxruntime
 import pytest
 import torch
 
-from dataset import Loader
+from dataset import Loader, describe_preparation
 from dataset.sources import load_data
 from helper import export
 from helper.export import PROGRAMS, Program, read_deployed, to_pixels
@@ -107,6 +107,27 @@ def test_eight_bits_and_a_model_card(distil, capsys):
     ):
         assert text in card
     assert all(f"`{name}`" in card for name in ("best_exported.pth", float_file.name, int8_file.name))
+
+
+def test_a_card_says_how_each_file_is_called_and_nothing_that_is_not_known(tmp_path):
+    files = [tmp_path / name for name in ("x.pth", "x.onnx")]
+    for file in files:
+        file.write_bytes(b"")
+    prepared = {"images": describe_preparation(RECORD), "distill": "ce", "identity": {"test_images": 364}}
+
+    def card(record: dict, files, program: Program) -> str:
+        return export_student.model_card(record, tmp_path / "last.pth", files, program, [])
+
+    inside = card(WHOLE.recorded(RECORD | prepared), files[1:], WHOLE)
+    assert "takes `pixels`: uint8, 0 to 255, which it normalises itself, (B, 3, 32, 32)" in inside
+    assert "gives `probabilities`, (B, 10)" in inside and "/ 255" not in inside, "it would be normalised twice"
+    outside = card(RECORD | prepared, files, Program())
+    assert "takes `images`: float32, normalised" in outside and "(pixel / 255 - mean) / std" in outside
+    assert "`x.pth`, 0.00 MiB: weights" in outside and "10 classes, 1,433 training images, 364 test images" in outside
+    assert "| teacher | no teacher |" in outside
+    official = {"model_name": "resnet8", "num_classes": 100, "image_size": 32, "images": ""}
+    bare = card(official, files, Program())
+    assert "| data | unknown: 100 classes |" in bare and "| teacher | unknown |" in bare
 
 
 def test_a_card_replaces_no_other_document(distil):
