@@ -156,12 +156,15 @@ def _has_classes(folder: str) -> bool:
     return train.is_dir() and any(path.is_dir() for path in train.iterdir())
 
 
-def _sharded(shards: list, image_size: int, cut: int, reading: Reading) -> tuple[list[StreamedImages], list[str]]:
+def _sharded(
+    shards: list[list[Path]], image_size: int, cut: int, reading: Reading
+) -> tuple[list[StreamedImages], list[str]]:
     """Both splits, and their classes, which are numbers."""
     splits = []
     for paths in shards:
         source, targets = read_shards(paths, reading.num_workers)
         splits.append(StreamedImages(source, targets, image_size, cut, reading))
+    _warn_of_dark(splits[0], str(shards[0][0].parent))
     count = 1 + max(int(split.targets.max()) for split in splits)
     return splits, [str(number) for number in range(count)]
 
@@ -174,12 +177,14 @@ def _from_folder(
     if not reading.labelled:
         images = list_images(folder)
         train = StreamedImages(Files(images.root, images.names), torch.tensor(images.targets), *how)
+        _warn_of_dark(train, folder)
         return train, train.select(torch.zeros(len(images.names), dtype=torch.bool)), [], 0
     listed = list_folder(folder, may_split=bool(reading.split or reading.holdout))
     train, test = (
         listing and StreamedImages(Files(listing.root, listing.names), torch.tensor(listing.targets), *how)
         for listing in (listed.train, listed.test)
     )
+    _warn_of_dark(train, folder)
     if test is not None:
         if reading.split:
             raise UserError(f"--split: {printable(folder)} has test images already; leave --split out")
@@ -191,6 +196,12 @@ def _from_folder(
         raise UserError(f"--{'split' if reading.split else 'holdout'}: {error}; choose a larger share") from None
     print(f"{printable(folder)} has no test images: {k} training images, each class in proportion, become it")
     return train, test, listed.classes, k
+
+
+def _warn_of_dark(images: StreamedImages, folder: str) -> None:
+    line = images.describe_dark(folder)
+    if line:
+        print(line)
 
 
 def _is_streamed(folder: str, image_size: int, images: int, reading: Reading) -> bool:

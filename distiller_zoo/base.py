@@ -20,7 +20,7 @@ ALPHA = Flag(
     ("-a", "--alpha"), number, 0.0, "weight of the KL divergence of the logits (the NORM paper's beta)", is_weight=True
 )
 BETA = Flag(("-b", "--beta"), number, 1.0, "weight of the method's own loss (the NORM paper's alpha)", is_weight=True)
-KD_T = Flag(("--kd_T",), positive, 4.0, "temperature of the KL divergence")
+KD_T = Flag(("--kd_T",), positive, 4.0, "temperature of the KL divergence", called=("t", "temperature", "temp", "tau"))
 INIT_EPOCHS = Flag(
     ("--init_epochs",), count, 30, "epochs of the stage before the main one, in a run of 240", full_run=240
 )

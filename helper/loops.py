@@ -21,7 +21,7 @@ from helper.configuration import Configuration
 from helper.distributed import Replica, count_processes, images_per_pass, rank, total_of
 from helper.fast import Fast
 from helper.log import progress_bar
-from helper.metrics import METRICS, EpochMeter
+from helper.metrics import EpochMeter, measure_all
 from helper.optim import SCHEDULES, Guard, make_optimizer, parameters_of, step_learning_rate, warm_up
 from helper.teacher import Teacher
 from models.backbone import Backbone, Output
@@ -71,7 +71,7 @@ class Training:
         kept, held_out = _split(len(data.train.targets), stage.holdout, config.data_seed)
         augmentation = augmentation_of(config, data)
         self.loader = self._loader(data, kept, config.data_seed, augmentation)
-        unmixed = augmentation._replace(mixup=0.0, cutmix=0.0)
+        unmixed = augmentation.unmixed
         self._held_out = self._loader(data, held_out, config.data_seed + 1, unmixed) if stage.holdout else None
         self._held_out_batches: Iterator[Batch] | None = None
         self._labelled = data.labelled
@@ -81,7 +81,7 @@ class Training:
     def judging_loader(self, images: Images | StreamedImages, data: ImageData, subset: Tensor) -> Loader:
         """The same batches of some images in every epoch, for `matching_loss`."""
         config, method = self.config, self.method
-        augmentation = None if method.views == "plain" else self.loader.augmentation
+        augmentation = None if method.views == "plain" else augmentation_of(config, data).unmixed
         sizes = {"min_batch": method.min_batch, "subset": subset}
         loader = Loader(images, data, config.batch_size, self.device, augmentation, views=method.views, **sizes)
         if not len(loader):
@@ -345,8 +345,8 @@ def compute_step(runs: Sequence, batch: Batch, teacher: Teacher | None, number: 
 
 @torch.no_grad()
 def evaluate(predict: Callable[[Tensor], Tensor], loader: Loader, title: str = "testing") -> dict[str, float]:
-    """Every one of `METRICS` of `predict(images) -> logits` over a whole split, as test_<name>; the number of
-    unreadable images, which are left out, as test_unreadable where there are any.
+    """What `METRICS` say of `predict(images) -> logits` over a whole split, as test_<name>; the number of unreadable
+    images, which are left out, as test_unreadable where there are any.
 
     Of several processes each goes through its own part of the split, in `loader`. Raises `UserError` where no image of
     the split can be read.
@@ -359,7 +359,8 @@ def evaluate(predict: Callable[[Tensor], Tensor], loader: Loader, title: str = "
     if not found:
         raise UserError(f"--data: {title}: no readable image; repair or remove the files")
     all_logits, all_targets = (torch.cat([values for part in found for values in part[side]]) for side in (0, 1))
-    measured = {f"test_{name}": measure(all_logits, all_targets) for name, measure in METRICS.items()}
+    values = measure_all(all_logits, all_targets)
+    measured = {f"test_{name}": value for name, value in values.items() if value is not None}
     (images,) = total_of([len(loader.subset)])
     unreadable = int(images) - len(all_targets)
     return measured | ({"test_unreadable": unreadable} if unreadable else {})

@@ -378,11 +378,11 @@ def _recipe(name: str, values: Mapping[str, object], source: str, dataset: Seque
     return Row(values, source, dataset=dataset, chosen=("recipe", name))
 
 
-#: Entered from the papers' text, without the authors' code. What their text does not say is a row of its own, and its
+#: Entered from memory of the papers, without their authors' code. What they do not say is a row of its own, and its
 #: source begins with "our choice".
-_BEYER = "Beyer et al. (CVPR 2022), section"
+_BEYER = "Beyer et al. (CVPR 2022)"
 _WIGHTMAN = (
-    "Wightman et al. (2021), table 2, column A3; the cross entropy is not its binary one, RandAugment has "
+    "Wightman et al. (2021), procedure A3; the cross entropy is not its binary one, RandAugment has "
     "torchvision's magnitude, images are of the data's size"
 )
 _ADAMW = {"optimizer": "adamw", "lr_decay": "cos", "clip_grad": 1.0}
@@ -391,20 +391,20 @@ CHOSEN_RECIPES = (
     _recipe(
         "patient",
         {**_ADAMW, "batch_size": 512},
-        f"{_BEYER} 2: Adam with decoupled decay, cosine, clipping at norm 1, batches of 512",
+        f"{_BEYER}: Adam with decoupled decay, cosine, clipping at norm 1, batches of 512",
     ),
-    _recipe("patient", {"mixup": 1.0}, f"{_BEYER} 3: function matching, shares of the mixed images uniform"),
+    _recipe("patient", {"mixup": 1.0}, f"{_BEYER}: function matching, shares of the mixed images uniform"),
     _recipe(
         "patient",
         {"learning_rate": 1e-3, "weight_decay": 1e-4, "epochs": 1200},
         "our choice: Beyer et al. search rate and decay, and train for 100 to 10,000 epochs",
     ),
-    _recipe("patient", {"batch_size": 4096}, f"{_BEYER} 2: the batch of ImageNet", ("imagenet",)),
+    _recipe("patient", {"batch_size": 4096}, f"{_BEYER}: the batch of ImageNet", ("imagenet",)),
     _recipe("patient", {"epochs": 300}, "our choice: patient, and yet three times the tables' run", ("imagenet",)),
     _recipe(
         "patient", {"batch_size": 64, "epochs": 160}, "our choice: 1,433 images; ten times the tables' run", ("digits",)
     ),
-    Row({"gamma": 0.0, "alpha": 1.0}, f"{_BEYER} 2: the KL divergence alone", ("kd",), chosen=("recipe", "patient")),
+    Row({"gamma": 0.0, "alpha": 1.0}, f"{_BEYER}: the KL divergence alone", ("kd",), chosen=("recipe", "patient")),
     _recipe(
         "a3",
         {

@@ -369,7 +369,7 @@ class Run:
         self.folder.log(describe_data(self.data, self.inputs.device))
         augmentation = self.training.loader.augmentation
         assert augmentation is not None, "the loader of training images has an augmentation"
-        if changes := augmentation.describe():
+        if changes := augmentation.describe(self.data.labelled):
             self.folder.log(changes)
         self.folder.log(describe_method(self.method, self.stages, self.config.model_s, self.data.image_size))
         if division := describe_batch(self.config):

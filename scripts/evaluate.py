@@ -51,21 +51,13 @@ THUMBNAIL, SMALL = 128, 64
 CONFUSIONS = 12
 #: Up to this many classes the confusion matrix is shown.
 MATRIX_CLASSES = 40
-#: The metrics of a network: title, unit.
-TITLES = {
-    "accuracy": ("accuracy", " %"),
-    "accuracy_top5": ("top-5 accuracy", " %"),
-    "balanced_accuracy": ("balanced accuracy", " %"),
-    "macro_f1": ("macro F1", " %"),
-    "loss": ("loss", ""),
-    "ece": ("calibration error", " %"),
-}
-#: The metrics of a network and its teacher.
+#: What is shown of a network in addition to its metrics, and of a network and its teacher: title, unit, decimals.
+CALIBRATION = {"ece": ("calibration error", " %", 2)}
 TEACHER_TITLES = {
-    "agreement": ("agreement", " %"),
-    "kl": ("KL divergence", " nats"),
-    "cka_unfolded": ("CKA before folding", ""),
-    "cka": ("CKA", ""),
+    "agreement": ("agreement", " %", 2),
+    "kl": ("KL divergence", " nats", 4),
+    "cka_unfolded": ("CKA before folding", "", 4),
+    "cka": ("CKA", "", 4),
 }
 
 
@@ -259,7 +251,7 @@ def measure(seen: Seen, tested: Tested, teacher: Teacher | None, data: ImageData
         compared = fidelity(logits, tested.teacher_logits, tested.targets)
         about["intervals"] |= compared.pop("intervals")
         about |= compared
-        about["teacher"]["accuracy"] = METRICS["accuracy"](tested.teacher_logits, tested.targets)
+        about["teacher"]["accuracy"] = METRICS["accuracy"].measure(tested.teacher_logits, tested.targets)
         apart = divergences(logits, tested.teacher_logits)
         others = tested.teacher_logits.argmax(1) != logits.argmax(1)
         about["disagreements"] = _shown(apart, others, logits, tested, data)
@@ -282,16 +274,23 @@ def _shown(values: Tensor, which: Tensor, logits: Tensor, tested: Tested, data: 
 # Text.
 
 
-def numbers(about: Mapping[str, Any], name: str) -> tuple[str, str]:
-    """A metric and its interval, empty where it has none."""
-    digits = 4 if name in ("loss", "kl", "cka", "cka_unfolded") else 2
+def titles() -> dict[str, tuple[str, str, int]]:
+    """What is shown of a network: title, unit, decimals."""
+    return {name: (metric.title, metric.unit, metric.decimals) for name, metric in METRICS.items()} | CALIBRATION
+
+
+def numbers(about: Mapping[str, Any], name: str, unit: str, digits: int) -> tuple[str, str]:
+    """A metric with its unit and its interval, empty where it has none; of one that says nothing of so few classes why
+    it does not."""
+    if about[name] is None:
+        return "-", f"always 100 % with {len(about['classes'])} classes"
     interval = about["intervals"].get(name, ())
-    return f"{about[name]:.{digits}f}", " to ".join(f"{end:.{digits}f}" for end in interval)
+    return f"{about[name]:.{digits}f}{unit}", " to ".join(f"{end:.{digits}f}" for end in interval)
 
 
-def _line(about: Mapping[str, Any], name: str, title: str, unit: str) -> str:
-    value, interval = numbers(about, name)
-    return f"  {title:<19} {value}{unit}" + (f" ({interval})" if interval else "")
+def _line(about: Mapping[str, Any], name: str, title: str, unit: str, digits: int) -> str:
+    value, interval = numbers(about, name, unit, digits)
+    return f"  {title:<19} {value}" + (f" ({interval})" if interval else "")
 
 
 def by_accuracy(about: Mapping[str, Any]) -> list[tuple[str, dict[str, Any]]]:
@@ -305,7 +304,7 @@ def as_text(about: Mapping[str, Any]) -> str:
     lost = f"; {about['test_unreadable']} unreadable, left out" if about["test_unreadable"] else ""
     lines = [f"{about['network']}: {about['model']} on {about['test_images']} test images of {about['dataset']}{lost}"]
     lines += [f"  images              {about['test_transform']}"] if "test_transform" in about else []
-    lines += [_line(about, name, *title) for name, title in TITLES.items()]
+    lines += [_line(about, name, *title) for name, title in titles().items()]
     lowest = [f"{name} {one['accuracy']:.1f} %" for name, one in by_accuracy(about)]
     lines.append(f"  per class           {', '.join(lowest[:10])}{', ... (lowest 10)' if len(lowest) > 10 else ''}")
     confused = confusions(about)[:5]
@@ -364,22 +363,24 @@ def _data_uri(pixels) -> str:
     return f"data:image/{kind};base64,{base64.b64encode(content.getvalue()).decode()}"
 
 
-def _cells(about: Mapping[str, Any], name: str, title: str, unit: str) -> dict[str, Any]:
+def _cells(about: Mapping[str, Any], name: str, title: str, unit: str, digits: int) -> dict[str, Any]:
     """A line of the page's table of numbers."""
-    value, interval = numbers(about, name)
+    value, interval = numbers(about, name, unit, digits)
     ends = about["intervals"].get(name) if unit == " %" else None
-    return {"title": title, "value": value + unit, "interval": interval, "ends": ends}
+    return {"title": title, "value": value, "interval": interval, "ends": ends, "number": about[name]}
 
 
 def as_html(found: Sequence[Judgement]) -> str:
     """One self-contained page: numbers, reliability, confusions, the worst errors as pictures."""
-    titles = TITLES | TEACHER_TITLES
+    known = titles() | TEACHER_TITLES
     networks = [
         {
             "about": about,
             "notes": one.judged.notes,
             "pictures": one.pictures,
-            "lines": [_cells(about, name, *title) for name, title in titles.items() if name in about],
+            "lines": lines,
+            "cells": {line["title"]: line["value"] for line in lines},
+            "images": {name: counts["images"] for name, counts in by_accuracy(about)},
             "fullest": max(bin["images"] for bin in about["reliability"]),
             "confusions": confusions(about)[:CONFUSIONS],
             "classes": by_accuracy(about)[:MATRIX_CLASSES],
@@ -388,8 +389,11 @@ def as_html(found: Sequence[Judgement]) -> str:
         }
         for one in found
         for about in [one.about]
+        for lines in [[_cells(about, name, *title) for name, title in known.items() if name in about]]
     ]
-    return render("evaluation.html.j2", networks=networks, resamples=RESAMPLES)
+    shown = [title for title, *_ in known.values() if any(title in page["cells"] for page in networks)]
+    compared = shown if len(networks) > 1 else ()
+    return render("evaluation.html.j2", networks=networks, compared=compared, resamples=RESAMPLES)
 
 
 def make_parser() -> Parser:
