@@ -161,9 +161,8 @@ class Training:
             else:
                 group["lr"] = rate
 
-    def begin_step(self, number: int) -> None:
-        """Forget the gradients of the step before; take the learning rate of this one, counted from 1."""
-        self.set_learning_rate(number - 1)
+    def begin_step(self) -> None:
+        """Forget the gradients of the step before."""
         self.optimizer.zero_grad(set_to_none=True)
         self._outcomes = []
 
@@ -319,11 +318,18 @@ def _end_epoch(runs: Sequence, finishing: Callable[[], AbstractContextManager]) 
 
 
 def step(runs: Sequence, batch: Batch, teacher: Teacher | None, number: int) -> None:
-    """One step of every run on one batch: the teacher once for each micro-batch, then the students."""
-    if not runs:
-        return
+    """One step of every run on one batch, counted from 1."""
     for run in runs:
-        run.training.begin_step(number)
+        run.training.set_learning_rate(number - 1)
+    if runs:
+        compute_step(runs, batch, teacher, number)
+
+
+def compute_step(runs: Sequence, batch: Batch, teacher: Teacher | None, number: int) -> None:
+    """What a device does in a step: the teacher once for each micro-batch, then the students with their losses, their
+    optimizers and meters. Rates, schedules and all numbers that it computes are there before it, or stay there."""
+    for run in runs:
+        run.training.begin_step()
     parts = runs[0].training.parts(batch)
     for part_number, part in enumerate(parts, 1):
         outputs: dict[bool, Output] = {}  # with maps before their last ReLU, or behind it

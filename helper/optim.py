@@ -24,7 +24,7 @@ GRADIENT = "the gradient"
 def _rate(groups: list[dict], config: Any) -> float | Tensor:
     """The rate before the first step: a tensor in a run that is compiled, where nothing is then compiled or captured
     again for another rate. Only fused optimizers read it without waiting for the device."""
-    if config.compile == "off" or not config.fused_optimizer:
+    if not config.fused_optimizer or config.compile == "off":
         return 0.0
     return torch.zeros((), device=groups[0]["params"][0].device)
 
@@ -234,7 +234,10 @@ class Guard:
         if self.most_skipped and largest_of_all(not _is_good(seen)):  # all processes skip a step, or none
             self._skip(seen)
             return False
-        self._seen = seen if self._seen is None else torch.where(_is_good(self._seen), seen, self._seen)
+        if self._seen is None:
+            self._seen = seen
+        else:  # in its place, so that a captured step keeps it too
+            torch.where(_is_good(self._seen), seen, self._seen, out=self._seen)
         return True
 
     def _skip(self, seen: Tensor) -> None:

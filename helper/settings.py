@@ -623,8 +623,8 @@ SETTINGS: tuple[Setting, ...] = (
             ("--compile",),
             str,
             "off",
-            "torch.compile of both networks' forward passes, in this mode; --fast auto leaves it off. The first step "
-            "takes minutes; not tried on a GPU, where reduce-overhead replays CUDA graphs",
+            "torch.compile of both networks' passes and the losses, in this mode; --fast auto leaves it off. The first "
+            "step takes minutes; not tried on a GPU, where reduce-overhead replays CUDA graphs",
             choices=COMPILE,
             called=("torchcompile",),
             **OF_PROCESS,
