@@ -248,7 +248,7 @@ def _taught(record: dict) -> str:
 def model_card(
     record: dict, source: Path, files: Iterable[Path], program: Program, notes: Sequence[str], lines: Iterable[str]
 ) -> str:
-    """What somebody who receives the files must know, as Markdown; `notes` say what is not the plain student in them."""
+    """What somebody who receives the files must know, as Markdown; `notes` say what is kept or changed in them."""
     classes = record.get("classes") or ()
     rows = {
         "network": "; ".join([f"{record['model_name']}, digest {record.get('digest', 'unknown')}", *notes]),
