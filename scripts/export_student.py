@@ -9,7 +9,7 @@ compared with the trained network on real images before it takes its name. A mod
 import argparse
 import json
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -245,11 +245,13 @@ def _taught(record: dict) -> str:
     return f"{teacher['name']}, digest {teacher['digest']}{accuracy}"
 
 
-def model_card(record: dict, source: Path, files: Iterable[Path], program: Program, lines: Iterable[str]) -> str:
-    """What somebody who receives the files must know, as Markdown."""
+def model_card(
+    record: dict, source: Path, files: Iterable[Path], program: Program, notes: Sequence[str], lines: Iterable[str]
+) -> str:
+    """What somebody who receives the files must know, as Markdown; `notes` say what is kept or changed in them."""
     classes = record.get("classes") or ()
     rows = {
-        "network": f"{record['model_name']}, digest {record.get('digest', 'unknown')}",
+        "network": "; ".join([f"{record['model_name']}, digest {record.get('digest', 'unknown')}", *notes]),
         "data": f"{record.get('dataset') or 'unknown'}: {_counted(record)}",
         "classes": f"{', '.join(classes[:20])}{', ...' if len(classes) > 20 else ''}" or "unknown",
         "method": f"--distill {record['distill']}" if record.get("distill") else "unknown",
@@ -311,6 +313,7 @@ def main(argv=None) -> Path:
             compare(predictor, read(temporary, "--out"), images, data.name)
             versions = "; opset {}, IR {}".format(*onnx_versions(temporary)) if kind == "onnx" else ""
         print(f"exported {record['model_name']}: {file}{versions}")
+    notes = [note for note in (trained.method.export_note(), merged) if note]
     written, lines = list(files.values()), []
     if args.int8:
         target, line = quantise(files["onnx"], data)
@@ -318,10 +321,10 @@ def main(argv=None) -> Path:
         written, lines = [*written, target], [line]
     said = program.recorded(record) if set(files) <= set(PROGRAMS) else record
     write_text(out.with_suffix(".json"), json.dumps(said, indent=2) + "\n")
-    write_text(out.with_suffix(".md"), model_card(said, source, written, program, lines))
+    write_text(out.with_suffix(".md"), model_card(said, source, written, program, notes, lines))
     print(f"model card: {out.with_suffix('.md')}; its licence is to be filled in")
     describe(predictor, network, images.shape[-1])
-    for note in filter(None, (trained.method.export_note(), merged)):
+    for note in notes:
         print(f"note: {note}")
     return next(iter(files.values()))
 

@@ -116,7 +116,7 @@ def test_a_card_says_how_each_file_is_called_and_nothing_that_is_not_known(tmp_p
     prepared = {"images": describe_preparation(RECORD), "distill": "ce", "identity": {"test_images": 364}}
 
     def card(record: dict, files, program: Program) -> str:
-        return export_student.model_card(record, tmp_path / "last.pth", files, program, [])
+        return export_student.model_card(record, tmp_path / "last.pth", files, program, ["a layer is kept"], [])
 
     inside = card(WHOLE.recorded(RECORD | prepared), files[1:], WHOLE)
     assert "takes `pixels`: uint8, 0 to 255, which it normalises itself, (B, 3, 32, 32)" in inside
@@ -124,7 +124,7 @@ def test_a_card_says_how_each_file_is_called_and_nothing_that_is_not_known(tmp_p
     outside = card(RECORD | prepared, files, Program())
     assert "takes `images`: float32, normalised" in outside and "(pixel / 255 - mean) / std" in outside
     assert "`x.pth`, 0.00 MiB: weights" in outside and "10 classes, 1,433 training images, 364 test images" in outside
-    assert "| teacher | no teacher |" in outside
+    assert "| teacher | no teacher |" in outside and "; a layer is kept |" in outside
     official = {"model_name": "resnet8", "num_classes": 100, "image_size": 32, "images": ""}
     bare = card(official, files, Program())
     assert "| data | unknown: 100 classes |" in bare and "| teacher | unknown |" in bare
