@@ -19,6 +19,11 @@ class UserError(Exception):
         super().__init__(" ".join(message.split()))
 
 
+def first_line(error: BaseException) -> str:
+    """What an exception of a library says, on one line of at most 200 characters; its kind where it says nothing."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)[:200]
+
+
 class UnfitPair(UserError, ValueError):
     """Two networks whose maps a method cannot compare; a `ValueError` too, for scripts that use a loss by itself."""
 
@@ -78,8 +83,8 @@ def run_script(main):
     except (MemoryError, RuntimeError) as error:
         if not _is_out_of_memory(error):
             raise
-        reason = str(error).strip().split("\n")[0][:200]
-        print(f"error: out of memory: a smaller --batch_size or --image_size needs less ({reason})", file=sys.stderr)
+        needs = "a smaller --batch_size or --image_size needs less"
+        print(f"error: out of memory: {needs} ({first_line(error)})", file=sys.stderr)
         sys.exit(2)
     except BrokenPipeError:  # what reads the output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -1,13 +1,19 @@
 """A setting of a run or of a method: everything that the toolbox knows of it is said once, in its row."""
 
+import os
+import re
 from argparse import ArgumentTypeError
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 #: The largest number that a flag may have: float32, in which it is used, ends at 3.4e38.
 LARGEST = 1e30
-#: As a default: a recipe, or what the run reads, fills it in.
-RECIPE = object()
+#: As a default: a recipe fills it in when the run is resolved, or what the run reads.
+FILLED_IN = object()
+
+
+# What a value may be: the types of flags, and of what a run stores.
 
 
 def number(text: str) -> float:
@@ -39,6 +45,110 @@ def whole(text: str) -> int:
     return int(text)
 
 
+def below_one(text: str) -> float:
+    """A number from 0 to below 1, read from a flag."""
+    if not 0 <= float(text) < 1:
+        raise ArgumentTypeError(f"must be 0 or more and below 1, not {text}")
+    return float(text)
+
+
+def probability(text: str) -> float:
+    """A number from 0 to 1, read from a flag."""
+    if not 0 <= float(text) <= 1:
+        raise ArgumentTypeError(f"must be a probability from 0 to 1, not {text}")
+    return float(text)
+
+
+def beta_parameter(text: str) -> float:
+    """Both parameters of a Beta distribution, or 0 for none, read from a flag."""
+    value = float(text)
+    if value and not 0.01 <= value <= 100:  # samples of smaller ones round to one half
+        raise ArgumentTypeError(f"must be 0 or from 0.01 to 100, not {text}")
+    return value
+
+
+def epochs(text: str) -> tuple[int, ...]:
+    """Numbers of epochs with commas between them, read from a flag."""
+    try:
+        return tuple(count(part) for part in text.split(","))
+    except ValueError:
+        raise ArgumentTypeError(f"must be epochs like 150,180,210, not {text}") from None
+
+
+def image_size(text: str) -> int:
+    """A side of images in pixels, read from a flag."""
+    if not 8 <= int(text) <= 10_000:
+        raise ArgumentTypeError(f"must be 8 to 10,000 pixels, not {text}")
+    return int(text)
+
+
+def image_sizes(text: str) -> int | tuple[int, ...]:
+    """One side of images in pixels, or several with commas that differ."""
+    sizes = tuple(image_size(part) for part in text.split(","))
+    return sizes if len(set(sizes)) > 1 else sizes[0]
+
+
+def colour(text: str) -> tuple[int, ...]:
+    """red,green,blue from 0 to 255, read from a flag."""
+    parts = tuple(whole(part) for part in text.split(","))
+    if len(parts) != 3 or max(parts) > 255:
+        raise ArgumentTypeError(f"must be red,green,blue from 0 to 255, not {text}")
+    return parts
+
+
+def trial_name(text: str) -> str:
+    """A name that can be a part of a folder's, read from a flag."""
+    if not re.fullmatch(r"[A-Za-z0-9_.-]+", text):
+        raise ArgumentTypeError(f"must be a name of letters, digits, - _ and ., not '{text}'")
+    return text
+
+
+def path(text: str) -> str:
+    """A path, in which ~ is the home folder, read from a flag."""
+    return os.path.expanduser(text)
+
+
+def file_to_write(text: str) -> Path:
+    """The file for a result, read from a flag: what hinders writing is said before the work, not after it."""
+    file = Path(path(text))
+    if file.is_dir():
+        raise ArgumentTypeError(f"{text} is a folder; name a file in it")
+    if not file.parent.is_dir():
+        raise ArgumentTypeError(f"there is no folder {file.parent}; make it, or name another place")
+    return file
+
+
+def digest(value: Any) -> str:
+    """A stored digest; raises `ValueError`."""
+    if not isinstance(value, str) or len(value) > 64:
+        raise ValueError("it must be a digest")
+    return value
+
+
+def number_of_images(value: Any) -> int:
+    """A stored number of images; raises `ValueError`."""
+    if type(value) is not int or not 1 <= value < 2**31:
+        raise ValueError("it must be a number of images")
+    return value
+
+
+def statistics(value: Any) -> tuple[float, ...]:
+    """A stored number for each of three channels; raises `ValueError`."""
+    if not isinstance(value, list | tuple) or len(value) != 3 or not all(type(part) is float for part in value):
+        raise ValueError("it must be three numbers")
+    return tuple(value)
+
+
+def wrapper(value: Any) -> dict:
+    """A stored description of a network's wrapper (models/wrappers.py); raises `ValueError`."""
+    if not isinstance(value, Mapping):
+        raise ValueError("it must describe a wrapper")
+    return dict(value)
+
+
+# A row.
+
+
 class Setting(NamedTuple):
     """A value of a run's configuration and, where its names have dashes, its flag.
 
@@ -47,17 +157,17 @@ class Setting(NamedTuple):
 
     names: tuple[str, ...]
     type: Callable[[Any], Any]  # reads the text of a flag, or what a file holds; bool for a switch
-    default: Any  # None: it may be absent; RECIPE: filled in when the run is resolved
+    default: Any  # None: it may be absent; or `FILLED_IN`
     help: str
     choices: Collection[str] | None = None
     is_weight: bool = False  # a weight of 0 may be given to methods that have no such term
-    #: A number of epochs that belongs to a run of this many epochs (RECIPE: of the recipe's); it scales with --epochs.
+    #: A number of epochs that belongs to a run of this many ("recipe": of the recipe's), and scales with --epochs.
     full_run: Any = None
     group: str = ""  # the heading in --help
     metavar: str | None = None
     resume: str = "fixed"  # "free": a resumed run may change it
     #: What a difference makes: another "row" of a table, another "run" of the same row, or "none", the same run.
-    identity: str = "row"
+    tells_apart: str = "row"
     shared: bool = False  # runs of one process have it in common
     auto: Callable[[Any], Any] | None = None  # device -> the value under --fast auto
     is_path: bool = False  # stored absolute: a run may be resumed from another folder
@@ -65,7 +175,7 @@ class Setting(NamedTuple):
     needs_labels: bool = False  # another value than the default has no effect, or no meaning, without labels
     works_with: tuple[str, str] | None = None  # (setting, value): given with another value it would have no effect
     called: tuple[str, ...] = ()  # what other toolboxes call it; suggested to who gives that
-    instead_of: str = ""  # a digest: where it is known the setting of this name, a path, identifies nothing
+    instead_of: str = ""  # a digest: where it is known the setting of this name, a path, tells nothing apart
 
     @property
     def argument(self) -> str:

@@ -8,6 +8,7 @@ training crops take a random part instead. Nothing here needs torch, so that wor
 import io
 import math
 import os
+import threading
 import warnings
 from collections.abc import Callable, Sequence
 from functools import cache
@@ -134,7 +135,9 @@ Crop = Centre | RandomCrops
 def draw_crop(width: int, height: int, scale: tuple[float, float], seed: int) -> Box:
     """A random crop: torchvision's `RandomResizedCrop.get_params` with torch's generator, number for number."""
     single = numpy.float32  # torch draws in single precision
-    raw = iter(numpy.frombuffer(numpy.random.RandomState(seed).bytes(4 * (2 * TRIES + 2)), "<u4").tolist())
+    generator = _generator(threading.get_ident())
+    generator.seed(seed)
+    raw = iter(numpy.frombuffer(generator.bytes(4 * (2 * TRIES + 2)), "<u4").tolist())
 
     def uniform(low: single, high: single) -> single:
         return single(next(raw) % 2**24) * single(2**-24) * (high - low) + low
@@ -152,6 +155,12 @@ def draw_crop(width: int, height: int, scale: tuple[float, float], seed: int) ->
     across, down = min(width, round(height * RATIO[1])), min(height, round(width / RATIO[0]))
     left, top = (width - across) // 2, (height - down) // 2
     return left, top, left + across, top + down
+
+
+@cache
+def _generator(thread: int) -> numpy.random.RandomState:
+    """A thread's generator, to be seeded for each use: a new one takes ten times as long."""
+    return numpy.random.RandomState(0)
 
 
 def read_views(read: Callable[[], bytes], crop: Crop, sample: int = 0) -> list[numpy.ndarray]:

@@ -15,6 +15,9 @@ from dataset.seeds import epoch_seed
 from dataset.streaming import StreamedImages
 from dataset.views import VIEWS
 
+#: Bytes of pixels that are normalised at once on a CPU; as float32 they take four times as much.
+IN_CACHE = 2**18
+
 
 class Batch(NamedTuple):
     """Normalised images (B, 3, H, W) float32, targets, sample index in the data set (B,).
@@ -113,9 +116,17 @@ class Loader:
                 drawn = index if keys is None else key.to(device)
                 made = self._augmented(views, [draw.of(drawn) for draw in draws], epoch, number)
                 pixels = torch.cat(made) if len(made) > 1 else made[0]
-            images = pixels.float().mul_(self._scale).add_(self._shift)
+            images = self._normalised(pixels)
             batch = self._finished(Batch(images, self.images.targets[index], index, len(whole)), epoch, number)
             yield batch.parts(self.world_size)[self.rank] if self._draws_for_whole_batches() else batch
+
+    def _normalised(self, pixels: Tensor) -> Tensor:
+        """Bytes (B, 3, H, W) -> normalised float32; on a CPU a few images at a time, which stay in its cache."""
+        images = torch.empty_like(pixels, dtype=torch.float32)
+        at_once = max(len(pixels) if pixels.device.type == "cuda" else IN_CACHE // pixels.shape[1:].numel(), 1)
+        for some, values in zip(images.split(at_once), pixels.split(at_once), strict=True):
+            some.copy_(values).mul_(self._scale).add_(self._shift)
+        return images
 
     def _order(self, generator: torch.Generator) -> tuple[Tensor, Tensor | None]:
         """The sample indices of an epoch, and what decides the rest that is random of each image; None: its index.
@@ -174,5 +185,6 @@ def _mixing(augmentation: Augmentation, num_classes: int) -> nn.Module | None:
     chosen = {name: float(alpha) for name, alpha in alphas.items() if alpha}
     if not chosen:
         return None
-    mixing = [getattr(v2(), name)(alpha=alpha, num_classes=num_classes) for name, alpha in chosen.items()]
+    classes = max(num_classes, 1)  # images without labels may have no class; their targets are not read
+    mixing = [getattr(v2(), name)(alpha=alpha, num_classes=classes) for name, alpha in chosen.items()]
     return v2().RandomChoice(mixing) if len(mixing) > 1 else mixing[0]

@@ -272,7 +272,7 @@ def _blamed_on_record(recorded: bool) -> Iterator[None]:
 
 
 #: Data sets that are read from image files: they can be read without labels. And the one that reads no folder.
-WITHOUT_LABELS, EMBEDDED = ("folder", "imagenet"), "digits"
+OF_IMAGE_FILES, EMBEDDED = ("folder", "imagenet"), "digits"
 DATASETS = {
     EMBEDDED: digits,
     "cifar100": cifar100,
@@ -289,7 +289,7 @@ def dataset_at(folder: str, known: str | None) -> str | None:
     A folder of images is "folder". Raises `UserError` where the folder could be no data set, or two of them.
     """
     place = os.path.abspath(os.path.expanduser(folder))
-    if known in WITHOUT_LABELS:
+    if known in OF_IMAGE_FILES:
         return known
     if is_image_folder(place if known in (None, EMBEDDED) else train_folder(place) or ""):
         return "folder"
@@ -335,7 +335,7 @@ def load_data(
     """
     if name not in DATASETS:
         raise UserError(f"--dataset: unknown data set '{name}'; choose from {', '.join(DATASETS)}")
-    if not labelled and name not in WITHOUT_LABELS:
+    if not labelled and name not in OF_IMAGE_FILES:
         raise UserError(f"--labels none: it reads a folder of images, not {name}; name the folder with --data")
     if folder is not None:
         folder = os.path.abspath(os.path.expanduser(folder))

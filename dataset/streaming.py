@@ -145,12 +145,11 @@ class StreamedImages:
                     raise UserError(f"--data: no image of a batch can be read, for example {self.name_of(index[0])}")
                 chosen = torch.tensor(fill_gaps(len(index), left) if fill else left, dtype=torch.int64)
                 index, rows = index[chosen], rows[:, chosen]
-            views = rows.permute(0, 1, 4, 2, 3).unbind(0)
             if device.type == "cuda":
-                index, views = index.pin_memory(), [view.pin_memory() for view in views]
-                views = [view.to(device, non_blocking=True) for view in views]
-            # The memory behind it is the workers' again when the next batch is asked for.
-            yield index.to(device, non_blocking=True), [view.to(device).contiguous() for view in views]
+                index, rows = index.pin_memory(), rows.pin_memory()
+            # The memory behind them is the workers' again when the next batch is asked for.
+            views = rows.to(device, non_blocking=True, copy=True).unbind(0)
+            yield index.to(device, non_blocking=True), list(views)
 
     def describe_dark(self, where: str) -> str:
         """A warning where its images are read as almost black; else empty."""
@@ -164,7 +163,7 @@ class StreamedImages:
         pixels, unreadable = torch.zeros(n, 3, self.image_size, self.image_size, dtype=torch.uint8), {}
         for index, rows, broken in self._batches(*_on_cpu(torch.arange(n).split(AT_ONCE))):
             whole = [row for row in range(len(index)) if row not in broken]
-            pixels[index[whole]] = rows[0, whole].permute(0, 3, 1, 2)
+            pixels[index[whole]] = rows[0, whole]
             unreadable |= {int(index[row]): reason for row, reason in broken.items()}
         return pixels, unreadable
 
@@ -175,7 +174,7 @@ class StreamedImages:
         crops: RandomCrops | None = None,
         changes: Change | None = None,
     ) -> Iterator[tuple[Tensor, Tensor, dict[int, str]]]:
-        """(indices (B,), bytes (views, B, H, W, 3), why each broken row could not be read) of every batch."""
+        """(indices (B,), bytes (views, B, 3, H, W), why each broken row could not be read) of every batch."""
         crop = crops or self._centre
         pairs = zip(parts, keys, strict=True)
         requests = ((part, [self._place(sample) for sample in part.tolist()], key.tolist()) for part, key in pairs)

@@ -24,7 +24,7 @@ class Change(Protocol):
 def fill(
     rows: numpy.ndarray, places: Sequence[Place], keys: Sequence[int], crop: Crop, changes: Change | None = None
 ) -> dict[int, str]:
-    """Read images into rows (views, n, size, size, 3); returns why, by row, for each that cannot be read.
+    """Read images into rows (views, n, 3, size, size); returns why, by row, for each that cannot be read.
 
     What is random of an image depends on its key, one for each place.
     """
@@ -32,15 +32,16 @@ def fill(
     for row, (place, key) in enumerate(zip(places, keys, strict=True)):
         try:
             for view, pixels in enumerate(read_views(place.read, crop, key)):
-                rows[view, row] = pixels if changes is None else changes.of_array(pixels, key)
+                changed = pixels if changes is None else changes.of_array(pixels, key)
+                rows[view, row] = changed.transpose(2, 0, 1)
         except BrokenImage as error:
             broken[row] = str(error)
     return broken
 
 
 def shape_of(count: int, crop: Crop) -> tuple[int, int, int, int, int]:
-    """The shape of a batch of images in memory: (views, n, size, size, 3)."""
-    return crop.views, count, crop.size, crop.size, 3
+    """The shape of a batch of images in memory: (views, n, 3, size, size)."""
+    return crop.views, count, 3, crop.size, crop.size
 
 
 def main(connection: int, memory: int) -> None:

@@ -3,7 +3,11 @@
 import difflib
 import importlib
 import pkgutil
+from collections.abc import Mapping
 from types import ModuleType
+from typing import Any
+
+from torch import Tensor
 
 from crd import CRDLoss
 from distiller_zoo.abound import ABLoss, Connector
@@ -21,6 +25,7 @@ from distiller_zoo.rkd import RKDLoss
 from distiller_zoo.similarity import Similarity
 from distiller_zoo.vid import VIDLoss
 from errors import UserError
+from models.backbone import Backbone
 
 
 def _methods_of(module: ModuleType) -> list[type[Distiller]]:
@@ -50,6 +55,25 @@ def find_distiller(name: str) -> type[Distiller]:
         hint = f"did you mean {close[0]}? " if close else ""
         raise UserError(f"--distill: unknown method '{name}'; {hint}choose from {', '.join(DISTILLERS)}")
     return method
+
+
+def build_distiller(
+    config: Mapping[str, Any],
+    student: Backbone,
+    teacher: Backbone | None,
+    num_classes: int,
+    image_size: int,
+    train_targets: Tensor,
+    class_weights: Tensor | None = None,
+) -> Distiller:
+    """The method `config["distill"]` around a student, with the hyper-parameters that a run's settings name."""
+    method = find_distiller(config["distill"])
+    # A flag may be newer than the configuration.
+    hyper_parameters = {flag.argument: config.get(flag.argument, flag.default) for flag in method.flags}
+    batch_size = config.get("images_per_pass", config["batch_size"])
+    of_labels = config.get("label_smoothing", 0.0), class_weights
+    task = Task(num_classes, image_size, batch_size, train_targets, *of_labels)
+    return method(student, teacher, task, **hyper_parameters)
 
 
 #: RepDistiller's loss modules and adapters, for scripts that import them from here.
@@ -83,6 +107,7 @@ __all__ = [
     "Progress",
     "Stage",
     "Task",
+    "build_distiller",
     "find_distiller",
     "refuse_without_effect",
     *(module.__name__ for module in REPDISTILLER),

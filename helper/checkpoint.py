@@ -13,12 +13,12 @@ from torch import Tensor
 from torch.optim.swa_utils import AveragedModel
 
 from dataset import ImageData
-from distiller_zoo import Distiller, Task, find_distiller
+from distiller_zoo import Distiller, Task, build_distiller
 from distiller_zoo.ce import CrossEntropy
 from distiller_zoo.feature_transform import FeatureTransform
 from distiller_zoo.norm import FTBaseline
-from errors import UserError
-from helper.settings import Configuration, read_stored
+from errors import UserError, first_line
+from helper.configuration import Configuration, read_stored
 from models import build_model
 from models.backbone import Backbone
 from models.checkpoints import (
@@ -48,29 +48,8 @@ def contained(source: str) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:  # an entry may be of any kind, so it may raise anything
-        reason = str(error).strip().split("\n")[0][:200]
-        raise UserError(
-            f"{source}: {type(error).__name__} {reason}; an entry is missing or of the wrong kind"
-        ) from None
-
-
-def build_distiller(
-    config: Mapping[str, Any],
-    student: Backbone,
-    teacher: Backbone | None,
-    num_classes: int,
-    image_size: int,
-    train_targets: Tensor,
-    class_weights: Tensor | None = None,
-) -> Distiller:
-    """The method `config["distill"]` around a student, with the hyper-parameters that it names."""
-    method = find_distiller(config["distill"])
-    # A flag may be newer than the configuration.
-    hyper_parameters = {flag.argument: config.get(flag.argument, flag.default) for flag in method.flags}
-    batch_size = config.get("images_per_pass", config["batch_size"])
-    of_labels = config.get("label_smoothing", 0.0), class_weights
-    task = Task(num_classes, image_size, batch_size, train_targets, *of_labels)
-    return method(student, teacher, task, **hyper_parameters)
+        reason = f"{type(error).__name__} {first_line(error)}"
+        raise UserError(f"{source}: {reason}; an entry is missing or of the wrong kind") from None
 
 
 def data_record(data: ImageData) -> dict:

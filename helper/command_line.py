@@ -16,13 +16,12 @@ from distiller_zoo import DISTILLERS, find_distiller, refuse_without_effect
 from distiller_zoo.base import ALPHA, BETA, GAMMA, KD_T
 from errors import UserError
 from helper import settings
+from helper.configuration import Configuration, check_given
 from helper.distributed import by_main, find_device, images_per_pass
 from helper.optim import stretch
-from helper.recipes import resolve as resolve_recipe
-from helper.recipes import run_length
-from helper.settings import Configuration
+from helper.recipes import recipe_of, run_length
 from models.external import is_external
-from setting import RECIPE, Setting, as_text, count
+from setting import FILLED_IN, Setting, as_text, count
 
 #: A value of `--resume`: the latest run of the same name, if there is one.
 LATEST = "auto"
@@ -107,8 +106,8 @@ def _add(group, setting: Setting) -> None:
         help_text = f"{setting.help} ({'on' if setting.default else 'off'})"
         group.add_argument(*setting.names, action=argparse.BooleanOptionalAction, default=None, help=help_text)
         return
-    default = f" ({as_text(setting.default)})" if setting.default not in (None, RECIPE, "") else ""
-    if setting.default is not RECIPE and default and default.strip(" ()") in setting.help:
+    default = f" ({as_text(setting.default)})" if setting.default not in (None, FILLED_IN, "") else ""
+    if setting.default is not FILLED_IN and default and default.strip(" ()") in setting.help:
         default = ""
     metavar = setting.metavar or (None if setting.choices else setting.argument.upper())
     group.add_argument(
@@ -247,7 +246,7 @@ def _refuse_unused(given: Mapping[str, Any]) -> None:
             raise UserError(f"{'/'.join(flag.names)}: not used by --distill {method.name}; leave it out")
     of_teacher = [setting for setting in settings.SETTINGS if setting.group == settings.TEACHER]
     for setting in of_teacher:
-        if not method.needs_teacher and setting.argument in given and setting.argument != "distill":
+        if not method.reads_teacher and setting.argument in given and setting.argument != "distill":
             raise UserError(f"--{setting.argument}: --distill {method.name} reads no teacher; leave it out")
 
 
@@ -288,7 +287,7 @@ def _read_sweep(text: str, aliases: Mapping[str, str]) -> list[tuple[str, dict[s
     setting = next((one for one in known if {f"-{wanted}", f"--{wanted}"} & set(one.names)), None)
     if setting is None or not values:
         raise UserError(f"--sweep: {text} must be a flag's name and values, like b=0.5,1 or co_sponge=4,8")
-    if setting.shared or setting.identity != "row":
+    if setting.shared or setting.tells_apart != "row":
         raise UserError(f"--sweep: {name} is the same for all runs of one process; start several commands for it")
     parser, read = Parser(None), []
     _add(parser.add_argument_group(setting.group), setting)
@@ -346,7 +345,7 @@ def _default(argument: str) -> Any:
 def teacher_of(values: Mapping[str, Any]) -> str | None:
     """The teacher's file of a run with these given and stored values; None where the method reads none."""
     method = find_distiller(values.get("distill", _default("distill")))
-    if not method.needs_teacher:
+    if not method.reads_teacher:
         return None
     if values.get("path_t") is None:
         raise UserError(
@@ -365,11 +364,10 @@ def resolve(
     """The configuration of a run: what is given, over the resumed run in `folder` that has `stored`, over what the
     files of the teacher and of the initial weights say, over recipes, over defaults."""
     stored, of_teacher, of_initial = dict(stored or {}), dict(of_teacher or {}), dict(of_initial or {})
-    given = dict(given)
+    given, in_folder, digest = dict(given), stored, of_teacher.get("teacher_digest")
     if folder is not None:
-        settings.check_resumed(given, stored, folder)
-        digests = {name: of_teacher[name] for name in ("teacher_digest",) if of_teacher.get(name)}
-        stored = settings.accept_found(digests, stored, given.get("accept_changes", False), folder)
+        check_given(folder, stored, given, digest)
+        stored = stored | ({"teacher_digest": digest} if digest else {})
     told = of_initial | stored | given
     distill = told.get("distill", _default("distill"))
     _refuse_unused(given | {"distill": distill})
@@ -380,9 +378,9 @@ def resolve(
         of_teacher = {name: value for name, value in of_teacher.items() if not _is_of_data(name)}
     known = settings.settings_of(distill)
     chosen = {argument: value for argument, value in (stored | given).items() if argument in known}
-    recipe = resolve_recipe(dataset, of_teacher.get("model_t"), told["model_s"], distill, chosen)
+    recipe = recipe_of(dataset, of_teacher.get("model_t"), told["model_s"], distill, chosen)
     layers = (
-        {name: (one.default, "default") for name, one in known.items() if one.default is not RECIPE},
+        {name: (one.default, "default") for name, one in known.items() if one.default is not FILLED_IN},
         recipe,
         {name: (value, "from --init") for name, value in of_initial.items()},
         {name: (value, "teacher's record") for name, value in of_teacher.items() if value is not None},
@@ -394,12 +392,13 @@ def resolve(
     _derive(merged, known)
     if merged["labels"][0] == "none":
         _without_labels(merged)
-    values = {name: value for name, (value, _) in merged.items()}
+    values: dict[str, Any] = {name: value for name, (value, _) in merged.items()}
+    origins = {name: origin for name, (_, origin) in merged.items()}
     _refuse_without_effect(given, values)
+    _check_labels(values)
     _check_targets(values)
     _check_cache(values)
-    _check_labels(values, merged)
-    return Configuration(values, {name: origin for name, (_, origin) in merged.items()}, folder)
+    return Configuration(values, origins, folder, in_folder)
 
 
 def _refuse_without_effect(given: Mapping[str, Any], values: Mapping[str, Any]) -> None:
@@ -440,30 +439,22 @@ def _without_labels(merged: dict) -> None:
         merged[gamma] = (0.0, "--labels none")
 
 
-def _check_labels(values: Mapping[str, Any], merged: Mapping[str, tuple[Any, str]]) -> None:
-    """Raise `UserError` where something needs labels, and there are none; what was not given, as the origins in
-    `merged` say, is of the recipe."""
+def _check_labels(values: Mapping[str, Any]) -> None:
+    """Raise `UserError` where something needs labels, and there are none."""
     method = find_distiller(values["distill"])
     if values["labels"] != "none":
         if values["data_probe"] is not None:
             raise UserError("--data_probe: has no effect with labelled images, which have test images; leave it out")
         return
-    if method.needs_targets:
+    if method.refuses_unlabelled:
         raise UserError(
-            f"--labels none: --distill {method.name} cannot train without labels: {method.needs_targets}; choose "
+            f"--labels none: --distill {method.name} cannot train without labels: {method.refuses_unlabelled}; choose "
             "another method"
         )
     known = settings.settings_of(method.name)
     given = [name for name, one in known.items() if one.needs_labels and values.get(name) not in (None, one.default)]
-    chosen = [name for name in given if merged[name][1] in ("command line", "resumed run")]
-    if chosen:
-        raise UserError(f"--{chosen[0]}: it needs labels, and there are none (--labels none); leave it out")
     if given:
-        without = " ".join(f"--{name} {known[name].default:g}" for name in given)
-        raise UserError(
-            f"--recipe {values['recipe']}: without labels (--labels none) there is no "
-            f"{' and no '.join(f'--{name}' for name in given)}; give {without} too, or another recipe"
-        )
+        raise UserError(f"--{given[0]}: it needs labels, and there are none (--labels none); leave it out")
     if values["data"] is None:
         raise UserError("--labels none: name the folder of images with --data")
 

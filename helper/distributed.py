@@ -1,10 +1,12 @@
-"""Several processes that train one student together, started by torchrun: joining, agreeing, and ending together.
+"""The processes of a training: joining, agreeing, stopping after the same step, and ending together.
 
-Without torchrun there is one process, and everything here does nothing.
+Several, which train one student together, are started by torchrun. Without it there is one, which agrees with itself.
 """
 
 import os
+import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -12,11 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor, distributed, nn
 
-from errors import Stopped, UserError
+from errors import Stopped, StoppedAtOnce, UserError, first_line
 from models.synchronised import average, count_processes, is_synchronised
 
 #: Where processes tell each other that one of them has failed.
 FAILURES = "failures"
+#: What asks a run to stop.
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+#: Seconds after which a run that has not come to save is stopped without, and how often it is looked at then.
+GRACE, LOOK = 2.0, 0.2
 
 
 @contextmanager
@@ -102,7 +108,7 @@ def find_device(name: str) -> torch.device:
         if device.type == "cuda" and device.index is not None:
             torch.cuda.set_device(device)  # its random generator is the one that is saved
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0].partition(". ")[0]  # torch adds advice to its developers
+        reason = first_line(error).partition(". ")[0]  # torch adds advice to its developers
         raise UserError(f"--device: {name} cannot be used: {reason}") from None
     return device
 
@@ -187,6 +193,69 @@ def largest(number: int) -> int:
     return int(box)
 
 
+class StopRequest:
+    """SIGTERM and SIGINT as requests: the step under way is finished, the run is saved, then it stops.
+
+    Within its block, `signal_number` holds the first of `SIGNALS` that came; a second one interrupts at once.
+
+    So does the time, `GRACE` seconds later, where the run hangs (in a read from a disk that does not answer, say) or
+    tests. In a block of `finishing` it may take its time, and where several processes train a second signal is ignored:
+    a signal may reach one of them twice, and torchrun ends those that hang.
+    """
+
+    def __init__(self):
+        self.signal_number: int | None = None
+        self._before: dict = {}
+        self._finishing = 0
+
+    def _note(self, number: int, frame) -> None:
+        if self.signal_number is None:
+            self.signal_number = number
+            signal.setitimer(signal.ITIMER_REAL, GRACE, LOOK)
+        elif count_processes() == 1:
+            raise StoppedAtOnce(self.signal_number, "interrupted again, so nothing more is saved")
+
+    def _grace_is_over(self, number: int, frame) -> None:
+        if self.signal_number is not None and not self._finishing:
+            self._disarm()
+            raise StoppedAtOnce(self.signal_number, f"no step ended within {GRACE:.0f} s, so nothing more is saved")
+
+    def _disarm(self) -> None:
+        if self._before:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+
+    @contextmanager
+    def finishing(self) -> Iterator[None]:
+        """A step or a save that is to be finished, however long it takes, once it has begun."""
+        self._finishing += 1
+        try:
+            yield
+        finally:
+            self._finishing -= 1
+
+    def heard_by_any(self) -> int | None:
+        """The signal that any process has received; all of them ask together, and so stop at the same step.
+
+        Whoever is told of one saves and stops.
+        """
+        self.signal_number = largest(self.signal_number or 0) or None
+        if self.signal_number is not None:
+            self._disarm()
+        return self.signal_number
+
+    def __enter__(self) -> "StopRequest":
+        if threading.current_thread() is threading.main_thread():  # Python allows handlers nowhere else
+            self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
+            self._before[signal.SIGALRM] = signal.signal(signal.SIGALRM, self._grace_is_over)
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self._disarm()
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before = {}
+
+
 def average_statistics(module: nn.Module) -> None:
     """Give all processes the mean of their running statistics, of every BatchNorm that each has updated alone."""
     if count_processes() == 1:
@@ -231,11 +300,11 @@ def images_per_pass(batch_size: int, parts: int) -> int:
 
 
 class Replica:
-    """A method in training: called like it; with several processes its gradients are the mean over all of them."""
+    """A method in training, called as replica(compute, ...) for its compute(...), which may be compiled; with several
+    processes its gradients are the mean over all of them."""
 
     def __init__(self, method: nn.Module, uses_everything: bool):
         self._parallel: nn.parallel.DistributedDataParallel | None = None
-        self._method = method
         if count_processes() > 1:
             self._parallel = nn.parallel.DistributedDataParallel(
                 _Detached(method),
@@ -244,8 +313,8 @@ class Replica:
                 find_unused_parameters=not uses_everything,
             )
 
-    def __call__(self, *arguments):
-        return (self._parallel or self._method)(*arguments)
+    def __call__(self, compute: Callable, *arguments):
+        return compute(*arguments) if self._parallel is None else self._parallel(compute, *arguments)
 
     def close(self) -> None:
         """Free DDP, after training and before the processes leave their group.
@@ -267,6 +336,6 @@ class _Detached(nn.Module):
         super().__init__()
         self.method = method
 
-    def forward(self, *arguments):
-        logits, losses = self.method(*arguments)
+    def forward(self, compute: Callable, *arguments):
+        logits, losses = compute(*arguments)
         return (None if logits is None else logits.detach()), losses

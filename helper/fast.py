@@ -1,6 +1,8 @@
 """How the same mathematics is computed faster: precision, memory layout, folded teacher, fused optimizer, compiler."""
 
 import copy
+import ctypes
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, NamedTuple, Protocol, cast, runtime_checkable
@@ -9,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from errors import UserError
+from errors import UserError, first_line
 from models.backbone import Backbone, Output
 from models.folding import fold_batch_norms
 from models.fusing import fuse_activations
@@ -17,6 +19,8 @@ from models.fusing import fuse_activations
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 #: Modes of torch.compile; the last one replays CUDA graphs.
 COMPILE = ("off", "default", "reduce-overhead")
+#: Parameters of glibc's allocator, as mallopt(3) numbers them.
+_TRIM_THRESHOLD, _MMAP_MAX = -1, -4
 #: Compilations of one function, at most: runs side by side share the functions of their networks and methods.
 MOST_COMPILATIONS = 256
 
@@ -87,7 +91,7 @@ class Fast(NamedTuple):
     channels_last: bool = False  # memory layout of images, maps and convolution weights
     fold_teacher: bool = False  # the teacher's BatchNorms in its convolutions
     fused_optimizer: bool = False  # one operation for all parameters, and few where many small ones would do
-    compile: str = "off"  # a mode of torch.compile, for the forward passes of both networks
+    compile: str = "off"  # a mode of torch.compile, for both networks' passes and the losses
 
     @classmethod
     def of(cls, config: Any) -> "Fast":
@@ -193,10 +197,9 @@ class Fast(NamedTuple):
             yield
         except torch._dynamo.exc.TorchDynamoException as error:  # pyright: ignore[reportAttributeAccessIssue]
             cause = getattr(error, "inner_exception", error)
-            reason = next(iter(str(cause).strip().splitlines()), "")[:200]
             raise UserError(
-                f"--compile {self.compile}: {type(cause).__name__} {reason}; it needs a working compiler (on a "
-                "CPU one of C++); --compile off goes without, also with --resume"
+                f"--compile {self.compile}: {type(cause).__name__} {first_line(cause)}; it needs a working compiler "
+                "(on a CPU one of C++); --compile off goes without, also with --resume"
             ) from None
 
 
@@ -231,6 +234,18 @@ def _copy(output: Output) -> Output:
         output.logits.clone(),
         tuple(map(_copy, output.others)),
     )
+
+
+def keep_freed_memory(device: torch.device) -> None:
+    """Have this process keep the memory that a step frees for the next step, where a CPU computes.
+
+    The C library gives large pieces back to the system, which fills them with zeros before they are used again: a tenth
+    of a step. Only glibc can be asked to keep them; elsewhere nothing happens.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None and device.type == "cpu":
+        mallopt(_MMAP_MAX, 0)
+        mallopt(_TRIM_THRESHOLD, -1)
 
 
 def check_precision(precision: str, device: torch.device) -> None:

@@ -1,5 +1,7 @@
-"""Optimizers and learning rate schedules, a row each; rates are pure functions of epoch and step, so there is no
-scheduler state to save."""
+"""The optimizer's step: optimizers and learning rate schedules, a row each, and whether a step may be made.
+
+Rates are pure functions of epoch and step, so there is no scheduler state to save.
+"""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -8,9 +10,23 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import get_total_norm
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from errors import UserError
+from helper.distributed import largest as largest_of_all
+
+#: A magnitude from here on counts as not finite: sums over an epoch would overflow.
+LIMIT = 1e30
+GRADIENT = "the gradient"
+
+
+def _rate(groups: list[dict], config: Any) -> float | Tensor:
+    """The rate before the first step: a tensor in a run that is compiled, where nothing is then compiled or captured
+    again for another rate. Only fused optimizers read it without waiting for the device."""
+    if not config.fused_optimizer or config.compile == "off":
+        return 0.0
+    return torch.zeros((), device=groups[0]["params"][0].device)
 
 
 def _sgd(groups: list[dict], config: Any) -> torch.optim.Optimizer:
@@ -18,7 +34,7 @@ def _sgd(groups: list[dict], config: Any) -> torch.optim.Optimizer:
         raise UserError("--nesterov: needs --momentum above 0")
     return torch.optim.SGD(
         groups,
-        lr=0.0,
+        lr=_rate(groups, config),
         momentum=config.momentum,
         weight_decay=config.weight_decay,
         nesterov=config.nesterov,
@@ -27,7 +43,14 @@ def _sgd(groups: list[dict], config: Any) -> torch.optim.Optimizer:
 
 
 def _adamw(groups: list[dict], config: Any) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(groups, lr=0.0, weight_decay=config.weight_decay, fused=config.fused_optimizer or None)
+    rate = _rate(groups, config)
+    return torch.optim.AdamW(
+        groups,
+        lr=rate,
+        weight_decay=config.weight_decay,
+        fused=config.fused_optimizer or None,
+        capturable=isinstance(rate, Tensor) and rate.is_cuda,
+    )
 
 
 def _of_timm(name: str) -> Callable[[list[dict], Any], torch.optim.Optimizer]:
@@ -77,7 +100,9 @@ def parameters_of(optimizer: torch.optim.Optimizer) -> list[Tensor]:
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
-def take_up(optimizer: torch.optim.Optimizer, state: dict[int, dict], groups: Sequence[Mapping[str, Any]]) -> None:
+def restore_optimizer(
+    optimizer: torch.optim.Optimizer, state: dict[int, dict], groups: Sequence[Mapping[str, Any]]
+) -> None:
     """Give an optimizer the saved state of its parameters, and what only its saved groups hold: timm's count steps."""
     taken = []
     for saved, fresh in zip(groups, optimizer.state_dict()["param_groups"], strict=True):
@@ -156,3 +181,98 @@ def check_rates(config: Any) -> None:
 def stretch(milestones: Sequence[int], from_epochs: int, to_epochs: int) -> tuple[int, ...]:
     """The milestones of a run of `from_epochs` at the same fractions of a run of `to_epochs`, at the first or later."""
     return tuple(max(round(milestone * to_epochs / from_epochs), 1) for milestone in milestones)
+
+
+class Guard:
+    """Judges the losses and the gradient of every step of a run: what is not finite is found, named, and never saved.
+
+    By default nothing waits for the device: the numbers of the first bad step stay there until `look`, which raises
+    `UserError`. With `most_skipped` each step waits for its judgement, and up to this many bad ones are left out.
+    """
+
+    def __init__(self, most_skipped: int = 0):
+        self.most_skipped, self.skipped = most_skipped, 0
+        self.overflows = 0  # steps that were left out to lower the scale of float16's losses
+        self._place, self._flag = "", ""
+        self._names: tuple[str, ...] = ()
+        self._seen: Tensor | None = None  # (terms + 2,) of the first bad step, or of the last: losses, gradient, number
+        self._buffers: list[tuple[Tensor, Tensor]] = []
+
+    def overflowed(self, losses: dict[str, Tensor], parameters: Sequence[Tensor]) -> bool:
+        """Whether all losses are finite and the gradient is not: the loss was scaled too high for float16. Waits for
+        the device; the same in all processes."""
+        gradient = get_total_norm([one.grad for one in parameters if one.grad is not None], torch.inf)
+        values = torch.stack([loss.detach().float() for loss in losses.values()])
+        if largest_of_all(not bool((values.abs() < LIMIT).all())) or not largest_of_all(not bool(gradient < LIMIT)):
+            return False
+        self.overflows += 1
+        return True
+
+    def begin_epoch(self, title: str, has_own_rate: bool) -> None:
+        """What messages say of where the run is, and which learning rate is too high."""
+        self._place, self._flag = title, "--init_learning_rate" if has_own_rate else "--learning_rate"
+        self._seen = None
+
+    def begin_step(self, module: nn.Module) -> None:
+        """Keep what the forward pass of a step changes, statistics and memory banks, where the step may be skipped."""
+        if self.most_skipped:
+            self._buffers = [(buffer, buffer.clone()) for buffer in module.buffers()]
+
+    def judge(self, losses: dict[str, Tensor], parameters: Sequence[Tensor], number: int) -> bool:
+        """Whether the optimizer may make the step of this number; called when the gradients are there.
+
+        Where it may not, the buffers are put back, so that only the random numbers of the step are used up.
+        """
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        largest = get_total_norm(gradients)  # no smaller than the largest entry, and ten times as fast on a CPU
+        values = [*(loss.detach().float() for loss in losses.values()), largest.float()]
+        seen = torch.stack([*values, torch.full_like(largest, number, dtype=torch.float32)])
+        names = (*(f"loss_{name}" for name in losses), GRADIENT)
+        if names != self._names:
+            self.look()
+            self._names, self._seen = names, None
+        if self.most_skipped and largest_of_all(not _is_good(seen)):  # all processes skip a step, or none
+            self._skip(seen)
+            return False
+        if self._seen is None:
+            self._seen = seen
+        else:  # in its place, so that a captured step keeps it too
+            torch.where(_is_good(self._seen), seen, self._seen, out=self._seen)
+        return True
+
+    def _skip(self, seen: Tensor) -> None:
+        if self.skipped == self.most_skipped:
+            self._seen = seen
+            self.look()
+        self.skipped += 1
+        with torch.no_grad():
+            for buffer, before in self._buffers:
+                buffer.copy_(before)
+
+    def look(self) -> None:
+        """Raise `UserError` where a step since the last look was bad."""
+        if self._seen is None or _is_good(self._seen):
+            return
+        *values, number = self._seen.tolist()
+        name, value = next(pair for pair in zip(self._names, values, strict=True) if not abs(pair[1]) < LIMIT)
+        used_up = f" ({self.skipped} such steps were skipped before)" if self.skipped else ""
+        terms = "the weights of the terms; every loss is finite" if name == GRADIENT else "the weight of that term"
+        raise UserError(
+            f"{name} is {value} in {self._place} step {number:.0f}{used_up}: the training diverged; lower {self._flag} "
+            f"or {terms}"
+        )
+
+    def check_weights(self, module: nn.Module) -> None:
+        """Raise `UserError` where a weight or statistic is not finite; called before each save."""
+        tensors = {name: value for name, value in module.state_dict().items() if value.is_floating_point()}
+        if get_total_norm([value for value in tensors.values() if value.numel()], torch.inf) < LIMIT:
+            return
+        name = next(name for name, value in tensors.items() if value.numel() and not value.abs().max() < LIMIT)
+        raise UserError(
+            f"{name} is not finite after {self._place}: the training diverged; lower {self._flag}; the "
+            "checkpoint before is kept"
+        )
+
+
+def _is_good(seen: Tensor) -> Tensor:
+    return (seen[:-1].abs() < LIMIT).all()

@@ -13,16 +13,10 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from dataset import (
-    ImageData,
-    Images,
-    StreamedImages,
-    data_changes,
-)
-from distiller_zoo import Distiller, Progress, find_distiller
+from dataset import ImageData, Images, StreamedImages
+from distiller_zoo import Distiller, Progress, build_distiller, find_distiller
 from errors import Stopped, UserError
 from helper.checkpoint import (
-    build_distiller,
     check_optimizer,
     check_progress,
     contained,
@@ -31,24 +25,11 @@ from helper.checkpoint import (
     network_of,
     upgrade,
 )
-from helper.distributed import (
-    average_statistics,
-    by_main,
-    count_processes,
-    describe_batch,
-    is_main,
-)
+from helper.configuration import Configuration, check_found, run_key
+from helper.distributed import StopRequest, average_statistics, by_main, count_processes, describe_batch, is_main
 from helper.fast import Fast
-from helper.guard import Guard
 from helper.inputs import Inputs, Opened, class_weights_of
-from helper.log import (
-    describe_data,
-    describe_method,
-    describe_protocol,
-    format_epoch,
-    format_losses,
-    format_result,
-)
+from helper.log import describe_data, describe_method, describe_protocol, format_epoch, format_losses, format_result
 from helper.loops import (
     Training,
     evaluate,
@@ -61,17 +42,10 @@ from helper.loops import (
     without_trunk,
 )
 from helper.metrics import best_epoch, best_without_labels, probe, summarise_without_labels
-from helper.networks import (
-    Network,
-    Teacher,
-    check_apart,
-    classes_taught,
-    start_from,
-)
-from helper.optim import average_of, parameters_of, take_up
+from helper.networks import Network, classes_taught, start_from
+from helper.optim import Guard, average_of, parameters_of, restore_optimizer
 from helper.run_folder import BEST, CONFIG, LAST, RESULT, FolderElsewhere, RunFolder
-from helper.settings import Configuration, identity
-from helper.signals import StopRequest
+from helper.teacher import Teacher, check_apart
 from models import build_model
 from models.backbone import Backbone, probe_shapes
 from models.checkpoints import load_weights, weights_digest
@@ -81,7 +55,7 @@ from models.synchronised import synchronise
 
 #: How many training images tell the matching loss where none are held out.
 JUDGED_IMAGES = 1000
-#: What a resumed run takes up besides weights, optimizer and skipped steps.
+#: What a resumed run restores in addition to weights, optimizer and skipped steps.
 STATE = ("stage_number", "epoch", "stage_step", "step", "epochs_over", "seconds", "records", "epoch_state")
 
 
@@ -95,11 +69,8 @@ def prepared(opened: Opened, inputs: Inputs, teacher: Teacher | None) -> Iterato
             runs: list[Run] = []
             counted = class_weights_of(opened.configs, inputs.data)
             for config, label in zip(opened.configs, _labels(opened.configs), strict=True):
-                found = {"data_digest": inputs.identity["digest"], "mean": inputs.data.mean, "std": inputs.data.std}
                 weights = counted[config.class_weights]
-                config = _with_weights(config.replace("the data", **found), weights)
-                if teacher is not None and teacher.image_size != inputs.data.image_size:
-                    config = config.replace("teacher's weights", teacher_image_size=teacher.image_size)
+                config = _with_found(config, inputs, teacher, weights)
                 folder = _open_folder(config, preparations)
                 folders.callback(folder.close)
                 folder.label = f"[{label}] " if len(opened.configs) > 1 else ""
@@ -120,22 +91,17 @@ def prepared(opened: Opened, inputs: Inputs, teacher: Teacher | None) -> Iterato
         yield runs
 
 
-def _with_weights(config: Configuration, weights: torch.Tensor | None) -> Configuration:
-    """The run with the digest of its class weights; raises `UserError` where a resumed run began with others."""
-    if weights is None:
-        return config
-    digest = weights_digest({"weights": weights})
-    if config.get("weights_digest") not in (None, digest) and not _accepts(config):
-        raise UserError(
-            f"--class_weights: {config.class_weights} is not what {config.folder} began with; restore the file, or "
-            "accept the new weights with --accept_changes"
-        )
-    return config.replace("the class weights", weights_digest=digest)
-
-
-def _accepts(config: Configuration) -> bool:
-    """Whether changes are accepted now: what an earlier resume has accepted says nothing of changes since."""
-    return config.accept_changes and config.origins["accept_changes"] == "command line"
+def _with_found(
+    config: Configuration, inputs: Inputs, teacher: Teacher | None, weights: torch.Tensor | None
+) -> Configuration:
+    """The run with what was found out of its data, its teacher and its class weights."""
+    found = {"data_digest": inputs.identity["digest"], "mean": inputs.data.mean, "std": inputs.data.std}
+    config = config.replace("the data", **found)
+    if weights is not None:
+        config = config.replace("the class weights", weights_digest=weights_digest({"weights": weights}))
+    if teacher is not None and teacher.image_size != inputs.data.image_size:
+        config = config.replace("teacher's weights", teacher_image_size=teacher.image_size)
+    return config
 
 
 def _labels(configs: Sequence[Configuration]) -> list[str]:
@@ -352,9 +318,9 @@ class Run:
         return self.error is not None or self.result is not None or (self.in_main_stage and self._stage_is_over())
 
     def _stage_is_over(self) -> bool:
-        return self._stage_is_whole() or self._is_out_of_patience()
+        return self._stage_is_complete() or self._is_out_of_patience()
 
-    def _stage_is_whole(self) -> bool:
+    def _stage_is_complete(self) -> bool:
         return self.epoch >= self.stages[self.stage_number].epochs or self._steps_left() == 0
 
     def _is_out_of_patience(self) -> bool:
@@ -388,7 +354,7 @@ class Run:
         self.folder.log(describe_data(self.data, self.inputs.device))
         augmentation = self.training.loader.augmentation
         assert augmentation is not None, "the loader of training images has an augmentation"
-        if changes := augmentation.describe():
+        if changes := augmentation.describe(self.data.labelled):
             self.folder.log(changes)
         self.folder.log(describe_method(self.method, self.stages, self.config.model_s, self.data.image_size))
         if division := describe_batch(self.config):
@@ -548,18 +514,19 @@ class Run:
         self._save_last(checkpoint, None)  # the last of them: a run that is killed before it makes the others again
 
     def restore(self) -> None:
-        """Take up the state of the folder's last checkpoint."""
+        """Continue from the state of the folder's last checkpoint, where `check_found` has nothing against it."""
         source = f"--resume: {self.folder.path} does not fit this run"
         with contained(source):
             checkpoint = by_main(lambda: upgrade(self.folder.read_last(), source))
             training = checkpoint["training"]
-            self._check_data(checkpoint["record"])
             self._enter(training["stage_number"], training["epoch"], training["stage_step"])
             check_progress(training, self.in_main_stage)
+            trained = self.epoch + (training["epoch_state"] is not None) if self.in_main_stage else 0
+            check_found(self.config, checkpoint["record"], self.inputs.identity, trained, self.stages[-1].epochs)
             load_weights(self.method, self.config.model_s, training["distiller"], source)
             optimizer = self.training.optimizer
             state = check_optimizer(training["optimizer"], parameters_of(optimizer))
-            take_up(optimizer, state, training["optimizer"]["param_groups"])
+            restore_optimizer(optimizer, state, training["optimizer"]["param_groups"])
             for name in STATE:
                 setattr(self, name, training[name])
             self.guard.skipped, self.guard.overflows = training["skipped_steps"], training.get("overflows", 0)
@@ -568,7 +535,6 @@ class Run:
             if self.average is not None and "ema" in training:
                 load_weights(self.average.module, self.config.model_s, training["ema"], source)
                 self.average.n_averaged.fill_(1)
-            self._check_epochs()
         self.folder.keep_metrics_until(self.epochs_over)
         stage = self.stages[self.stage_number]
         title = format_title(stage.name, Progress(self.epoch - 1, stage.epochs))
@@ -579,21 +545,6 @@ class Run:
             rates = self.training.learning_rate(self.epoch), self.training.learning_rate(self.epoch + 1)
             old, new = (f"{rate:.4g}" for rate in (self.records[-1].get("learning_rate", rates[0]), rates[1]))
             self.folder.log(f"--epochs was {before} and is {now}: the learning rate was {old} and is {new} next")
-
-    def _check_epochs(self) -> None:
-        """Raise `UserError` where the main stage is to be shorter than what is trained of it."""
-        begun = self.epoch + (self.epoch_state is not None)
-        if self.in_main_stage and begun > self.stages[self.stage_number].epochs:
-            raise UserError(f"--epochs: {begun} are trained already; give at least as many, or start a new run")
-
-    def _check_data(self, record: Mapping[str, Any]) -> None:
-        """Raise `UserError` where the data are not those that the run began with."""
-        changes = data_changes(record.get("identity") or {"classes": record["classes"]}, self.inputs.identity)
-        if changes and not _accepts(self.config):
-            raise UserError(
-                f"--resume: {self.folder.path}: the data have changed: {', '.join(changes)}; restore them, or accept "
-                "that with --accept_changes"
-            )
 
     # The result.
 
@@ -650,9 +601,9 @@ class Run:
             "device": str(self.inputs.device),
             "threads": torch.get_num_threads(),
         }
-        if self._is_out_of_patience() and not self._stage_is_whole():
+        if self._is_out_of_patience() and not self._stage_is_complete():
             measured = self.result.get("best_by", self.config.best_by).replace("_", " ")  # its own without labels
             self.folder.log(f"stopped early: no better {measured} in {self.config.patience} epochs")
-        self.folder.append_outcome(identity(self.config, ("row", "run")), self.result)
+        self.folder.append_outcome(run_key(self.config), self.result)
         self.folder.write_json(RESULT, self.result)
         self.folder.log(format_result(self.result))

@@ -1,13 +1,10 @@
-"""The one table of the settings of a run, and what follows from it: the configuration, and what tells runs apart.
+"""The one table of the settings of a run: each is one row, from which its flag, its checks and its records follow.
 
 A method's own settings are in its file (distiller_zoo/); recipes.py has the values that depend on data and networks.
 """
 
-import argparse
 import os
-import re
-from collections.abc import Iterable, Iterator, Mapping
-from pathlib import Path
+from argparse import ArgumentTypeError
 from typing import Any
 
 from dataset import BALANCED, DATASETS, POLICIES
@@ -20,7 +17,26 @@ from helper.recipes import RECIPES
 from models import find_builder
 from models.ensemble import shares_of
 from models.external import is_external
-from setting import RECIPE, Setting, count, number, whole
+from setting import (
+    FILLED_IN,
+    Setting,
+    below_one,
+    beta_parameter,
+    colour,
+    count,
+    digest,
+    epochs,
+    image_size,
+    image_sizes,
+    number,
+    number_of_images,
+    path,
+    probability,
+    statistics,
+    trial_name,
+    whole,
+    wrapper,
+)
 
 NETWORK, TEACHER, INITIAL, DATA = "network", "teacher and method", "initial weights", "data"
 TRAINING = "training (defaults: helper/recipes.py)"
@@ -37,7 +53,7 @@ def model_name(text: str) -> str:
     try:
         find_builder(text)
     except UserError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
+        raise ArgumentTypeError(str(error)) from None
     return text
 
 
@@ -51,14 +67,14 @@ def sources_of(text: str) -> list[str]:
 
 
 def _teachers(text: str) -> str:
-    sources = [_path(part) for part in sources_of(text)]
+    sources = [path(part) for part in sources_of(text)]
     return ",".join(part if is_external(part) else os.path.abspath(part) for part in sources)
 
 
 def _shares(text: str) -> tuple[float, ...]:
     weights = [number(part) for part in text.split(",")]
     if len(weights) < 2 or sum(weights) == 0:
-        raise argparse.ArgumentTypeError(f"must be a weight for each teacher, like 0.7,0.3, not {text}")
+        raise ArgumentTypeError(f"must be a weight for each teacher, like 0.7,0.3, not {text}")
     return shares_of(weights, len(weights))
 
 
@@ -66,89 +82,11 @@ def _method(text: str) -> str:
     try:
         return find_distiller(text).name
     except UserError as error:
-        raise argparse.ArgumentTypeError(str(error).removeprefix("--distill: ")) from None
-
-
-def _image_size(text: str) -> int:
-    if not 8 <= int(text) <= 10_000:
-        raise argparse.ArgumentTypeError(f"must be 8 to 10,000 pixels, not {text}")
-    return int(text)
-
-
-def _image_sizes(text: str) -> int | tuple[int, ...]:
-    sizes = tuple(_image_size(part) for part in text.split(","))
-    return sizes if len(set(sizes)) > 1 else sizes[0]
-
-
-def _trial(text: str) -> str:
-    if not re.fullmatch(r"[A-Za-z0-9_.-]+", text):
-        raise argparse.ArgumentTypeError(f"must be a name of letters, digits, - _ and ., not '{text}'")
-    return text
-
-
-def _epochs(text: str) -> tuple[int, ...]:
-    try:
-        return tuple(count(part) for part in text.split(","))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"must be epochs like 150,180,210, not {text}") from None
-
-
-def _path(text: str) -> str:
-    return os.path.expanduser(text)
-
-
-def _digest(value: Any) -> str:
-    if not isinstance(value, str) or len(value) > 64:
-        raise ValueError("it must be a digest")
-    return value
-
-
-def _images(value: Any) -> int:
-    if type(value) is not int or not 1 <= value < 2**31:
-        raise ValueError("it must be a number of images")
-    return value
-
-
-def _colour(text: str) -> tuple[int, ...]:
-    parts = tuple(whole(part) for part in text.split(","))
-    if len(parts) != 3 or max(parts) > 255:
-        raise argparse.ArgumentTypeError(f"must be red,green,blue from 0 to 255, not {text}")
-    return parts
-
-
-def _below_one(text: str) -> float:
-    if not 0 <= float(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be 0 or more and below 1, not {text}")
-    return float(text)
-
-
-def _probability(text: str) -> float:
-    if not 0 <= float(text) <= 1:
-        raise argparse.ArgumentTypeError(f"must be a probability from 0 to 1, not {text}")
-    return float(text)
-
-
-def _alpha(text: str) -> float:
-    value = float(text)
-    if value and not 0.01 <= value <= 100:  # samples of smaller ones round to one half
-        raise argparse.ArgumentTypeError(f"must be 0 or from 0.01 to 100, not {text}")
-    return value
+        raise ArgumentTypeError(str(error).removeprefix("--distill: ")) from None
 
 
 def _weights(text: str) -> str:
-    return text if text == BALANCED else os.path.abspath(_path(text))
-
-
-def _statistics(value: Any) -> tuple[float, ...]:
-    if not isinstance(value, list | tuple) or len(value) != 3 or not all(type(part) is float for part in value):
-        raise ValueError("it must be three numbers")
-    return tuple(value)
-
-
-def _wrapper(value: Any) -> dict:
-    if not isinstance(value, Mapping):
-        raise ValueError("it must describe a wrapper")
-    return dict(value)
+    return text if text == BALANCED else os.path.abspath(path(text))
 
 
 def count_cores() -> int:
@@ -157,738 +95,670 @@ def count_cores() -> int:
 
 
 OF_SGD = ("optimizer", "sgd")
+#: Of a setting that says how the process computes and not what: a resumed run may change it, and no table shows it.
+OF_PROCESS: dict[str, Any] = {"resume": "free", "tells_apart": "none", "shared": True}
+
+
+def _rows(group: str, *rows: Setting) -> list[Setting]:
+    """Rows under their heading in --help."""
+    return [row._replace(group=group) for row in rows]
+
+
 #: Every setting of a run: a row here is its flag, default, help, entry in config.json, check on --resume, and more.
 SETTINGS: tuple[Setting, ...] = (
-    Setting(
-        ("--distill",),
-        _method,
-        "norm",
-        "one of the methods above",
-        group=TEACHER,
-        metavar="METHOD",
-        called=("method", "kd", "loss", "algo"),
-    ),
-    Setting(
-        ("--model_s",),
-        model_name,
-        RECIPE,
-        "student",
-        group=NETWORK,
-        metavar="NAME",
-        called=("model", "student", "student_model", "arch", "backbone"),
-    ),
-    Setting(
-        ("--model_t",),
-        _model_names,
-        None,
-        "teacher; default: what --path_t says",
-        group=TEACHER,
-        metavar="NAME",
-        shared=True,
-        called=("teacher_model", "teacher_arch"),
-    ),
-    Setting(
-        ("--path_t",),
-        _teachers,
-        None,
-        f"the teacher's checkpoint: {SOURCES}. Several teachers are separated by commas",
-        group=TEACHER,
-        metavar="FILE",
-        resume="free",
-        shared=True,
-        called=("teacher", "teacher_path", "teacher_ckpt", "teacher_checkpoint", "model_path_t"),
-    ),
-    Setting(
-        ("--teacher_weights",),
-        _shares,
-        None,
-        "what each of several teachers counts, in the average of the logits and in NORM's loss; default: equal",
-        group=TEACHER,
-        metavar="W,W",
-        shared=True,
-    ),
-    Setting(
-        ("--allow_teacher_gap",),
-        bool,
-        False,
-        "accept a teacher whose accuracy or classes are not the recorded ones",
-        group=TEACHER,
-        resume="free",
-        identity="none",
-        shared=True,
-    ),
-    Setting(
-        ("--teacher_image_size",),
-        _image_sizes,
-        None,
-        "resolution at which the teacher sees the images, of several teachers one for all or one each, with commas; "
-        "default: the one that its weights were trained with",
-        group=TEACHER,
-        metavar="PIXELS",
-        shared=True,
-        decides_outputs=True,
-    ),
-    Setting(
-        ("--teacher_classes",),
-        str,
-        None,
-        "read the teacher's logits at these of its classes, in the order of the data's: names or numbers with commas "
-        "(or, where names hold commas, with ;) between them, or a file with one in each line",
-        group=TEACHER,
-        metavar="NAMES|FILE",
-        shared=True,
-        decides_outputs=True,
-    ),
-    Setting(
-        ("--cache_teacher",),
-        _path,
-        None,
-        "store the teacher's logits, and pooled vectors where the method reads them, in this folder, and read them "
-        "there in later runs that show the same images",
-        group=TEACHER,
-        metavar="FOLDER",
-        resume="free",
-        identity="none",
-        shared=True,
-        is_path=True,
-    ),
-    Setting(
-        ("--cache_top_k",),
-        count,
-        None,
-        "store the K largest logits alone; the rest of the probability is spread evenly over the other classes",
-        group=TEACHER,
-        metavar="K",
-        shared=True,
-    ),
-    Setting(
-        ("--init",),
-        _path,
-        None,
-        f"start from these weights instead of random ones: a checkpoint, {SOURCES}. Where the number of classes "
-        "differs, the classifier is new. The model name may be omitted",
-        group=INITIAL,
-        metavar="SOURCE",
-        shared=True,
-        called=("pretrained", "initial_checkpoint", "finetune", "weights"),
-        is_path=True,
-    ),
-    Setting(
-        ("--ema",),
-        bool,
-        False,
-        "take the moving average (EMA) of the weights where the file of a teacher or of initial weights holds both",
-        group=INITIAL,
-        identity="none",  # the digests say which weights
-        shared=True,
-    ),
-    Setting(
-        ("--dataset",),
-        str,
-        "digits",
-        "the data set; default: what the teacher was trained on, else digits (embedded, no download)",
-        choices=DATASETS,
-        group=DATA,
-        shared=True,
-        decides_outputs=True,
-    ),
-    Setting(
-        ("--data",),
-        _path,
-        None,
-        "where the data are stored or downloaded to; for folder and imagenet: the folder with train/ and val|test/",
-        group=DATA,
-        metavar="PATH",
-        resume="free",
-        shared=True,
-        is_path=True,
-        called=("data_dir", "data_path", "data_root", "root", "dir"),
-    ),
-    Setting(
-        ("--labels",),
-        str,
-        "folders",
-        "what says the classes of a folder of images: its class folders, or none: images at any depth, from which a "
-        "method learns what the teacher shows of them",
-        choices=("folders", "none"),
-        group=DATA,
-        shared=True,
-        decides_outputs=True,
-    ),
-    Setting(
-        ("--data_probe",),
-        _path,
-        None,
-        "with --labels none: a labelled folder of images, on which pooled features are tested after every epoch, by a "
-        "linear probe and by nearest neighbours; the best epoch is chosen by the matching loss",
-        group=DATA,
-        metavar="FOLDER",
-        resume="free",
-        shared=True,
-        is_path=True,
-    ),
-    Setting(
-        ("--split",),
-        _below_one,
-        0.0,
-        "share of the training images, the same for all seeds, that becomes the test split of a folder without one",
-        group=DATA,
-        metavar="SHARE",
-        shared=True,
-        decides_outputs=True,
-        needs_labels=True,
-        called=("val_split",),
-    ),
-    Setting(
-        ("--background",),
-        _colour,
-        (255, 255, 255),
-        "colour under transparent images of a folder, red,green,blue",
-        group=DATA,
-        metavar="R,G,B",
-        shared=True,
-        decides_outputs=True,
-    ),
-    Setting(
-        ("--stream",),
-        str,
-        "auto",
-        "read a folder of images from the disk in every epoch: on, off (hold it in memory), or auto: what does not fit",
-        choices=("auto", "on", "off"),
-        group=DATA,
-        resume="free",
-        identity="none",
-        shared=True,
-    ),
-    Setting(
-        ("--image_size",),
-        _image_size,
-        32,
-        "images of folder (32) and imagenet (224) become squares of this size; those of other data sets are "
-        "held with 32 pixels and resized to it on the device (bilinear)",
-        group=DATA,
-        shared=True,
-        decides_outputs=True,
-        called=("img_size", "input_size", "resolution", "size", "imgsz", "crop_size"),
-    ),
-    Setting(
-        ("--holdout",),
-        whole,
-        0,
-        "keep K training images, the same for all seeds, to choose the best epoch on; the test images then only "
-        "report. With 0 the best epoch is chosen on the test images, as in the official code",
-        group=DATA,
-        metavar="K",
-        shared=True,
-        decides_outputs=True,
-    ),
-    Setting(
-        ("--num_workers",),
-        whole,
-        min(4, count_cores()),
-        "processes that decode images; data sets of small images are held in memory",
-        group=DATA,
-        resume="free",
-        identity="none",
-        shared=True,
-        called=("workers", "j"),
-    ),
-    Setting(
-        ("--max_broken",),
-        whole,
-        10,
-        "maximum number of unreadable images before the run stops",
-        group=DATA,
-        resume="free",
-        identity="none",
-        shared=True,
-    ),
-    Setting(
-        ("--recipe",),
-        str,
-        "tables",
-        "whose defaults are taken; " + "; ".join(f"{name}: {what}" for name, what in RECIPES.items()),
-        choices=RECIPES,
-        group=TRAINING,
-        identity="none",  # the values that it sets tell runs apart
-    ),
-    Setting(
-        ("--batch_size",),
-        count,
-        RECIPE,
-        "global batch size; the learning rate is not rescaled",
-        group=TRAINING,
-        called=("bs", "bz"),
-    ),
-    Setting(
-        ("--accumulate",),
-        count,
-        1,
-        "gradient accumulation: split each batch into K micro-batches",
-        group=TRAINING,
-        metavar="K",
-        resume="free",
-        called=("grad_accum_steps", "gradient_accumulation_steps", "accum_iter"),
-    ),
-    Setting(
-        ("--sync_bn",),
-        bool,
-        False,
-        "BatchNorm and the feature transform over the batch of all processes that torchrun has started",
-        group=TRAINING,
-    ),
-    Setting(
-        ("--epochs",),
-        count,
-        RECIPE,
-        "length of the main stage; schedules scale with it unless set explicitly",
-        group=TRAINING,
-        resume="free",
-        called=("num_epochs", "max_epochs"),
-    ),
-    Setting(
-        ("--optimizer",),
-        str,
-        "sgd",
-        "the optimizer; lamb and adan are timm's",
-        choices=OPTIMIZERS,
-        group=TRAINING,
-        called=("opt", "optim"),
-    ),
-    Setting(
-        ("--learning_rate",),
-        number,
-        RECIPE,
-        "the initial learning rate",
-        group=TRAINING,
-        called=("lr", "base_lr"),
-    ),
-    Setting(
-        ("--lr_decay",),
-        str,
-        RECIPE,
-        "the learning rate schedule: step falls after every one of --lr_decay_epochs, cos is half a cosine, one_cycle "
-        "rises over the first 0.3 of the run and falls over the rest, in every step",
-        choices=SCHEDULES,
-        group=TRAINING,
-        called=("schedule", "scheduler", "sched", "lr_schedule", "lr_scheduler", "lr_policy", "cos", "cosine"),
-    ),
-    Setting(
-        ("--lr_warmup_epochs",),
-        whole,
-        0,
-        "the learning rate grows linearly, in every step, over these first epochs of the main stage; cos then takes "
-        "the rest of the run",
-        full_run=RECIPE,
-        group=TRAINING,
-        metavar="E",
-        called=("warmup",),
-    ),
-    Setting(
-        ("--min_learning_rate",),
-        number,
-        0.0,
-        "floor of the schedule, where cos and one_cycle end",
-        group=TRAINING,
-        called=("min_lr",),
-    ),
-    Setting(
-        ("--clip_grad",),
-        number,
-        0.0,
-        "scale the gradient down to this norm (0: no)",
-        group=TRAINING,
-        metavar="NORM",
-        called=("grad_clip", "clip", "max_norm"),
-    ),
-    Setting(
-        ("--lr_decay_epochs",),
-        _epochs,
-        RECIPE,
-        "milestones of the step schedule: the learning rate falls after these epochs",
-        full_run=RECIPE,
-        group=TRAINING,
-        metavar="E,E,...",
-        works_with=("lr_decay", "step"),
-        called=("milestones",),
-    ),
-    Setting(("--lr_decay_rate",), number, RECIPE, "factor of the step schedule", group=TRAINING),
-    Setting(("--weight_decay",), number, RECIPE, "weight decay", group=TRAINING, called=("wd",)),
-    Setting(("--decay_norms",), bool, True, "weight decay on normalisation layers and biases too", group=TRAINING),
-    Setting(("--momentum",), number, RECIPE, "momentum of SGD", group=TRAINING, works_with=OF_SGD),
-    Setting(("--nesterov",), bool, False, "Nesterov's momentum", group=TRAINING, works_with=OF_SGD),
-    Setting(
-        ("--drop_momentum",),
-        bool,
-        False,
-        "start with no momentum after each milestone",
-        group=TRAINING,
-        works_with=OF_SGD,
-    ),
-    Setting(
-        ("--ema_decay",),
-        _below_one,
-        0.0,
-        "also keep an exponential moving average of the student's weights and statistics, D of it in every step "
-        "(0: no); it is tested and saved next to the raw weights",
-        group=TRAINING,
-        metavar="D",
-        needs_labels=True,
-        called=("model_ema",),
-    ),
-    Setting(
-        ("--drop_rate",),
-        _below_one,
-        None,
-        "dropout of a student of torchvision or timm (default: its library's)",
-        group=TRAINING,
-        metavar="P",
-        called=("drop", "dropout"),
-    ),
-    Setting(
-        ("--drop_path_rate",),
-        _below_one,
-        None,
-        "drop path (stochastic depth) of a student of torchvision or timm, of its last branch (default: its library's)",
-        group=TRAINING,
-        metavar="P",
-        called=("drop_path",),
-    ),
-    Setting(
-        ("--freeze",),
-        str,
-        "none",
-        "trunk: train only the student's classifier, and what the method adds; its BatchNorms are in eval mode",
-        choices=("none", "trunk"),
-        group=TRAINING,
-        needs_labels=True,
-        called=("freeze_backbone", "linear_probe"),
-    ),
-    Setting(
-        ("--best_by",),
-        str,
-        "accuracy",
-        "what the best epoch is chosen by, on the held-out images where there are any",
-        choices=BEST_BY,
-        group=TRAINING,
-        needs_labels=True,
-        called=("eval_metric",),
-    ),
-    Setting(
-        ("--patience",),
-        whole,
-        0,
-        "early stopping: end after E epochs without a better one; needs --holdout (0: no)",
-        group=TRAINING,
-        metavar="E",
-        resume="free",
-        called=("early_stopping",),
-    ),
-    Setting(
-        ("--augment",),
-        str,
-        "standard",
-        "standard: the data set's own crops and flips; none: not even these; or these and torchvision's policy of this "
-        "name",
-        choices=POLICIES,
-        group=AUGMENTATION,
-        decides_outputs=True,
-        called=("aa", "auto_augment", "augmentation"),
-    ),
-    Setting(
-        ("--colour_jitter",),
-        _below_one,
-        0.0,
-        "scale brightness, contrast and saturation by factors from 1 - S to 1 + S",
-        group=AUGMENTATION,
-        metavar="S",
-        called=("color_jitter", "jitter"),
-        decides_outputs=True,
-    ),
-    Setting(
-        ("--random_erasing",),
-        _probability,
-        0.0,
-        "erase a rectangle of an image with this probability",
-        group=AUGMENTATION,
-        metavar="P",
-        decides_outputs=True,
-        called=("reprob",),
-    ),
-    Setting(
-        ("--mixup",),
-        _alpha,
-        0.0,
-        "mix the images of a batch in shares from Beta(ALPHA, ALPHA); student and teacher see the same mixed images",
-        group=AUGMENTATION,
-        metavar="ALPHA",
-        decides_outputs=True,
-        needs_labels=True,
-    ),
-    Setting(
-        ("--cutmix",),
-        _alpha,
-        0.0,
-        "paste a rectangle of one image into another, its area from Beta(ALPHA, ALPHA); with --mixup one of them for "
-        "each batch",
-        group=AUGMENTATION,
-        metavar="ALPHA",
-        decides_outputs=True,
-        needs_labels=True,
-    ),
-    Setting(
-        ("--label_smoothing",),
-        _below_one,
-        0.0,
-        "share of a label that is spread over all classes, in the cross entropy",
-        group=AUGMENTATION,
-        metavar="S",
-        needs_labels=True,
-        called=("smoothing",),
-    ),
-    Setting(
-        ("--class_weights",),
-        _weights,
-        None,
-        "what a class counts in the cross entropy: balanced (inverse to its number of images), or a file with a class "
-        "and its weight in each line",
-        group=AUGMENTATION,
-        metavar="balanced|FILE",
-        needs_labels=True,
-    ),
-    Setting(
-        ("--balanced_sampling",),
-        bool,
-        False,
-        "draw the images of an epoch so that every class is equally likely, instead of showing each once",
-        group=AUGMENTATION,
-        needs_labels=True,
-    ),
-    Setting(
-        ("--max_steps",),
-        count,
-        None,
-        "end every stage after K steps, to try a command",
-        group=TRAINING,
-        metavar="K",
-        resume="free",
-        called=("iters", "iterations", "max_iter", "steps"),
-    ),
-    Setting(
-        ("--device",),
-        str,
-        "auto",
-        "auto (CUDA where there is a GPU), cpu, cuda, cuda:1, ...",
-        group=TRAINING,
-        resume="free",
-        identity="none",
-        shared=True,
-        called=("gpu", "gpus", "gpu_id", "cuda", "no_cuda"),
-    ),
-    Setting(
-        ("--fast",),
-        str,
-        "off",
-        "auto: enable the options below that this device supports; off: none",
-        choices=("auto", "off"),
-        group=SPEED,
-        identity="none",
-        shared=True,
-    ),
-    Setting(
-        ("--precision",),
-        str,
-        "float32",
-        "of the networks; losses, statistics and weights stay float32",
-        choices=PRECISIONS,
-        group=SPEED,
-        shared=True,
-        auto=lambda device: "bfloat16" if computes_bfloat16(device) else "float32",
-        decides_outputs=True,
-        called=("amp", "fp16", "bf16", "half", "mixed_precision", "use_amp"),
-    ),
-    Setting(
-        ("--channels_last",),
-        bool,
-        False,
-        "memory layout of images and feature maps",
-        group=SPEED,
-        identity="none",
-        shared=True,
-        auto=lambda device: True,
-    ),
-    Setting(
-        ("--fold_teacher",),
-        bool,
-        False,
-        "the teacher's BatchNorms folded into its convolutions",
-        group=SPEED,
-        identity="none",
-        shared=True,
-        auto=lambda device: True,
-    ),
-    Setting(
-        ("--fused_optimizer",),
-        bool,
-        False,
-        "one kernel for the update of all parameters",
-        group=SPEED,
-        identity="none",
-        shared=True,
-        auto=lambda device: device.type in ("cpu", "cuda"),
-    ),
-    Setting(
-        ("--compile",),
-        str,
-        "off",
-        "torch.compile of both networks' forward passes, in this mode; --fast auto leaves it off. The first step "
-        "takes minutes; not tried on a GPU, where reduce-overhead replays CUDA graphs",
-        choices=COMPILE,
-        group=SPEED,
-        resume="free",
-        identity="none",
-        shared=True,
-        called=("torchcompile",),
-    ),
-    Setting(
-        ("--deterministic",),
-        bool,
-        False,
-        "the same weights from the same command on a GPU too, with slower kernels; torch warns of operations that have "
-        "none. A CPU needs no flag",
-        group=SPEED,
-        resume="free",
-        identity="none",
-        shared=True,
-    ),
-    Setting(
-        ("--trial",),
-        _trial,
-        "1",
-        "name of this repetition",
-        group=RUN,
-        identity="none",
-        called=("name", "exp", "experiment"),
-    ),
-    Setting(
-        ("--seed",),
-        whole,
-        RECIPE,
-        "of weights, order and augmentation; default: --trial if that is a number, else 0",
-        group=RUN,
-        identity="run",
-        called=("manual_seed", "random_state"),
-    ),
-    Setting(
-        ("--data_seed",),
-        whole,
-        RECIPE,
-        "of order and augmentation (--seed); runs that are trained together share the first one's",
-        group=RUN,
-        identity="none",
-        decides_outputs=True,
-    ),
-    Setting(
-        ("--save_dir",),
-        _path,
-        "save",
-        "where run folders are made",
-        group=RUN,
-        metavar="ROOT",
-        resume="free",
-        identity="none",
-        shared=True,
-        called=("out", "output", "output_dir", "out_dir", "save", "log_dir", "logdir", "model_path"),
-    ),
-    Setting(
-        ("--save_freq",),
-        whole,
-        0,
-        "also keep epoch_<n>.pth every E epochs (0: none)",
-        group=RUN,
-        metavar="E",
-        resume="free",
-        identity="none",
-        called=("save_interval", "checkpoint_interval"),
-    ),
-    Setting(
-        ("--save_every_steps",),
-        whole,
-        0,
-        "also save within epochs, every K steps (0: no)",
-        group=RUN,
-        metavar="K",
-        resume="free",
-        identity="none",
-    ),
-    Setting(
-        ("--max_bad_steps",),
-        whole,
-        0,
-        "skip up to K steps of a run whose losses or gradient are not finite, then stop (0: stop at the first)",
-        group=RUN,
-        metavar="K",
-        resume="free",
-        identity="none",
-    ),
-    Setting(
-        ("--print_freq",),
-        count,
-        100,
-        "steps between lines in the log",
-        group=RUN,
-        metavar="K",
-        resume="free",
-        identity="none",
-        called=("log_interval", "log_freq", "tb_freq"),
-    ),
-    Setting(
-        ("--accept_changes",),
-        bool,
-        False,
-        "resume although the teacher's weights or the data are not those that the run began with; it is recorded",
-        group=RUN,
-        resume="free",
-        identity="none",
-        shared=True,
+    *_rows(
+        TEACHER,
+        Setting(
+            ("--distill",),
+            _method,
+            "norm",
+            "one of the methods above",
+            metavar="METHOD",
+            called=("method", "kd", "loss", "algo"),
+        ),
+        Setting(
+            ("--model_t",),
+            _model_names,
+            None,
+            "teacher; default: what --path_t says",
+            metavar="NAME",
+            shared=True,
+            called=("teacher_model", "teacher_arch"),
+        ),
+        Setting(
+            ("--path_t",),
+            _teachers,
+            None,
+            f"the teacher's checkpoint: {SOURCES}. Several teachers are separated by commas",
+            metavar="FILE",
+            resume="free",
+            shared=True,
+            called=("teacher", "teacher_path", "teacher_ckpt", "teacher_checkpoint", "model_path_t"),
+        ),
+        Setting(
+            ("--teacher_weights",),
+            _shares,
+            None,
+            "what each of several teachers counts, in the average of the logits and in NORM's loss; default: equal",
+            metavar="W,W",
+            shared=True,
+        ),
+        Setting(
+            ("--allow_teacher_gap",),
+            bool,
+            False,
+            "accept a teacher whose accuracy or classes are not the recorded ones",
+            **OF_PROCESS,
+        ),
+        Setting(
+            ("--teacher_image_size",),
+            image_sizes,
+            None,
+            "resolution at which the teacher sees the images, of several teachers one for all or one each, with "
+            "commas; default: the one that its weights were trained with",
+            metavar="PIXELS",
+            shared=True,
+            decides_outputs=True,
+        ),
+        Setting(
+            ("--teacher_classes",),
+            str,
+            None,
+            "read the teacher's logits at these of its classes, in the order of the data's: names or numbers with "
+            "commas (or, where names hold commas, with ;) between them, or a file with one in each line",
+            metavar="NAMES|FILE",
+            shared=True,
+            decides_outputs=True,
+        ),
+        Setting(
+            ("--cache_teacher",),
+            path,
+            None,
+            "store the teacher's logits, and pooled vectors where the method reads them, in this folder, and read "
+            "them there in later runs that show the same images",
+            metavar="FOLDER",
+            is_path=True,
+            **OF_PROCESS,
+        ),
+        Setting(
+            ("--cache_top_k",),
+            count,
+            None,
+            "store the K largest logits alone; the rest of the probability is spread evenly over the other classes",
+            metavar="K",
+            shared=True,
+        ),
+    ),
+    *_rows(
+        NETWORK,
+        Setting(
+            ("--model_s",),
+            model_name,
+            FILLED_IN,
+            "student",
+            metavar="NAME",
+            called=("model", "student", "student_model", "arch", "backbone"),
+        ),
+    ),
+    *_rows(
+        INITIAL,
+        Setting(
+            ("--init",),
+            path,
+            None,
+            f"start from these weights instead of random ones: a checkpoint, {SOURCES}. Where the number of classes "
+            "differs, the classifier is new. The model name may be omitted",
+            metavar="SOURCE",
+            shared=True,
+            is_path=True,
+            called=("pretrained", "initial_checkpoint", "finetune", "weights"),
+        ),
+        # The digests say which weights.
+        Setting(
+            ("--ema",),
+            bool,
+            False,
+            "take the moving average (EMA) of the weights where the file of a teacher or of initial weights holds both",
+            tells_apart="none",
+            shared=True,
+        ),
+    ),
+    *_rows(
+        DATA,
+        Setting(
+            ("--dataset",),
+            str,
+            "digits",
+            "the data set; default: what the teacher was trained on, else digits (embedded, no download)",
+            choices=DATASETS,
+            shared=True,
+            decides_outputs=True,
+        ),
+        Setting(
+            ("--data",),
+            path,
+            None,
+            "where the data are stored or downloaded to; for folder and imagenet: the folder with train/ and val|test/",
+            metavar="PATH",
+            resume="free",
+            shared=True,
+            is_path=True,
+            called=("data_dir", "data_path", "data_root", "root", "dir"),
+        ),
+        Setting(
+            ("--labels",),
+            str,
+            "folders",
+            "what says the classes of a folder of images: its class folders, or none: images at any depth, from which "
+            "a method learns what the teacher shows of them",
+            choices=("folders", "none"),
+            shared=True,
+            decides_outputs=True,
+        ),
+        Setting(
+            ("--data_probe",),
+            path,
+            None,
+            "with --labels none: a labelled folder of images, on which pooled features are tested after every epoch, "
+            "by a linear probe and by nearest neighbours; the best epoch is chosen by the matching loss",
+            metavar="FOLDER",
+            resume="free",
+            shared=True,
+            is_path=True,
+        ),
+        Setting(
+            ("--split",),
+            below_one,
+            0.0,
+            "share of the training images, the same for all seeds, that becomes the test split of a folder without one",
+            metavar="SHARE",
+            shared=True,
+            decides_outputs=True,
+            needs_labels=True,
+            called=("val_split",),
+        ),
+        Setting(
+            ("--background",),
+            colour,
+            (255, 255, 255),
+            "colour under transparent images of a folder, red,green,blue",
+            metavar="R,G,B",
+            shared=True,
+            decides_outputs=True,
+        ),
+        Setting(
+            ("--stream",),
+            str,
+            "auto",
+            "read a folder of images from the disk in every epoch: on, off (hold it in memory), or auto: what does "
+            "not fit",
+            choices=("auto", "on", "off"),
+            **OF_PROCESS,
+        ),
+        Setting(
+            ("--image_size",),
+            image_size,
+            32,
+            "images of folder (32) and imagenet (224) become squares of this size; those of other data sets are held "
+            "with 32 pixels and resized to it on the device (bilinear)",
+            shared=True,
+            decides_outputs=True,
+            called=("img_size", "input_size", "resolution", "size", "imgsz", "crop_size"),
+        ),
+        Setting(
+            ("--holdout",),
+            whole,
+            0,
+            "keep K training images, the same for all seeds, to choose the best epoch on; the test images then only "
+            "report. With 0 the best epoch is chosen on the test images, as in the official code",
+            metavar="K",
+            shared=True,
+            decides_outputs=True,
+        ),
+        Setting(
+            ("--num_workers",),
+            whole,
+            min(4, count_cores()),
+            "processes that decode images; data sets of small images are held in memory",
+            called=("workers", "j"),
+            **OF_PROCESS,
+        ),
+        Setting(("--max_broken",), whole, 10, "maximum number of unreadable images before the run stops", **OF_PROCESS),
+    ),
+    *_rows(
+        TRAINING,
+        # The values that it sets tell runs apart.
+        Setting(
+            ("--recipe",),
+            str,
+            "tables",
+            "whose defaults are taken; " + "; ".join(f"{name}: {what}" for name, what in RECIPES.items()),
+            choices=RECIPES,
+            tells_apart="none",
+        ),
+        Setting(
+            ("--batch_size",),
+            count,
+            FILLED_IN,
+            "global batch size; the learning rate is not rescaled",
+            called=("bs", "bz"),
+        ),
+        Setting(
+            ("--accumulate",),
+            count,
+            1,
+            "gradient accumulation: split each batch into K micro-batches",
+            metavar="K",
+            resume="free",
+            called=("grad_accum_steps", "gradient_accumulation_steps", "accum_iter"),
+        ),
+        Setting(
+            ("--sync_bn",),
+            bool,
+            False,
+            "BatchNorm and the feature transform over the batch of all processes that torchrun has started",
+        ),
+        Setting(
+            ("--epochs",),
+            count,
+            FILLED_IN,
+            "length of the main stage; schedules scale with it unless set explicitly",
+            resume="free",
+            called=("num_epochs", "max_epochs"),
+        ),
+        Setting(
+            ("--optimizer",),
+            str,
+            "sgd",
+            "the optimizer; lamb and adan are timm's",
+            choices=OPTIMIZERS,
+            called=("opt", "optim"),
+        ),
+        Setting(("--learning_rate",), number, FILLED_IN, "the initial learning rate", called=("lr", "base_lr")),
+        Setting(
+            ("--lr_decay",),
+            str,
+            FILLED_IN,
+            "the learning rate schedule: step falls after every one of --lr_decay_epochs, cos is half a cosine, "
+            "one_cycle rises over the first 0.3 of the run and falls over the rest, in every step",
+            choices=SCHEDULES,
+            called=("schedule", "scheduler", "sched", "lr_schedule", "lr_scheduler", "lr_policy", "cos", "cosine"),
+        ),
+        Setting(
+            ("--lr_warmup_epochs",),
+            whole,
+            0,
+            "the learning rate grows linearly, in every step, over these first epochs of the main stage; cos then "
+            "takes the rest of the run",
+            full_run="recipe",
+            metavar="E",
+            called=("warmup",),
+        ),
+        Setting(
+            ("--min_learning_rate",),
+            number,
+            0.0,
+            "floor of the schedule, where cos and one_cycle end",
+            called=("min_lr",),
+        ),
+        Setting(
+            ("--clip_grad",),
+            number,
+            0.0,
+            "scale the gradient down to this norm (0: no)",
+            metavar="NORM",
+            called=("grad_clip", "clip", "max_norm"),
+        ),
+        Setting(
+            ("--lr_decay_epochs",),
+            epochs,
+            FILLED_IN,
+            "milestones of the step schedule: the learning rate falls after these epochs",
+            full_run="recipe",
+            metavar="E,E,...",
+            works_with=("lr_decay", "step"),
+            called=("milestones",),
+        ),
+        Setting(("--lr_decay_rate",), number, FILLED_IN, "factor of the step schedule"),
+        Setting(("--weight_decay",), number, FILLED_IN, "weight decay", called=("wd",)),
+        Setting(("--decay_norms",), bool, True, "weight decay on normalisation layers and biases too"),
+        Setting(("--momentum",), number, FILLED_IN, "momentum of SGD", works_with=OF_SGD),
+        Setting(("--nesterov",), bool, False, "Nesterov's momentum", works_with=OF_SGD),
+        Setting(("--drop_momentum",), bool, False, "start with no momentum after each milestone", works_with=OF_SGD),
+        Setting(
+            ("--ema_decay",),
+            below_one,
+            0.0,
+            "also keep an exponential moving average of the student's weights and statistics, D of it in every step "
+            "(0: no); it is tested and saved next to the raw weights",
+            metavar="D",
+            needs_labels=True,
+            called=("model_ema",),
+        ),
+        Setting(
+            ("--drop_rate",),
+            below_one,
+            None,
+            "dropout of a student of torchvision or timm (default: its library's)",
+            metavar="P",
+            called=("drop", "dropout"),
+        ),
+        Setting(
+            ("--drop_path_rate",),
+            below_one,
+            None,
+            "drop path (stochastic depth) of a student of torchvision or timm, of its last branch (default: its "
+            "library's)",
+            metavar="P",
+            called=("drop_path",),
+        ),
+        Setting(
+            ("--freeze",),
+            str,
+            "none",
+            "trunk: train only the student's classifier, and what the method adds; its BatchNorms are in eval mode",
+            choices=("none", "trunk"),
+            needs_labels=True,
+            called=("freeze_backbone", "linear_probe"),
+        ),
+        Setting(
+            ("--best_by",),
+            str,
+            "accuracy",
+            "what the best epoch is chosen by, on the held-out images where there are any",
+            choices=BEST_BY,
+            needs_labels=True,
+            called=("eval_metric",),
+        ),
+        Setting(
+            ("--patience",),
+            whole,
+            0,
+            "early stopping: end after E epochs without a better one; needs --holdout (0: no)",
+            metavar="E",
+            resume="free",
+            called=("early_stopping",),
+        ),
+        Setting(
+            ("--max_steps",),
+            count,
+            None,
+            "end every stage after K steps, to try a command",
+            metavar="K",
+            resume="free",
+            called=("iters", "iterations", "max_iter", "steps"),
+        ),
+        Setting(
+            ("--device",),
+            str,
+            "auto",
+            "auto (CUDA where there is a GPU), cpu, cuda, cuda:1, ...",
+            called=("gpu", "gpus", "gpu_id", "cuda", "no_cuda"),
+            **OF_PROCESS,
+        ),
+    ),
+    *_rows(
+        AUGMENTATION,
+        Setting(
+            ("--augment",),
+            str,
+            "standard",
+            "standard: the data set's own crops and flips; none: not even these; or these and torchvision's policy of "
+            "this name",
+            choices=POLICIES,
+            decides_outputs=True,
+            called=("aa", "auto_augment", "augmentation"),
+        ),
+        Setting(
+            ("--colour_jitter",),
+            below_one,
+            0.0,
+            "scale brightness, contrast and saturation by factors from 1 - S to 1 + S",
+            metavar="S",
+            decides_outputs=True,
+            called=("color_jitter", "jitter"),
+        ),
+        Setting(
+            ("--random_erasing",),
+            probability,
+            0.0,
+            "erase a rectangle of an image with this probability",
+            metavar="P",
+            decides_outputs=True,
+            called=("reprob",),
+        ),
+        Setting(
+            ("--mixup",),
+            beta_parameter,
+            0.0,
+            "mix the images of a batch in shares from Beta(ALPHA, ALPHA); student and teacher see the same mixed "
+            "images",
+            metavar="ALPHA",
+            decides_outputs=True,
+        ),
+        Setting(
+            ("--cutmix",),
+            beta_parameter,
+            0.0,
+            "paste a rectangle of one image into another, its area from Beta(ALPHA, ALPHA); with --mixup one of them "
+            "for each batch",
+            metavar="ALPHA",
+            decides_outputs=True,
+        ),
+        Setting(
+            ("--label_smoothing",),
+            below_one,
+            0.0,
+            "share of a label that is spread over all classes, in the cross entropy",
+            metavar="S",
+            needs_labels=True,
+            called=("smoothing",),
+        ),
+        Setting(
+            ("--class_weights",),
+            _weights,
+            None,
+            "what a class counts in the cross entropy: balanced (inverse to its number of images), or a file with a "
+            "class and its weight in each line",
+            metavar="balanced|FILE",
+            needs_labels=True,
+        ),
+        Setting(
+            ("--balanced_sampling",),
+            bool,
+            False,
+            "draw the images of an epoch so that every class is equally likely, instead of showing each once",
+            needs_labels=True,
+        ),
+    ),
+    *_rows(
+        SPEED,
+        Setting(
+            ("--fast",),
+            str,
+            "off",
+            "auto: enable the options below that this device supports; off: none",
+            choices=("auto", "off"),
+            tells_apart="none",
+            shared=True,
+        ),
+        Setting(
+            ("--precision",),
+            str,
+            "float32",
+            "of the networks; losses, statistics and weights stay float32",
+            choices=PRECISIONS,
+            shared=True,
+            auto=lambda device: "bfloat16" if computes_bfloat16(device) else "float32",
+            decides_outputs=True,
+            called=("amp", "fp16", "bf16", "half", "mixed_precision", "use_amp"),
+        ),
+        Setting(
+            ("--channels_last",),
+            bool,
+            False,
+            "memory layout of images and feature maps",
+            tells_apart="none",
+            shared=True,
+            auto=lambda device: True,
+        ),
+        Setting(
+            ("--fold_teacher",),
+            bool,
+            False,
+            "the teacher's BatchNorms folded into its convolutions",
+            tells_apart="none",
+            shared=True,
+            auto=lambda device: True,
+        ),
+        Setting(
+            ("--fused_optimizer",),
+            bool,
+            False,
+            "one kernel for the update of all parameters",
+            tells_apart="none",
+            shared=True,
+            auto=lambda device: device.type in ("cpu", "cuda"),
+        ),
+        Setting(
+            ("--compile",),
+            str,
+            "off",
+            "torch.compile of both networks' passes and the losses, in this mode; --fast auto leaves it off. The first "
+            "step takes minutes; not tried on a GPU, where reduce-overhead replays CUDA graphs",
+            choices=COMPILE,
+            called=("torchcompile",),
+            **OF_PROCESS,
+        ),
+        Setting(
+            ("--deterministic",),
+            bool,
+            False,
+            "the same weights from the same command on a GPU too, with slower kernels; torch warns of operations that "
+            "have none. A CPU needs no flag",
+            **OF_PROCESS,
+        ),
+    ),
+    *_rows(
+        RUN,
+        Setting(
+            ("--trial",),
+            trial_name,
+            "1",
+            "name of this repetition",
+            tells_apart="none",
+            called=("name", "exp", "experiment"),
+        ),
+        Setting(
+            ("--seed",),
+            whole,
+            FILLED_IN,
+            "of weights, order and augmentation; default: --trial if that is a number, else 0",
+            tells_apart="run",
+            called=("manual_seed", "random_state"),
+        ),
+        Setting(
+            ("--data_seed",),
+            whole,
+            FILLED_IN,
+            "of order and augmentation (--seed); runs that are trained together share the first one's",
+            tells_apart="none",
+            decides_outputs=True,
+        ),
+        Setting(
+            ("--save_dir",),
+            path,
+            "save",
+            "where run folders are made",
+            metavar="ROOT",
+            called=("out", "output", "output_dir", "out_dir", "save", "log_dir", "logdir", "model_path"),
+            **OF_PROCESS,
+        ),
+        Setting(
+            ("--save_freq",),
+            whole,
+            0,
+            "also keep epoch_<n>.pth every E epochs (0: none)",
+            metavar="E",
+            resume="free",
+            tells_apart="none",
+            called=("save_interval", "checkpoint_interval"),
+        ),
+        Setting(
+            ("--save_every_steps",),
+            whole,
+            0,
+            "also save within epochs, every K steps (0: no)",
+            metavar="K",
+            resume="free",
+            tells_apart="none",
+        ),
+        Setting(
+            ("--max_bad_steps",),
+            whole,
+            0,
+            "skip up to K steps of a run whose losses or gradient are not finite, then stop (0: stop at the first)",
+            metavar="K",
+            resume="free",
+            tells_apart="none",
+        ),
+        Setting(
+            ("--print_freq",),
+            count,
+            100,
+            "steps between lines in the log",
+            metavar="K",
+            resume="free",
+            tells_apart="none",
+            called=("log_interval", "log_freq", "tb_freq"),
+        ),
+        Setting(
+            ("--accept_changes",),
+            bool,
+            False,
+            "resume although the teacher's weights or the data are not those that the run began with; it is recorded",
+            **OF_PROCESS,
+        ),
     ),
     # Not flags: what a run finds out and keeps.
-    Setting(
-        ("wrapper_t",),
-        _wrapper,
-        None,
-        "how the teacher's network is wrapped",
-        group=FOUND,
-        identity="none",
-        decides_outputs=True,
-    ),
-    Setting(
-        ("teacher_digest",),
-        _digest,
-        None,
-        "digest of the teacher's weights",
-        group=FOUND,
-        shared=True,
-        instead_of="path_t",
-        decides_outputs=True,
-    ),
-    Setting(("data_digest",), _digest, None, "digest of the data", group=FOUND, shared=True, decides_outputs=True),
-    Setting(("weights_digest",), _digest, None, "digest of the class weights", group=FOUND),
-    Setting(
-        ("mean",), _statistics, None, "mean of the images' channels", group=FOUND, identity="none", decides_outputs=True
-    ),
-    Setting(
-        ("std",),
-        _statistics,
-        None,
-        "standard deviation of the images' channels",
-        group=FOUND,
-        identity="none",
-        decides_outputs=True,
-    ),
-    Setting(("init_digest",), _digest, None, "digest of the initial weights", group=FOUND, instead_of="init"),
-    Setting(
-        ("images_per_pass",), _images, RECIPE, "images of a whole batch in one forward pass", group=FOUND, resume="free"
+    *_rows(
+        FOUND,
+        Setting(
+            ("wrapper_t",),
+            wrapper,
+            None,
+            "how the teacher's network is wrapped",
+            tells_apart="none",
+            decides_outputs=True,
+        ),
+        Setting(
+            ("teacher_digest",),
+            digest,
+            None,
+            "digest of the teacher's weights",
+            shared=True,
+            instead_of="path_t",
+            decides_outputs=True,
+        ),
+        Setting(("data_digest",), digest, None, "digest of the data", shared=True, decides_outputs=True),
+        Setting(("weights_digest",), digest, None, "digest of the class weights"),
+        Setting(("mean",), statistics, None, "mean of the images' channels", tells_apart="none", decides_outputs=True),
+        Setting(
+            ("std",),
+            statistics,
+            None,
+            "standard deviation of the images' channels",
+            tells_apart="none",
+            decides_outputs=True,
+        ),
+        Setting(("init_digest",), digest, None, "digest of the initial weights", instead_of="init"),
+        Setting(
+            ("images_per_pass",),
+            number_of_images,
+            FILLED_IN,
+            "images of a whole batch in one forward pass",
+            resume="free",
+        ),
     ),
 )
 
@@ -911,125 +781,3 @@ def settings_of(distill: str) -> dict[str, Setting]:
 def all_settings() -> dict[str, Setting]:
     """Every setting that some run has, by argument."""
     return {setting.argument: setting for setting in (*SETTINGS, *method_settings().values())}
-
-
-class Configuration(Mapping):
-    """The resolved settings of one run, each of its setting's type; read as attributes or as a mapping.
-
-    `origins` says where each value comes from; `folder` is the run folder to resume, None for a new run.
-    """
-
-    def __init__(self, values: Mapping[str, Any], origins: Mapping[str, str], folder: str | None = None):
-        self._values, self.origins, self.folder = dict(values), dict(origins), folder
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return self.__dict__["_values"][name]
-        except KeyError:
-            raise AttributeError(f"a run has no setting {name}") from None
-
-    def __getitem__(self, name: str) -> Any:
-        return self._values[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._values)
-
-    def __len__(self) -> int:
-        return len(self._values)
-
-    def replace(self, origin: str, **values: Any) -> "Configuration":
-        """The same run with other values, which come from `origin`."""
-        return Configuration(self._values | values, self.origins | dict.fromkeys(values, origin), self.folder)
-
-    @property
-    def name(self) -> str:
-        """The name of the run's folder: data set, method, networks, trial, and that it is a try of some steps."""
-        networks = [name.replace(":", "-").replace(",", "+") for name in (self.model_t, self.model_s) if name]
-        tried = ["try"] if self.max_steps else []
-        return "_".join([self.dataset, self.distill, *networks, f"trial{self.trial}", *tried])
-
-    def as_json(self) -> dict:
-        """What config.json holds."""
-        return self._values | {"origins": self.origins}
-
-
-def read_stored(stored: object, source: str) -> dict:
-    """The content of a config.json, or of a checkpoint's copy -> its values; raises `UserError` that begins with
-    `source`. Settings that are newer than the file are absent."""
-    if not isinstance(stored, Mapping):
-        raise UserError(f"{source} does not hold settings; name a run folder")
-    known, values = all_settings(), {}
-    for name, value in stored.items():
-        if name == "resume":  # written by earlier versions
-            continue
-        if name == "origins":
-            if not isinstance(value, Mapping) or not all(isinstance(origin, str) for origin in value.values()):
-                raise UserError(f"{source}: its origins must be a text for each setting")
-            continue
-        if name not in known:
-            raise UserError(f"{source} holds the unknown setting {str(name)[:100]!r}; was it written by this version?")
-        try:
-            values[name] = known[name].read(value)
-        except ValueError as error:
-            raise UserError(f"{source}: {error}") from None
-    return values
-
-
-def check_resumed(given: Mapping[str, Any], stored: Mapping[str, Any], path: Path | str) -> None:
-    """Raise `UserError` where the command line names another value than the run, of a setting that may not change."""
-    known = all_settings()
-    for name, value in given.items():
-        was = stored.get(name, known[name].default)
-        if known[name].resume != "free" and was != value:
-            raise UserError(
-                f"--resume: {path} was run with {name} {was}, not {value}; leave the flag out, or start a new run"
-            )
-
-
-def accept_found(found: Mapping[str, Any], stored: Mapping[str, Any], accept: bool, path: Path | str) -> dict[str, Any]:
-    """What a resumed run has stored, with what its files say now; raises `UserError` where a digest has changed and
-    `accept` is false."""
-    known = all_settings()
-    for name, value in found.items():
-        if stored.get(name) not in (None, value) and not accept:
-            raise UserError(
-                f"--resume: {path}: the {known[name].help} was {stored[name]} and is {value} now; restore the files "
-                "that the run began with, or accept the new ones with --accept_changes"
-            )
-    return dict(stored) | dict(found)
-
-
-def check_shared(configs: Iterable[Configuration]) -> None:
-    """Raise `UserError` where runs that are to share one process differ in what its runs have in common."""
-    first, *others = configs
-    if others and any(config.folder and config.accept_changes for config in (first, *others)):
-        # The images of a process are normalised in one way, and each run keeps that with which it began.
-        raise UserError("--accept_changes: resume each run alone, with --resume RUN: it keeps its own normalisation")
-    for other in others:
-        for setting in SETTINGS:
-            ours, theirs = first.get(setting.argument), other.get(setting.argument)
-            if setting.shared and None not in (ours, theirs) and ours != theirs:
-                names = [config.folder or "a new run" for config in (first, other)]
-                raise UserError(
-                    f"--resume: {names[0]} has {setting.argument} {ours}, {names[1]} {theirs}; they cannot train in "
-                    "one process; resume them separately"
-                )
-
-
-def identity(config: Mapping[str, Any], kinds: tuple[str, ...] = ("row",)) -> dict[str, Any]:
-    """What tells a run's row from other rows; with "run" among the kinds, a run from other runs.
-
-    Files count by the digests of their weights. Runs from before a setting existed had its default.
-    """
-    known = settings_of(config["distill"])
-    whole_batch = {"images_per_pass": config["batch_size"]}
-    defaults = {name: setting.default for name, setting in known.items()} | whole_batch
-    values = defaults | {name: value for name, value in config.items() if value is not None}
-    kept = {
-        name: value
-        for name, value in values.items()
-        if name in known and known[name].identity in kinds and value not in (None, RECIPE)
-    }
-    for replaced in {known[name].instead_of for name in kept}:  # a run from before digests were kept has its path
-        kept.pop(replaced, None)
-    return kept

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from errors import UserError
+from errors import UserError, first_line
 
 
 class Output(NamedTuple):
@@ -224,11 +224,6 @@ def normalises_single_values(network: Backbone, image_size: int) -> bool:
         for hook in hooks:
             hook.remove()
     return any(single)
-
-
-def first_line(error: BaseException) -> str:
-    """What an exception says, on one line; its kind where it says nothing."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 class Wrapper(Backbone):

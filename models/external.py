@@ -13,8 +13,8 @@ from types import MappingProxyType
 import torch
 from torch import Tensor, nn
 
-from errors import UserError
-from models.backbone import Backbone, Output, evaluating, first_line, probe_shapes
+from errors import UserError, first_line
+from models.backbone import Backbone, Output, evaluating, probe_shapes
 from models.split import Split, patches_to_map, ramp
 
 #: Library -> the module that names, builds and splits its networks; imported when a network of it is asked for.

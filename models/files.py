@@ -10,7 +10,7 @@ from typing import BinaryIO
 
 import torch
 
-from errors import UserError
+from errors import UserError, first_line
 from models.pickled import Program, Storage, Unknown, check_size, make_storage
 
 #: The first words of torch's files from before version 1.6.
@@ -67,7 +67,7 @@ def read_checkpoint(path: str | os.PathLike, flag: str = "checkpoint") -> dict:
     except OSError as error:
         raise UserError(f"{flag}: {path} cannot be read: {error.strerror or error}") from None
     except Exception as error:  # a damaged program raises whatever its operations do: index, key, type, struct errors
-        reason = str(error).strip().split("\n")[0][:200] or type(error).__name__
+        reason = first_line(error)
         raise DamagedFile(
             f"{flag}: {path} cannot be read as a checkpoint (damaged, cut off or not one): {reason}"
         ) from None

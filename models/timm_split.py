@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from errors import UserError
+from errors import UserError, first_line
 from models.backbone import evaluating
 from models.preprocessing import INTERPOLATIONS, Preprocessing
 from models.split import (
@@ -76,7 +76,7 @@ def build_pretrained(architecture: str, image_size: int | None = None) -> nn.Mod
     except UserError:
         raise
     except Exception as error:  # timm, huggingface_hub and its network libraries have their own errors each
-        reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+        reason = first_line(error)
         raise UserError(
             f"timm's weights of {architecture} are not on this machine and cannot be downloaded ({reason}); give a "
             f"file of them, and name its network, timm:{architecture.partition('.')[0]}"

@@ -12,8 +12,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from errors import UserError
-from models.backbone import Backbone, FinalConv, Wrapper, first_line
+from errors import UserError, first_line
+from models.backbone import Backbone, FinalConv, Wrapper
 from models.cost import count_parameters
 from models.external import External
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from errors import run_script
+from errors import first_line, run_script
 
 
 @pytest.mark.parametrize("error", [MemoryError(), RuntimeError("CUDA out of memory. Tried to allocate 2 GiB")])
@@ -14,3 +14,8 @@ def test_out_of_memory_is_one_line(error, capsys):
         run_script(main)
     message = capsys.readouterr().err
     assert stop.value.code == 2 and "--batch_size" in message and message.count("\n") == 1
+
+
+@pytest.mark.parametrize("said, line", [("", "RuntimeError"), ("\n one\ntwo", "one"), ("a" * 300, "a" * 200)])
+def test_what_a_library_says_is_cut_to_one_line(said, line):
+    assert first_line(RuntimeError(said)) == line

@@ -21,6 +21,7 @@ from tests.hostile_files import archive, call, name, number, several, storage, s
 GIB = 1 << 30
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", slow_but([0, 1], 0))
 def test_random_programs_are_read_or_refused_and_end_no_process(tmp_path, seed):
     def limit():

@@ -1,7 +1,6 @@
 """The page from a folder of images to a file of 8 bits works: its commands are run in their order."""
 
 import csv
-import re
 import shlex
 
 import numpy
@@ -9,21 +8,20 @@ import pytest
 import torch
 from PIL import Image
 
-import train_cifar_student
-import train_teacher
 from helper import networks
 from models import build_model
-from scripts import evaluate, export_student, predict
 from tests.conftest import ROOT
+from tests.pages import commands, module_of
 
 PAGE = (ROOT / "docs" / "own_images.md").read_text(encoding="utf-8")
-MAINS = {
-    "train_teacher.py": train_teacher.main,
-    "train_cifar_student.py": train_cifar_student.main,
-    "scripts/evaluate.py": evaluate.main,
-    "scripts/export_student.py": export_student.main,
-    "scripts/predict.py": predict.main,
-}
+#: What the commands run, each at least once.
+SCRIPTS = (
+    "train_teacher.py",
+    "train_cifar_student.py",
+    "scripts/evaluate.py",
+    "scripts/export_student.py",
+    "scripts/predict.py",
+)
 #: What makes the page's runs small, and leaves their names.
 SMALL = {
     "train_teacher.py": ("--epochs", "1", "--num_workers", "0", "--batch_size", "8", "--image_size", "64"),
@@ -56,10 +54,9 @@ def photographs(tmp_path, monkeypatch):
 def test_the_commands_run_in_their_order(photographs, capsys):
     for package in ("timm", "onnx", "onnxruntime"):
         pytest.importorskip(package)
-    blocks = re.findall(r"^```bash\n(.*?)^```$", PAGE, re.S | re.M)
-    commands = [shlex.split(line) for block in blocks for line in block.splitlines()]
-    assert [script for _, script, *_ in commands] == list(MAINS), "one command of each"
-    found = {script: MAINS[script]([*flags, *SMALL.get(script, ())]) for _, script, *flags in commands}
+    ran = [shlex.split(line) for line in commands(PAGE, "bash")]
+    assert [script for _, script, *_ in ran] == list(SCRIPTS), "one command of each"
+    found = {script: module_of(script).main([*flags, *SMALL.get(script, ())]) for _, script, *flags in ran}
     printed = capsys.readouterr().out
     assert "6 training images, each class in proportion, become it" in printed, "--split 0.2"
     assert "adamw                    (ce with recipe finetune)" in printed

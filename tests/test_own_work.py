@@ -1,7 +1,6 @@
 """The page for newcomers works as it is printed: its files are saved, its commands are run in their order."""
 
 import json
-import re
 import shlex
 from pathlib import Path
 
@@ -16,24 +15,22 @@ import train_cifar_student
 import train_teacher
 from helper.tables import jobs
 from models import published
-from scripts import compare, export_student, predict, report, reproduce
+from scripts import export_student
 from tests.conftest import ROOT, message_of
+from tests.pages import blocks, commands, module_of
 from tests.run_folders import metrics
 
 PAGE = (ROOT / "docs" / "own_work.md").read_text()
-MAINS = {
-    "train_teacher.py": train_teacher.main,
-    "train_cifar_student.py": train_cifar_student.main,
-    "scripts/export_student.py": export_student.main,
-    "scripts/report.py": report.main,
-    "scripts/reproduce.py": reproduce.main,
-    "scripts/compare.py": compare.main,
-    "scripts/predict.py": predict.main,
-}
-
-
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```$", PAGE, re.S | re.M)
+#: What the commands run, each at least once.
+SCRIPTS = (
+    "train_teacher.py",
+    "train_cifar_student.py",
+    "scripts/export_student.py",
+    "scripts/report.py",
+    "scripts/reproduce.py",
+    "scripts/compare.py",
+    "scripts/predict.py",
+)
 
 
 @pytest.fixture
@@ -77,7 +74,7 @@ def in_process(monkeypatch) -> None:
 
     def start(job, place, log):
         script, *flags = job.command
-        MAINS[script](flags)
+        module_of(script).main(flags)
         return type("Process", (), {"wait": lambda self: 0})()
 
     monkeypatch.setattr(jobs, "_start", start)
@@ -86,7 +83,7 @@ def in_process(monkeypatch) -> None:
 @pytest.fixture
 def _methods_of_the_page(monkeypatch):
     """Save nothing: the page's files are executed, and their methods found as the folder's files are."""
-    for code in [block for block in blocks("python") if "FeatureDistiller" in block]:
+    for code in [block for block in blocks(PAGE, "python") if "FeatureDistiller" in block]:
         namespace = {"__name__": "own"}
         exec(compile(code, "own.py", "exec"), namespace)
         [method] = [one for one in namespace.values() if getattr(one, "source", "") == "an example"]
@@ -98,12 +95,12 @@ def _methods_of_the_page(monkeypatch):
 def test_the_commands_run_in_their_order(photographs, _downloads, _methods_of_the_page, monkeypatch, capsys):
     in_process(monkeypatch)
     ran = []
-    for command in (line for block in blocks("bash") for line in block.splitlines() if line.strip()):
+    for command in commands(PAGE, "bash"):
         program, script, *flags = shlex.split(command)
         assert program == "python"
-        MAINS[script](shortened(script, flags))
+        module_of(script).main(shortened(script, flags))
         ran.append(script)
-    assert set(ran) == set(MAINS)
+    assert set(ran) == set(SCRIPTS)
     printed = capsys.readouterr().out
     assert "| folder | resnet20 | resnet8 | mean_map -b 10 |" in printed
     assert "| folder | resnet20 | resnet8 | regressed_map -b 10 --map_power 1 |" in printed
@@ -128,7 +125,7 @@ def test_a_method_with_a_flag_and_a_stage_of_its_own(few_images, distil, _method
 
 
 def test_the_network_of_the_page_teaches_and_learns(few_images, teacher_run, tmp_path, monkeypatch, capsys):
-    [code] = [block for block in blocks("python") if "Backbone" in block]
+    [code] = [block for block in blocks(PAGE, "python") if "Backbone" in block]
     namespace = {"__name__": "tiny"}
     exec(compile(code, "tiny.py", "exec"), namespace)
     monkeypatch.setitem(models.model_dict, "tiny", namespace["Tiny"])
@@ -144,5 +141,5 @@ def test_the_network_of_the_page_teaches_and_learns(few_images, teacher_run, tmp
 
 
 def test_the_method_is_the_one_of_the_architecture_page():
-    [code] = [block for block in blocks("python") if "MeanMap" in block]
+    [code] = [block for block in blocks(PAGE, "python") if "MeanMap" in block]
     assert code in (ROOT / "docs" / "architecture.md").read_text()

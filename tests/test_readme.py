@@ -7,12 +7,11 @@ from importlib import import_module
 import pytest
 import torch
 
-import train_cifar_student
-import train_teacher
 from helper.command_line import imagenet_parser, student_parser, teacher_parser
 from models import model_dict
-from scripts import compare, draw_norm, evaluate, export_student, list_methods, report, reproduce
+from scripts import draw_norm, list_methods, report
 from tests.conftest import ROOT
+from tests.pages import blocks, commands, module_of
 
 PAGES = {
     path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8")
@@ -24,15 +23,16 @@ WALK = (
     *("README.md", "docs/training.md", "docs/teachers_and_networks.md"),
     *("docs/judging.md", "docs/deployment.md", "docs/whole_tables.md"),
 )
-MAINS = {
-    "train_teacher.py": train_teacher.main,
-    "train_cifar_student.py": train_cifar_student.main,
-    "scripts/export_student.py": export_student.main,
-    "scripts/report.py": report.main,
-    "scripts/reproduce.py": reproduce.main,
-    "scripts/compare.py": compare.main,
-    "scripts/evaluate.py": evaluate.main,
-}
+#: What the commands run, each at least once.
+SCRIPTS = (
+    "train_teacher.py",
+    "train_cifar_student.py",
+    "scripts/export_student.py",
+    "scripts/report.py",
+    "scripts/reproduce.py",
+    "scripts/compare.py",
+    "scripts/evaluate.py",
+)
 PARSERS = {
     "train_teacher.py": teacher_parser,
     "train_cifar_student.py": student_parser,
@@ -40,22 +40,12 @@ PARSERS = {
 }
 
 
-def blocks(page: str, *languages: str) -> list[str]:
-    """The fenced blocks of these languages."""
-    found = re.findall(r"^```(\w*)\n(.*?)^```$", PAGES[page], re.S | re.M)
-    return [block for name, block in found if name in languages]
-
-
-def commands(page: str, *languages: str) -> list[str]:
-    return [line for block in blocks(page, *languages) for line in block.splitlines() if line.strip()]
-
-
 def named_commands() -> list[str]:
     """Every command of the documents that starts one of our scripts, in blocks and in sentences."""
     found = []
-    for page, text in PAGES.items():
+    for text in PAGES.values():
         sentences = re.sub(r"^```.*?^```$", "", text, flags=re.S | re.M)
-        lines = commands(page, "", "bash") + [" ".join(code.split()) for code in re.findall(r"`([^`]+)`", sentences)]
+        lines = commands(text, "", "bash") + [" ".join(code.split()) for code in re.findall(r"`([^`]+)`", sentences)]
         found += [line for line in lines if re.match(r"(\w+=\S+ )*(python|torchrun|bash) ", line)]
     return sorted(set(found))
 
@@ -65,7 +55,7 @@ def test_the_commands_run_in_their_order(few_images, tmp_path, monkeypatch, caps
     """On few images; `save/*` is spelled out, as a shell would. Then Python's blocks, which read the runs."""
     monkeypatch.chdir(tmp_path)
     ran = []
-    for command in dict.fromkeys(command for page in WALK for command in commands(page, "bash")):
+    for command in dict.fromkeys(command for page in WALK for command in commands(PAGES[page], "bash")):
         program, *argv = shlex.split(command, comments=True)
         if program != "python":
             assert program in ("bash", "tensorboard")
@@ -74,19 +64,18 @@ def test_the_commands_run_in_their_order(few_images, tmp_path, monkeypatch, caps
         flags = [str(path) for flag in flags for path in (sorted(tmp_path.glob(flag)) if "*" in flag else [flag])]
         if script.startswith("train_"):
             flags += ["--epochs", "1"]
-        MAINS[script](flags)
+        module_of(script).main(flags)
         ran.append(script)
-    for code in (code for page in WALK for code in blocks(page, "python")):
+    for code in (code for page in WALK for code in blocks(PAGES[page], "python")):
         exec(compile(code, "a document", "exec"), {"images": torch.zeros(2, 3, 32, 32)})
-    assert set(ran) == set(MAINS)
+    assert set(ran) == set(SCRIPTS)
     printed = capsys.readouterr().out
     assert "| digits | resnet20 | resnet8 | norm |" in printed and "exported resnet8" in printed
 
 
 def help_of(script: str, capsys) -> str:
-    module = import_module(script.removesuffix(".py").replace("/", "."))
     with pytest.raises(SystemExit):
-        module.main(["--help"])
+        module_of(script).main(["--help"])
     return capsys.readouterr().out
 
 

@@ -27,6 +27,7 @@ KILLS = int(os.environ.get("KILLS", "3"))
 FLIPS = int(os.environ.get("FLIPS", "150"))
 
 
+@pytest.mark.slow
 def test_a_damaged_last_checkpoint_falls_back_to_the_one_before(distil, few_images, capsys):
     whole = distil("--batch_size", "16", "--epochs", "2")
     cut = distil("--batch_size", "16", "--epochs", "2", "--trial", "cut", "--seed", "1")
@@ -85,6 +86,7 @@ def test_a_signal_saves_and_stops(tmp_path, server, whole_digits, name, code):
     assert state(run)["step"] == step + 2
 
 
+@pytest.mark.slow
 def test_nothing_on_record_leads_out_of_the_run_folder(distil, few_images, tmp_path, monkeypatch, save_dir):
     """What config.json and a teacher's file say is read; only the command line says where to write."""
     run, outside = distil("--batch_size", "16", "--epochs", "1"), tmp_path / "outside"
@@ -113,6 +115,7 @@ def test_nothing_on_record_leads_out_of_the_run_folder(distil, few_images, tmp_p
     assert not list(outside.iterdir()) and {path.name for path in save_dir.iterdir()} == {run.name}
 
 
+@pytest.mark.slow
 def test_a_folder_belongs_to_one_process(distil, few_images):
     run = distil("--batch_size", "16", "--epochs", "1")
     folder = RunFolder(run).lock()

@@ -80,6 +80,7 @@ def hang(folder: Path, split: str = "train") -> Path:
     return path
 
 
+@pytest.mark.slow
 @pytest.mark.quick(3)
 @pytest.mark.parametrize("stuck", [False, True], ids=["reading", "stuck"])
 @pytest.mark.parametrize("workers", [0, 2])
@@ -110,6 +111,7 @@ def is_alive(process: int) -> bool:
     return True
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", slow_but([0, 2], 2))
 def test_a_second_signal_ends_a_run_at_once(start, folder, workers):
     hang(folder)
@@ -122,6 +124,7 @@ def test_a_second_signal_ends_a_run_at_once(start, folder, workers):
     assert code == 130 and "interrupted again" in errors
 
 
+@pytest.mark.slow
 @pytest.mark.quick(3)
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("trouble", ["unreadable", "diverged", "full disk"])
@@ -142,6 +145,7 @@ def test_an_error_within_an_epoch_ends_a_run(start, folder, workers, trouble):
     assert "Traceback" not in errors
 
 
+@pytest.mark.slow
 def test_a_worker_that_is_killed_is_one_line(start, folder):
     run = start(2)
     run.wait_until_it_trains()
@@ -150,6 +154,7 @@ def test_a_worker_that_is_killed_is_one_line(start, folder):
     assert code == 2 and "--num_workers" in errors and len(errors.splitlines()) == 1
 
 
+@pytest.mark.slow
 def test_workers_that_cannot_be_started_are_one_line(start, folder):
     run = start(60, limits={resource.RLIMIT_NOFILE: 64})
     code, errors = run.end(60)
@@ -157,6 +162,7 @@ def test_workers_that_cannot_be_started_are_one_line(start, folder):
     assert len(errors.splitlines()) == 1
 
 
+@pytest.mark.slow
 def test_workers_of_a_killed_run_end_and_do_not_keep_its_folder(start, folder):
     image = hang(folder, "val")
     run = start(2, "--save_every_steps", "1")

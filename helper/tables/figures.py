@@ -19,13 +19,14 @@ import torch
 from torch import Tensor
 
 from dataset import Loader
-from errors import UserError
+from errors import UserError, first_line
+from helper.configuration import row_key
 from helper.export import RecordedData
 from helper.fast import Fast
-from helper.networks import Teacher, read_network, read_teacher
+from helper.networks import read_network, read_teacher
 from helper.run_folder import LAST
-from helper.settings import identity
 from helper.tables.rows import Row
+from helper.teacher import Teacher
 from models import build_model
 from models.cost import count_multiply_adds
 
@@ -184,7 +185,7 @@ def accuracy_against_n(rows: Sequence[Row], title: str = "") -> str | None:
     """Last accuracy against N for every group of rows that differ in N alone; None where no group has two values."""
     found: dict[str, dict[int, Row]] = defaultdict(dict)
     for row in rows:
-        others = identity(row.config)
+        others = row_key(row.config)
         n = others.pop("co_sponge", None)
         if n is not None:
             found[json.dumps(others, sort_keys=True, default=str)][n] = row
@@ -241,7 +242,7 @@ def multiply_adds(rows: Sequence[Row]) -> dict[str, int]:
         try:
             found[name] = count_multiply_adds(build_model(name, 10), size)
         except (UserError, RuntimeError, ValueError) as error:
-            print(f"{name}: no multiply-adds: {str(error).splitlines()[0]}", file=sys.stderr)
+            print(f"{name}: no multiply-adds: {first_line(error)}", file=sys.stderr)
     return found
 
 

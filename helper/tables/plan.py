@@ -15,14 +15,14 @@ import torch
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from distiller_zoo import DISTILLERS, find_distiller
+from distiller_zoo import DISTILLERS, build_distiller, find_distiller
 from errors import UserError
-from helper.checkpoint import build_distiller
 from helper.command_line import parse, resolve, student_parser, teacher_parser
+from helper.configuration import Configuration, run_key
 from helper.networks import INIT, Network, digest_together, naming, read_network, with_class_names
 from helper.recipes import CIFAR_PAIRS
 from helper.run_folder import CONFIG, LAST, PREVIOUS, is_taken, next_folder
-from helper.settings import FOUND, SETTINGS, Configuration, identity
+from helper.settings import FOUND, SETTINGS
 from helper.tables.rows import read_config, read_result
 from models import build_model
 from models.backbone import Backbone, Output
@@ -118,16 +118,16 @@ class Job(NamedTuple):
         return (script, *self.flags, *(("--path_t", path) if path else ()), *trial)
 
 
-def _identity(config: Mapping[str, Any], with_teacher: bool = True) -> dict[str, Any]:
-    """What a plan can know of what tells a run from others. Weights of another library are their name."""
+def _planned_key(config: Mapping[str, Any], with_teacher: bool = True) -> dict[str, Any]:
+    """What a plan can know of a run's `run_key`. Weights of another library are their name."""
     published = {digest: None for digest, path in DIGESTS.items() if is_external(config.get(path) or "")}
     left_out = FOUND_OUT if with_teacher else FOUND_OUT | {DIGEST, DIGESTS[DIGEST]}
-    told = identity({**config, **published}, ("row", "run"))
+    told = run_key({**config, **published})
     return {name: value for name, value in told.items() if name not in left_out}
 
 
 def _as_key(config: Mapping[str, Any], with_teacher: bool = True) -> str:
-    return json.dumps(_identity(config, with_teacher), sort_keys=True, default=str)
+    return json.dumps(_planned_key(config, with_teacher), sort_keys=True, default=str)
 
 
 def trial_name(number: int, flags: Sequence[str]) -> str:
@@ -333,7 +333,7 @@ class Plan:
         self, sources: tuple[Job | str, ...], teacher: str, student: str, variant: Variant, number: int
     ) -> Job:
         words = ("--distill", variant.distill, "--model_s", student, *variant.flags, *self.common)
-        if not DISTILLERS[variant.distill].needs_teacher:
+        if not DISTILLERS[variant.distill].reads_teacher:
             return self._job(f"{student}: {variant.label}", words, number, variant.flags)
         words += self.of_student
         first, *others = sources

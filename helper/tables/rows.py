@@ -16,12 +16,13 @@ from typing import Any, NamedTuple
 from distiller_zoo import Distiller, find_distiller, refuse_without_effect
 from errors import UserError
 from helper import command_line
+from helper.configuration import read_stored, row_key, run_key
 from helper.log import describe_protocol
-from helper.recipes import resolve as resolve_recipe
-from helper.run_folder import CONFIG, METRICS, RESULT
-from helper.settings import FOUND, INITIAL, SPEED, TRAINING, identity, read_stored, settings_of
+from helper.recipes import recipe_of
+from helper.run_folder import CONFIG, EPOCHS, RESULT
+from helper.settings import FOUND, INITIAL, SPEED, TRAINING, settings_of
 from helper.tables.published import PUBLISHED, Published, judge
-from setting import RECIPE, Setting, as_text
+from setting import FILLED_IN, Setting, as_text
 
 #: The accuracies of `result.json` and their titles. "Best" is chosen as the protocol says.
 ACCURACIES = {"accuracy_last": "last", "accuracy_best": "best", "accuracy_mean_last_five": "mean of last five"}
@@ -104,8 +105,8 @@ def _read_settings(folder: Path) -> dict[str, Any]:
 def _completed(stored: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     try:
         defaults = {name: one.default for name, one in settings_of(stored["distill"]).items()}
-        config = {name: value for name, value in defaults.items() if value is not RECIPE} | dict(stored)
-        identity(config)
+        config = {name: value for name, value in defaults.items() if value is not FILLED_IN} | dict(stored)
+        row_key(config)
         config["epochs"]  # is in every report
     except KeyError as error:
         raise UserError(f"{folder / CONFIG} does not say {error}") from None
@@ -150,7 +151,7 @@ def _read_fidelity(folder: Path) -> dict[str, Any]:
 def read_record(folder: Path) -> Record:
     """A finished run; raises `UserError` where the folder holds none."""
     result, stored, epochs = read_result(folder), _read_settings(folder), []
-    path = folder / METRICS
+    path = folder / EPOCHS
     for line in _text(path).splitlines() if path.exists() else ():
         epoch = _json(line, path)
         for name in ("test_accuracy", "images_per_s", "data_wait_s", "compute_s"):
@@ -257,7 +258,7 @@ class Row(NamedTuple):
         config, known = self.config, settings_of(self.config["distill"])
         flags = find_distiller(config["distill"]).flags
         chosen = {flag.argument: config.get(flag.argument) for flag in flags}
-        recipe = resolve_recipe(config["dataset"], config["model_t"], config["model_s"], config["distill"], chosen)
+        recipe = recipe_of(config["dataset"], config["model_t"], config["model_s"], config["distill"], chosen)
         label = [config["distill"]]
         # A run that started from other weights or was cut short is not what a paper reports.
         unusual = {
@@ -265,7 +266,7 @@ class Row(NamedTuple):
             "max_steps": config["max_steps"],
         }
         label += [known[name].written(value) for name, value in unusual.items() if value is not None]
-        for flag in (flag for flag in flags if flag.identity == "row"):
+        for flag in (flag for flag in flags if flag.tells_apart == "row"):
             usual = recipe.get(flag.argument, (flag.default, ""))[0]
             value = config.get(flag.argument, usual)
             if flag.full_run is None and flag.written(value) != flag.written(usual):
@@ -276,7 +277,7 @@ class Row(NamedTuple):
     def published(self) -> Published | None:
         """What a paper reports of this row, if it is known."""
         config = self.config
-        teacher = config["model_t"] if find_distiller(config["distill"]).needs_teacher else None
+        teacher = config["model_t"] if find_distiller(config["distill"]).reads_teacher else None
         return PUBLISHED.get((config["dataset"], teacher, config["model_s"], self.method))
 
     @property
@@ -305,7 +306,7 @@ def read_rows(folders: Iterable[Path]) -> tuple[list[Row], list[Left]]:
     for folder in find_folders(folders):
         try:
             record = read_record(folder)
-            key = _key(record.config, ("row", "run"))
+            key = _as_text(run_key(record.config))
             older = runs.get(key)
             if older is not None:
                 older, record = sorted((older, record), key=_age)
@@ -318,7 +319,7 @@ def read_rows(folders: Iterable[Path]) -> tuple[list[Row], list[Left]]:
         raise UserError(f"RUN: none of the folders holds a finished run{reasons}")
     rows = defaultdict(list)
     for record in runs.values():
-        rows[_key(record.config, ("row",))].append(record)
+        rows[_as_text(row_key(record.config))].append(record)
     return _in_order(_tell_apart([Row(records) for records in rows.values()])), left
 
 
@@ -326,8 +327,8 @@ def _age(record: Record) -> tuple:
     return (record.folder / RESULT).stat().st_mtime_ns, _natural(record.folder.name)
 
 
-def _key(config: Mapping[str, Any], kinds: tuple[str, ...]) -> str:
-    return json.dumps(identity(config, kinds), sort_keys=True, default=str)
+def _as_text(key: Mapping[str, Any]) -> str:
+    return json.dumps(key, sort_keys=True, default=str)
 
 
 def _tell_apart(rows: Sequence[Row]) -> list[Row]:
@@ -341,9 +342,9 @@ def _tell_apart(rows: Sequence[Row]) -> list[Row]:
 
 def differences(rows: Sequence[Row]) -> dict[str, list[Any]]:
     """Setting -> its value in every row, for those that are not the same in all; None where it does not exist."""
-    identities = [identity(row.config) for row in rows]
-    names = dict.fromkeys(name for one in identities for name in one)
-    values = {name: [one.get(name) for one in identities] for name in names}
+    keys = [row_key(row.config) for row in rows]
+    names = dict.fromkeys(name for key in keys for name in key)
+    values = {name: [key.get(name) for key in keys] for name in names}
     return {name: of_rows for name, of_rows in values.items() if any(value != of_rows[0] for value in of_rows)}
 
 
@@ -416,7 +417,7 @@ def command_of(record: Record) -> str:
     unusual = [
         one
         for one in known.values()
-        if one.group in (TRAINING, SPEED, INITIAL) and one.identity == "row" and one not in always
+        if one.group in (TRAINING, SPEED, INITIAL) and one.tells_apart == "row" and one not in always
         if config.get(one.argument) not in (None, usual.get(one.argument))
     ]
     flags = [flag for flag in method.flags if _has_effect(method, config, flag)]

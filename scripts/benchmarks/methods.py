@@ -26,12 +26,11 @@ from distiller_zoo import DISTILLERS, Progress, Task
 from errors import UserError, run_script
 from helper.command_line import Parser, pairs
 from helper.distributed import find_device
-from helper.fast import Fast
-from helper.guard import Guard
+from helper.fast import Fast, keep_freed_memory
 from helper.loops import forward_backward, set_modes
 from helper.metrics import EpochMeter
-from helper.networks import FrozenTeacher
-from helper.optim import parameters_of
+from helper.optim import Guard, parameters_of
+from helper.teacher import FrozenTeacher
 from models import build_model
 from models.backbone import Output
 from scripts.benchmarks.parts import recipe_method, report, wait_for
@@ -47,8 +46,8 @@ class Stepper:
         self, name: str, pair: tuple[str, str], batch_size: int, device: torch.device, fast: Fast | None = None
     ):
         fast = fast or Fast()
-        needs_teacher = DISTILLERS[name].needs_teacher
-        network = build_model(pair[0], CLASSES) if needs_teacher else None
+        reads_teacher = DISTILLERS[name].reads_teacher
+        network = build_model(pair[0], CLASSES) if reads_teacher else None
         targets = torch.arange(IMAGES) % CLASSES
         task = Task(CLASSES, SIZE, batch_size, targets)
         self.method = recipe_method(name, build_model(pair[1], CLASSES), network, pair, task).to(device)
@@ -56,7 +55,7 @@ class Stepper:
         *_, stage = self.method.stages(240)
         self.stage = stage._replace(respond=fast.passing(self.method, stage.respond))
         self.teacher, self.context = None, partial(fast.autocast, device)
-        if stage.needs_teacher:
+        if stage.reads_teacher:
             self.teacher = FrozenTeacher(fast.prepare_teacher(network.eval().to(device), SIZE))
         set_modes(self.stage, self.method)
         trained = [parameter for parameter in self.method.parameters() if parameter.requires_grad]
@@ -183,6 +182,7 @@ def main(argv=None) -> list[dict]:
     parser.add_argument("--json", metavar="FILE", help="write the records there")
     args = parser.parse_args(argv)
     device = find_device(args.device)
+    keep_freed_memory(device)
     cases = itertools.product(args.methods.split(","), args.pairs)
     return report((compare(*case, args.batch_size, args.steps, device) for case in cases), both_tables, args.json)
 

@@ -9,6 +9,7 @@ from PIL import Image
 from torchvision.transforms import v2
 
 from dataset import Augmentation, Images, Loader, load_data
+from dataset import loader as loader_module
 from dataset.images import Draws, augment, channel_statistics, draw_augmentation
 from errors import UserError
 
@@ -75,12 +76,16 @@ def test_an_epoch_shows_every_image_once_and_depends_on_seed_and_epoch_alone():
     assert not torch.equal(next(other.batches(3)).index, batches[0].index)
 
 
-def test_test_batches_are_in_order_and_normalised():
+@pytest.mark.parametrize("in_cache", [1, 10_000, 2**20])
+def test_test_batches_are_in_order_and_normalised(monkeypatch, in_cache):
+    monkeypatch.setattr(loader_module, "IN_CACHE", in_cache)
     data = load_data("digits")
     batches = list(Loader(data.test, data, 50, CPU).batches())
     assert torch.equal(torch.cat([batch.index for batch in batches]), torch.arange(73))
     expected = v2.functional.normalize(data.test.pixels[:50].float() / 255, data.mean, data.std)
     assert torch.allclose(batches[0].images, expected, atol=1e-6)
+    scale, shift = (torch.tensor(values).view(1, -1, 1, 1) for values in (data.std, data.mean))
+    assert torch.equal(batches[0].images, data.test.pixels[:50].float() * (1 / (255 * scale)) + -shift / scale)
 
 
 def test_channel_statistics_are_mean_and_deviation():

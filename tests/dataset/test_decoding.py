@@ -50,6 +50,7 @@ def photograph(width: int, height: int, texture: float = 10) -> Image.Image:
     return Image.fromarray(noisy.clip(0, 255).astype(numpy.uint8))
 
 
+@pytest.mark.slow
 def test_random_crops_are_torchvisions():
     sizes = numpy.random.default_rng(0).integers(1, 600, (1500, 2)).tolist() + [[500, 1], [1, 500], [700, 100]]
     for seed, (width, height) in enumerate(sizes):

@@ -199,6 +199,7 @@ def test_a_folder_on_record_that_is_gone_is_blamed_on_the_record(folder):
     assert refusal(folder) == f"--data: there is no folder {folder}"
 
 
+@pytest.mark.slow
 def test_a_name_that_is_not_utf8_ends_nothing(folder):
     shutil.copy(folder / "train/cat/0.JPEG", os.fsencode(folder / "train/cat") + b"/bad\xff.jpg")
     with open(os.fsencode(folder / "train/cat") + b"/broken\xff.jpg", "wb") as file:

@@ -9,8 +9,8 @@ import pytest
 
 from dataset import Loader, load_data
 from errors import StoppedAtOnce, UserError
-from helper import signals
-from helper.signals import StopRequest
+from helper import distributed
+from helper.distributed import StopRequest
 from tests.dataset.test_streaming import CPU, loader_of, same, write_images
 
 
@@ -80,8 +80,8 @@ def test_several_passes_share_the_workers(folder):
 
 
 def test_a_stop_request_ends_what_hangs_but_not_what_is_being_finished(monkeypatch):
-    monkeypatch.setattr(signals, "GRACE", 0.2)
-    monkeypatch.setattr(signals, "LOOK", 0.05)
+    monkeypatch.setattr(distributed, "GRACE", 0.2)
+    monkeypatch.setattr(distributed, "LOOK", 0.05)
     finished = []
     with pytest.raises(StoppedAtOnce, match="SIGTERM"), StopRequest() as stop:
         os.kill(os.getpid(), signal.SIGTERM)

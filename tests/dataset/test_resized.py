@@ -8,7 +8,8 @@ from torch.nn import functional as F
 from dataset import Loader, data_digest, load_data, read_normalised
 from helper.checkpoint import data_record
 from helper.fast import Fast
-from helper.networks import Network, Teacher
+from helper.networks import Network
+from helper.teacher import Teacher
 from models import build_model
 
 CPU = torch.device("cpu")

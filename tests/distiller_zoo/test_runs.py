@@ -128,6 +128,7 @@ def test_a_damaged_wrapper_entry_is_one_line(final_conv_file, tmp_path):
 NAMES = ("abound", "factor", "fsp", "kdsvd", "ofd")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", slow_but(("abound", "factor", "fsp", "sskd"), "factor"))
 @pytest.mark.parametrize("saves", slow_but((1, 3), 1))
 def test_a_staged_run_that_is_cut_goes_on_bit_for_bit(distil, monkeypatch, name, saves, capsys):

@@ -28,6 +28,7 @@ def test_held_out_images_come_in_passes_that_differ_and_can_be_taken_up_anywhere
     assert not torch.equal(passes[0], passes[1]) and not torch.equal(passes[1], passes[2])
 
 
+@pytest.mark.slow
 def test_the_search_never_trains_on_the_held_out_images(distil, monkeypatch):
     keep_images(monkeypatch, 40, 16)
     seen, original = {"steps": set(), "held out": set()}, DistPro.move_scores

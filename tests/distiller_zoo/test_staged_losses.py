@@ -60,6 +60,7 @@ def test_zero_and_constant_maps_stay_finite(name, value, batch):
         assert loss.shape == () and torch.isfinite(loss) and torch.isfinite(gradient).all()
 
 
+@pytest.mark.slow
 def test_the_first_stages_lower_their_own_loss():
     for name in ("abound", "fsp", "factor"):
         teacher, method = build(name)

@@ -16,8 +16,8 @@ from helper import inputs, run
 from helper.distributed import average_statistics, count_processes, joined, rank
 from helper.fast import Fast
 from helper.loops import Training, evaluate
-from helper.networks import FrozenTeacher
 from helper.settings import settings_of
+from helper.teacher import FrozenTeacher
 from models import build_model
 from models.synchronised import synchronise
 from tests.stages import train_epoch

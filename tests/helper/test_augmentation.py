@@ -6,8 +6,8 @@ import torch
 import train_cifar_student
 import train_teacher
 from helper import loops
-from helper.networks import Teacher
-from helper.settings import identity
+from helper.configuration import row_key
+from helper.teacher import Teacher
 from tests.conftest import killed_within_an_epoch, message_of
 from tests.run_folders import assert_same_end, config_of, load, metrics, new_run, same_state, state, weights
 
@@ -59,6 +59,7 @@ FLAGS = {
 }
 
 
+@pytest.mark.slow
 def test_a_flag_changes_what_is_learnt_and_one_setting(train):
     without = train()
     before = config_of(without)
@@ -118,7 +119,7 @@ def test_class_weights_that_have_changed_are_refused(train, tmp_path):
     other = train("--class_weights", str(file), "--epochs", "3", "--trial", "other")
     file.write_text("\n".join(f"{digit} {digit + 1}" for digit in range(10)))
     assert "began with" in message_of(train_teacher.main, [*resume[:3], "4"]), "what was accepted before is over"
-    assert identity(config_of(other)) != identity(config_of(train("--class_weights", str(file), "--epochs", "3")))
+    assert row_key(config_of(other)) != row_key(config_of(train("--class_weights", str(file), "--epochs", "3")))
     file.unlink()
     assert "cannot be read" in message_of(train_teacher.main, [*resume[:3], "4"])
     message = message_of(train_teacher.main, [*STEP, "--class_weights", str(file), "--save_dir", str(tmp_path / "no")])

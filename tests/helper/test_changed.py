@@ -9,7 +9,7 @@ import torch
 
 import train_cifar_student
 import train_teacher
-from helper.settings import identity
+from helper.configuration import row_key
 from tests.conftest import message_of
 from tests.drawn import write_images
 
@@ -65,12 +65,12 @@ def test_a_changed_teacher_is_refused_unless_accepted(teacher_run, tmp_path):
     argv = ["--path_t", str(teacher), "--model_s", "resnet8", "--max_steps", "1", "--epochs", "1"]
     train_cifar_student.main([*argv, "--save_dir", str(tmp_path / "save")])
     run = next((tmp_path / "save").iterdir())
-    before = identity(json.loads((run / "config.json").read_text()))
+    before = row_key(json.loads((run / "config.json").read_text()))
     checkpoint = torch.load(teacher, weights_only=True)
     checkpoint["model"]["fc.bias"] += 1e-3
     torch.save(checkpoint, teacher)
     message = message_of(train_cifar_student.main, ["--resume", str(run), *MORE])
     assert "digest of the teacher's weights was" in message
     train_cifar_student.main(["--resume", str(run), *MORE, "--accept_changes", "--allow_teacher_gap"])
-    after = identity(json.loads((run / "config.json").read_text()))
+    after = row_key(json.loads((run / "config.json").read_text()))
     assert before["teacher_digest"] != after["teacher_digest"]

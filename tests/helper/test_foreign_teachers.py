@@ -8,7 +8,8 @@ import torch
 import train_cifar_student
 from dataset import Augmentation, ImageData, Images
 from helper import networks
-from helper.networks import Network, as_it_was_trained
+from helper.networks import Network
+from helper.teacher import as_it_was_trained
 from models import build_model
 from scripts import export_student
 from tests.conftest import message_of
@@ -59,6 +60,7 @@ def test_logits_of_other_classes_are_refused_or_read_at_some_of_them(distil_from
     assert "the teacher has no class 1000" in message
 
 
+@pytest.mark.slow
 def test_the_classes_of_a_file_are_recorded_and_the_file_is_no_longer_needed(distil_from, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     names = tmp_path / "names.txt"

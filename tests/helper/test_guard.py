@@ -12,8 +12,8 @@ from distiller_zoo import find_distiller
 from distiller_zoo.kd import KD
 from errors import UserError
 from helper import run as run_module
-from helper.guard import Guard
-from helper.networks import FrozenTeacher
+from helper.optim import Guard
+from helper.teacher import FrozenTeacher
 from models import build_model
 from tests.conftest import keep_images, message_of
 from tests.run_folders import load, metrics, same_state, state

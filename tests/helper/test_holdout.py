@@ -72,6 +72,7 @@ def test_the_best_epoch_is_chosen_on_the_held_out_images(tmp_path, monkeypatch):
     assert metrics(run)[0]["step"] == 4, "120 of the 160 images are trained on"
 
 
+@pytest.mark.slow
 @pytest.mark.quick(1)
 @pytest.mark.parametrize("distill", ["distpro", "crd"])
 def test_methods_that_keep_their_own_share_or_count_images_work_with_it(distil, distill, capsys):

@@ -84,6 +84,7 @@ def test_the_statistics_are_taken_too(teacher_run):
     assert same_state(student.state_dict(), given.network.state_dict())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["resnet18", "torchvision:resnet18"])
 def test_published_weights_with_a_new_classifier(train, published, name):
     weights, asked = published
@@ -95,6 +96,7 @@ def test_published_weights_with_a_new_classifier(train, published, name):
     assert len(asked) == 1
 
 
+@pytest.mark.slow
 def test_a_new_classifier_is_the_seeds(train, published):
     one = train("--init", "torchvision:resnet18", "--trials", "2", *FROZEN)
     first, second = (parameters(run) for run in sorted(one.parent.iterdir()))

@@ -5,7 +5,8 @@ import torch
 
 import train_cifar_student
 from errors import UserError
-from helper.networks import check_accuracy, read_teacher
+from helper.networks import read_teacher
+from helper.teacher import check_accuracy
 from models import build_model
 from scripts import export_student
 from tests.conftest import message_of

@@ -8,8 +8,9 @@ import train_teacher
 from errors import UserError
 from helper import settings
 from helper.command_line import parse, resolve, student_parser, teacher_parser
-from helper.settings import SETTINGS, TRAINING, all_settings, check_shared, identity, read_stored
-from setting import RECIPE, Setting, count
+from helper.configuration import check_shared, read_stored, row_key, run_key
+from helper.settings import SETTINGS, TRAINING, all_settings
+from setting import FILLED_IN, Setting, count
 from tests.conftest import message_of
 from tests.run_folders import config_of, new_run
 
@@ -90,7 +91,7 @@ def test_a_new_row_can_be_swept_unless_the_runs_share_it(add):
     add()
     runs = parse(teacher_parser(), ["--model", "resnet8", "--sweep", "warmth=2,4"]).runs
     assert [run["warmth"] for run in runs] == [2, 4] and runs[0]["trial"] == "1_warmth2"
-    for row in (ROW._replace(shared=True), ROW._replace(identity="none")):
+    for row in (ROW._replace(shared=True), ROW._replace(tells_apart="none")):
         add(row)
         message = message_of(lambda argv: parse(teacher_parser(), argv), ["--model", "resnet8", "--sweep", "warmth=2"])
         assert "warmth is the same for all runs" in message
@@ -106,14 +107,14 @@ def test_runs_of_one_process_agree_in_a_row_that_is_shared(add):
 
 @pytest.mark.parametrize("kind", ["row", "run", "none"])
 def test_a_new_row_tells_rows_or_runs_apart_as_it_says(kind, add):
-    add(ROW._replace(identity=kind))
+    add(ROW._replace(tells_apart=kind))
     one, other, default = (
         resolve({"distill": "ce", "model_s": "resnet8", "warmth": warmth}).as_json() for warmth in (1, 2, 3)
     )
-    assert (identity(one) != identity(other)) == (kind == "row")
-    assert (identity(one, ("row", "run")) != identity(other, ("row", "run"))) == (kind != "none")
+    assert (row_key(one) != row_key(other)) == (kind == "row")
+    assert (run_key(one) != run_key(other)) == (kind != "none")
     older = {name: value for name, value in default.items() if name != "warmth"}
-    assert identity(older) == identity(default), "a run from before there was the row had its default"
+    assert row_key(older) == row_key(default), "a run from before there was the row had its default"
 
 
 # The table itself.
@@ -124,14 +125,14 @@ def test_every_row_is_whole():
     assert len(arguments) == len(set(arguments)) and not set(arguments) & {"trials", "sweep", "resume", "origins"}
     for setting in SETTINGS:
         assert setting.help and setting.group, setting.names
-        assert setting.resume in ("fixed", "free") and setting.identity in ("row", "run", "none"), setting.names
+        assert setting.resume in ("fixed", "free") and setting.tells_apart in ("row", "run", "none"), setting.names
         assert setting.is_flag == (setting.group != settings.FOUND)
 
 
 @pytest.mark.parametrize("name", [name for name, one in all_settings().items() if one.is_flag])
 def test_every_default_can_be_stored_and_read_again(name):
     setting = all_settings()[name]
-    if setting.default is not RECIPE:
+    if setting.default is not FILLED_IN:
         assert setting.read(json.loads(json.dumps(setting.default))) == setting.default
 
 
@@ -142,13 +143,13 @@ def student(**values) -> dict:
 
 
 def test_students_of_two_teachers_of_one_architecture_are_two_rows():
-    assert identity(student()) != identity(student(teacher_digest="b" * 64))
-    assert identity(student()) == identity(student(path_t="moved.pth")), "the weights count, not where they are stored"
+    assert row_key(student()) != row_key(student(teacher_digest="b" * 64))
+    assert row_key(student()) == row_key(student(path_t="moved.pth")), "the weights count, not where they are stored"
 
 
 def test_runs_from_before_digests_are_told_apart_by_their_teachers_files():
     older = [{k: v for k, v in student(path_t=path).items() if k != "teacher_digest"} for path in ("a.pth", "b.pth")]
-    assert identity(older[0]) != identity(older[1]) and identity(older[0]) != identity(student())
+    assert row_key(older[0]) != row_key(older[1]) and row_key(older[0]) != row_key(student())
 
 
 @pytest.mark.parametrize(
@@ -166,9 +167,8 @@ def test_runs_from_before_digests_are_told_apart_by_their_teachers_files():
     ids=str,
 )
 def test_what_does_not_change_the_result_splits_no_row(values):
-    assert identity(student()) == identity(student(**values))
+    assert row_key(student()) == row_key(student(**values))
 
 
 def test_seeds_are_runs_of_one_row():
-    kinds = ("row", "run")
-    assert identity(student(), kinds) != identity(student(seed=2), kinds)
+    assert run_key(student()) != run_key(student(seed=2)) and row_key(student()) == row_key(student(seed=2))

@@ -5,8 +5,9 @@ import torch
 
 import train_cifar_student
 from helper.command_line import parse, student_parser
+from helper.configuration import row_key
 from helper.networks import read_teacher
-from helper.settings import identity, sources_of
+from helper.settings import sources_of
 from models import build_model
 from scripts import compare, export_student
 from tests.conftest import keep_images, killed, message_of
@@ -35,6 +36,7 @@ def distil(save_dir, paths: list[str], *flags: str):
     return run
 
 
+@pytest.mark.slow
 def test_a_run_of_two_teachers_is_recorded_resumed_exactly_and_shipped(pair, save_dir, capsys):
     flags = ("-a", "1", "--teacher_weights", "3,1")
     whole = distil(save_dir, pair, *flags)
@@ -57,6 +59,7 @@ def test_a_run_of_two_teachers_is_recorded_resumed_exactly_and_shipped(pair, sav
     assert "same class on 73 of 73" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_list_order_and_weights_identify_the_teachers(pair, save_dir, capsys):
     def digest(paths, weights=None) -> str:
         return read_teacher(",".join(paths), None, weights=weights).digest
@@ -65,11 +68,12 @@ def test_list_order_and_weights_identify_the_teachers(pair, save_dir, capsys):
     assert len(set(digests)) == 5 and digest(pair, (2.0, 2.0)) == digests[0]
     runs = [distil(save_dir, pair, "--max_steps", "1", *flags) for flags in ((), ("--teacher_weights", "1,3"))]
     first, second = map(config_of, runs)
-    assert first["teacher_weights"] == [0.5, 0.5] and identity(first) != identity(second)
+    assert first["teacher_weights"] == [0.5, 0.5] and row_key(first) != row_key(second)
     compare.main(list(map(str, runs)))
     assert "teacher_weights" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_file_that_is_exchanged_is_noticed_when_a_run_is_resumed(pair, save_dir):
     run = distil(save_dir, pair, "--max_steps", "1")
     torch.save({"model": build_model("vgg8", 10).state_dict()}, pair[1])
@@ -77,6 +81,7 @@ def test_a_file_that_is_exchanged_is_noticed_when_a_run_is_resumed(pair, save_di
     assert "digest of the teacher's weights was" in message and "--accept_changes" in message
 
 
+@pytest.mark.slow
 def test_other_methods_and_the_fast_path_take_two_teachers(pair, save_dir):
     for flags in (("--distill", "kd"), ("--distill", "norm", "-a", "1", "--fold_teacher", "--channels_last")):
         own = SHORT[:-2] if "kd" in flags else SHORT  # without -s, which is NORM's
@@ -85,6 +90,7 @@ def test_other_methods_and_the_fast_path_take_two_teachers(pair, save_dir):
         assert result["teacher_accuracy"] is not None
 
 
+@pytest.mark.slow
 def test_each_teacher_sees_its_own_size(pair, save_dir):
     run = distil(save_dir, pair, "--max_steps", "1", "--teacher_image_size", "32,64")
     assert config_of(run)["teacher_image_size"] == [32, 64]
@@ -93,6 +99,7 @@ def test_each_teacher_sees_its_own_size(pair, save_dir):
     train_cifar_student.main(["--resume", str(run), "--max_steps", "2"])
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_is_refused(pair, save_dir):
     def refused(paths, *flags):
         return message_of(lambda argv: distil(save_dir, paths, *argv), list(flags))

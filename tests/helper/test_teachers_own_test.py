@@ -10,7 +10,7 @@ from PIL import Image
 import train_cifar_student
 from dataset import Centre
 from dataset.decoding import read_views
-from helper import networks
+from helper import networks, teacher
 from models import build_model
 from models.preprocessing import read_preprocessing
 from tests.conftest import message_of
@@ -98,14 +98,14 @@ def check(folder, tmp_path, monkeypatch):
 @pytest.mark.parametrize("flags", [("--stream", "off"), ("--stream", "on")])
 def test_the_check_reads_the_files_as_the_weights_own_test_does(check, flags, capsys):
     seen = []
-    features = networks.Teacher.predict_alone
+    features = teacher.Teacher.predict_alone
 
     def spy(self, number, images, as_tested):
         seen.append((tuple(images.shape), as_tested))
         return features(self, number, images, as_tested)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(networks.Teacher, "predict_alone", spy)
+        patch.setattr(teacher.Teacher, "predict_alone", spy)
         check("resnet10t", *flags)
     own = read_preprocessing("timm:resnet10t")
     assert seen == [((4, 3, own.test_size, own.test_size), True)] and own.test_size != own.image_size

@@ -8,9 +8,9 @@ import pytest
 import train_cifar_student
 import train_teacher
 from errors import Stopped, UserError
-from helper.networks import FrozenTeacher
+from helper.distributed import StopRequest
 from helper.run import Run
-from helper.signals import StopRequest
+from helper.teacher import FrozenTeacher
 from tests.conftest import keep_images, message_of
 from tests.run_folders import assert_same_end, metrics, same_state, weights
 
@@ -111,6 +111,7 @@ def test_values_that_hold_commas_can_be_swept(train):
     assert json.loads((runs["1_lrdecayepochs1_2"] / "config.json").read_text())["lr_decay_epochs"] == [1, 2]
 
 
+@pytest.mark.slow
 def test_methods_and_networks_can_be_swept(train, passes, save_dir):
     train("--sweep", "distill=kd,attention,ofd", "model_s=resnet8,resnet14", "--max_steps", "2")
     assert len(list(save_dir.iterdir())) == 6
@@ -124,6 +125,7 @@ def test_trials_without_a_teacher_differ_in_their_order_too(save_dir):
     assert seeds == [1, 2]
 
 
+@pytest.mark.slow
 def test_trials_that_are_stopped_go_on_together(train, passes, monkeypatch):
     whole = train("--trials", "2", "--distill", "kd")
     asked, finish_step = [], Run.finish_step
@@ -144,6 +146,7 @@ def test_trials_that_are_stopped_go_on_together(train, passes, monkeypatch):
     assert same_weights(whole["1"], cut["11"]) and same_weights(whole["2"], cut["12"])
 
 
+@pytest.mark.slow
 def test_one_that_is_ahead_waits(train, passes, monkeypatch):
     """Runs that were killed at different moments meet again."""
     save_last, kept = Run._save_last, {}
@@ -162,6 +165,7 @@ def test_one_that_is_ahead_waits(train, passes, monkeypatch):
     assert passes.count(8) == 4 + 4, "the last epoch is shared again"
 
 
+@pytest.mark.slow
 def test_one_that_fails_does_not_stop_the_others(train, save_dir):
     with pytest.raises(UserError) as caught:
         train("--sweep", "b=1,1e30", "--distill", "norm")

@@ -30,6 +30,7 @@ def test_stochastic_depth_grows_with_the_depth_up_to_the_rate():
     assert dropout == rates("torchvision:efficientnet_b0", nn.Dropout, "p")
 
 
+@pytest.mark.slow
 def test_drops_of_timm_have_the_rate():
     assert rates("timm:resnet10t", DropPath, "drop_prob", drop_path_rate=0.3)[-1] == pytest.approx(0.3)
     assert not rates("timm:resnet10t", DropPath, "drop_prob", drop_rate=0.3)

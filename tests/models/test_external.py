@@ -129,6 +129,7 @@ def test_a_transform_that_does_nothing_leaves_the_network_as_it_is(name):
         assert torch.allclose(method.predict(images), method.student.network(images), atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [*AVERAGED, *NOT_AVERAGED])
 def test_the_transform_folds_into_the_classifier_or_says_why_not(name):
     method = norm_method(name).eval()
@@ -195,6 +196,7 @@ def test_a_method_that_needs_our_own_networks_says_so(teacher_run, save_dir):
     assert "only our own networks" in message_of(train_cifar_student.main, [*argv[2:], "--distill", "one"])
 
 
+@pytest.mark.slow
 def test_torchvisions_weights_become_our_own_network_of_that_name(tmp_path, monkeypatch):
     """With weights of our own in the place where torchvision keeps its files."""
     import torchvision

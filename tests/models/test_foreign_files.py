@@ -190,6 +190,7 @@ def test_an_accuracy_is_a_percentage(checkpoint, percent, note):
     assert (found.percent, found.notes) == (None if percent is None else pytest.approx(percent), [note] if note else [])
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_says_what_it_is(weights):
     wide = prefixed("backbone.", build_model("resnet20", 10).state_dict())
     wide["head.weight"] = torch.ones(1)

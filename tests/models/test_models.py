@@ -86,6 +86,7 @@ def test_the_official_variant_of_mobilenetv2_lacks_its_two_relus():
     assert (ours.outputs(x).maps[0] >= 0).all() and (official.outputs(x).maps[0] < 0).any()
 
 
+@pytest.mark.slow
 def test_repdistillers_resnet50_loads_under_its_own_names():
     network = build_model("ResNet50", 10)
     theirs = {
@@ -97,6 +98,7 @@ def test_repdistillers_resnet50_loads_under_its_own_names():
     assert all(torch.equal(value, network.state_dict()[key]) for key, value in fresh.state_dict().items())
 
 
+@pytest.mark.slow
 def test_weights_are_recognised_and_another_architecture_is_refused():
     weights = build_model("resnet20", 9).state_dict()
     assert identify(weights) == ["resnet20"]

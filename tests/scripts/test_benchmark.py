@@ -131,6 +131,7 @@ def test_the_page_shows_its_records():
     assert "| resnet32x4 -> resnet8x4 |" in page
 
 
+@pytest.mark.slow
 def test_imagenet_is_estimated_from_work_and_rates():
     slow, fast = (estimate_imagenet.main(["--flops_per_s", rate, "--shares", "0.5"]) for rate in ("1e12", "1e18"))
     first = slow[0]

@@ -25,6 +25,7 @@ from tests.distiller_zoo.test_feature_transform import make_transform
 SHORT = ("--batch_size", "256", "--max_steps", "2")
 
 
+@pytest.mark.slow
 def test_the_exported_file_is_the_plain_student_and_predicts_the_same(distil, capsys):
     run = distil(*SHORT)
     capsys.readouterr()
@@ -40,6 +41,7 @@ def test_the_exported_file_is_the_plain_student_and_predicts_the_same(distil, ca
     assert record["accuracy"] == read_checkpoint(run / "best.pth")["record"]["accuracy"]
 
 
+@pytest.mark.slow
 def test_a_wrn_says_plainly_that_a_convolution_is_kept(teacher_run, tmp_path, save_dir, capsys):
     import train_cifar_student
     import train_teacher
@@ -60,6 +62,7 @@ def test_a_wrn_says_plainly_that_a_convolution_is_kept(teacher_run, tmp_path, sa
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("distill", ["kd", "ft", "ce"])
 def test_other_methods_export_their_student(distil, distill):
     run = distil(*SHORT, distill=distill, teacher=distill == "kd")
@@ -80,6 +83,7 @@ def official_checkpoint(name: str, layers: tuple[str, str], extra: dict, residua
     return weights, Predictor(method).eval()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "layers", "extra"),
     [
@@ -143,6 +147,7 @@ def test_a_file_that_would_run_code_is_refused(tmp_path, container):
     assert not trace.exists()
 
 
+@pytest.mark.slow
 def test_faults_are_named_and_write_nothing(distil, tmp_path):
     run = distil(*SHORT)
     checkpoint = run / "best.pth"
@@ -170,6 +175,7 @@ def test_faults_are_named_and_write_nothing(distil, tmp_path):
         assert "not a whole checkpoint" in message(checkpoint)
 
 
+@pytest.mark.slow
 def test_a_network_that_diverged_is_not_written(distil, monkeypatch):
     run = distil(*SHORT)
     monkeypatch.setattr(export_student, "real_images", lambda *_: torch.full((2, 3, 32, 32), math.inf))
@@ -177,6 +183,7 @@ def test_a_network_that_diverged_is_not_written(distil, monkeypatch):
     assert not Path(run / "best_exported.pth").exists()
 
 
+@pytest.mark.slow
 def test_a_network_that_differs_is_not_written(distil, monkeypatch):
     run = distil(*SHORT)
     monkeypatch.setattr(
@@ -186,6 +193,7 @@ def test_a_network_that_differs_is_not_written(distil, monkeypatch):
     assert not Path(run / "best_exported.pth").exists()
 
 
+@pytest.mark.slow
 def test_it_compares_on_digits_where_the_runs_data_are_gone(distil, capsys):
     run = distil(*SHORT)
     checkpoint = torch.load(run / "best.pth", weights_only=True)
@@ -196,6 +204,7 @@ def test_it_compares_on_digits_where_the_runs_data_are_gone(distil, capsys):
     assert "/nowhere" in printed and "comparing on digits instead" in printed
 
 
+@pytest.mark.slow
 def test_a_student_of_a_wrapped_network_is_exported_without_its_teacher(tmp_path):
     """A SimKD student is as wide as its own teacher: what learned from it must know that when it is built again."""
     import train_cifar_student

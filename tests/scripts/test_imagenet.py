@@ -15,7 +15,7 @@ from dataset import load_data
 from distiller_zoo import DISTILLERS, Task
 from distiller_zoo.norm import norm_weight
 from helper.command_line import imagenet_parser, parse, student_parser
-from helper.recipes import IMAGENET_PAIRS, resolve
+from helper.recipes import IMAGENET_PAIRS, recipe_of
 from models import build_model
 from scripts import enlarge_images
 from scripts.benchmarks import input as benchmark_input
@@ -30,7 +30,7 @@ def folder(tmp_path):
 
 @pytest.mark.parametrize(("pair", "gamma"), list(zip(IMAGENET_PAIRS, (1.0, 0.125, 1.0), strict=True)))
 def test_the_recipe_of_a_published_pair(pair, gamma):
-    recipe = {argument: value for argument, (value, _) in resolve("imagenet", *pair, "norm").items()}
+    recipe = {argument: value for argument, (value, _) in recipe_of("imagenet", *pair, "norm").items()}
     assert (recipe["gamma"], recipe["alpha"], recipe["beta"], recipe["co_sponge"]) == (gamma, 0.0, 1.0, 8)
     assert (recipe["epochs"], recipe["batch_size"], recipe["learning_rate"]) == (100, 256, 0.1)
     assert (recipe["weight_decay"], recipe["lr_decay"], recipe["image_size"]) == (1e-4, "cos", 224)
@@ -39,7 +39,7 @@ def test_the_recipe_of_a_published_pair(pair, gamma):
 
 
 def test_cifar_keeps_its_recipes():
-    recipe = resolve("cifar100", "resnet32x4", "resnet8x4", "norm")
+    recipe = recipe_of("cifar100", "resnet32x4", "resnet8x4", "norm")
     assert "beta1" not in recipe and "image_size" not in recipe and recipe["weight_decay"][0] == 5e-4
 
 
@@ -120,12 +120,15 @@ def test_small_photographs_become_a_folder_like_imagenets(folder, tmp_path):
 
 
 def test_input_is_timed_beside_decoding(folder, tmp_path, capsys):
-    flags = ["--workers", "0,1", "--image_size", "32", "--batch_size", "4", "--device", "cpu"]
-    records = benchmark_input.main([str(folder), *flags, "--json", str(tmp_path / "input.json")])
-    assert [record["workers"] for record in records] == [0, 1]
+    flags = ["--workers", "0,1", "--image_size", "32", "--batch_size", "4", "--images", "9", "--rounds", "2"]
+    threads = torch.get_num_threads()
+    records = benchmark_input.main([str(folder), *flags, "--device", "cpu", "--json", str(tmp_path / "input.json")])
+    assert torch.get_num_threads() == threads
+    cases = [(record["kind"], record["workers"], record["images"]) for record in records]
+    assert cases == [("folder", 0, 9), ("folder", 1, 9), ("shards", 0, 9), ("shards", 1, 9)]
     assert all(record["images_per_s"] > 0 and record["decode_images_per_s"] > 0 for record in records)
     assert json.loads((tmp_path / "input.json").read_text()) == records
-    assert "| 1 |" in capsys.readouterr().out
+    assert "| shards | 1 |" in capsys.readouterr().out
 
 
 def test_imagenets_own_archives_beside_the_folders_are_no_shards(folder):
@@ -139,5 +142,5 @@ def test_imagenets_own_archives_beside_the_folders_are_no_shards(folder):
 @pytest.mark.parametrize("method", ["kd", "crd", "dist", "reviewkd", "ce"])
 def test_only_norms_rate_falls_as_a_cosine(method):
     pair = ("resnet34", "resnet18")
-    assert resolve("imagenet", *pair, method)["lr_decay"][0] == "step"
-    assert resolve("imagenet", *pair, "norm_crd")["lr_decay"][0] == "cos"
+    assert recipe_of("imagenet", *pair, method)["lr_decay"][0] == "step"
+    assert recipe_of("imagenet", *pair, "norm_crd")["lr_decay"][0] == "cos"

@@ -130,6 +130,7 @@ def test_classes_have_their_names_in_legend_and_axes():
         figures.feature_map(outputs(2), "x")
 
 
+@pytest.mark.slow
 def test_networks_are_drawn_from_a_run_and_a_bad_one_is_named(distil, tmp_path, capsys):
     run = distil("--batch_size", "64", "--max_steps", "2", distill="kd")
     alone = distil("--batch_size", "64", "--max_steps", "1", distill="one", teacher=False)

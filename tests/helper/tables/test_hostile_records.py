@@ -56,6 +56,7 @@ def everything(root: Path) -> int:
     return sum(len(row.records) for row in rows)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("part", [0, *(pytest.param(part, marks=pytest.mark.slow) for part in range(1, 20))])
 def test_no_damaged_record_ends_a_report(part, tmp_path, monkeypatch):
     random_ = random.Random(part)

@@ -214,6 +214,7 @@ def test_how_long_it_takes_comes_from_own_runs(tmp_path):
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # submitit leaves its log files to the garbage collector
 def test_jobs_are_submitted_with_submitit_and_students_wait(tmp_path, monkeypatch):
     pytest.importorskip("submitit")
