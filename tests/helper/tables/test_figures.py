@@ -1,5 +1,6 @@
 """Figures: what is in one of them, and what none of them shows."""
 
+import html
 import re
 import warnings
 
@@ -18,7 +19,7 @@ def rows_of(runs):
 
 def texts(svg: str) -> list[str]:
     """What is written in a figure."""
-    return [text.strip() for text in re.findall(r"<text[^>]*>([^<]*)</text>", svg)]
+    return [html.unescape(text.strip()) for text in re.findall(r"<text[^>]*>([^<]*)</text>", svg)]
 
 
 def axes_of(monkeypatch):
