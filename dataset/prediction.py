@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dataset.decoding import WHITE, BrokenImage, Centre, Place, read_views
-from dataset.folders import describe_left_out, is_image
+from dataset.folders import describe_left_out, is_hidden, is_image
 from dataset.images import resize
 from errors import UserError
 
@@ -76,11 +76,11 @@ def _below(folder: str) -> Iterator[str]:
     ones left out."""
     left_out: list[str] = []
     for place, folders, names in os.walk(folder):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        folders[:] = sorted(name for name in folders if not is_hidden(name))
         for name in sorted(names):
             if is_image(name):
                 yield os.path.join(place, name)
-            elif not name.startswith("."):
+            elif not is_hidden(name):
                 left_out.append(name)
     if left_out:
         print(describe_left_out(left_out, folder), file=sys.stderr)
