@@ -47,7 +47,7 @@ with starting():
     from models.checkpoints import read_checkpoint
     from models.cost import count_parameters, measure_latency
     from models.wrappers import describe_wrapper, merge_branches
-    from setting import count
+    from setting import below_one, count
 
 #: How many images both networks are compared on, and how far their logits may differ, relative to the largest.
 COMPARED_IMAGES = 1000
@@ -65,7 +65,7 @@ class Trained(NamedTuple):
     record: dict  # model_name, image_size, and where they are known data set, classes, normalisation, accuracy, ...
 
 
-def read_trained(path: str, model_s: str | None, ft: str, ema: bool = False) -> Trained:
+def read_trained(path: str, model_s: str | None, ft: str | None, ema: bool = False) -> Trained:
     """Read CKPT: a run's checkpoint, with `ema` the moving average of its weights; or a student of the official NORM
     code with or without its transform."""
     source = f"CKPT: {path}"
@@ -73,8 +73,12 @@ def read_trained(path: str, model_s: str | None, ft: str, ema: bool = False) -> 
     if ema:
         checkpoint = take_average(checkpoint, source)
     if "training" not in checkpoint:
-        method, name = rebuild_official(checkpoint, source, model_s, ft)
+        method, name = rebuild_official(checkpoint, source, model_s, ft or "default")
         return Trained(method, {"model_name": name, "image_size": 224 if name in imagenet_model_dict else 32})
+    if ft is not None:
+        raise UserError(
+            f"--ft: is for files of the official code; {path} says itself which transform it has; leave it out"
+        )
     method, config = rebuild(checkpoint, source)
     if model_s not in (None, config["model_s"]):
         raise UserError(f"--model_s: {path} holds {config['model_s']}, not {model_s}")
@@ -84,12 +88,13 @@ def read_trained(path: str, model_s: str | None, ft: str, ema: bool = False) -> 
     return Trained(method, of_data | dict(checkpoint["record"]))
 
 
-def data_to_compare(record: dict, dataset: str | None, folder: str | None) -> ImageData:
+def data_to_compare(record: dict, dataset: str | None, folder: str | None, split: float | None = None) -> ImageData:
     """The data set that the flags name, or the run's own, as far as it is there, else digits; of the run's size."""
     if dataset is None and folder is not None:
         dataset = dataset_at(folder, record.get("dataset"))
+    wanted = RecordedData.of(record, dataset, folder)
     try:
-        return RecordedData.of(record, dataset, folder).load()
+        return wanted._replace(split=wanted.split if split is None else split).load()
     except UserError as error:
         if dataset is not None:
             raise
@@ -278,9 +283,10 @@ def make_parser() -> Parser:
     add("--out", type=Path, metavar="FILE", help="default: <CKPT>_exported.pth next to it")
     add("--model_s", metavar="NAME", help="for official files whose weights fit several models")
     add("--ema", action="store_true", help="the moving average of the weights, of a run with --ema_decay")
-    add("--ft", choices=("default", "plain"), default="default", help="transform of an official file (default)")
+    add("--ft", choices=("default", "plain"), help="transform of an official file (default)")
     add("--dataset", help="images to compare on; default: the run's data set")
     add("--data", metavar="PATH", help="where that data set is stored")
+    add("--split", type=below_one, metavar="SHARE", help="of the training images, for a folder without test images")
     formats = "pth, safetensors, pt2 (torch.export), onnx; default: the suffix of --out, pth"
     add("--format", type=_formats, metavar="F,F", help=formats)
     add("--opset", type=count, metavar="N", help="of the ONNX file; default: the exporter's own")
@@ -297,7 +303,7 @@ def main(argv=None) -> Path:
     out = args.out or source.with_name(f"{source.stem}_exported.pth")
     files = _files(out, args.format, source, args.int8)
     program = _program(args, files, trained.record)
-    data = data_to_compare(trained.record, args.dataset, args.data)
+    data = data_to_compare(trained.record, args.dataset, args.data, args.split)
     if args.int8 and data.name != trained.record.get("dataset"):
         raise UserError("--int8: it is calibrated on the run's training images, which are not there; name --data")
     images = real_images(data)

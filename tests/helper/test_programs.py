@@ -73,9 +73,11 @@ def test_a_whole_program_is_read_as_every_other(network, tmp_path, kind):
     torch.testing.assert_close(logits.softmax(1), expected(network, pixels), atol=1e-5, rtol=1e-4)
 
 
-def test_an_opset_that_torch_does_not_write_is_refused(network, tmp_path):
-    with pytest.raises(export.UserError, match="--opset: this torch cannot write opset 12"):
-        export.write_onnx(network, RECORD, str(tmp_path / "old.onnx"), Program(opset=12))
+@pytest.mark.parametrize("opset", [12, 999])
+def test_an_opset_that_torch_does_not_write_is_refused(network, tmp_path, opset, monkeypatch):
+    monkeypatch.setattr(torch.onnx, "export", None)  # which would log its attempts
+    with pytest.raises(export.UserError, match=rf"--opset: {opset} cannot be written here; choose 18 to \d\d$"):
+        export.write_onnx(network, RECORD, str(tmp_path / "old.onnx"), Program(opset=opset))
 
 
 @pytest.mark.slow
@@ -84,6 +86,7 @@ def test_flags_without_effect_are_refused(distil, tmp_path):
     checkpoint = str(run / "last.pth")
     assert "--pixels: of the formats only" in message_of(export_student.main, [checkpoint, "--pixels"])
     assert "--opset: only ONNX files" in message_of(export_student.main, [checkpoint, "--opset", "20"])
+    assert "--ft: is for files of the official code" in message_of(export_student.main, [checkpoint, "--ft", "plain"])
 
 
 @pytest.mark.slow
