@@ -73,7 +73,8 @@ def read_trained(path: str, model_s: str | None, ft: str, ema: bool = False) -> 
     if ema:
         checkpoint = take_average(checkpoint, source)
     if "training" not in checkpoint:
-        method, name = rebuild_official(checkpoint, source, model_s, ft)
+        method, name, notes = rebuild_official(checkpoint, source, model_s, ft)
+        print(*(f"{path}: {note}\n" for note in notes), sep="", end="")
         return Trained(method, {"model_name": name, "image_size": 224 if name in imagenet_model_dict else 32})
     method, config = rebuild(checkpoint, source)
     if model_s not in (None, config["model_s"]):
