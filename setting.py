@@ -4,6 +4,7 @@ import os
 import re
 from argparse import ArgumentTypeError
 from collections.abc import Callable, Collection, Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 #: The largest number that a flag may have: float32, in which it is used, ends at 3.4e38.
@@ -107,6 +108,16 @@ def path(text: str) -> str:
     return os.path.expanduser(text)
 
 
+def file_to_write(text: str) -> Path:
+    """The file for a result, read from a flag: what hinders writing is said before the work, not after it."""
+    file = Path(path(text))
+    if file.is_dir():
+        raise ArgumentTypeError(f"{text} is a folder; name a file in it")
+    if not file.parent.is_dir():
+        raise ArgumentTypeError(f"there is no folder {file.parent}; make it, or name another place")
+    return file
+
+
 def digest(value: Any) -> str:
     """A stored digest; raises `ValueError`."""
     if not isinstance(value, str) or len(value) > 64:
@@ -163,6 +174,7 @@ class Setting(NamedTuple):
     decides_outputs: bool = False  # of the teacher for the images of an epoch: a cache of them is checked by it
     needs_labels: bool = False  # another value than the default has no effect, or no meaning, without labels
     works_with: tuple[str, str] | None = None  # (setting, value): given with another value it would have no effect
+    called: tuple[str, ...] = ()  # what other toolboxes call it; suggested to who gives that
     instead_of: str = ""  # a digest: where it is known the setting of this name, a path, tells nothing apart
 
     @property

@@ -28,7 +28,7 @@ class BankProducts(torch.autograd.Function):
     @staticmethod
     def forward(ctx, v: Tensor, bank: Tensor, contrast_index: Tensor, updated: Tensor) -> Tensor:
         ctx.save_for_backward(contrast_index, updated, bank[updated])
-        ctx.bank, ctx.version = bank, bank._version
+        ctx.bank, ctx.version = bank, None if torch.compiler.is_compiling() else bank._version
         if multiplies_whole_bank(bank, contrast_index):
             return (v @ bank.T).gather(1, contrast_index)
         return row_products(v, bank, contrast_index)
@@ -38,7 +38,7 @@ class BankProducts(torch.autograd.Function):
     def backward(ctx, gradient: Tensor):
         contrast_index, updated, rows_then = ctx.saved_tensors
         bank = ctx.bank
-        if bank._version > ctx.version + 1:
+        if ctx.version is not None and bank._version > ctx.version + 1:
             raise RuntimeError("the memory bank has been updated again since these scores were computed")
         rows_now = bank[updated]
         bank[updated] = rows_then
@@ -48,7 +48,8 @@ class BankProducts(torch.autograd.Function):
         else:
             result = weighted_rows(gradient, bank, contrast_index)
         bank[updated] = rows_now
-        ctx.version = bank._version
+        if ctx.version is not None:
+            ctx.version = bank._version
         return result, None, None, None
 
 

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -147,18 +147,22 @@ def read_description(folder: Path) -> dict[str, Any] | None:
     return found if isinstance(found, dict) else None
 
 
-def differences(folder: Path, wanted: Mapping[str, Any]) -> list[str]:
-    """In what the description that is nearest to the wanted one, of those in sub-folders of `folder`, differs; empty
-    where there are none."""
+def differences(folder: Path, wanted: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Name -> (value there, value wanted) of what differs in the nearest description in sub-folders of `folder`; empty
+    where there are none. A name that only one of both has follows from the others, and counts where it is alone."""
     wanted = json.loads(json.dumps(wanted))
-    lists: list[Sequence[str]] = []
+    there: list[Mapping[str, Any]] = []
     with suppress(OSError):
-        for path in sorted(folder.iterdir()):
-            found = read_description(path)
-            if found is not None:
-                names = sorted(name for name in {*found, *wanted} if found.get(name) != wanted.get(name))
-                lists.append([f"{name} ({found.get(name)} there, {wanted.get(name)} here)" for name in names])
-    return list(min(lists, key=len, default=[]))
+        there = [found for path in sorted(folder.iterdir()) if (found := read_description(path)) is not None]
+
+    def differing(found: Mapping[str, Any]) -> set[str]:
+        return {
+            name for name in {*found, *wanted} if (name in found) != (name in wanted) or found[name] != wanted[name]
+        }
+
+    nearest = min(there, key=lambda found: len(differing(found)), default=wanted)
+    names = differing(nearest)
+    return {name: (nearest.get(name), wanted.get(name)) for name in sorted(names & {*nearest} & {*wanted} or names)}
 
 
 def _is_whole(path: Path, n: int, width: int) -> bool:

@@ -49,10 +49,7 @@ class Changes(NamedTuple):
 
     def of(self, pixels: Tensor, key: int) -> Tensor:
         """An image's bytes (3, H, W) on the CPU -> its changed bytes; the key is its sample, or where it is shown."""
-        with torch.random.fork_rng(devices=[]):  # torchvision's transforms draw from the global generator
-            torch.default_generator.manual_seed(epoch_seed(self.seed, self.epoch, key, stream="changes"))
-            # In one layout, so that the same numbers come from a disk and from memory.
-            return _transform(self._replace(seed=0, epoch=0))(pixels.contiguous())
+        return self.of_batch(pixels[None], [key])[0]
 
     def of_array(self, pixels: numpy.ndarray, key: int) -> numpy.ndarray:
         """The same for bytes (H, W, 3), as decoders give them."""
@@ -61,8 +58,13 @@ class Changes(NamedTuple):
 
     def of_batch(self, pixels: Tensor, keys: list[int]) -> Tensor:
         """Bytes (B, 3, H, W) on any device -> the changed bytes there; the work is done on the CPU, image by image."""
-        images = zip(pixels.cpu(), keys, strict=True)
-        return torch.stack([self.of(image, key) for image, key in images]).to(pixels.device)
+        change, changed = _transform(self._replace(seed=0, epoch=0)), []
+        with torch.random.fork_rng(devices=[]):  # torchvision's transforms draw from the global generator
+            for image, key in zip(pixels.cpu(), keys, strict=True):
+                torch.default_generator.manual_seed(epoch_seed(self.seed, self.epoch, key, stream="changes"))
+                # In one layout, so that the same numbers come from a disk and from memory.
+                changed.append(change(image.contiguous()))
+        return torch.stack(changed).to(pixels.device)
 
 
 @cache

@@ -10,7 +10,7 @@ import math
 import os
 import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import NamedTuple
 
@@ -31,6 +31,8 @@ MAX_BYTES, MAX_SIDE, MAX_PIXELS = 2**30, 2**15, 2**27
 RATIO, TRIES = (3 / 4, 4 / 3), 10
 #: A JPEG is decoded at 1/2, 1/4 or 1/8 of its size where what is shown of it stays this many times the target's size.
 REDUCED = 1.5
+#: What 12 bits become where files of 16 hold them: images that do not exceed this, of 255, are almost black.
+ALMOST_BLACK = (2**12 - 1) // 256
 WHITE = (255, 255, 255)
 #: How images are resized unless something else is asked for, as Pillow calls it.
 BILINEAR = "bilinear"
@@ -263,3 +265,29 @@ def convert_to_rgb(image: Image.Image, background: tuple[int, int, int] = WHITE)
         ground.paste(image, mask=image.getchannel("A"))
         return ground
     return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def describe_dark(places: Sequence[Place], where: str = "") -> str:
+    """A warning where all of these images are almost black, as 12 bits in files of 16 are; else empty.
+
+    A JPEG has 8 bits, and an image that cannot be read is named where it is used: neither counts.
+    """
+    brightest = [value for value in map(_brightest, places) if value is not None]
+    if not brightest or max(brightest) > ALMOST_BLACK:
+        return ""
+    return (
+        f"warning: images{where} are almost black: no value is above {ALMOST_BLACK} of 255 "
+        f"({len(brightest)} looked at); files of 16 bits that hold numbers of 12 must be multiplied by 16 first"
+    )
+
+
+def _brightest(place: Place) -> int | None:
+    try:
+        with (
+            warnings.catch_warnings(action="ignore"),
+            Image.open(io.BytesIO(place.read()), formats=formats()) as image,
+        ):
+            _check_size(image)
+            return None if image.format == "JPEG" else int(numpy.asarray(convert_to_rgb(image)).max())
+    except Exception:  # decoders raise whatever their parsers do
+        return None

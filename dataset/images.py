@@ -81,18 +81,25 @@ class Augmentation(NamedTuple):
         return bool(self.mixup or self.cutmix)
 
     @property
+    def unmixed(self) -> "Augmentation":
+        """The same for images that are not mixed."""
+        return self._replace(mixup=0.0, cutmix=0.0)
+
+    @property
     def varies(self) -> bool:
         """Whether an image may look different in another epoch."""
         changed = (self.colour_jitter, self.random_erasing, self.mixes, self.policy not in UNCHANGED)
         return bool(self.pad or self.flip or self.scale or any(changed))
 
-    def describe(self) -> str:
+    def describe(self, labelled: bool = True) -> str:
         """One line on what is done besides the data set's own crops and flips; empty where that is nothing."""
-        plain = Augmentation(self.pad, self.flip, self.scale, self.own_policy)
+        is_still = self.policy == "none"
+        plain = Augmentation(self.pad, self.flip, self.scale, self.own_policy, "none" if is_still else "standard")
         added = [(name, value) for name, value, off in zip(self._fields, self, plain, strict=True) if value != off]
         parts = [name if value is True else f"{name} {value}" for name, value in added]
-        said = "; the training accuracy counts the class with the larger share" if self.mixes else ""
-        return f"besides crops and flips: {', '.join(parts).replace('_', ' ')}{said}" if parts else ""
+        said = "; the training accuracy counts the class with the larger share" if self.mixes and labelled else ""
+        line = "without crops and flips" if is_still else "besides crops and flips"
+        return f"{line}: {', '.join(parts).replace('_', ' ')}{said}" if parts else line if is_still else ""
 
     def changes(self, mean: Sequence[float], seed: int, epoch: int) -> Changes | None:
         """What is done to the images of an epoch besides crops and flips; erased parts take the colour `mean`."""

@@ -185,5 +185,6 @@ def _mixing(augmentation: Augmentation, num_classes: int) -> nn.Module | None:
     chosen = {name: float(alpha) for name, alpha in alphas.items() if alpha}
     if not chosen:
         return None
-    mixing = [getattr(v2(), name)(alpha=alpha, num_classes=num_classes) for name, alpha in chosen.items()]
+    classes = max(num_classes, 1)  # images without labels may have no class; their targets are not read
+    mixing = [getattr(v2(), name)(alpha=alpha, num_classes=classes) for name, alpha in chosen.items()]
     return v2().RandomChoice(mixing) if len(mixing) > 1 else mixing[0]

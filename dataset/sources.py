@@ -10,7 +10,16 @@ import torch
 from torch.nn import functional as F
 
 from dataset.decoding import WHITE
-from dataset.folders import has_image_folders, is_image_folder, list_folder, list_images, printable
+from dataset.folders import (
+    has_image_folders,
+    is_image_folder,
+    list_folder,
+    list_images,
+    printable,
+    refuse_other_than_folder,
+    refuse_without_classes,
+    train_folder,
+)
 from dataset.images import Augmentation, ImageData, Images, channel_statistics, hold_out
 from dataset.memory import free_memory
 from dataset.pool import Pool
@@ -152,16 +161,19 @@ def imagenet(folder: str | None, image_size: int, reading: Reading) -> ImageData
 
 def _has_classes(folder: str) -> bool:
     """Whether train/ has sub-folders; ImageNet's own archives, which are no shards, are often next to it."""
-    train = Path(folder, "train")
-    return train.is_dir() and any(path.is_dir() for path in train.iterdir())
+    train = train_folder(folder)
+    return train is not None and any(path.is_dir() for path in Path(train).iterdir())
 
 
-def _sharded(shards: list, image_size: int, cut: int, reading: Reading) -> tuple[list[StreamedImages], list[str]]:
+def _sharded(
+    shards: list[list[Path]], image_size: int, cut: int, reading: Reading
+) -> tuple[list[StreamedImages], list[str]]:
     """Both splits, and their classes, which are numbers."""
     splits = []
     for paths in shards:
         source, targets = read_shards(paths, reading.num_workers)
         splits.append(StreamedImages(source, targets, image_size, cut, reading))
+    _warn_of_dark(splits[0], str(shards[0][0].parent))
     count = 1 + max(int(split.targets.max()) for split in splits)
     return splits, [str(number) for number in range(count)]
 
@@ -174,12 +186,14 @@ def _from_folder(
     if not reading.labelled:
         images = list_images(folder)
         train = StreamedImages(Files(images.root, images.names), torch.tensor(images.targets), *how)
+        _warn_of_dark(train, folder)
         return train, train.select(torch.zeros(len(images.names), dtype=torch.bool)), [], 0
     listed = list_folder(folder, may_split=bool(reading.split or reading.holdout))
     train, test = (
         listing and StreamedImages(Files(listing.root, listing.names), torch.tensor(listing.targets), *how)
         for listing in (listed.train, listed.test)
     )
+    _warn_of_dark(train, folder)
     if test is not None:
         if reading.split:
             raise UserError(f"--split: {printable(folder)} has test images already; leave --split out")
@@ -191,6 +205,12 @@ def _from_folder(
         raise UserError(f"--{'split' if reading.split else 'holdout'}: {error}; choose a larger share") from None
     print(f"{printable(folder)} has no test images: {k} training images, each class in proportion, become it")
     return train, test, listed.classes, k
+
+
+def _warn_of_dark(images: StreamedImages, folder: str) -> None:
+    line = images.describe_dark(folder)
+    if line:
+        print(line)
 
 
 def _is_streamed(folder: str, image_size: int, images: int, reading: Reading) -> bool:
@@ -252,7 +272,7 @@ def _blamed_on_record(recorded: bool) -> Iterator[None]:
 
 
 #: Data sets that are read from image files: they can be read without labels. And the one that reads no folder.
-WITHOUT_LABELS, EMBEDDED = ("folder", "imagenet"), "digits"
+OF_IMAGE_FILES, EMBEDDED = ("folder", "imagenet"), "digits"
 DATASETS = {
     EMBEDDED: digits,
     "cifar100": cifar100,
@@ -268,10 +288,10 @@ def dataset_at(folder: str, known: str | None) -> str | None:
 
     A folder of images is "folder". Raises `UserError` where the folder could be no data set, or two of them.
     """
-    place = os.path.expanduser(folder)
-    if known in WITHOUT_LABELS:
+    place = os.path.abspath(os.path.expanduser(folder))
+    if known in OF_IMAGE_FILES:
         return known
-    if is_image_folder(place if known in (None, EMBEDDED) else os.path.join(place, "train")):
+    if is_image_folder(place if known in (None, EMBEDDED) else train_folder(place) or ""):
         return "folder"
     if known not in (None, EMBEDDED) and has_image_folders(place):  # other data sets may be next to the archive
         raise UserError(
@@ -280,10 +300,10 @@ def dataset_at(folder: str, known: str | None) -> str | None:
         )
     if known != EMBEDDED:
         return known
-    if not os.path.isdir(place):
-        raise UserError(f"--data: there is no folder {printable(folder)}")
+    refuse_other_than_folder(place)
     if any(find_shards(place)):
         raise UserError(f"--data: {printable(folder)} holds shards; add --dataset imagenet")
+    refuse_without_classes(place)
     raise UserError(f"--data: {printable(folder)} is no folder of images; --dataset says what is stored there")
 
 
@@ -315,7 +335,7 @@ def load_data(
     """
     if name not in DATASETS:
         raise UserError(f"--dataset: unknown data set '{name}'; choose from {', '.join(DATASETS)}")
-    if not labelled and name not in WITHOUT_LABELS:
+    if not labelled and name not in OF_IMAGE_FILES:
         raise UserError(f"--labels none: it reads a folder of images, not {name}; name the folder with --data")
     if folder is not None:
         folder = os.path.abspath(os.path.expanduser(folder))

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from dataset.decoding import WHITE, Centre, Crop, Place, RandomCrops
+from dataset.decoding import WHITE, Centre, Crop, Place, RandomCrops, describe_dark
 from dataset.folders import printable
 from dataset.pool import Pool
 from dataset.worker import Change, shape_of
@@ -24,6 +24,8 @@ AHEAD = 3
 AT_ONCE = 64
 #: How many unreadable images a message names.
 NAMED = 5
+#: How many images of a split are looked at before it is used.
+LOOKED_AT = 16
 
 
 #: Mean and standard deviation of each channel, of pixels in 0..1.
@@ -148,6 +150,12 @@ class StreamedImages:
             # The memory behind them is the workers' again when the next batch is asked for.
             views = rows.to(device, non_blocking=True, copy=True).unbind(0)
             yield index.to(device, non_blocking=True), list(views)
+
+    def describe_dark(self, where: str) -> str:
+        """A warning where its images are read as almost black; else empty."""
+        every = max(len(self.targets) // LOOKED_AT, 1)
+        some = range(0, len(self.targets), every)[:LOOKED_AT]
+        return describe_dark([self._place(sample) for sample in some], f" in {printable(where)}")
 
     def pixels(self) -> tuple[Tensor, dict[int, str]]:
         """All images in memory, (n, 3, H, W) bytes, and why, by sample, for each that cannot be read (it is black)."""

@@ -70,9 +70,11 @@ class DKD(LogitDistiller):
     reference = "megvii-research/mdistiller"
     departures = "Log-softmaxes in place of the logarithm of a probability that may round to 0."
     group = "logits"
-    needs_targets = "it treats the class of the label apart from the others"
+    refuses_unlabelled = "it treats the class of the label apart from the others"
     flags = (GAMMA, DKD_ALPHA, DKD_BETA, KD_T, WARMUP_EPOCHS, LOGIT_STANDARDIZATION)
-    needs = dict.fromkeys(("kd_T", "warmup_epochs", "logit_standardization"), (above_zero(DKD_ALPHA, DKD_BETA),))
+    flags_work_if = dict.fromkeys(
+        ("kd_T", "warmup_epochs", "logit_standardization"), (above_zero(DKD_ALPHA, DKD_BETA),)
+    )
 
     def __init__(self, student, teacher, task, **hyper_parameters):
         super().__init__(student, teacher, task, **hyper_parameters)
@@ -82,9 +84,12 @@ class DKD(LogitDistiller):
     def losses(self, student, teacher, targets, index, progress):
         logits = self.compared_logits(student, teacher)
         target_class, non_target_class = decoupled_losses(*logits, targets, self.kd_T)
-        risen = min((progress.epoch + 1) / max(self.warmup_epochs, 1), 1.0)
+        risen = self.factor(progress)
         return {
             **self.weighted_cross_entropy(self.gamma, student.logits, targets),
             "tckd": risen * self.dkd_alpha * target_class,
             "nckd": risen * self.dkd_beta * non_target_class,
         }
+
+    def schedule(self, progress):
+        return min((progress.epoch + 1) / max(self.warmup_epochs, 1), 1.0)

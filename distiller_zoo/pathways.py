@@ -99,7 +99,7 @@ class PathwayWeights(nn.Module):
         self.register_buffer("adam_mean", torch.zeros(pathways))
         self.register_buffer("adam_square", torch.zeros(pathways))
         self.register_buffer("adam_steps", torch.zeros((), dtype=torch.int64))
-        self.register_buffer("process", self.scores.repeat(search_epochs, 1))
+        self.register_buffer("process", torch.ones(search_epochs, pathways))
 
     def forward(self) -> Tensor:
         """The weights (pathways,) of the search so far."""

@@ -19,13 +19,14 @@ from helper import settings
 from helper.configuration import Configuration, check_given
 from helper.distributed import by_main, find_device, images_per_pass
 from helper.optim import stretch
-from helper.recipes import resolve as resolve_recipe
-from helper.recipes import run_length
+from helper.recipes import recipe_of, run_length
 from models.external import is_external
 from setting import FILLED_IN, Setting, as_text, count
 
 #: A value of `--resume`: the latest run of the same name, if there is one.
 LATEST = "auto"
+#: How much of a misspelt flag must be that of the one that is suggested (difflib's ratio).
+CLOSE = 0.75
 
 
 class Given(NamedTuple):
@@ -39,13 +40,17 @@ class Parser(argparse.ArgumentParser):
     """An argument parser whose errors are `UserError`s, one line without the usage, with a suggestion for a typo."""
 
     def __init__(self, description: str | None):
+        self.names: list[str] = []
+        self.unless_given: dict[str, Any] = {}  # what the script's name says; a resumed run knows better
+        self.aliases: dict[str, str] = {}  # what this script calls a setting -> its argument
         formatter = argparse.RawDescriptionHelpFormatter
         super().__init__(
             usage="%(prog)s [flags]", description=description, allow_abbrev=False, formatter_class=formatter
         )
-        self.names: list[str] = []
-        self.unless_given: dict[str, Any] = {}  # what the script's name says; a resumed run knows better
-        self.aliases: dict[str, str] = {}  # what this script calls a setting -> its argument
+
+    def add_argument(self, *names, **options):
+        self.names += names
+        return super().add_argument(*names, **options)
 
     def add_argument_group(self, *arguments, **named):
         group = super().add_argument_group(*arguments, **named)
@@ -60,20 +65,30 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message):
         unknown = re.match(r"unrecognized arguments: (--?[\w-]+)", message)
-        hint = suggest(unknown[1], self.names) if unknown else None
+        hint = suggest(unknown[1], self.names, self._called()) if unknown else None
         raise UserError(f"{message}; did you mean {hint}?" if hint else f"{message} (--help lists the flags)")
 
+    def _called(self) -> dict[str, str]:
+        """What other toolboxes call the settings that this script has flags for -> its flag."""
+        own = {argument: f"--{name}" for name, argument in self.aliases.items()}
+        flags = {own.get(one.argument, one.names[-1]): one for one in settings.all_settings().values()}
+        return {other: flag for flag, one in flags.items() if flag in self.names for other in one.called}
 
-def suggest(word: str, names: Iterable[str]) -> str | None:
-    """The flag that a misspelt one stands for: --lr, --epoch, --batch-size, --modle; None where none is close."""
+
+def suggest(word: str, names: Iterable[str], called: Mapping[str, str]) -> str | None:
+    """The flag that a misspelt one stands for: --lr, --epoch, --batch-size, --modle; None where none is close.
+
+    `called`: what other toolboxes call a flag, in lower case and with underscores -> the flag.
+    """
     wanted = word.lstrip("-").replace("-", "_").lower()
     known = {name.lstrip("-").lower(): name for name in names if name.startswith("--")}
     initials = {"".join(part[:1] for part in name.split("_")): flag for name, flag in known.items() if "_" in name}
     begins = [flag for name, flag in known.items() if name.startswith(wanted) and len(wanted) > 2]
     stems = known | {name.rpartition("_")[0]: flag for name, flag in known.items() if name[-2:-1] == "_"}
     swapped = next((flag for name, flag in stems.items() if sorted(name) == sorted(wanted)), None)  # --modle: --model_s
-    close = difflib.get_close_matches(wanted, known, n=1)
-    return known.get(wanted) or swapped or (begins or [initials.get(wanted)])[0] or (known[close[0]] if close else None)
+    close = difflib.get_close_matches(wanted, known, n=1, cutoff=CLOSE)
+    exact = known.get(wanted) or called.get(wanted)
+    return exact or swapped or (begins or [initials.get(wanted)])[0] or (known[close[0]] if close else None)
 
 
 def pairs(text: str) -> list[tuple[str, str]]:
@@ -231,7 +246,7 @@ def _refuse_unused(given: Mapping[str, Any]) -> None:
             raise UserError(f"{'/'.join(flag.names)}: not used by --distill {method.name}; leave it out")
     of_teacher = [setting for setting in settings.SETTINGS if setting.group == settings.TEACHER]
     for setting in of_teacher:
-        if not method.needs_teacher and setting.argument in given and setting.argument != "distill":
+        if not method.reads_teacher and setting.argument in given and setting.argument != "distill":
             raise UserError(f"--{setting.argument}: --distill {method.name} reads no teacher; leave it out")
 
 
@@ -324,13 +339,13 @@ def share_order(configs: Sequence[Configuration], given: Given) -> list[Configur
 
 
 def _default(argument: str) -> Any:
-    return settings.all_settings()[argument].default
+    return next(setting.default for setting in settings.SETTINGS if setting.argument == argument)
 
 
 def teacher_of(values: Mapping[str, Any]) -> str | None:
     """The teacher's file of a run with these given and stored values; None where the method reads none."""
     method = find_distiller(values.get("distill", _default("distill")))
-    if not method.needs_teacher:
+    if not method.reads_teacher:
         return None
     if values.get("path_t") is None:
         raise UserError(
@@ -363,7 +378,7 @@ def resolve(
         of_teacher = {name: value for name, value in of_teacher.items() if not _is_of_data(name)}
     known = settings.settings_of(distill)
     chosen = {argument: value for argument, value in (stored | given).items() if argument in known}
-    recipe = resolve_recipe(dataset, of_teacher.get("model_t"), told["model_s"], distill, chosen)
+    recipe = recipe_of(dataset, of_teacher.get("model_t"), told["model_s"], distill, chosen)
     layers = (
         {name: (one.default, "default") for name, one in known.items() if one.default is not FILLED_IN},
         recipe,
@@ -380,9 +395,9 @@ def resolve(
     values: dict[str, Any] = {name: value for name, (value, _) in merged.items()}
     origins = {name: origin for name, (_, origin) in merged.items()}
     _refuse_without_effect(given, values)
+    _check_labels(values)
     _check_targets(values)
     _check_cache(values)
-    _check_labels(values, origins)
     return Configuration(values, origins, folder, in_folder)
 
 
@@ -424,30 +439,22 @@ def _without_labels(merged: dict) -> None:
         merged[gamma] = (0.0, "--labels none")
 
 
-def _check_labels(values: Mapping[str, Any], origins: Mapping[str, str]) -> None:
-    """Raise `UserError` where something needs labels, and there are none; what was not given, as the origins say, is of
-    the recipe."""
+def _check_labels(values: Mapping[str, Any]) -> None:
+    """Raise `UserError` where something needs labels, and there are none."""
     method = find_distiller(values["distill"])
     if values["labels"] != "none":
         if values["data_probe"] is not None:
             raise UserError("--data_probe: has no effect with labelled images, which have test images; leave it out")
         return
-    if method.needs_targets:
+    if method.refuses_unlabelled:
         raise UserError(
-            f"--labels none: --distill {method.name} cannot train without labels: {method.needs_targets}; choose "
+            f"--labels none: --distill {method.name} cannot train without labels: {method.refuses_unlabelled}; choose "
             "another method"
         )
     known = settings.settings_of(method.name)
     given = [name for name, one in known.items() if one.needs_labels and values.get(name) not in (None, one.default)]
-    chosen = [name for name in given if origins[name] in ("command line", "resumed run")]
-    if chosen:
-        raise UserError(f"--{chosen[0]}: it needs labels, and there are none (--labels none); leave it out")
     if given:
-        without = " ".join(f"--{name} {known[name].default:g}" for name in given)
-        raise UserError(
-            f"--recipe {values['recipe']}: without labels (--labels none) there is no "
-            f"{' and no '.join(f'--{name}' for name in given)}; give {without} too, or another recipe"
-        )
+        raise UserError(f"--{given[0]}: it needs labels, and there are none (--labels none); leave it out")
     if values["data"] is None:
         raise UserError("--labels none: name the folder of images with --data")
 
@@ -472,8 +479,7 @@ def _check_cache(values: Mapping[str, Any]) -> None:
 
 
 def _is_of_data(argument: str) -> bool:
-    setting = settings.all_settings().get(argument)
-    return setting is not None and setting.group == settings.DATA
+    return any(setting.argument == argument and setting.group == settings.DATA for setting in settings.SETTINGS)
 
 
 def _scale_epochs(merged: dict, known: Mapping[str, Setting], chosen: set[str], recipe: Mapping) -> None:

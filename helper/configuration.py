@@ -76,7 +76,11 @@ def read_stored(stored: object, source: str) -> dict:
         raise UserError(f"{source} does not hold settings; name a run folder")
     known, values = all_settings(), {}
     for name, value in stored.items():
-        if name in ("origins", "resume"):  # resume: written by earlier versions
+        if name == "resume":  # written by earlier versions
+            continue
+        if name == "origins":
+            if not isinstance(value, Mapping) or not all(isinstance(origin, str) for origin in value.values()):
+                raise UserError(f"{source}: its origins must be a text for each setting")
             continue
         if name not in known:
             raise UserError(f"{source} holds the unknown setting {str(name)[:100]!r}; was it written by this version?")

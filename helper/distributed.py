@@ -300,11 +300,11 @@ def images_per_pass(batch_size: int, parts: int) -> int:
 
 
 class Replica:
-    """A method in training: called like it; with several processes its gradients are the mean over all of them."""
+    """A method in training, called as replica(compute, ...) for its compute(...), which may be compiled; with several
+    processes its gradients are the mean over all of them."""
 
     def __init__(self, method: nn.Module, uses_everything: bool):
         self._parallel: nn.parallel.DistributedDataParallel | None = None
-        self._method = method
         if count_processes() > 1:
             self._parallel = nn.parallel.DistributedDataParallel(
                 _Detached(method),
@@ -313,8 +313,8 @@ class Replica:
                 find_unused_parameters=not uses_everything,
             )
 
-    def __call__(self, *arguments):
-        return (self._parallel or self._method)(*arguments)
+    def __call__(self, compute: Callable, *arguments):
+        return compute(*arguments) if self._parallel is None else self._parallel(compute, *arguments)
 
     def close(self) -> None:
         """Free DDP, after training and before the processes leave their group.
@@ -336,6 +336,6 @@ class _Detached(nn.Module):
         super().__init__()
         self.method = method
 
-    def forward(self, *arguments):
-        logits, losses = self.method(*arguments)
+    def forward(self, compute: Callable, *arguments):
+        logits, losses = compute(*arguments)
         return (None if logits is None else logits.detach()), losses

@@ -91,7 +91,7 @@ class Fast(NamedTuple):
     channels_last: bool = False  # memory layout of images, maps and convolution weights
     fold_teacher: bool = False  # the teacher's BatchNorms in its convolutions
     fused_optimizer: bool = False  # one operation for all parameters, and few where many small ones would do
-    compile: str = "off"  # a mode of torch.compile, for the forward passes of both networks
+    compile: str = "off"  # a mode of torch.compile, for both networks' passes and the losses
 
     @classmethod
     def of(cls, config: Any) -> "Fast":

@@ -21,7 +21,7 @@ from helper.configuration import Configuration
 from helper.distributed import Replica, count_processes, images_per_pass, rank, total_of
 from helper.fast import Fast
 from helper.log import progress_bar
-from helper.metrics import METRICS, EpochMeter
+from helper.metrics import EpochMeter, measure_all
 from helper.optim import SCHEDULES, Guard, make_optimizer, parameters_of, step_learning_rate, warm_up
 from helper.teacher import Teacher
 from models.backbone import Backbone, Output
@@ -44,34 +44,19 @@ class Training:
         device: torch.device,
         guard: Guard | None = None,
     ):
+        _check_stage(stage, config)
         self.guard, self.fast = guard or Guard(), Fast.of(config)
         stage = stage._replace(respond=self.fast.passing(method, stage.respond))
         self.stage, self.method, self.config, self.device = stage, method, config, device
-        self._compiled_stage = stage._replace(respond=self.fast.compiled(stage.respond))
+        self._compiled = self.fast.compiled(method.forward)
         set_modes(stage, method)
         self.optimizer = make_optimizer(method, config)
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "float16")  # pyright: ignore[reportPrivateImportUsage]
         self.replica = Replica(method, method.uses_everything and _uses_all_weights(method))
-        if stage.before_step is not None and self.scaler.is_enabled():
-            raise UserError(
-                f"--precision float16: stage {stage.name} of --distill {config.distill} takes gradients of "
-                "its own, which are not scaled; take bfloat16"
-            )
-        if stage.before_step is not None and (config.optimizer != "sgd" or config.clip_grad):
-            flag = "--clip_grad" if config.optimizer == "sgd" else f"--optimizer {config.optimizer}"
-            raise UserError(
-                f"{flag}: stage {stage.name} of --distill {config.distill} looks ahead of sgd's next step, without "
-                "clipping; give --optimizer sgd --clip_grad 0, or choose another method"
-            )
-        if stage.before_step is not None and config.accumulate > 1:
-            raise UserError(f"--accumulate: stage {stage.name} of --distill {config.distill} needs whole batches")
-        if self.fast.compile == "reduce-overhead" and config.accumulate > 1:
-            # The gradients of one micro-batch would be where the next one's graph writes.
-            raise UserError("--accumulate: --compile reduce-overhead needs whole batches; take --compile default")
         kept, held_out = _split(len(data.train.targets), stage.holdout, config.data_seed)
         augmentation = augmentation_of(config, data)
         self.loader = self._loader(data, kept, config.data_seed, augmentation)
-        unmixed = augmentation._replace(mixup=0.0, cutmix=0.0)
+        unmixed = augmentation.unmixed
         self._held_out = self._loader(data, held_out, config.data_seed + 1, unmixed) if stage.holdout else None
         self._held_out_batches: Iterator[Batch] | None = None
         self._labelled = data.labelled
@@ -81,7 +66,7 @@ class Training:
     def judging_loader(self, images: Images | StreamedImages, data: ImageData, subset: Tensor) -> Loader:
         """The same batches of some images in every epoch, for `matching_loss`."""
         config, method = self.config, self.method
-        augmentation = None if method.views == "plain" else self.loader.augmentation
+        augmentation = None if method.views == "plain" else augmentation_of(config, data).unmixed
         sizes = {"min_batch": method.min_batch, "subset": subset}
         loader = Loader(images, data, config.batch_size, self.device, augmentation, views=method.views, **sizes)
         if not len(loader):
@@ -134,6 +119,9 @@ class Training:
         """Prepare an epoch of this stage; `state` is where an interrupted one stopped. What is random depends on the
         seed and on the number of finished epochs of the whole run."""
         self.progress, epoch = progress, epochs_over + 1
+        if self.fast.compile != "off":
+            factor = torch.as_tensor(self.method.schedule(progress), dtype=torch.float32, device=self.device)
+            self.progress = progress._replace(factor=factor)
         torch.manual_seed(epoch_seed(self.config.seed, epoch, stream="training"))
         first = state["steps"] if state else 0
         self.set_learning_rate(first)
@@ -168,11 +156,13 @@ class Training:
         """Give the optimizer the rate of a step of this epoch, counted from 0."""
         rate = self.learning_rate(self.progress.epoch + 1, step)
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(rate)
+            else:
+                group["lr"] = rate
 
-    def begin_step(self, number: int) -> None:
-        """Forget the gradients of the step before; take the learning rate of this one, counted from 1."""
-        self.set_learning_rate(number - 1)
+    def begin_step(self) -> None:
+        """Forget the gradients of the step before."""
         self.optimizer.zero_grad(set_to_none=True)
         self._outcomes = []
 
@@ -186,11 +176,11 @@ class Training:
             self.guard.begin_step(self.method)
         # Gradients are added over the micro-batches and averaged over the processes; this makes them the batch's mean.
         share = len(part.targets) * count_processes() / (batch.whole or len(batch.targets) * count_processes())
-        stage = self._compiled_stage if self.is_whole(part) else self.stage
+        compute = self._compiled if self.is_whole(part) else self.method
         with self.replica.only_adding(not is_last), self.fast.naming_compiler():
             losses, logits = forward_backward(
-                self.replica,
-                stage,
+                functools.partial(self.replica, compute),
+                self.stage,
                 part,
                 teacher_output,
                 self.progress,
@@ -240,6 +230,24 @@ class Training:
             flag = "--precision float16" if self.guard.overflows else "--max_bad_steps"
             raise UserError(f"{flag}: every step of {self.title} was skipped; the training diverged")
         return self.meter.summary()
+
+
+def _check_stage(stage: Stage, config: Configuration) -> None:
+    """Raise `UserError` where a stage cannot be trained with these settings."""
+    which = f"stage {stage.name} of --distill {config.distill}"
+    if stage.before_step is not None and config.precision == "float16":
+        raise UserError(f"--precision float16: {which} takes gradients of its own, which are not scaled; take bfloat16")
+    if stage.before_step is not None and (config.optimizer != "sgd" or config.clip_grad):
+        flag = "--clip_grad" if config.optimizer == "sgd" else f"--optimizer {config.optimizer}"
+        raise UserError(
+            f"{flag}: {which} looks ahead of sgd's next step, without clipping; give --optimizer sgd --clip_grad 0, or "
+            "choose another method"
+        )
+    if stage.before_step is not None and config.accumulate > 1:
+        raise UserError(f"--accumulate: {which} needs whole batches")
+    if config.compile == "reduce-overhead" and config.accumulate > 1:
+        # The gradients of one micro-batch would be where the next one's graph writes.
+        raise UserError("--accumulate: --compile reduce-overhead needs whole batches; take --compile default")
 
 
 def augmentation_of(config: Configuration, data: ImageData) -> Augmentation:
@@ -310,11 +318,18 @@ def _end_epoch(runs: Sequence, finishing: Callable[[], AbstractContextManager]) 
 
 
 def step(runs: Sequence, batch: Batch, teacher: Teacher | None, number: int) -> None:
-    """One step of every run on one batch: the teacher once for each micro-batch, then the students."""
-    if not runs:
-        return
+    """One step of every run on one batch, counted from 1."""
     for run in runs:
-        run.training.begin_step(number)
+        run.training.set_learning_rate(number - 1)
+    if runs:
+        compute_step(runs, batch, teacher, number)
+
+
+def compute_step(runs: Sequence, batch: Batch, teacher: Teacher | None, number: int) -> None:
+    """What a device does in a step: the teacher once for each micro-batch, then the students with their losses, their
+    optimizers and meters. Rates, schedules and all numbers that it computes are there before it, or stay there."""
+    for run in runs:
+        run.training.begin_step()
     parts = runs[0].training.parts(batch)
     for part_number, part in enumerate(parts, 1):
         outputs: dict[bool, Output] = {}  # with maps before their last ReLU, or behind it
@@ -322,7 +337,7 @@ def step(runs: Sequence, batch: Batch, teacher: Teacher | None, number: int) -> 
             with run.own_turn():
                 training = run.training
                 output, preact = None, training.method.teacher_preact
-                if teacher is not None and training.stage.needs_teacher:
+                if teacher is not None and training.stage.reads_teacher:
                     if preact not in outputs:
                         outputs[preact] = teacher.teach(part, training, run.epochs_over + 1, preact)
                     output = outputs[preact]
@@ -333,8 +348,8 @@ def step(runs: Sequence, batch: Batch, teacher: Teacher | None, number: int) -> 
 
 @torch.no_grad()
 def evaluate(predict: Callable[[Tensor], Tensor], loader: Loader, title: str = "testing") -> dict[str, float]:
-    """Every one of `METRICS` of `predict(images) -> logits` over a whole split, as test_<name>; the number of
-    unreadable images, which are left out, as test_unreadable where there are any.
+    """What `METRICS` say of `predict(images) -> logits` over a whole split, as test_<name>; the number of unreadable
+    images, which are left out, as test_unreadable where there are any.
 
     Of several processes each goes through its own part of the split, in `loader`. Raises `UserError` where no image of
     the split can be read.
@@ -347,7 +362,8 @@ def evaluate(predict: Callable[[Tensor], Tensor], loader: Loader, title: str = "
     if not found:
         raise UserError(f"--data: {title}: no readable image; repair or remove the files")
     all_logits, all_targets = (torch.cat([values for part in found for values in part[side]]) for side in (0, 1))
-    measured = {f"test_{name}": measure(all_logits, all_targets) for name, measure in METRICS.items()}
+    values = measure_all(all_logits, all_targets)
+    measured = {f"test_{name}": value for name, value in values.items() if value is not None}
     (images,) = total_of([len(loader.subset)])
     unreadable = int(images) - len(all_targets)
     return measured | ({"test_unreadable": unreadable} if unreadable else {})

@@ -4,7 +4,7 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy
 import torch
@@ -23,10 +23,14 @@ def accuracy(logits: Tensor, targets: Tensor) -> float:
     return 100 * int((logits.argmax(1) == targets).sum()) / len(targets)
 
 
-def accuracy_top5(logits: Tensor, targets: Tensor) -> float:
-    """Top-5 accuracy (%)."""
-    top = logits.topk(min(5, logits.shape[1]), 1).indices == targets[:, None]
-    return 100 * int(top.sum()) / len(targets)
+def accuracy_top5(logits: Tensor, targets: Tensor) -> float | None:
+    """Top-5 accuracy (%); None with up to 5 classes, where it would always be 100."""
+    right = _in_top5(logits, targets)
+    return None if right is None else 100 * int(right.sum()) / len(targets)
+
+
+def _in_top5(logits: Tensor, targets: Tensor) -> Tensor | None:
+    return None if logits.shape[1] <= 5 else (logits.topk(5, 1).indices == targets[:, None]).any(1)
 
 
 def loss(logits: Tensor, targets: Tensor) -> float:
@@ -56,35 +60,43 @@ def macro_f1(logits: Tensor, targets: Tensor) -> float:
     return 100 * float(score)
 
 
-#: What is measured on the images of a whole split: name -> function (logits (n, K), classes (n,)) -> number.
-METRICS: dict[str, Callable[[Tensor, Tensor], float]] = {
-    "accuracy": accuracy,
-    "accuracy_top5": accuracy_top5,
-    "loss": loss,
-    "balanced_accuracy": balanced_accuracy,
-    "macro_f1": macro_f1,
-}
-
-
 def _lower(value: float) -> float:
     return -value if math.isfinite(value) else -math.inf
 
 
-#: What the best epoch may be chosen by: one of `METRICS` -> function of its value, larger for a better epoch.
-BEST_BY: dict[str, Callable[[float], float]] = {
-    "accuracy": float,
-    "balanced_accuracy": float,
-    "macro_f1": float,
-    "loss": _lower,
+class Metric(NamedTuple):
+    """What is measured on the images of a whole split, and how it is shown."""
+
+    measure: Callable[[Tensor, Tensor], float | None]  # logits (n, K), classes (n,); None: it says nothing of such data
+    title: str
+    unit: str = " %"
+    decimals: int = 2
+    goodness: Callable[[float], float] | None = None  # larger for a better epoch; None: the best is not chosen by it
+
+
+METRICS: dict[str, Metric] = {
+    "accuracy": Metric(accuracy, "accuracy", goodness=float),
+    "accuracy_top5": Metric(accuracy_top5, "top-5 accuracy"),
+    "balanced_accuracy": Metric(balanced_accuracy, "balanced accuracy", goodness=float),
+    "macro_f1": Metric(macro_f1, "macro F1", goodness=float),
+    "loss": Metric(loss, "loss", "", 4, goodness=_lower),
 }
+#: What the best epoch may be chosen by.
+BEST_BY = tuple(name for name, metric in METRICS.items() if metric.goodness is not None)
+
+
+def measure_all(logits: Tensor, targets: Tensor) -> dict[str, float | None]:
+    """Every one of `METRICS`, given logits (n, K) and classes (n,)."""
+    return {name: metric.measure(logits, targets) for name, metric in METRICS.items()}
 
 
 def best_epoch(records: Sequence[Mapping[str, float]], metric: str) -> int:
     """The number of the best epoch, from 1, by a metric on the held-out images, or the test images where there are
     none; the first of equals."""
     values = [record.get(f"holdout_{metric}", record.get(f"test_{metric}")) for record in records]
-    goodness = [BEST_BY[metric](math.nan if value is None else value) for value in values]
-    return goodness.index(max(goodness)) + 1
+    goodness = METRICS[metric].goodness or float
+    found = [goodness(math.nan if value is None else value) for value in values]
+    return found.index(max(found)) + 1
 
 
 def probe(train: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor]) -> dict[str, float]:
@@ -108,13 +120,13 @@ def probe(train: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor]) -> dict[str
 
 #: The best epoch of a run without labels has the lowest of these, the first that was measured; a probe only reports, as
 #: its accuracy is that of test images.
-WITHOUT_LABELS, OF_PROBE = ("holdout_matching_loss", "train_matching_loss"), ("probe_accuracy", "knn_accuracy")
+MATCHING_LOSSES, PROBE_ACCURACIES = ("holdout_matching_loss", "train_matching_loss"), ("probe_accuracy", "knn_accuracy")
 
 
 def best_without_labels(records: Sequence[Mapping[str, float]]) -> tuple[str, int]:
     """What the epochs of a run without labels are compared by, and the best of them, counted from 1; the first of
     equals."""
-    name = next(name for name in WITHOUT_LABELS if name in records[0])
+    name = next(name for name in MATCHING_LOSSES if name in records[0])
     values = [_lower(record[name]) for record in records]
     return name, values.index(max(values)) + 1
 
@@ -123,7 +135,7 @@ def summarise_without_labels(records: Sequence[Mapping[str, float]]) -> dict[str
     """The last and the best value of everything that tells how good such a run is, for `result.json`."""
     name, best = best_without_labels(records)
     summary: dict[str, Any] = {"best_by": name, "best_epoch": best}
-    for measured in (*WITHOUT_LABELS, *OF_PROBE):
+    for measured in (*MATCHING_LOSSES, *PROBE_ACCURACIES):
         if measured in records[-1]:
             summary |= {f"{measured}_last": records[-1][measured], f"{measured}_best": records[best - 1][measured]}
     return summary
@@ -153,11 +165,13 @@ def judge(logits: Tensor, targets: Tensor) -> dict[str, Any]:
     precision, recall, f1, images = measured
     columns = [images.tolist(), *((100 * values).tolist() for values in (recall, precision, f1))]
     names = ("images", "accuracy", "precision", "f1")
-    top5 = (logits.topk(min(5, logits.shape[1]), 1).indices == targets[:, None]).any(1)
     losses = F.cross_entropy(logits.double(), targets, reduction="none")
-    of_images = {"accuracy": 100.0 * (true == found), "accuracy_top5": 100.0 * top5.numpy(), "loss": losses.numpy()}
+    top5 = _in_top5(logits, targets)
+    of_images = {"accuracy": 100.0 * (true == found)}
+    of_images |= {} if top5 is None else {"accuracy_top5": 100.0 * top5.numpy()}
+    of_images["loss"] = losses.numpy()
     return {
-        **{name: measure(logits, targets) for name, measure in METRICS.items()},
+        **measure_all(logits, targets),
         **calibration(logits, targets),
         "intervals": mean_intervals(of_images) | _class_intervals(true, found, len(labels)),
         "confusion": confusion_matrix(true, found, labels=labels).tolist(),
@@ -193,7 +207,7 @@ def _interval(values: list[float] | numpy.ndarray) -> list[float]:
 
 
 def calibration(logits: Tensor, targets: Tensor) -> dict[str, Any]:
-    """How far confidence (the largest probability) and accuracy are apart (Guo et al., ICML 2017, equation 5).
+    """How far confidence (the largest probability) and accuracy are apart (Guo et al., ICML 2017).
 
     ece: the expected calibration error (%) over `BINS` bins of equal width; reliability: of each bin that holds images
     its limits (0..1), images, mean confidence (%) and accuracy (%).
@@ -243,7 +257,7 @@ def divergences(logits: Tensor, teacher_logits: Tensor) -> Tensor:
 class MinibatchCKA:
     """Linear CKA of two networks' maps over the batches of a split, from HSIC's unbiased estimator.
 
-    Nguyen, Raghu & Kornblith, ICLR 2021, equations 2 and 3. It needs batches of four images or more, in random order:
+    Nguyen, Raghu & Kornblith, ICLR 2021, minibatch CKA. It needs batches of four images or more, in random order:
     shorter ones are left out.
     """
 

@@ -21,12 +21,20 @@ LIMIT = 1e30
 GRADIENT = "the gradient"
 
 
+def _rate(groups: list[dict], config: Any) -> float | Tensor:
+    """The rate before the first step: a tensor in a run that is compiled, where nothing is then compiled or captured
+    again for another rate. Only fused optimizers read it without waiting for the device."""
+    if not config.fused_optimizer or config.compile == "off":
+        return 0.0
+    return torch.zeros((), device=groups[0]["params"][0].device)
+
+
 def _sgd(groups: list[dict], config: Any) -> torch.optim.Optimizer:
     if config.nesterov and not config.momentum:
         raise UserError("--nesterov: needs --momentum above 0")
     return torch.optim.SGD(
         groups,
-        lr=0.0,
+        lr=_rate(groups, config),
         momentum=config.momentum,
         weight_decay=config.weight_decay,
         nesterov=config.nesterov,
@@ -35,7 +43,14 @@ def _sgd(groups: list[dict], config: Any) -> torch.optim.Optimizer:
 
 
 def _adamw(groups: list[dict], config: Any) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(groups, lr=0.0, weight_decay=config.weight_decay, fused=config.fused_optimizer or None)
+    rate = _rate(groups, config)
+    return torch.optim.AdamW(
+        groups,
+        lr=rate,
+        weight_decay=config.weight_decay,
+        fused=config.fused_optimizer or None,
+        capturable=isinstance(rate, Tensor) and rate.is_cuda,
+    )
 
 
 def _of_timm(name: str) -> Callable[[list[dict], Any], torch.optim.Optimizer]:
@@ -85,7 +100,9 @@ def parameters_of(optimizer: torch.optim.Optimizer) -> list[Tensor]:
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
-def take_up(optimizer: torch.optim.Optimizer, state: dict[int, dict], groups: Sequence[Mapping[str, Any]]) -> None:
+def restore_optimizer(
+    optimizer: torch.optim.Optimizer, state: dict[int, dict], groups: Sequence[Mapping[str, Any]]
+) -> None:
     """Give an optimizer the saved state of its parameters, and what only its saved groups hold: timm's count steps."""
     taken = []
     for saved, fresh in zip(groups, optimizer.state_dict()["param_groups"], strict=True):
@@ -217,7 +234,10 @@ class Guard:
         if self.most_skipped and largest_of_all(not _is_good(seen)):  # all processes skip a step, or none
             self._skip(seen)
             return False
-        self._seen = seen if self._seen is None else torch.where(_is_good(self._seen), seen, self._seen)
+        if self._seen is None:
+            self._seen = seen
+        else:  # in its place, so that a captured step keeps it too
+            torch.where(_is_good(self._seen), seen, self._seen, out=self._seen)
         return True
 
     def _skip(self, seen: Tensor) -> None:

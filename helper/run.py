@@ -13,11 +13,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from dataset import (
-    ImageData,
-    Images,
-    StreamedImages,
-)
+from dataset import ImageData, Images, StreamedImages
 from distiller_zoo import Distiller, Progress, build_distiller, find_distiller
 from errors import Stopped, UserError
 from helper.checkpoint import (
@@ -30,24 +26,10 @@ from helper.checkpoint import (
     upgrade,
 )
 from helper.configuration import Configuration, check_found, run_key
-from helper.distributed import (
-    StopRequest,
-    average_statistics,
-    by_main,
-    count_processes,
-    describe_batch,
-    is_main,
-)
+from helper.distributed import StopRequest, average_statistics, by_main, count_processes, describe_batch, is_main
 from helper.fast import Fast
 from helper.inputs import Inputs, Opened, class_weights_of
-from helper.log import (
-    describe_data,
-    describe_method,
-    describe_protocol,
-    format_epoch,
-    format_losses,
-    format_result,
-)
+from helper.log import describe_data, describe_method, describe_protocol, format_epoch, format_losses, format_result
 from helper.loops import (
     Training,
     evaluate,
@@ -61,7 +43,7 @@ from helper.loops import (
 )
 from helper.metrics import best_epoch, best_without_labels, probe, summarise_without_labels
 from helper.networks import Network, classes_taught, start_from
-from helper.optim import Guard, average_of, parameters_of, take_up
+from helper.optim import Guard, average_of, parameters_of, restore_optimizer
 from helper.run_folder import BEST, CONFIG, LAST, RESULT, FolderElsewhere, RunFolder
 from helper.teacher import Teacher, check_apart
 from models import build_model
@@ -73,7 +55,7 @@ from models.synchronised import synchronise
 
 #: How many training images tell the matching loss where none are held out.
 JUDGED_IMAGES = 1000
-#: What a resumed run takes up besides weights, optimizer and skipped steps.
+#: What a resumed run restores in addition to weights, optimizer and skipped steps.
 STATE = ("stage_number", "epoch", "stage_step", "step", "epochs_over", "seconds", "records", "epoch_state")
 
 
@@ -86,37 +68,34 @@ def prepared(opened: Opened, inputs: Inputs, teacher: Teacher | None) -> Iterato
         with ExitStack() as preparations:
             runs: list[Run] = []
             counted = class_weights_of(opened.configs, inputs.data)
-            for config, label in zip(opened.configs, _labels(opened.configs), strict=True):
-                found = {"data_digest": inputs.identity["digest"], "mean": inputs.data.mean, "std": inputs.data.std}
+            for config in opened.configs:  # what is impossible is refused before there is a folder of any of them
                 weights = counted[config.class_weights]
-                config = _with_weights(config.replace("the data", **found), weights)
-                if teacher is not None and teacher.image_size != inputs.data.image_size:
-                    config = config.replace("teacher's weights", teacher_image_size=teacher.image_size)
-                folder = _open_folder(config, preparations)
-                folders.callback(folder.close)
-                folder.label = f"[{label}] " if len(opened.configs) > 1 else ""
+                config = _with_found(config, inputs, teacher, weights)
+                runs.append(Run(config, inputs, teacher, opened.initial, len(opened.configs) == 1, weights))
+                folders.callback(runs[-1].close)
+            for run, label in zip(runs, _labels(opened.configs), strict=True):
+                run.folder = _open_folder(run.config, preparations)
+                folders.callback(run.folder.close)
+                run.folder.label = f"[{label}] " if len(runs) > 1 else ""
                 if is_main():
-                    print(f"{folder.label}run folder: {folder.path}", flush=True)
-                if config.folder is None:
-                    _record_settings(config, folder, known=opened.configs[0] if runs else None)
-                if teacher is not None:
-                    folder.log(teacher.note)
-                run = Run(config, inputs, teacher, opened.initial, folder, len(opened.configs) == 1, weights)
-                if config.folder is not None:
-                    run.restore()
-                    _record_changes(run)
-                folders.callback(run.close)
-                runs.append(run)
+                    print(f"{run.folder.label}run folder: {run.folder.path}", flush=True)
+                run.introduce(known=None if run is runs[0] else opened.configs[0])
         if teacher is not None:
             folders.callback(teacher.close)
         yield runs
 
 
-def _with_weights(config: Configuration, weights: torch.Tensor | None) -> Configuration:
-    """The run with the digest of its class weights."""
-    if weights is None:
-        return config
-    return config.replace("the class weights", weights_digest=weights_digest({"weights": weights}))
+def _with_found(
+    config: Configuration, inputs: Inputs, teacher: Teacher | None, weights: torch.Tensor | None
+) -> Configuration:
+    """The run with what was found out of its data, its teacher and its class weights."""
+    found = {"data_digest": inputs.identity["digest"], "mean": inputs.data.mean, "std": inputs.data.std}
+    config = config.replace("the data", **found)
+    if weights is not None:
+        config = config.replace("the class weights", weights_digest=weights_digest({"weights": weights}))
+    if teacher is not None and teacher.image_size != inputs.data.image_size:
+        config = config.replace("teacher's weights", teacher_image_size=teacher.image_size)
+    return config
 
 
 def _labels(configs: Sequence[Configuration]) -> list[str]:
@@ -247,23 +226,24 @@ def _new_student(config: Configuration, data: ImageData) -> Backbone:
 class Run:
     """Everything that one training run holds; `train` goes through its stages and their epochs."""
 
+    folder: RunFolder  # given by `prepared` once the run is known to be possible
+
     def __init__(
         self,
         config: Configuration,
         inputs: Inputs,
         teacher: Teacher | None,
         initial: Network | None,
-        folder: RunFolder,
         alone: bool,
         weights: torch.Tensor | None,
     ):
-        self.config, self.inputs, self.folder = config, inputs, folder
+        self.config, self.inputs, self._taken_up = config, inputs, ""
         self.data = _with_classes(config, inputs.data, teacher)
         self.teacher, self._alone = teacher, alone
         torch.manual_seed(config.seed)
         student = _new_student(config, self.data)
         if initial is not None and config.folder is None:
-            folder.log(start_from(initial, student, config.model_s, self.data.classes, config.dataset))
+            self._taken_up = start_from(initial, student, config.model_s, self.data.classes, config.dataset)
         network = None if teacher is None else teacher.network
         of_data = self.data.num_classes, self.data.image_size, self.data.train.targets
         self.method = build_distiller(config, student, network, *of_data, weights).to(inputs.device)
@@ -287,6 +267,16 @@ class Run:
         self.finishing: Callable[[], AbstractContextManager] = nullcontext  # what a stop does not interrupt
         self._enter(0)
         self._random = random_state()  # used where several runs share the process
+
+    def introduce(self, known: Configuration | None) -> None:
+        """Record what the run is, and how it begins, in its folder; `known` is as of `_record_settings`."""
+        if self.config.folder is None:
+            _record_settings(self.config, self.folder, known)
+        for note in filter(None, (self.teacher and self.teacher.note, self._taken_up)):
+            self.folder.log(note)
+        if self.config.folder is not None:
+            self.restore()
+            _record_changes(self)
 
     def _enter(self, number: int, epoch: int = 0, stage_step: int = 0) -> None:
         """Begin the stage of this number, or resume it after some of its epochs and steps."""
@@ -333,9 +323,9 @@ class Run:
         return self.error is not None or self.result is not None or (self.in_main_stage and self._stage_is_over())
 
     def _stage_is_over(self) -> bool:
-        return self._stage_is_whole() or self._is_out_of_patience()
+        return self._stage_is_complete() or self._is_out_of_patience()
 
-    def _stage_is_whole(self) -> bool:
+    def _stage_is_complete(self) -> bool:
         return self.epoch >= self.stages[self.stage_number].epochs or self._steps_left() == 0
 
     def _is_out_of_patience(self) -> bool:
@@ -369,7 +359,7 @@ class Run:
         self.folder.log(describe_data(self.data, self.inputs.device))
         augmentation = self.training.loader.augmentation
         assert augmentation is not None, "the loader of training images has an augmentation"
-        if changes := augmentation.describe():
+        if changes := augmentation.describe(self.data.labelled):
             self.folder.log(changes)
         self.folder.log(describe_method(self.method, self.stages, self.config.model_s, self.data.image_size))
         if division := describe_batch(self.config):
@@ -529,7 +519,7 @@ class Run:
         self._save_last(checkpoint, None)  # the last of them: a run that is killed before it makes the others again
 
     def restore(self) -> None:
-        """Take up the state of the folder's last checkpoint."""
+        """Continue from the state of the folder's last checkpoint, where `check_found` has nothing against it."""
         source = f"--resume: {self.folder.path} does not fit this run"
         with contained(source):
             checkpoint = by_main(lambda: upgrade(self.folder.read_last(), source))
@@ -541,7 +531,7 @@ class Run:
             load_weights(self.method, self.config.model_s, training["distiller"], source)
             optimizer = self.training.optimizer
             state = check_optimizer(training["optimizer"], parameters_of(optimizer))
-            take_up(optimizer, state, training["optimizer"]["param_groups"])
+            restore_optimizer(optimizer, state, training["optimizer"]["param_groups"])
             for name in STATE:
                 setattr(self, name, training[name])
             self.guard.skipped, self.guard.overflows = training["skipped_steps"], training.get("overflows", 0)
@@ -616,7 +606,7 @@ class Run:
             "device": str(self.inputs.device),
             "threads": torch.get_num_threads(),
         }
-        if self._is_out_of_patience() and not self._stage_is_whole():
+        if self._is_out_of_patience() and not self._stage_is_complete():
             measured = self.result.get("best_by", self.config.best_by).replace("_", " ")  # its own without labels
             self.folder.log(f"stopped early: no better {measured} in {self.config.patience} epochs")
         self.folder.append_outcome(run_key(self.config), self.result)

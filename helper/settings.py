@@ -108,9 +108,22 @@ def _rows(group: str, *rows: Setting) -> list[Setting]:
 SETTINGS: tuple[Setting, ...] = (
     *_rows(
         TEACHER,
-        Setting(("--distill",), _method, "norm", "one of the methods above", metavar="METHOD"),
         Setting(
-            ("--model_t",), _model_names, None, "teacher; default: what --path_t says", metavar="NAME", shared=True
+            ("--distill",),
+            _method,
+            "norm",
+            "one of the methods above",
+            metavar="METHOD",
+            called=("method", "kd", "loss", "algo"),
+        ),
+        Setting(
+            ("--model_t",),
+            _model_names,
+            None,
+            "teacher; default: what --path_t says",
+            metavar="NAME",
+            shared=True,
+            called=("teacher_model", "teacher_arch"),
         ),
         Setting(
             ("--path_t",),
@@ -120,6 +133,7 @@ SETTINGS: tuple[Setting, ...] = (
             metavar="FILE",
             resume="free",
             shared=True,
+            called=("teacher", "teacher_path", "teacher_ckpt", "teacher_checkpoint", "model_path_t"),
         ),
         Setting(
             ("--teacher_weights",),
@@ -177,7 +191,14 @@ SETTINGS: tuple[Setting, ...] = (
     ),
     *_rows(
         NETWORK,
-        Setting(("--model_s",), model_name, FILLED_IN, "student", metavar="NAME"),
+        Setting(
+            ("--model_s",),
+            model_name,
+            FILLED_IN,
+            "student",
+            metavar="NAME",
+            called=("model", "student", "student_model", "arch", "backbone"),
+        ),
     ),
     *_rows(
         INITIAL,
@@ -189,6 +210,7 @@ SETTINGS: tuple[Setting, ...] = (
             "differs, the classifier is new. The model name may be omitted",
             metavar="SOURCE",
             shared=True,
+            called=("pretrained", "initial_checkpoint", "finetune", "weights"),
         ),
         # The digests say which weights.
         Setting(
@@ -220,6 +242,7 @@ SETTINGS: tuple[Setting, ...] = (
             resume="free",
             shared=True,
             is_path=True,
+            called=("data_dir", "data_path", "data_root", "root", "dir"),
         ),
         Setting(
             ("--labels",),
@@ -251,6 +274,7 @@ SETTINGS: tuple[Setting, ...] = (
             shared=True,
             decides_outputs=True,
             needs_labels=True,
+            called=("val_split",),
         ),
         Setting(
             ("--background",),
@@ -278,6 +302,7 @@ SETTINGS: tuple[Setting, ...] = (
             "with 32 pixels and resized to it on the device (bilinear)",
             shared=True,
             decides_outputs=True,
+            called=("img_size", "input_size", "resolution", "size", "imgsz", "crop_size"),
         ),
         Setting(
             ("--holdout",),
@@ -294,6 +319,7 @@ SETTINGS: tuple[Setting, ...] = (
             whole,
             min(4, count_cores()),
             "processes that decode images; data sets of small images are held in memory",
+            called=("workers", "j"),
             **OF_PROCESS,
         ),
         Setting(("--max_broken",), whole, 10, "maximum number of unreadable images before the run stops", **OF_PROCESS),
@@ -309,7 +335,13 @@ SETTINGS: tuple[Setting, ...] = (
             choices=RECIPES,
             tells_apart="none",
         ),
-        Setting(("--batch_size",), count, FILLED_IN, "global batch size; the learning rate is not rescaled"),
+        Setting(
+            ("--batch_size",),
+            count,
+            FILLED_IN,
+            "global batch size; the learning rate is not rescaled",
+            called=("bs", "bz"),
+        ),
         Setting(
             ("--accumulate",),
             count,
@@ -317,6 +349,7 @@ SETTINGS: tuple[Setting, ...] = (
             "gradient accumulation: split each batch into K micro-batches",
             metavar="K",
             resume="free",
+            called=("grad_accum_steps", "gradient_accumulation_steps", "accum_iter"),
         ),
         Setting(
             ("--sync_bn",),
@@ -330,9 +363,17 @@ SETTINGS: tuple[Setting, ...] = (
             FILLED_IN,
             "length of the main stage; schedules scale with it unless set explicitly",
             resume="free",
+            called=("num_epochs", "max_epochs"),
         ),
-        Setting(("--optimizer",), str, "sgd", "the optimizer; lamb and adan are timm's", choices=OPTIMIZERS),
-        Setting(("--learning_rate",), number, FILLED_IN, "the initial learning rate"),
+        Setting(
+            ("--optimizer",),
+            str,
+            "sgd",
+            "the optimizer; lamb and adan are timm's",
+            choices=OPTIMIZERS,
+            called=("opt", "optim"),
+        ),
+        Setting(("--learning_rate",), number, FILLED_IN, "the initial learning rate", called=("lr", "base_lr")),
         Setting(
             ("--lr_decay",),
             str,
@@ -340,6 +381,7 @@ SETTINGS: tuple[Setting, ...] = (
             "the learning rate schedule: step falls after every one of --lr_decay_epochs, cos is half a cosine, "
             "one_cycle rises over the first 0.3 of the run and falls over the rest, in every step",
             choices=SCHEDULES,
+            called=("schedule", "scheduler", "sched", "lr_schedule", "lr_scheduler", "lr_policy", "cos", "cosine"),
         ),
         Setting(
             ("--lr_warmup_epochs",),
@@ -349,9 +391,23 @@ SETTINGS: tuple[Setting, ...] = (
             "takes the rest of the run",
             full_run="recipe",
             metavar="E",
+            called=("warmup",),
         ),
-        Setting(("--min_learning_rate",), number, 0.0, "floor of the schedule, where cos and one_cycle end"),
-        Setting(("--clip_grad",), number, 0.0, "scale the gradient down to this norm (0: no)", metavar="NORM"),
+        Setting(
+            ("--min_learning_rate",),
+            number,
+            0.0,
+            "floor of the schedule, where cos and one_cycle end",
+            called=("min_lr",),
+        ),
+        Setting(
+            ("--clip_grad",),
+            number,
+            0.0,
+            "scale the gradient down to this norm (0: no)",
+            metavar="NORM",
+            called=("grad_clip", "clip", "max_norm"),
+        ),
         Setting(
             ("--lr_decay_epochs",),
             epochs,
@@ -360,9 +416,10 @@ SETTINGS: tuple[Setting, ...] = (
             full_run="recipe",
             metavar="E,E,...",
             works_with=("lr_decay", "step"),
+            called=("milestones",),
         ),
         Setting(("--lr_decay_rate",), number, FILLED_IN, "factor of the step schedule"),
-        Setting(("--weight_decay",), number, FILLED_IN, "weight decay"),
+        Setting(("--weight_decay",), number, FILLED_IN, "weight decay", called=("wd",)),
         Setting(("--decay_norms",), bool, True, "weight decay on normalisation layers and biases too"),
         Setting(("--momentum",), number, FILLED_IN, "momentum of SGD", works_with=OF_SGD),
         Setting(("--nesterov",), bool, False, "Nesterov's momentum", works_with=OF_SGD),
@@ -375,6 +432,7 @@ SETTINGS: tuple[Setting, ...] = (
             "(0: no); it is tested and saved next to the raw weights",
             metavar="D",
             needs_labels=True,
+            called=("model_ema",),
         ),
         Setting(
             ("--drop_rate",),
@@ -382,6 +440,7 @@ SETTINGS: tuple[Setting, ...] = (
             None,
             "dropout of a student of torchvision or timm (default: its library's)",
             metavar="P",
+            called=("drop", "dropout"),
         ),
         Setting(
             ("--drop_path_rate",),
@@ -390,6 +449,7 @@ SETTINGS: tuple[Setting, ...] = (
             "drop path (stochastic depth) of a student of torchvision or timm, of its last branch (default: its "
             "library's)",
             metavar="P",
+            called=("drop_path",),
         ),
         Setting(
             ("--freeze",),
@@ -398,6 +458,7 @@ SETTINGS: tuple[Setting, ...] = (
             "trunk: train only the student's classifier, and what the method adds; its BatchNorms are in eval mode",
             choices=("none", "trunk"),
             needs_labels=True,
+            called=("freeze_backbone", "linear_probe"),
         ),
         Setting(
             ("--best_by",),
@@ -406,6 +467,7 @@ SETTINGS: tuple[Setting, ...] = (
             "what the best epoch is chosen by, on the held-out images where there are any",
             choices=BEST_BY,
             needs_labels=True,
+            called=("eval_metric",),
         ),
         Setting(
             ("--patience",),
@@ -414,11 +476,25 @@ SETTINGS: tuple[Setting, ...] = (
             "early stopping: end after E epochs without a better one; needs --holdout (0: no)",
             metavar="E",
             resume="free",
+            called=("early_stopping",),
         ),
         Setting(
-            ("--max_steps",), count, None, "end every stage after K steps, to try a command", metavar="K", resume="free"
+            ("--max_steps",),
+            count,
+            None,
+            "end every stage after K steps, to try a command",
+            metavar="K",
+            resume="free",
+            called=("iters", "iterations", "max_iter", "steps"),
         ),
-        Setting(("--device",), str, "auto", "auto (CUDA where there is a GPU), cpu, cuda, cuda:1, ...", **OF_PROCESS),
+        Setting(
+            ("--device",),
+            str,
+            "auto",
+            "auto (CUDA where there is a GPU), cpu, cuda, cuda:1, ...",
+            called=("gpu", "gpus", "gpu_id", "cuda", "no_cuda"),
+            **OF_PROCESS,
+        ),
     ),
     *_rows(
         AUGMENTATION,
@@ -430,6 +506,7 @@ SETTINGS: tuple[Setting, ...] = (
             "this name",
             choices=POLICIES,
             decides_outputs=True,
+            called=("aa", "auto_augment", "augmentation"),
         ),
         Setting(
             ("--colour_jitter",),
@@ -438,6 +515,7 @@ SETTINGS: tuple[Setting, ...] = (
             "scale brightness, contrast and saturation by factors from 1 - S to 1 + S",
             metavar="S",
             decides_outputs=True,
+            called=("color_jitter", "jitter"),
         ),
         Setting(
             ("--random_erasing",),
@@ -446,6 +524,7 @@ SETTINGS: tuple[Setting, ...] = (
             "erase a rectangle of an image with this probability",
             metavar="P",
             decides_outputs=True,
+            called=("reprob",),
         ),
         Setting(
             ("--mixup",),
@@ -455,7 +534,6 @@ SETTINGS: tuple[Setting, ...] = (
             "images",
             metavar="ALPHA",
             decides_outputs=True,
-            needs_labels=True,
         ),
         Setting(
             ("--cutmix",),
@@ -465,7 +543,6 @@ SETTINGS: tuple[Setting, ...] = (
             "for each batch",
             metavar="ALPHA",
             decides_outputs=True,
-            needs_labels=True,
         ),
         Setting(
             ("--label_smoothing",),
@@ -474,6 +551,7 @@ SETTINGS: tuple[Setting, ...] = (
             "share of a label that is spread over all classes, in the cross entropy",
             metavar="S",
             needs_labels=True,
+            called=("smoothing",),
         ),
         Setting(
             ("--class_weights",),
@@ -512,6 +590,7 @@ SETTINGS: tuple[Setting, ...] = (
             shared=True,
             auto=lambda device: "bfloat16" if computes_bfloat16(device) else "float32",
             decides_outputs=True,
+            called=("amp", "fp16", "bf16", "half", "mixed_precision", "use_amp"),
         ),
         Setting(
             ("--channels_last",),
@@ -544,9 +623,10 @@ SETTINGS: tuple[Setting, ...] = (
             ("--compile",),
             str,
             "off",
-            "torch.compile of both networks' forward passes, in this mode; --fast auto leaves it off. The first step "
-            "takes minutes; not tried on a GPU, where reduce-overhead replays CUDA graphs",
+            "torch.compile of both networks' passes and the losses, in this mode; --fast auto leaves it off. The first "
+            "step takes minutes; not tried on a GPU, where reduce-overhead replays CUDA graphs",
             choices=COMPILE,
+            called=("torchcompile",),
             **OF_PROCESS,
         ),
         Setting(
@@ -560,13 +640,21 @@ SETTINGS: tuple[Setting, ...] = (
     ),
     *_rows(
         RUN,
-        Setting(("--trial",), trial_name, "1", "name of this repetition", tells_apart="none"),
+        Setting(
+            ("--trial",),
+            trial_name,
+            "1",
+            "name of this repetition",
+            tells_apart="none",
+            called=("name", "exp", "experiment"),
+        ),
         Setting(
             ("--seed",),
             whole,
             FILLED_IN,
             "of weights, order and augmentation; default: --trial if that is a number, else 0",
             tells_apart="run",
+            called=("manual_seed", "random_state"),
         ),
         Setting(
             ("--data_seed",),
@@ -576,7 +664,15 @@ SETTINGS: tuple[Setting, ...] = (
             tells_apart="none",
             decides_outputs=True,
         ),
-        Setting(("--save_dir",), path, "save", "where run folders are made", metavar="ROOT", **OF_PROCESS),
+        Setting(
+            ("--save_dir",),
+            path,
+            "save",
+            "where run folders are made",
+            metavar="ROOT",
+            called=("out", "output", "output_dir", "out_dir", "save", "log_dir", "logdir", "model_path"),
+            **OF_PROCESS,
+        ),
         Setting(
             ("--save_freq",),
             whole,
@@ -585,6 +681,7 @@ SETTINGS: tuple[Setting, ...] = (
             metavar="E",
             resume="free",
             tells_apart="none",
+            called=("save_interval", "checkpoint_interval"),
         ),
         Setting(
             ("--save_every_steps",),
@@ -612,6 +709,7 @@ SETTINGS: tuple[Setting, ...] = (
             metavar="K",
             resume="free",
             tells_apart="none",
+            called=("log_interval", "log_freq", "tb_freq"),
         ),
         Setting(
             ("--accept_changes",),

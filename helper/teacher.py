@@ -22,6 +22,7 @@ from helper.settings import all_settings
 from models.backbone import Backbone, Output, probe_shapes
 from models.ensemble import Ensemble
 from models.preprocessing import Preprocessing, TeacherView, read_preprocessing
+from setting import as_text
 
 #: How far, in points of accuracy, a teacher may be from its recorded or published accuracy.
 TEACHER_TOLERANCE = 0.5
@@ -177,6 +178,15 @@ class Teacher:
             return cast(Backbone, network).outputs(images).logits
 
 
+def _difference(name: str, there: Any, here: Any) -> str:
+    """What a cache differs in, as the flag that decides it where there is one; numbers of other things say nothing."""
+    setting = all_settings().get(name)
+    if setting is None or not setting.is_flag:
+        return name.replace("_", " ")
+    values = ("not given" if value is None else as_text(value) for value in (there, here))
+    return "{} ({} there, {} here)".format(setting.names[0], *values)
+
+
 class CachedTeacher(Teacher):
     """A teacher whose logits and pooled vectors are read from `folder` where they are there, and written where not.
 
@@ -231,7 +241,8 @@ class CachedTeacher(Teacher):
         self._places[training.batch_key] = path, varies
         cache = self._caches.setdefault(path, RowCache(path, description, self.num_images, self.FLAG))
         if is_new:
-            nearest = f"; the nearest there differs in {', '.join(others)}" if others else ""
+            parts = ", ".join(_difference(name, *values) for name, values in others.items())
+            nearest = f"; the nearest there differs in {parts}" if parts else ""
             return f"{self.FLAG} {path}: new{nearest}"
         views, _ = VIEWS[training.method.views]
         epochs = min(cache.count_epochs(name, views * width) for name, width in self._widths.items())

@@ -10,8 +10,9 @@ import io
 import json
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -40,9 +41,10 @@ with starting():
     from models.classes import compare_classes
     from models.external import is_external
     from models.preprocessing import Preprocessing, read_preprocessing
-    from setting import count
+    from setting import below_one, count, file_to_write
 
 NETWORK, PROGRAMS = "NETWORK", (".pt2", ".onnx")
+STDOUT = Path("-")
 #: How many of the worst errors, and of the images on which two networks disagree most, are named and shown.
 SHOWN = 24
 #: Images on the page are at most this many pixels wide; up to `SMALL` they are stored without loss.
@@ -51,21 +53,13 @@ THUMBNAIL, SMALL = 128, 64
 CONFUSIONS = 12
 #: Up to this many classes the confusion matrix is shown.
 MATRIX_CLASSES = 40
-#: The metrics of a network: title, unit.
-TITLES = {
-    "accuracy": ("accuracy", " %"),
-    "accuracy_top5": ("top-5 accuracy", " %"),
-    "balanced_accuracy": ("balanced accuracy", " %"),
-    "macro_f1": ("macro F1", " %"),
-    "loss": ("loss", ""),
-    "ece": ("calibration error", " %"),
-}
-#: The metrics of a network and its teacher.
+#: What is shown of a network in addition to its metrics, and of a network and its teacher: title, unit, decimals.
+CALIBRATION = {"ece": ("calibration error", " %", 2)}
 TEACHER_TITLES = {
-    "agreement": ("agreement", " %"),
-    "kl": ("KL divergence", " nats"),
-    "cka_unfolded": ("CKA before folding", ""),
-    "cka": ("CKA", ""),
+    "agreement": ("agreement", " %", 2),
+    "kl": ("KL divergence", " nats", 4),
+    "cka_unfolded": ("CKA before folding", "", 4),
+    "cka": ("CKA", "", 4),
 }
 
 
@@ -141,6 +135,14 @@ def data_for(judged: Judged, args) -> RecordedData:
     return wanted._replace(dataset=dataset, split=wanted.split if args.split is None else args.split)
 
 
+def split_note(judged: Judged, wanted: RecordedData) -> Sequence[str]:
+    """Says where another share of its folder becomes the test split: a network was trained on some of these images."""
+    own, places = judged.record.get("split") or 0.0, (judged.record.get("data"), wanted.folder)
+    if None in places or len({Path(place).resolve() for place in places}) > 1 or wanted.split == own:
+        return ()
+    return [f"--split {wanted.split:g}: its run had --split {own:g}, so it was trained on some of these test images"]
+
+
 def by_data(judged: Sequence[Judged], args) -> Iterator[tuple[ImageData, str, list[Judged]]]:
     """The networks that are shown the same images, these images, and how, where that is the weights' own test."""
     loaded: dict[RecordedData, ImageData] = {}
@@ -149,6 +151,7 @@ def by_data(judged: Sequence[Judged], args) -> Iterator[tuple[ImageData, str, li
         wanted = data_for(one, args)
         if wanted not in loaded:
             loaded[wanted] = wanted.load()
+        one = one._replace(notes=[*one.notes, *split_note(one, wanted)])
         own = own_test(one.source, one.record, loaded[wanted]) if args.image_size is None else None
         groups.setdefault((wanted, own), []).append(one)
     for (wanted, own), members in groups.items():
@@ -259,7 +262,7 @@ def measure(seen: Seen, tested: Tested, teacher: Teacher | None, data: ImageData
         compared = fidelity(logits, tested.teacher_logits, tested.targets)
         about["intervals"] |= compared.pop("intervals")
         about |= compared
-        about["teacher"]["accuracy"] = METRICS["accuracy"](tested.teacher_logits, tested.targets)
+        about["teacher"]["accuracy"] = METRICS["accuracy"].measure(tested.teacher_logits, tested.targets)
         apart = divergences(logits, tested.teacher_logits)
         others = tested.teacher_logits.argmax(1) != logits.argmax(1)
         about["disagreements"] = _shown(apart, others, logits, tested, data)
@@ -282,16 +285,23 @@ def _shown(values: Tensor, which: Tensor, logits: Tensor, tested: Tested, data: 
 # Text.
 
 
-def numbers(about: Mapping[str, Any], name: str) -> tuple[str, str]:
-    """A metric and its interval, empty where it has none."""
-    digits = 4 if name in ("loss", "kl", "cka", "cka_unfolded") else 2
+def titles() -> dict[str, tuple[str, str, int]]:
+    """What is shown of a network: title, unit, decimals."""
+    return {name: (metric.title, metric.unit, metric.decimals) for name, metric in METRICS.items()} | CALIBRATION
+
+
+def numbers(about: Mapping[str, Any], name: str, unit: str, digits: int) -> tuple[str, str]:
+    """A metric with its unit and its interval, empty where it has none; of one that says nothing of so few classes why
+    it does not."""
+    if about[name] is None:
+        return "-", f"always 100 % with {len(about['classes'])} classes"
     interval = about["intervals"].get(name, ())
-    return f"{about[name]:.{digits}f}", " to ".join(f"{end:.{digits}f}" for end in interval)
+    return f"{about[name]:.{digits}f}{unit}", " to ".join(f"{end:.{digits}f}" for end in interval)
 
 
-def _line(about: Mapping[str, Any], name: str, title: str, unit: str) -> str:
-    value, interval = numbers(about, name)
-    return f"  {title:<19} {value}{unit}" + (f" ({interval})" if interval else "")
+def _line(about: Mapping[str, Any], name: str, title: str, unit: str, digits: int) -> str:
+    value, interval = numbers(about, name, unit, digits)
+    return f"  {title:<19} {value}" + (f" ({interval})" if interval else "")
 
 
 def by_accuracy(about: Mapping[str, Any]) -> list[tuple[str, dict[str, Any]]]:
@@ -305,7 +315,7 @@ def as_text(about: Mapping[str, Any]) -> str:
     lost = f"; {about['test_unreadable']} unreadable, left out" if about["test_unreadable"] else ""
     lines = [f"{about['network']}: {about['model']} on {about['test_images']} test images of {about['dataset']}{lost}"]
     lines += [f"  images              {about['test_transform']}"] if "test_transform" in about else []
-    lines += [_line(about, name, *title) for name, title in TITLES.items()]
+    lines += [_line(about, name, *title) for name, title in titles().items()]
     lowest = [f"{name} {one['accuracy']:.1f} %" for name, one in by_accuracy(about)]
     lines.append(f"  per class           {', '.join(lowest[:10])}{', ... (lowest 10)' if len(lowest) > 10 else ''}")
     confused = confusions(about)[:5]
@@ -364,22 +374,24 @@ def _data_uri(pixels) -> str:
     return f"data:image/{kind};base64,{base64.b64encode(content.getvalue()).decode()}"
 
 
-def _cells(about: Mapping[str, Any], name: str, title: str, unit: str) -> dict[str, Any]:
+def _cells(about: Mapping[str, Any], name: str, title: str, unit: str, digits: int) -> dict[str, Any]:
     """A line of the page's table of numbers."""
-    value, interval = numbers(about, name)
+    value, interval = numbers(about, name, unit, digits)
     ends = about["intervals"].get(name) if unit == " %" else None
-    return {"title": title, "value": value + unit, "interval": interval, "ends": ends}
+    return {"title": title, "value": value, "interval": interval, "ends": ends, "number": about[name]}
 
 
 def as_html(found: Sequence[Judgement]) -> str:
     """One self-contained page: numbers, reliability, confusions, the worst errors as pictures."""
-    titles = TITLES | TEACHER_TITLES
+    known = titles() | TEACHER_TITLES
     networks = [
         {
             "about": about,
             "notes": one.judged.notes,
             "pictures": one.pictures,
-            "lines": [_cells(about, name, *title) for name, title in titles.items() if name in about],
+            "lines": lines,
+            "cells": {line["title"]: line["value"] for line in lines},
+            "images": {name: counts["images"] for name, counts in by_accuracy(about)},
             "fullest": max(bin["images"] for bin in about["reliability"]),
             "confusions": confusions(about)[:CONFUSIONS],
             "classes": by_accuracy(about)[:MATRIX_CLASSES],
@@ -388,8 +400,11 @@ def as_html(found: Sequence[Judgement]) -> str:
         }
         for one in found
         for about in [one.about]
+        for lines in [[_cells(about, name, *title) for name, title in known.items() if name in about]]
     ]
-    return render("evaluation.html.j2", networks=networks, resamples=RESAMPLES)
+    shown = [title for title, *_ in known.values() if any(title in page["cells"] for page in networks)]
+    compared = shown if len(networks) > 1 else ()
+    return render("evaluation.html.j2", networks=networks, compared=compared, resamples=RESAMPLES)
 
 
 def make_parser() -> Parser:
@@ -402,12 +417,22 @@ def make_parser() -> Parser:
     add("--ema", action="store_true", help="the moving average of the weights, where a file of NETWORK holds both")
     add("--dataset", choices=DATASETS, help="default: the network's own, or folder with --data")
     add("--data", metavar="PATH", help="where the data are stored; default: as on record")
-    add("--split", type=float, metavar="SHARE", help="of the training images, for a folder without test images")
+    add("--split", type=below_one, metavar="SHARE", help="of the training images, for a folder without test images")
     add("--image_size", type=count, metavar="PIXELS", help="default: the network's own")
     add("--batch_size", type=count, default=128, metavar="B", help="images that are computed at once (128)")
     add("--device", default="auto", help="auto (CUDA where there is a GPU), cpu, cuda, cuda:1, ...")
-    add("--json", type=Path, metavar="FILE", help="all numbers; of several networks a list")
-    add("--html", type=Path, metavar="FILE", help="one page: numbers, reliability, confusions, worst errors as images")
+    add(
+        "--json",
+        type=file_to_write,
+        metavar="FILE",
+        help="all numbers, of several networks a list; - is standard output",
+    )
+    add(
+        "--html",
+        type=file_to_write,
+        metavar="FILE",
+        help="one page: numbers, reliability, confusions, worst errors as images",
+    )
     add("--fidelity", action="store_true", help=f"with --teacher: write {FIDELITY} into each run folder, for report.py")
     return parser
 
@@ -416,6 +441,9 @@ def judge_all(args) -> list[Judgement]:
     """Judge every network, those that want the same data together; prints each one's numbers."""
     device = find_device(args.device)
     judged = [read_judged(source, args.model, device, args.ema) for source in args.networks]
+    for one in judged if args.fidelity else ():
+        if one.folder is None:
+            raise UserError(f"--fidelity: {one.source} is in no run folder; leave the flag out, or name a run folder")
     source = args.teacher and read_network(file_of(args.teacher), None, "--teacher", "--teacher")
     found = []
     for data, how, members in by_data(judged, args):
@@ -435,16 +463,18 @@ def main(argv=None) -> list[dict[str, Any]]:
     args = make_parser().parse_args(argv)
     if args.fidelity and not args.teacher:
         raise UserError("--fidelity: name the teacher with --teacher")
-    found = judge_all(args)
+    with redirect_stdout(sys.stderr) if args.json == STDOUT else nullcontext():
+        found = judge_all(args)
+        if args.html:
+            write_page(args.html, as_html(found))
+        for about, one, _ in found if args.fidelity else ():
+            write_page(cast(Path, one.folder) / FIDELITY, json.dumps(about, indent=1) + "\n")
     numbers_of_all = [one.about for one in found]
-    if args.json:
-        write_page(args.json, json.dumps(numbers_of_all[0] if len(found) == 1 else numbers_of_all, indent=1) + "\n")
-    if args.html:
-        write_page(args.html, as_html(found))
-    for about, one, _ in found if args.fidelity else ():
-        if one.folder is None:
-            raise UserError(f"--fidelity: {one.source} is in no run folder")
-        write_page(one.folder / FIDELITY, json.dumps(about, indent=1) + "\n")
+    text = json.dumps(numbers_of_all[0] if len(found) == 1 else numbers_of_all, indent=1) + "\n"
+    if args.json == STDOUT:
+        print(text, end="")
+    elif args.json:
+        write_page(args.json, text)
     return numbers_of_all
 
 

@@ -11,6 +11,7 @@ exit code is then 1.
 import csv
 import itertools
 import json
+import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -27,7 +28,7 @@ with starting():
     from torch import Tensor
     from tqdm import tqdm
 
-    from dataset import find_images, read_normalised
+    from dataset import LOOKED_AT, Place, describe_dark, find_images, read_normalised
     from helper.command_line import Parser
     from helper.distributed import find_device
     from helper.export import NEEDED, Deployed, read_deployed
@@ -71,6 +72,16 @@ def predict(model: Deployed, paths: Iterable[str], top: int, batch: int) -> Iter
             for path, image in zip(some, read, strict=True):
                 found = [(classes[index], share) for index, share in next(rows)] if isinstance(image, Tensor) else []
                 yield Prediction(path, found, "" if isinstance(image, Tensor) else image)
+
+
+def warn_of_dark(paths: Iterable[str], batch: int) -> Iterator[str]:
+    """The same names; says it on standard error where the first images, at most a batch, are almost black."""
+    paths = iter(paths)
+    first = list(itertools.islice(paths, min(LOOKED_AT, batch)))
+    line = describe_dark([Place(os.fsencode(path)) for path in first])
+    if line:
+        print(line, file=sys.stderr)
+    return itertools.chain(first, paths)
 
 
 def _read(path: str, record: dict) -> Tensor | str:
@@ -181,7 +192,7 @@ def main(argv=None) -> None:
     total = len(paths) if isinstance(paths, list) else None
     with ExitStack() as files:
         writers = open_writers(args, top, files)
-        found = predict(model, paths, top, args.batch_size)
+        found = predict(model, warn_of_dark(paths, args.batch_size), top, args.batch_size)
         for one in tqdm(found, "predicting", total, leave=False, disable=not sys.stderr.isatty(), unit="image"):
             skipped += bool(one.error)
             if one.error:

@@ -1,5 +1,6 @@
 """What the tests share: small runs on the embedded digits, and a command line that is called in process."""
 
+import functools
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -177,3 +178,17 @@ QUICK_PAIRS = (("resnet56", "resnet20"), ("wrn_40_2", "ShuffleV1"))
 @pytest.fixture(params=slow_but(CIFAR_PAIRS, *QUICK_PAIRS), ids="->".join)
 def cifar_pair(request) -> tuple[str, str]:
     return request.param
+
+
+@pytest.fixture
+def graphs(monkeypatch):
+    """What torch.compile has made a graph of, one entry per compilation; graphs are run as they are."""
+    made = []
+
+    def backend(graph, _):
+        made.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
+    yield made
+    torch._dynamo.reset()

@@ -25,7 +25,7 @@ from helper.run_folder import CONFIG, LAST, PREVIOUS, is_taken, next_folder
 from helper.settings import FOUND, SETTINGS
 from helper.tables.rows import read_config, read_result
 from models import build_model
-from models.backbone import Backbone
+from models.backbone import Backbone, Output
 from models.checkpoints import read_checkpoint
 from models.ensemble import Ensemble, shares_of
 from models.external import is_external
@@ -333,7 +333,7 @@ class Plan:
         self, sources: tuple[Job | str, ...], teacher: str, student: str, variant: Variant, number: int
     ) -> Job:
         words = ("--distill", variant.distill, "--model_s", student, *variant.flags, *self.common)
-        if not DISTILLERS[variant.distill].needs_teacher:
+        if not DISTILLERS[variant.distill].reads_teacher:
             return self._job(f"{student}: {variant.label}", words, number, variant.flags)
         words += self.of_student
         first, *others = sources
@@ -376,7 +376,10 @@ class Plan:
         """A network without values, whose passes cost nothing from the second on."""
         if (name, role) not in self._networks:
             network = build_model(name, 10)
-            network.outputs = _remembering(network.outputs)
+            with torch.device("cpu"):  # what is computed without values imports torch's compiler, which takes a second
+                computing = build_model(name, 10).eval()
+            network.outputs = _remembering(computing.outputs)
+            network.get_bn_before_relu = lambda: computing.get_bn_before_relu()  # OFD reads their weights
             self._networks[name, role] = network
         return self._networks[name, role]
 
@@ -414,13 +417,14 @@ class ShapesAlone(TorchFunctionMode):
 
 
 def _remembering(forward: Callable) -> Callable:
-    """A pass without values, computed once for every shape."""
-    known: dict[tuple, Any] = {}
+    """A pass, computed once for every shape, whose outputs have no values."""
+    known: dict[tuple, Output] = {}
 
-    def call(images: torch.Tensor, preact: bool = False):
+    def call(images: torch.Tensor, preact: bool = False) -> Output:
         key = images.shape, preact
         if key not in known:
-            known[key] = forward(images, preact)
+            maps, *others = forward(torch.zeros(images.shape, device="cpu"), preact)[:-1]
+            known[key] = Output([one.to("meta") for one in maps], *(one.to("meta") for one in others))
         return known[key]
 
     return call

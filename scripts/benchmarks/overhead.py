@@ -37,14 +37,15 @@ def student_step(name: str, data: ImageData, args: Namespace) -> Callable[[Batch
     method = DISTILLERS["ce"](student, None, task).to(args.device)
     args.fast.prepare_student(method, args.device)
     stage = method.main_stage(240)
-    stage = stage._replace(respond=args.fast.compiled(args.fast.passing(method, stage.respond)))
+    stage = stage._replace(respond=args.fast.passing(method, stage.respond))
+    compute = args.fast.compiled(method.forward)
     set_modes(stage, method)
     optimizer = torch.optim.SGD(method.parameters(), 1e-3, 0.9, fused=args.fast.fused_optimizer or None)
 
     def step(batch: Batch) -> None:
         batch = batch._replace(images=args.fast.lay_out(batch.images))
         optimizer.zero_grad(set_to_none=True)
-        forward_backward(method, stage, batch, None, PROGRESS, args.fast.autocast(args.device))
+        forward_backward(compute, stage, batch, None, PROGRESS, args.fast.autocast(args.device))
         optimizer.step()
 
     return step

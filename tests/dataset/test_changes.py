@@ -58,6 +58,8 @@ def test_the_policies_are_those_that_are_named_and_nothing_is_done_without():
     assert set(POLICIES) == {"standard", "none", "randaugment", "trivialaugment", "autoaugment"}
     assert Augmentation().changes((0.5,) * 3, 0, 0) is None and Augmentation().describe() == ""
     assert Augmentation(pad=0, flip=False, own_policy="svhn").describe() == ""
+    assert Augmentation(0, False, policy="none").describe() == "without crops and flips"
+    assert Augmentation(0, False, policy="none", mixup=0.2).describe(False) == "without crops and flips: mixup 0.2"
     colour = Augmentation(random_erasing=1.0).changes((0.5, 0.25, 1.0), 4, 6).colour
     assert colour == (128, 64, 255), "what is erased takes the mean colour"
     assert "policy randaugment, colour jitter 0.4, random erasing 0.5" in Augmentation(**EVERYTHING).describe()

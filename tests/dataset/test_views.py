@@ -101,7 +101,8 @@ def images_seen(name: str, epochs_over: int, seed: int = 0, state=None) -> tuple
     training.begin_epoch(Progress(epochs_over, 240), epochs_over, state)
     first = state["steps"] if state else 0
     for number, batch in enumerate(training.loader.batches(epochs_over + 1, first), first + 1):
-        training.begin_step(number)
+        training.set_learning_rate(number - 1)
+        training.begin_step()
         training.add_gradients(batch, batch, frozen(batch.images, method.teacher_preact), True)
         training.finish_step(number)
         states.append(training.state(number))

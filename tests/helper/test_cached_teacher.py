@@ -76,13 +76,34 @@ def test_other_images_or_another_teacher_are_not_read(distil, tmp_path, passes):
     other = distil(*SHORT, *cache, "--data_seed", "6", distill="kd")
     assert (
         len(passes) == 2
-        and "the nearest there differs in data_seed (5 there, 6 here)" in (other / "log.txt").read_text()
+        and "the nearest there differs in --data_seed (5 there, 6 here)" in (other / "log.txt").read_text()
     )
     distil(*SHORT, *cache, "--colour_jitter", "0.2", distill="kd")
     distil(*SHORT, *cache, "--precision", "bfloat16", distill="kd")
     assert len(passes) == 4
     descriptions = [json.loads(path.read_text()) for path in (tmp_path / "cache").glob("*/cache.json")]
     assert len(descriptions) == 4 and all(one["teacher_digest"] and one["data_digest"] for one in descriptions)
+
+
+def test_a_new_cache_names_the_flags_that_would_read_the_nearest(distil, tmp_path):
+    """What only one of two has, such as the seed of an augmentation that the other does not draw, is no difference."""
+    cache = ("--max_steps", "1", "--cache_teacher", str(tmp_path / "cache"))
+    still = (*SHORT, *cache, "--augment", "none")
+
+    def nearest(*flags: str) -> str:
+        log = (distil(*flags, distill="kd") / "log.txt").read_text()
+        return log.split("the nearest there differs in ")[-1].split("\n")[0] if "nearest" in log else ""
+
+    assert nearest(*SHORT, *cache) == "", "the first"
+    assert nearest(*still) == "--augment (standard there, none here)"
+    assert (
+        nearest(*still, "--teacher_image_size", "16") == "--teacher_image_size (not given there, 16 here), teacher view"
+    )
+    for path in (tmp_path / "cache").glob("*/cache.json"):  # as if by a version that knew one name less
+        known = json.loads(path.read_text())
+        path.write_text(json.dumps({name: value for name, value in known.items() if name != "split"}))
+        path.parent.rename(path.parent.with_suffix(".older"))
+    assert nearest(*still) == "--split (not given there, 0 here)"
 
 
 def test_whatever_changes_images_is_in_the_description():
@@ -144,7 +165,7 @@ def refusal(*flags: str, distill: str = "kd", teacher_run) -> str:
 def test_what_cannot_be_cached_is_refused(teacher_run, tmp_path):
     cache = ("--cache_teacher", str(tmp_path / "cache"), "--save_dir", str(tmp_path / "save"), "--allow_teacher_gap")
     for name, method in DISTILLERS.items():
-        if method.needs_teacher and {"maps", "final", "activated"} & set(method.reads):
+        if method.reads_teacher and {"maps", "final", "activated"} & set(method.reads):
             assert f"--distill {name} reads the teacher's feature maps" in refusal(
                 *cache, distill=name, teacher_run=teacher_run
             )

@@ -3,6 +3,7 @@
 import builtins
 import io
 import os
+import re
 import socket
 
 import pytest
@@ -12,7 +13,9 @@ from distiller_zoo import DISTILLERS
 from errors import UserError
 from helper.command_line import parse, resolve, share_order, student_parser, teacher_parser
 from helper.optim import stretch
-from helper.recipes import resolve as resolve_recipe
+from helper.recipes import recipe_of
+from helper.settings import all_settings
+from scripts.report import make_parser
 
 
 def parse_teacher(*argv):
@@ -81,7 +84,7 @@ def test_standardised_logits_have_a_recipe_of_their_own():
     config = parse_student("--distill", "kd", "--model_s", "resnet8", "--logit_standardization")
     assert (config.logit_standardization, config.gamma, config.alpha, config.kd_T) == (True, 0.1, 9.0, 2.0)
     assert parse_student("--distill", "kd", "--model_s", "resnet8", "--logit_standardization", "-a", "3").alpha == 3.0
-    dkd = [resolve_recipe("cifar100", "vgg13", "vgg8", "dkd", {"logit_standardization": on}) for on in (False, True)]
+    dkd = [recipe_of("cifar100", "vgg13", "vgg8", "dkd", {"logit_standardization": on}) for on in (False, True)]
     assert [[row[name][0] for name in ("dkd_alpha", "dkd_beta")] for row in dkd] == [[1.0, 6.0], [15.0, 30.0]]
     srrl = ("--distill", "srrl", "--model_s", "resnet8")
     assert [parse_student(*srrl, *flags).alpha for flags in ((), ("--srrl_form", "map"))] == [1.0, 0.0]
@@ -166,6 +169,38 @@ def test_what_is_wrong_is_named(argv, message):
     with pytest.raises(UserError) as caught:
         parse_student(*argv.split())
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("make", "suggested"),
+    [
+        (
+            student_parser,
+            "--schedule:lr_decay --lr_schedule:lr_decay --T:kd_T --wd:weight_decay --bs:batch_size --gpus:device "
+            "--workers:num_workers -j:num_workers --model:model_s --student:model_s --teacher:path_t --opt:optimizer "
+            "--temperature:kd_T --data-dir:data --out:save_dir --min-lr:min_learning_rate --amp:precision "
+            "--img-size:image_size --pretrained:init --lr:learning_rate --drop:drop_rate --epoch:epochs",
+        ),
+        (teacher_parser, "--arch:model --student:model --teacher: --T: --warmup_epochs:lr_warmup_epochs --dist_url:"),
+        (make_parser, "--figure:figures --out:"),  # of scripts/report.py, which has no flags of runs
+    ],
+)
+def test_the_flag_that_is_meant_is_suggested(make, suggested):
+    """By its name in RepDistiller and timm too; where none is close, nothing."""
+    parser = make()
+    for word, _, meant in (pair.partition(":") for pair in suggested.split()):
+        with pytest.raises(UserError) as caught:
+            parser.parse_args([word, "1"])
+        hint = f"did you mean --{meant}?" if meant else "(--help lists the flags)"
+        assert hint in str(caught.value), word
+
+
+def test_what_others_call_a_flag_is_no_other_flag():
+    """Of each setting, and once: a name that is a flag itself would never be suggested."""
+    names = [name for setting in all_settings().values() for name in setting.called]
+    flags = {name.lstrip("-").lower() for setting in all_settings().values() for name in setting.names}
+    assert len(names) == len(set(names)) and not flags & set(names)
+    assert all(re.fullmatch("[a-z0-9_]+", name) for name in names)
 
 
 def test_a_weight_of_zero_is_accepted_by_methods_without_that_term():

@@ -163,20 +163,6 @@ def test_memory_that_is_freed_is_kept_for_the_next_step():
     assert new_pages < 0.1 * 2**27 / resource.getpagesize()
 
 
-@pytest.fixture
-def graphs(monkeypatch):
-    """What torch.compile has made a graph of, one entry per compilation; graphs are run as they are."""
-    made = []
-
-    def backend(graph, _):
-        made.append(graph)
-        return graph.forward
-
-    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
-    yield made
-    torch._dynamo.reset()
-
-
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Guards may run slower:RuntimeWarning")  # of Python 3.13.0
 def test_a_compiled_run_is_the_same_and_compiles_each_pass_once(distil, graphs):

@@ -10,7 +10,7 @@ from crd.negatives import NegativeSampler
 from dataset import Augmentation, ImageData, Images, views
 from distiller_zoo import DISTILLERS, Progress
 from helper.command_line import resolve
-from helper.loops import Training, step
+from helper.loops import Training, compute_step, step
 from helper.teacher import FrozenTeacher
 from tests.conftest import pair_networks
 from tests.distiller_zoo.test_every_pair import BATCH, CLASSES, build, with_statistics
@@ -107,3 +107,40 @@ def test_two_steps_give_the_cpus_losses(name, data):
         draws_there = any(isinstance(part, NegativeSampler) for part in method.modules())
         for key in (key for key in on_cpu if key.startswith("loss")):
             assert draws_there or on_gpu[key] == pytest.approx(on_cpu[key], rel=0.03, abs=1e-3), key
+
+
+def trained_on_one_batch(name: str, data: ImageData, captured: bool) -> dict[str, torch.Tensor]:
+    """The weights behind four steps on one batch, at a rate that changes; the last three replayed where `captured`."""
+    torch.manual_seed(0)
+    network, student = pair_networks("resnet20", "resnet8", CLASSES)
+    with_statistics(network)
+    method, teacher = build(name, network, student).to(CUDA), Shown(FrozenTeacher(network).to(CUDA))
+    config = CONFIG.replace("a test", compile="default", fused_optimizer=True)  # its rate is a tensor
+    *_, stage = method.stages(240)
+    training = Training(stage, method, data, config, CUDA)
+    run = StageRun(training, Progress(120, 240), 0, None)
+    run.begin_epoch()
+    batch = next(training.loader.batches(0))
+    side, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    for number in range(4):
+        training.optimizer.param_groups[0]["lr"].fill_(0.01 / (number + 1))
+        if captured and number == 1:
+            with torch.cuda.graph(graph):
+                compute_step([run], batch, teacher, 1)
+        if captured and number:
+            graph.replay()
+            continue
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            compute_step([run], batch, teacher, 1)
+        torch.cuda.current_stream().wait_stream(side)
+    return method.state_dict()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+@pytest.mark.parametrize("name", ["kd", "norm"])
+def test_a_step_can_be_captured_and_replayed(name, data, monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)  # what is captured is the eager step
+    expected, found = (trained_on_one_batch(name, data, captured) for captured in (False, True))
+    for key, value in expected.items():
+        assert torch.allclose(value, found[key], rtol=1e-3, atol=1e-5), key

@@ -75,6 +75,12 @@ def test_intervals_and_classes_are_those_of_scikit_learn():
     assert about["per_class"][4]["images"] == 0 and sum(map(sum, about["confusion"])) == 300
 
 
+def test_up_to_five_classes_have_no_top5_accuracy():
+    for classes, has_one in ((6, True), (5, False), (2, False)):
+        about = judge(torch.randn(20, classes), torch.randint(0, classes, (20,)))
+        assert (about["accuracy_top5"] is not None) == has_one == ("accuracy_top5" in about["intervals"])
+
+
 def test_fidelity_counts_agreement_and_who_is_right():
     ours = torch.tensor([[9.0, 0, 0], [9.0, 0, 0], [0, 9.0, 0], [0, 0, 9.0], [0, 9.0, 0]])
     theirs = torch.tensor([[9.0, 0, 0], [0, 9.0, 0], [9.0, 0, 0], [0, 0, 9.0], [0, 0, 9.0]])

@@ -8,7 +8,7 @@ import torch
 import train_teacher
 from dataset import DATASETS, load_data, sources
 from helper import export, metrics, optim
-from scripts import export_student, predict
+from scripts import evaluate, export_student, predict
 from tests.conftest import message_of
 from tests.run_folders import metrics as records_of
 from tests.run_folders import state
@@ -60,11 +60,14 @@ def test_a_schedule_is_one_row(train, monkeypatch):
         assert "invalid choice: 'cos'" in refused("--lr_decay", "cos")
 
 
-def test_a_metric_is_one_row(train, monkeypatch):
+def test_a_metric_is_one_row(train, monkeypatch, capsys):
     share = lambda logits, targets: float((logits.argmax(1) == 0).float().mean())  # noqa: E731
     with monkeypatch.context() as patch:
-        patch.setitem(metrics.METRICS, "share_of_zero", share)
+        patch.setitem(metrics.METRICS, "share_of_zero", metrics.Metric(share, "share of 0", "", 3, goodness=float))
         run = train("--holdout", "20")
+        assert metrics.best_epoch(records_of(run), "share_of_zero") == 1
+        [about] = evaluate.main([str(run)])
+        assert f"share of 0          {about['share_of_zero']:.3f}\n" in capsys.readouterr().out
     [record] = records_of(run)
     assert 0 <= record["test_share_of_zero"] <= 1 and 0 <= record["holdout_share_of_zero"] <= 1
     assert state(run)["records"][0]["test_share_of_zero"] == record["test_share_of_zero"]

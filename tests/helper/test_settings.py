@@ -80,6 +80,13 @@ def test_a_new_row_is_validated_where_it_is_stored(add):
             read_stored({"warmth": wrong}, "config.json")
 
 
+@pytest.mark.parametrize("origins", ["../../outside", 3, [], None, {"epochs": 4}])
+def test_stored_origins_that_no_run_wrote_are_refused(origins):
+    assert read_stored({"epochs": 4, "origins": {"epochs": "default"}}, "config.json") == {"epochs": 4}
+    with pytest.raises(UserError, match=r"config\.json: its origins"):
+        read_stored({"epochs": 4, "origins": origins}, "config.json")
+
+
 def test_a_new_row_can_be_swept_unless_the_runs_share_it(add):
     add()
     runs = parse(teacher_parser(), ["--model", "resnet8", "--sweep", "warmth=2,4"]).runs

@@ -11,9 +11,11 @@ import train_cifar_student
 import train_teacher
 from distiller_zoo import DISTILLERS
 from errors import UserError
+from helper import loops
 from helper import run as run_module
 from helper.command_line import parse, resolve, student_parser
 from helper.networks import read_teacher
+from helper.recipes import RECIPES
 from helper.tables.rows import read_rows
 from models import build_model
 from scripts import export_student
@@ -112,7 +114,7 @@ def test_logits_teach_the_classes_of_the_teacher(learn, tmp_path):
     ).exists()
 
 
-@pytest.mark.parametrize("name", [name for name, method in DISTILLERS.items() if not method.needs_targets])
+@pytest.mark.parametrize("name", [name for name, method in DISTILLERS.items() if not method.refuses_unlabelled])
 def test_methods_say_truly_whether_they_need_labels(name):
     """With the cross entropy off, the losses of a method that needs none are the same for any; its student has no
     classifier where it would not be trained."""
@@ -148,7 +150,7 @@ def test_what_needs_labels_is_refused(images, teacher_run, tmp_path):
     alone = ["--model", "resnet8", "--labels", "none", *data]
     assert "cannot train without labels: it learns from labels alone" in message_of(train_teacher.main, alone)
     assert "there is no cross entropy" in refusal("--distill", "kd", "-r", "1", *data)
-    for flag in (("--mixup", "1"), ("--balanced_sampling",), ("--split", "0.2")):
+    for flag in (("--label_smoothing", "0.1"), ("--balanced_sampling",), ("--split", "0.2")):
         assert f"{flag[0]}: it needs labels" in refusal(*flag, *data)
     assert "name the folder of images with --data" in refusal()
     assert "not cifar10" in refusal("--dataset", "cifar10", *data)
@@ -180,17 +182,32 @@ def test_patience_waits_for_a_lower_matching_loss(learn, images, monkeypatch):
     assert len(metrics(run)) == 2 and len(probe) == 4 and all(0 <= value <= 100 for value in probe)
 
 
-def test_what_a_recipe_takes_from_labels_is_said_with_the_way_out(images):
+@pytest.mark.quick(1)
+@pytest.mark.parametrize("distill", ["hint", "mlkd"])
+def test_a_teacher_teaches_mixed_images_without_labels(distill, learn, images, monkeypatch):
+    """Both networks see one mixed batch; what the run is judged on is not mixed."""
+    trained, judged = [], []
+    step, judging = loops.step, loops.matching_loss
+
+    def see(runs, batch, *rest):
+        trained.append(batch)
+        return step(runs, batch, *rest)
+
+    def see_judged(training, teacher, loader):
+        judged.append(loader.augmentation)
+        return judging(training, teacher, loader)
+
+    monkeypatch.setattr(loops, "step", see)
+    monkeypatch.setattr(run_module, "matching_loss", see_judged)
+    run = learn("--mixup", "1", "--cutmix", "1", "--epochs", "1", "--holdout", "8", distill=distill)
+    log = (run / "log.txt").read_text()
+    assert "mixup 1.0" in log and "training accuracy" not in log
+    assert trained and all(batch.targets.ndim == 2 and (batch.classes == 0).all() for batch in trained)
+    assert judged and all(one is None or not one.mixes for one in judged)
+
+
+def test_recipes_take_nothing_from_labels_but_the_cross_entropy(images):
     argv = ["--path_t", "t.pth", "--model_s", "resnet8", "--distill", "kd", "--labels", "none", "--dataset", "folder"]
-    argv += ["--data", str(images / "all"), "--recipe"]
-
-    def resolved(*flags: str):
-        return resolve(parse(student_parser(), [*argv, *flags]).runs[0])
-
-    with pytest.raises(UserError, match=r"--recipe patient: without labels .* no --mixup; give --mixup 0 too"):
-        resolved("patient")
-    with pytest.raises(UserError, match="no --mixup and no --cutmix; give --mixup 0 --cutmix 0 too"):
-        resolved("a3")
-    assert resolved("patient", "--mixup", "0").epochs == 1200
-    with pytest.raises(UserError, match=r"^--mixup: it needs labels, and there are none"):
-        resolved("patient", "--mixup", "1")
+    for recipe in RECIPES:
+        argv += ["--data", str(images / "all"), "--recipe", recipe]
+        assert resolve(parse(student_parser(), argv).runs[0]).gamma == 0

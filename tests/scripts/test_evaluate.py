@@ -11,11 +11,14 @@ from sklearn import metrics
 
 import train_teacher
 from helper import networks
+from helper.export import RecordedData
+from helper.metrics import judge
 from helper.tables.rows import read_record
 from helper.teacher import Teacher
 from models import build_model
 from models.preprocessing import read_preprocessing
 from scripts import evaluate, export_student
+from tests.browser import check_page, needs_chromium
 from tests.conftest import message_of
 from tests.dataset.test_streaming import write_images
 from tests.helper.test_teachers_own_test import picture, theirs
@@ -104,7 +107,7 @@ def test_the_page_holds_everything_it_shows(distil, teacher_run, tmp_path):
     (about,) = evaluate.main([str(run), "--teacher", str(teacher_run / "last.pth"), "--html", str(page)])
     text = page.read_text()
     assert (
-        text.startswith("<!doctype html>") and "<script" not in text and not re.search(r'(src|href)="(?!data:)', text)
+        text.startswith("<!doctype html>") and "<script" not in text and not re.search(r'(src|href)="(?!data:|#)', text)
     )
     named = {one["sample"] for name in ("worst_errors", "disagreements") for one in about[name]}
     assert len(set(re.findall(r'src="(data:image/png;base64,[^"]+)"', text))) == len(named)
@@ -114,6 +117,33 @@ def test_the_page_holds_everything_it_shows(distil, teacher_run, tmp_path):
 
 
 @pytest.mark.slow
+def judgement(name: str, classes: list[str]) -> evaluate.Judgement:
+    """A network that was judged on random logits."""
+    targets = torch.randint(0, len(classes), (200,), generator=torch.Generator().manual_seed(0))
+    about = judge(torch.randn(200, len(classes)), targets) | {"network": name, "model": "resnet8", "digest": "0" * 16}
+    about |= {"dataset": "folder", "image_size": 32, "test_images": 200, "test_unreadable": 0, "classes": classes}
+    return evaluate.Judgement(about, evaluate.Judged(name, "resnet8", {}, lambda images: images), {})
+
+
+def test_the_page_of_several_networks_begins_with_their_comparison():
+    found = [judgement(name, list("abcdefg")) for name in ("first", "second")]
+    text = evaluate.as_html(found)
+    table, _, rest = text.partition("</table>")
+    for number, one in enumerate(found, 1):
+        assert f'<a href="#network{number}">{one.about["network"]}</a></td><td>{one.about["accuracy"]:.2f} %' in table
+        assert f'<section id="network{number}">' in rest
+    assert "compared" not in evaluate.as_html(found[:1]).partition("</style>")[2]
+
+
+@pytest.mark.slow
+@needs_chromium
+@pytest.mark.parametrize("width", [1280, 400])
+def test_a_browser_shows_the_whole_width(tmp_path, width):
+    names = ("save/a_run_of_a_long_name_", "save/another_", "/data/of/a/project/")
+    classes = [f"class of several words {number}" for number in range(20)]
+    check_page(evaluate.as_html([judgement(4 * name, classes) for name in names]), tmp_path, width)
+
+
 def test_a_teacher_is_given_the_images_as_they_are_held(distil, teacher_run, monkeypatch):
     run, teacher = distil(*SHORT, "--image_size", "48", distill="kd"), str(teacher_run / "last.pth")
     call, sizes = Teacher.__call__, set()
@@ -173,16 +203,47 @@ def test_published_weights_are_tested_as_their_library_tests_them(source, tmp_pa
 
 
 @pytest.mark.slow
-def test_faults_are_named(distil, tmp_path):
+def test_faults_are_named(distil, tmp_path, monkeypatch):
     run = distil(*SHORT, distill="kd")
     exported = str(export_student.main([str(run / "last.pth")]))
     assert "--fidelity: name the teacher" in message_of(evaluate.main, [exported, "--fidelity"])
+    with monkeypatch.context() as patch:  # before anything is measured
+        patch.setattr(evaluate, "test", None)
+        shutil.copy(exported, tmp_path / "alone.pth")
+        argv = [str(tmp_path / "alone.pth"), "--fidelity", "--teacher", str(run)]
+        assert "alone.pth is in no run folder" in message_of(evaluate.main, argv)
+        for flag in ("--json", "--html"):
+            place = str(tmp_path / "none" / "x")
+            assert f"argument {flag}: there is no folder" in message_of(evaluate.main, [exported, flag, place])
+            assert f"argument {flag}: {tmp_path} is a folder" in message_of(
+                evaluate.main, [exported, flag, str(tmp_path)]
+            )
     assert "does not exist" in message_of(evaluate.main, [str(tmp_path / "none.pth")])
     bare = tmp_path / "bare.pth"
     torch.save(build_model("resnet8", 7).state_dict(), bare)
     assert "does not say what it was trained on" in message_of(evaluate.main, [str(bare), "--model", "resnet8"])
     argv = [str(bare), "--model", "resnet8", "--dataset", "digits"]
     assert "7 classes, the data 10" in message_of(evaluate.main, argv)
+    assert "argument --split: must be 0 or more and below 1" in message_of(evaluate.main, [exported, "--split", "1.5"])
+
+
+def test_json_on_standard_output_is_alone_there(distil, capsys):
+    run = distil(*SHORT, distill="kd")
+    capsys.readouterr()
+    (about,) = evaluate.main([str(run), "--json", "-"])
+    printed = capsys.readouterr()
+    assert json.loads(printed.out) == about and "balanced accuracy" in printed.err
+
+
+def test_another_split_of_the_runs_own_folder_is_said(tmp_path):
+    def notes(split: float, folder: str):
+        record = {"split": 0.2, "data": str(tmp_path / "photographs")}
+        wanted = RecordedData.of(record, "folder", folder)._replace(split=split)
+        return evaluate.split_note(evaluate.Judged("run", "resnet8", record, lambda images: images), wanted)
+
+    own = str(tmp_path / "photographs" / "..") + "/photographs"
+    assert notes(0.2, own) == notes(0.5, str(tmp_path / "others")) == ()
+    assert notes(0.5, own) == ["--split 0.5: its run had --split 0.2, so it was trained on some of these test images"]
 
 
 @pytest.mark.parametrize("stream", ["off", "on"])
@@ -195,5 +256,9 @@ def test_test_images_that_cannot_be_read_are_counted_in_the_result(tmp_path, sav
     result = json.loads((run / "result.json").read_text())
     assert (result["test_images"], result["test_unreadable"]) == (10, 2)
     assert "2 of 10 test images unreadable" in capsys.readouterr().out
-    evaluate.main([str(run)])
-    assert "on 8 test images of folder; 2 unreadable, left out" in capsys.readouterr().out
+    (about,) = evaluate.main([str(run), "--html", str(tmp_path / "page.html")])
+    out = capsys.readouterr().out
+    assert "on 8 test images of folder; 2 unreadable, left out" in out
+    # Two classes have no top-5 accuracy.
+    assert about["accuracy_top5"] is None and "test_accuracy_top5" not in (run / "metrics.jsonl").read_text()
+    assert all("always 100 % with 2 classes" in text for text in (out, (tmp_path / "page.html").read_text()))

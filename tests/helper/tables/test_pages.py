@@ -1,23 +1,19 @@
 """Rows on pages: Markdown, grids, CSV, HTML."""
 
 import csv
-import html
 import html.parser
 import io
 import json
 import re
-import shutil
-import subprocess
 
 import pytest
-from matplotlib import pyplot
 from scipy.stats import ttest_ind
 
 from helper.tables import pages
 from helper.tables.rows import read_rows
+from tests.browser import check_page, needs_chromium
 from tests.run_folders import make_run
 
-CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 PAIR = {"teacher": "resnet32x4", "model_s": "resnet8x4", "dataset": "cifar100"}
 
 
@@ -155,24 +151,13 @@ def test_no_cell_is_a_formula_and_none_breaks_its_table(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not CHROMIUM, reason="no Chromium: apt-get install chromium")
+@needs_chromium
 @pytest.mark.parametrize("width", [1280, 400])
 def test_a_browser_shows_the_whole_width(runs, tmp_path, width):
     other = make_run(tmp_path / "p", "norm", 1, [70.0, 76.4], **PAIR)
     long = make_run(tmp_path / "l", "kd", 9, [50.0], init="/a/long/" * 20)
     text = pages.as_html(rows_of([*runs, other, long]), {})
-    opened = text.replace("<details>", "<details open>")
-    frame = f"<iframe style='border:0' width={width} height=2000 srcdoc='{html.escape(opened)}'></iframe>"
-    script = "onload = () => { document.title = frames[0].document.documentElement.scrollWidth }"
-    (tmp_path / "frame.html").write_text(f"{frame}<script>{script}</script>")
-    (tmp_path / "page.html").write_text(opened)
-    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", f"--window-size={width},2000"]
-    place = (tmp_path / "frame.html").as_uri()
-    done = subprocess.run([CHROMIUM, *flags, "--dump-dom", place], capture_output=True, text=True, timeout=100)
-    assert int(re.findall(r"<title>(\d+)</title>", done.stdout)[0]) <= width
-    picture, place = tmp_path / "page.png", (tmp_path / "page.html").as_uri()
-    subprocess.run([CHROMIUM, *flags, f"--screenshot={picture}", place], capture_output=True, timeout=100, check=True)
-    assert len(set(pyplot.imread(picture).reshape(-1, 4)[::97].round(2).ravel())) > 10, "it is not blank"
+    check_page(text.replace("<details>", "<details open>"), tmp_path, width)
 
 
 class Outline(html.parser.HTMLParser):

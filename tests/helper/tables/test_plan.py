@@ -2,6 +2,8 @@
 
 import itertools
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,7 @@ from helper.recipes import CIFAR_PAIRS
 from helper.tables.plan import TABLES, Job, Plan, ShapesAlone, Shelf, Variant, all_variants, read_variants, trial_name
 from helper.tables.rows import read_rows
 from models import build_model
+from tests.conftest import ROOT
 from tests.run_folders import make_run, pretend
 
 PAIR = (("resnet20", "resnet8"),)
@@ -126,6 +129,18 @@ def test_what_keeps_a_shape_is_not_computed_for_shapes():
     with ShapesAlone():
         assert init.kaiming_uniform_(weights) is init.kaiming_normal_(tensor=weights) is weights
     assert weights.sum() == 4
+
+
+@pytest.mark.slow
+def test_a_plan_does_not_import_torchs_compiler(tmp_path):
+    """Shapes that torch computes without values import it, which takes longer than the plan."""
+    code = (
+        "import sys; from helper.tables.plan import *; "
+        f"Plan({str(tmp_path)!r}).jobs(TABLES['1'][-1:], all_variants(), 1); "
+        "print({'sympy', 'torch._dynamo'} & set(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout == "set()\n", done.stderr
 
 
 @pytest.mark.slow
