@@ -234,11 +234,16 @@ def _check_epoch_state(state: Mapping) -> None:
 def check_optimizer(state: Mapping, parameters: Sequence[Tensor]) -> dict:
     """An optimizer's state by the number of its parameter; raises `ValueError` where it does not fit."""
     for number, entry in state["state"].items():
+        parameter = parameters[number]
         for name, value in entry.items():
-            if not isinstance(value, Tensor):
+            is_number = name == "step" and (
+                type(value) in (int, float) or (isinstance(value, Tensor) and not value.dim())
+            )
+            if value is None or is_number:
                 continue
-            parameter = parameters[number]
-            if value.dim() and (value.shape, value.dtype) != (parameter.shape, parameter.dtype):
+            if not isinstance(value, Tensor):
+                raise ValueError(f"{name} of parameter {number} is no tensor")
+            if (value.shape, value.dtype) != (parameter.shape, parameter.dtype):
                 raise ValueError(f"{name} of parameter {number} has another shape or type")
             if not value.isfinite().all():
                 raise ValueError(f"{name} of parameter {number} is not finite")

@@ -63,12 +63,15 @@ class Network(NamedTuple):
     def settings_as_teacher(self) -> dict[str, Any]:
         """The settings that this network decides where it teaches: what it is, and its data set."""
         wrappers = [describe_wrapper(each.network) for each in self.teachers]
+        steps = [each.record.get("max_steps") for each in self.teachers]
+        tried = min((number for number in steps if type(number) is int and 0 < number < 2**31), default=None)
         return {
             "path_t": self.path,
             "model_t": self.name,
             "wrapper_t": {"teachers": wrappers} if self.members and any(wrappers) else wrappers[0],
             "teacher_weights": self.network.shares if self.members else None,
             "teacher_digest": self.digest,
+            "teacher_steps": tried,
             "dataset": self.dataset,
             "data": self.data,
             "image_size": self.image_size,

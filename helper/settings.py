@@ -210,6 +210,7 @@ SETTINGS: tuple[Setting, ...] = (
             "differs, the classifier is new. The model name may be omitted",
             metavar="SOURCE",
             shared=True,
+            is_path=True,
             called=("pretrained", "initial_checkpoint", "finetune", "weights"),
         ),
         # The digests say which weights.
@@ -738,6 +739,13 @@ SETTINGS: tuple[Setting, ...] = (
             shared=True,
             instead_of="path_t",
             decides_outputs=True,
+        ),
+        Setting(
+            ("teacher_steps",),
+            count,
+            None,
+            "steps of a teacher that was trained for a try-out (--max_steps)",
+            tells_apart="none",
         ),
         Setting(("data_digest",), digest, None, "digest of the data", shared=True, decides_outputs=True),
         Setting(("weights_digest",), digest, None, "digest of the class weights"),

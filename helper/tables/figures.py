@@ -9,6 +9,8 @@ import math
 import re
 import statistics
 import sys
+import textwrap
+import warnings
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -47,13 +49,27 @@ STYLE: dict[Any, Any] = {
 #: Lines that repeat a colour are dashed otherwise.
 COLOURS = ("#3b76af", "#d9722a", "#4a9a4f", "#c2403d", "#8566ab", "#8a6a5c", "#cf73b6", "#8a8a8a", "#a8a52c", "#35a5b5")
 DASHES = ("-", "--", ":", "-.")
+MARKERS = "osD^v"
 WIDTH, HEIGHT, LEGEND_LINE = 7.0, 4.0, 0.21  # inches
-LEGEND_LENGTH = 100  # characters
+LEGEND_LENGTH, TITLE_LENGTH, CLASS_LENGTH = 100, 52, 24  # characters
+#: With more values of N than this only the powers of two are at the axis.
+NAMED_NUMBERS = 8
 
 
 def plain(text: str) -> str:
     """A text of which nothing is set as a formula."""
     return text.replace("$", r"\$")
+
+
+def titled(text: str) -> str:
+    """A title in lines that are no longer than the figure."""
+    return plain(textwrap.fill(text, TITLE_LENGTH))
+
+
+def class_names(classes: Sequence[Any]) -> list[str]:
+    """What classes are called in a legend and at an axis, so that long names leave room for the figure."""
+    names = map(str, classes)
+    return [plain(name if len(name) <= CLASS_LENGTH else f"{name[: CLASS_LENGTH - 3]}...") for name in names]
 
 
 def draw(paint: Callable[[Any], None], names: Sequence[str] = (), height: float = HEIGHT, **labels: Any) -> str:
@@ -63,7 +79,8 @@ def draw(paint: Callable[[Any], None], names: Sequence[str] = (), height: float 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    with matplotlib.rc_context(STYLE):  # pyright: ignore[reportArgumentType]
+    with matplotlib.rc_context(STYLE), warnings.catch_warnings():  # pyright: ignore[reportArgumentType]
+        warnings.filterwarnings("ignore", "Glyph .* missing from")  # text is set by what shows the figure
         columns = max(1, min(4, LEGEND_LENGTH // (max(map(len, names), default=0) + 8)))
         size = WIDTH, height + LEGEND_LINE * math.ceil(len(names) / columns)
         figure, axes = pyplot.subplots(figsize=size, layout="constrained")
@@ -87,8 +104,15 @@ def standalone(svg: str) -> str:
 
 
 def line_style(number: int) -> dict[str, Any]:
-    """Colour and dashes of the line of this number; forty differ."""
-    return {"color": COLOURS[number % len(COLOURS)], "linestyle": DASHES[number // len(COLOURS) % len(DASHES)]}
+    """Colour, dashes and, from the forty-first on, marks of the line of this number; 240 differ."""
+    dashes, marks = number // len(COLOURS), number // (len(COLOURS) * len(DASHES))
+    style = {"color": COLOURS[number % len(COLOURS)], "linestyle": DASHES[dashes % len(DASHES)]}
+    return style if not marks else style | {"marker": MARKERS[(marks - 1) % len(MARKERS)], "markersize": 3}
+
+
+def point_style(number: int) -> dict[str, Any]:
+    """Colour and shape of the points of this number; fifty differ."""
+    return {"color": COLOURS[number % len(COLOURS)], "marker": MARKERS[number // len(COLOURS) % len(MARKERS)]}
 
 
 # Figures of rows.
@@ -145,8 +169,8 @@ def learning_curves(rows: Sequence[Row], title: str = "", legend: bool = True) -
             by_epoch = list(zip(*(record.curve for record in row.records), strict=False))
             epochs, style = range(1, len(by_epoch) + 1), line_style(number)
             means = [statistics.mean(values) for values in by_epoch]
-            marker = "o" if len(means) == 1 else None
-            axes.plot(epochs, means, **style, marker=marker, label=plain(name), gid=f"curve-{number}")
+            style |= {"marker": "o"} if len(means) == 1 else {}
+            axes.plot(epochs, means, **style, label=plain(name), gid=f"curve-{number}")
             if len(row.records) > 1:
                 lows, highs = [min(values) for values in by_epoch], [max(values) for values in by_epoch]
                 band = axes.fill_between(
@@ -154,7 +178,7 @@ def learning_curves(rows: Sequence[Row], title: str = "", legend: bool = True) -
                 )
                 band.set_gid(f"band-{number}")
 
-    return draw(paint, names if legend else (), title=plain(title), xlabel="epoch", ylabel="test accuracy (%)")
+    return draw(paint, names if legend else (), title=titled(title), xlabel="epoch", ylabel="test accuracy (%)")
 
 
 def accuracy_against_n(rows: Sequence[Row], title: str = "") -> str | None:
@@ -177,12 +201,15 @@ def accuracy_against_n(rows: Sequence[Row], title: str = "") -> str | None:
             values = [points[n].values("accuracy_last") for n in numbers]
             bars = [statistics.stdev(of_n) if len(of_n) > 1 else 0 for of_n in values]
             means = list(map(statistics.mean, values))
-            axes.errorbar(numbers, means, bars, **line_style(number), marker="o", capsize=3, label=plain(name))
+            style = {"marker": "o"} | line_style(number)
+            axes.errorbar(numbers, means, bars, **style, capsize=3, label=plain(name))
         axes.set_xscale("log", base=2)
-        axes.set_xticks(sorted({n for points in lines for n in points}), minor=False)
+        shown = sorted({n for points in lines for n in points})
+        if len(shown) <= NAMED_NUMBERS:
+            axes.set_xticks(shown, minor=False)
         axes.xaxis.set_major_formatter("{x:g}")
 
-    return draw(paint, names, title=plain(title), xlabel="N", ylabel="test accuracy (%), last epoch")
+    return draw(paint, names, title=titled(title), xlabel="N", ylabel="test accuracy (%), last epoch")
 
 
 def accuracy_against_cost(rows: Sequence[Row], title: str = "") -> str | None:
@@ -199,15 +226,13 @@ def accuracy_against_cost(rows: Sequence[Row], title: str = "") -> str | None:
         for number, (row, size, name) in enumerate(zip(shown, sizes, names, strict=True)):
             mean = statistics.mean(row.values("accuracy_last"))
             point = costs[row.config["model_s"]] / 1e6, mean, 20 + 60 * size**0.5
-            marker = "osD^v"[number // len(COLOURS) % 5]
-            colour = COLOURS[number % len(COLOURS)]
-            axes.scatter(*point, color=colour, marker=marker, alpha=0.7, label=plain(name))
+            axes.scatter(*point, **point_style(number), alpha=0.7, label=plain(name))
 
     labels: dict[str, Any] = {
         "xlabel": "multiply-adds of one image (M); in brackets: parameters",
         "ylabel": "test accuracy (%), last epoch",
     }
-    return draw(paint, names, title=plain(title), **labels)  # pyright: ignore[reportArgumentType]
+    return draw(paint, names, title=titled(title), **labels)  # pyright: ignore[reportArgumentType]
 
 
 def multiply_adds(rows: Sequence[Row]) -> dict[str, int]:
@@ -276,22 +301,20 @@ def feature_map(outputs: Mapping[str, Any], title: str) -> str:
         raise UserError(f"RUN: {len(index)} test images are too few for a t-SNE")
     perplexity = min(30, (len(index) - 1) / 3)
     points = TSNE(perplexity=perplexity, init="pca", random_state=0).fit_transform(outputs["pooled"][index].numpy())
-    names = [str(name) for name in classes] if len(classes) <= NAMED_CLASSES else []
+    names = class_names(classes) if len(classes) <= NAMED_CLASSES else []
 
     def paint(axes) -> None:
         for number in range(len(classes)):
             of_class = points[(targets[index] == number).numpy()]
-            marker = "osD^v"[number // len(COLOURS) % 5]
-            label = plain(names[number]) if names else None
-            axes.scatter(*of_class.T, s=8, color=COLOURS[number % len(COLOURS)], marker=marker, label=label)
+            axes.scatter(*of_class.T, s=8, **point_style(number), label=names[number] if names else None)
 
-    return draw(paint, names, title=plain(title), xticks=[], yticks=[])
+    return draw(paint, names, title=titled(title), xticks=[], yticks=[])
 
 
 def correlation_difference(outputs: Mapping[str, Any], title: str) -> str:
     """|difference| of the correlation matrices (K, K) of student's and teacher's logits over the test images."""
     student, teacher = (torch.corrcoef(outputs[name].double().T) for name in ("logits", "teacher_logits"))
-    difference, classes = (student - teacher).abs(), [plain(str(name)) for name in outputs["classes"]]
+    difference, classes = (student - teacher).abs(), class_names(outputs["classes"])
 
     def paint(axes) -> None:
         image = axes.imshow(difference.numpy(), cmap="Blues", vmin=0)
@@ -302,5 +325,5 @@ def correlation_difference(outputs: Mapping[str, Any], title: str) -> str:
         else:
             axes.set(xlabel="class", ylabel="class")
 
-    headline = f"{plain(title)}\nmean {difference.mean():.3f}, max {difference.max():.3f}"
+    headline = f"{titled(title)}\nmean {difference.mean():.3f}, max {difference.max():.3f}"
     return draw(paint, title=headline, height=WIDTH * 0.8)

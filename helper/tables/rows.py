@@ -261,7 +261,13 @@ class Row(NamedTuple):
         recipe = recipe_of(config["dataset"], config["model_t"], config["model_s"], config["distill"], chosen)
         label = [config["distill"]]
         # A run that started from other weights or was cut short is not what a paper reports.
-        label += [known[name].written(config[name]) for name in ("init", "max_steps") if config[name] is not None]
+        unusual = {
+            "init": config["init"] and "/".join(Path(config["init"]).parts[-2:]),
+            "max_steps": config["max_steps"],
+        }
+        label += [known[name].written(value) for name, value in unusual.items() if value is not None]
+        if config.get("teacher_steps"):  # a full run may have learnt from a try-out
+            label.append(f"teacher {known['max_steps'].written(config['teacher_steps'])}")
         for flag in (flag for flag in flags if flag.tells_apart == "row"):
             usual = recipe.get(flag.argument, (flag.default, ""))[0]
             value = config.get(flag.argument, usual)

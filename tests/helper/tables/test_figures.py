@@ -1,5 +1,6 @@
 """Figures: what is in one of them, and what none of them shows."""
 
+import html
 import re
 import warnings
 
@@ -18,7 +19,7 @@ def rows_of(runs):
 
 def texts(svg: str) -> list[str]:
     """What is written in a figure."""
-    return [text.strip() for text in re.findall(r"<text[^>]*>([^<]*)</text>", svg)]
+    return [html.unescape(text.strip()) for text in re.findall(r"<text[^>]*>([^<]*)</text>", svg)]
 
 
 def axes_of(monkeypatch):
@@ -59,8 +60,19 @@ def test_many_settings_have_styles_of_their_own_and_warn_of_nothing(tmp_path, ca
         warnings.simplefilter("error")
         svg = figures.learning_curves(rows_of(runs))
     assert sum("kd" in text for text in texts(svg)) == 38 and capsys.readouterr().err == ""
-    styles = {tuple(figures.line_style(number).values()) for number in range(38)}
-    assert len(styles) == 38
+    for style, count in ((figures.line_style, 240), (figures.point_style, 50)):
+        assert len({tuple(style(number).values()) for number in range(count)}) == count
+
+
+def test_long_titles_and_names_and_many_numbers_leave_room(tmp_path, monkeypatch):
+    painted = axes_of(monkeypatch)
+    some = outputs(5) | {"classes": ["x" * 80, "\u65e5\u672c", "a", "b", "c"]}  # the font has no such signs
+    for draw in (figures.feature_map, figures.correlation_difference):
+        written = texts(draw(some, "resnet20 -> resnet8: norm " + "--co_sponge 8 " * 12))
+        assert f"{'x' * 21}..." in written and max(map(len, written)) <= 52 and "\u65e5\u672c" in written
+    runs = [make_run(tmp_path, "norm", 1, [50.0, 60.0], co_sponge=n) for n in range(1, 16)]
+    figures.accuracy_against_n(rows_of(runs))
+    assert len(painted[-1].get_xticks()) < 9 and {1, 2, 4, 8} <= set(painted[-1].get_xticks())
 
 
 def test_accuracy_against_n_joins_only_what_differs_in_n(tmp_path, monkeypatch):

@@ -2,13 +2,16 @@
 
 import json
 
+import pytest
 import torch
 
-from helper.command_line import resolve
+from helper.command_line import parse, resolve, teacher_parser
+from helper.networks import Network
 from helper.tables.plan import Plan, Shelf, Variant
 from helper.tables.rows import read_rows
 from models import build_model
 from models.checkpoints import weights_digest
+from models.ensemble import Ensemble
 from tests.run_folders import make_run
 
 
@@ -16,6 +19,32 @@ def test_runs_of_other_initial_weights_are_other_rows(tmp_path):
     runs = [make_run(tmp_path, "ce", 1, [50.0]), make_run(tmp_path, "ce", 2, [60.0], init="timm:resnet8")]
     rows, _ = read_rows(runs)
     assert sorted(row.label for row in rows) == ["ce", "ce --init timm:resnet8"]
+
+
+def test_initial_weights_are_stored_absolute_and_named_by_their_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for source, stored in (("save/x/best.pth", f"{tmp_path}/save/x/best.pth"), ("timm:resnet8", "timm:resnet8")):
+        [given] = parse(teacher_parser(), ["--model", "resnet8", "--init", source]).runs
+        assert given["init"] == stored
+    [row], _ = read_rows([make_run(tmp_path, "ce", 1, [50.0], init=f"{tmp_path}/save/x/best.pth")])
+    assert row.label == "ce --init x/best.pth"
+
+
+def test_a_student_of_a_teacher_that_was_a_try_out_is_marked(tmp_path):
+    runs = [make_run(tmp_path, "kd", 1, [50.0]), make_run(tmp_path / "tried", "kd", 1, [50.0], kd_T=4.0)]
+    config = json.loads((runs[1] / "config.json").read_text())
+    found = config | {"teacher_digest": "1" * 64, "teacher_steps": 5}
+    (runs[1] / "config.json").write_text(json.dumps(found))
+    rows, _ = read_rows(runs)
+    assert sorted(row.label for row in rows) == ["kd", "kd teacher --max_steps 5"]
+
+
+@pytest.mark.parametrize(("steps", "told"), [([5], 5), ([None], None), (["5"], None), ([None, 7, 3], 3)])
+def test_a_teacher_tells_for_how_many_steps_it_was_tried(steps, told):
+    network = build_model("resnet8", 10)
+    each = [Network("t.pth", "resnet8", network, 10, record={"max_steps": one}) for one in steps]
+    source = each[0] if len(each) == 1 else each[0]._replace(network=Ensemble([network] * len(each)), members=each)
+    assert source.settings_as_teacher()["teacher_steps"] == told
 
 
 def test_initial_weights_are_told_apart_by_their_digest_wherever_the_file_is(tmp_path):
