@@ -200,6 +200,36 @@ def test_losses_that_may_gather_rows_of_all_processes_are_not_compiled(monkeypat
     assert logits.shape == (8, 10) and set(losses) == {"ce"}
 
 
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_the_rate_of_a_compiled_run_is_one_tensor(monkeypatch, optimizer):
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    data = load_data("digits")
+    method = find_distiller("ce")(build_model("resnet8", 10), None, Task(10, 32, 8, data.train.targets))
+    given = {
+        "distill": "ce",
+        "model_s": "resnet8",
+        "dataset": "digits",
+        "optimizer": optimizer,
+        "lr_decay": "one_cycle",
+    }
+    plain = resolve(given | {"fused_optimizer": True})
+    weights_after = []
+    for config in (plain, plain.replace("a test", compile="default")):
+        twin = copy.deepcopy(method)
+        training = loops.Training(twin.main_stage(2), twin, data, config, torch.device("cpu"))
+        training.progress, (group,), seen = Progress(0, 2), training.optimizer.param_groups, []
+        for number in range(2):
+            training.set_learning_rate(number)
+            for parameter in group["params"]:
+                parameter.grad = torch.ones_like(parameter)
+            training.optimizer.step()
+            seen.append(group["lr"])
+        weights_after.append(group["params"][0])
+    assert isinstance(seen[0], torch.Tensor) and seen[0] is seen[1]
+    assert seen[0].item() == pytest.approx(training.learning_rate(1, 1))
+    assert torch.allclose(*weights_after, atol=1e-6) and not torch.equal(weights_after[0], next(method.parameters()))
+
+
 def test_a_compiler_that_fails_is_one_line(distil, monkeypatch):
     def fail(graph, inputs):
         raise OSError("no compiler\nhere")
