@@ -4,6 +4,7 @@ import os
 import re
 from argparse import ArgumentTypeError
 from collections.abc import Callable, Collection, Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 #: The largest number that a flag may have: float32, in which it is used, ends at 3.4e38.
@@ -105,6 +106,16 @@ def trial_name(text: str) -> str:
 def path(text: str) -> str:
     """A path, in which ~ is the home folder, read from a flag."""
     return os.path.expanduser(text)
+
+
+def file_to_write(text: str) -> Path:
+    """The file for a result, read from a flag: what hinders writing is said before the work, not after it."""
+    file = Path(path(text))
+    if file.is_dir():
+        raise ArgumentTypeError(f"{text} is a folder; name a file in it")
+    if not file.parent.is_dir():
+        raise ArgumentTypeError(f"there is no folder {file.parent}; make it, or name another place")
+    return file
 
 
 def digest(value: Any) -> str:

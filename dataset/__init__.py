@@ -9,7 +9,7 @@ from dataset.images import Augmentation, ImageData, Images, hold_out
 from dataset.loader import Batch, Loader
 from dataset.prediction import describe_preparation, find_images, read_normalised
 from dataset.seeds import epoch_seed
-from dataset.sources import DATASETS, WITHOUT_LABELS, dataset_at, load_data
+from dataset.sources import DATASETS, OF_IMAGE_FILES, dataset_at, load_data
 from dataset.streaming import LOOKED_AT, StreamedImages
 from dataset.views import VIEWS
 
@@ -17,9 +17,9 @@ __all__ = [
     "BALANCED",
     "DATASETS",
     "LOOKED_AT",
+    "OF_IMAGE_FILES",
     "POLICIES",
     "VIEWS",
-    "WITHOUT_LABELS",
     "Augmentation",
     "Batch",
     "Centre",

@@ -8,8 +8,13 @@ from typing import NamedTuple
 from dataset.decoding import endings
 from errors import UserError
 
-#: What the folder of the test images may be called; the first that exists is taken.
-TEST_NAMES = ("val", "valid", "validation", "test")
+#: What the folders of the splits may be called, in any case; of those of the test images the first is taken.
+TRAIN_NAMES = ("train", "training")
+TEST_NAMES = ("val", "valid", "validation", "test", "testing")
+#: Folders that systems make: no classes, like names with a dot in front.
+SYSTEM_FOLDERS = ("__MACOSX", "@eaDir", "lost+found", "$RECYCLE.BIN", "System Volume Information")
+ARCHIVES = (".zip", ".tar", ".tgz", ".gz", ".bz2", ".xz", ".7z", ".rar")
+TABLES = (".csv", ".tsv", ".xls", ".xlsx", ".parquet")
 #: Tiny ImageNet's test images: all in one folder, with a table of their classes.
 ANNOTATIONS, IMAGES = "val_annotations.txt", "images"
 #: How many names a message has.
@@ -40,8 +45,22 @@ def printable(name: str) -> str:
 def is_image_folder(path: str) -> bool:
     """Whether a path is a folder that `list_folder` may read: class folders with images, in train/ or themselves."""
     path = os.path.expanduser(path)
-    places = (os.path.join(path, "train"), path)
+    places = [place for place in (train_folder(path), path) if place is not None]
     return any(_holds_image(folder) for place in places for folder in _class_folders(place).values())
+
+
+def train_folder(path: str) -> str | None:
+    """The folder of the training images in a folder of images; None where it has none."""
+    return _find_splits(path)[0]
+
+
+def _find_splits(path: str) -> tuple[str | None, list[str]]:
+    """The folders of the training images and of the test images, with the exact names before others."""
+    by_name: dict[str, str] = {}
+    for name, folder in sorted(_class_folders(path).items(), key=lambda one: one[0].islower()):
+        by_name[name.lower()] = folder
+    train, test = ([by_name[name] for name in names if name in by_name] for names in (TRAIN_NAMES, TEST_NAMES))
+    return next(iter(train), None), test
 
 
 def has_image_folders(path: str) -> bool:
@@ -55,8 +74,7 @@ def _holds_image(folder: str) -> bool:
 
 def list_images(path: str) -> Listing:
     """All images below a folder, at any depth, without classes (their targets are 0); raises `UserError`."""
-    if not os.path.isdir(path):
-        raise UserError(f"--data: there is no folder {printable(path)}")
+    refuse_other_than_folder(path)
     left_out: list[str] = []
     names = [os.path.relpath(file, path) for file in _walk(path, {os.path.realpath(path)}, left_out)]
     if left_out:
@@ -71,38 +89,88 @@ def list_folder(path: str, may_split: bool = False) -> Folder:
 
     `may_split`: a folder without test images will do, also one with class folders instead of train/.
     """
-    root = os.path.join(path, "train")
-    if not os.path.isdir(root):
-        if not os.path.isdir(path):
-            raise UserError(f"--data: there is no folder {printable(path)}")
-        if not _class_folders(path):
-            raise UserError(
-                f"--data: there is no folder {printable(root)}; expected train/ and val/ (or test/), with a "
-                "sub-folder per class"
-            )
-        if not may_split:
-            raise UserError(
-                f"--data: {printable(path)} has class folders, but neither train/ nor val/; split it with --split 0.2"
-            )
-        root = path
-    splits = [] if root == path else [name for name in TEST_NAMES if os.path.isdir(os.path.join(path, name))]
+    root, splits = _find_splits(path)
+    if root is None:
+        root, splits = _root_without_train(path, splits, may_split), []
     train, train_classes = _list_split(root)
     if len(train_classes) == 1:
         raise UserError(
             f"--data: {printable(root)} has one class folder, {printable(train_classes[0])}, and nothing is to be told "
             "apart; is it a level too deep or too high? Expected train/CLASS/IMAGE with two classes or more"
+            f"{_about_tables(root)}"
         )
+    _say_what_counts(train, splits)
     test = None
-    if splits and may_split and _lacks_classes(os.path.join(path, splits[0])):
-        print(f"left out {printable(os.path.join(path, splits[0]))}: its images have no class folders")
+    if splits and may_split and _lacks_classes(splits[0]):
+        print(f"left out {printable(splits[0])}: its images have no class folders")
     elif splits:
-        test = _list_test(os.path.join(path, splits[0]), train_classes)
+        test = _list_test(splits[0], train_classes)
     elif not may_split:
         raise UserError(
             f"--data: there is no folder {printable(os.path.join(path, 'val'))} (or test/); take test images out of "
             "the training images with --split 0.2"
         )
     return Folder(train, test, [printable(name) for name in train_classes])
+
+
+def refuse_other_than_folder(path: str) -> None:
+    """Raise `UserError` where there is no folder at a path, also for an archive of one."""
+    if os.path.isdir(path):
+        return
+    if not os.path.exists(path):
+        raise UserError(f"--data: there is no folder {printable(path)}")
+    hint = "unpack it, and name" if path.lower().endswith(ARCHIVES) else "name"
+    raise UserError(f"--data: {printable(path)} is a file; {hint} the folder that holds train/ and val/ (or test/)")
+
+
+def _root_without_train(path: str, test: list[str], may_split: bool) -> str:
+    """The folder of the training images where none is called so: the path itself; raises `UserError`."""
+    refuse_other_than_folder(path)
+    refuse_without_classes(path)
+    folders = _class_folders(path)
+    inner = next((folder for folder in folders.values() if _find_splits(folder)[0]), None)
+    if inner:
+        raise UserError(f"--data: {printable(path)} has no train/, but {printable(inner)} has; name that one")
+    if test or not folders:
+        raise UserError(
+            f"--data: there is no folder {printable(os.path.join(path, 'train'))}; expected train/ and val/ (or "
+            "test/), with a sub-folder per class"
+        )
+    if not may_split and len(folders) > 1:
+        outside, name = os.path.split(path)
+        is_split = name.lower() in TRAIN_NAMES and _find_splits(outside)[1]
+        instead = f"name {printable(outside)}, which has both, or split" if is_split else "split"
+        raise UserError(
+            f"--data: {printable(path)} has class folders, but neither train/ nor val/; {instead} it with --split 0.2"
+        )
+    return path
+
+
+def refuse_without_classes(path: str) -> None:
+    """Raise `UserError` for a folder with images, but without class folders."""
+    if _lacks_classes(path):
+        raise UserError(
+            f"--data: {printable(path)} holds images without class folders, so their classes are unknown; sort them "
+            f"into {printable(path)}/CLASS/{_about_tables(path)}"
+        )
+
+
+def _about_tables(path: str) -> str:
+    """That a table in a folder, or next to it where it is a split's, is not read; it may have the labels. Empty where
+    there is none."""
+    outside, name = os.path.split(path)
+    folders = [path, *([outside] if name.lower() in (*TRAIN_NAMES, *TEST_NAMES) else [])]
+    names = [entry.name for folder in folders for entry in _entries(folder) if entry.name.lower().endswith(TABLES)]
+    return f" ({printable(names[0])} is not read; docs/data.md says how to sort images by a table)" if names else ""
+
+
+def _say_what_counts(train: Listing, test: list[str]) -> None:
+    """Print what of a folder's structure might have been meant otherwise."""
+    inner = list(dict.fromkeys(place for name in train.names if (place := os.path.dirname(name)).count(os.sep)))
+    if inner:
+        print(f"images in sub-folders are of the class of the class folder: {_some(inner)}")
+    if test[1:]:
+        print(f"left out {', '.join(map(printable, test[1:]))}: the test images are those in {printable(test[0])}")
 
 
 def _lacks_classes(path: str) -> bool:
@@ -161,6 +229,7 @@ def _warn_of_missing(path: str, classes: list[str], targets: list[int]) -> None:
 
 def _list_split(path: str, allow_empty: bool = False) -> tuple[Listing, list[str]]:
     """The images below each class folder -> (listing, class folders' names in alphabetical order)."""
+    refuse_without_classes(path)
     folders = _class_folders(path)
     if not folders:
         raise UserError(f"--data: {printable(path)} has no images: it has no class folders")
@@ -184,7 +253,7 @@ def _list_split(path: str, allow_empty: bool = False) -> tuple[Listing, list[str
 
 def _walk(folder: str, seen: set[str], left_out: list[str]) -> Iterator[str]:
     """The images below a folder in alphabetical order; no folder is entered twice, through whatever links."""
-    shown = sorted((entry for entry in _entries(folder) if not entry.name.startswith(".")), key=lambda one: one.name)
+    shown = sorted((entry for entry in _entries(folder) if not is_hidden(entry.name)), key=lambda one: one.name)
     inside = [entry.path for entry in shown if entry.is_dir()]
     for entry in shown:
         if entry.is_dir():
@@ -211,16 +280,21 @@ def _entries(folder: str) -> list[os.DirEntry]:
 
 
 def _class_folders(path: str) -> dict[str, str]:
-    """Paths of the sub-folders by name, in alphabetical order; names with a dot in front are no classes."""
+    """Paths of the sub-folders by name, in alphabetical order, without hidden ones."""
     if not os.path.isdir(path):
         return {}
-    found = {entry.name: entry.path for entry in _entries(path) if entry.is_dir() and not entry.name.startswith(".")}
+    found = {entry.name: entry.path for entry in _entries(path) if entry.is_dir() and not is_hidden(entry.name)}
     return dict(sorted(found.items()))
+
+
+def is_hidden(name: str) -> bool:
+    """Whether a file or folder is passed over by its name."""
+    return name.startswith(".") or name in SYSTEM_FOLDERS
 
 
 def is_image(name: str) -> bool:
     """Whether a file is read as an image, by its name; hidden ones are not."""
-    return not name.startswith(".") and os.path.splitext(name)[1].lower() in endings()
+    return not is_hidden(name) and os.path.splitext(name)[1].lower() in endings()
 
 
 def describe_left_out(names: list[str], folder: str) -> str:

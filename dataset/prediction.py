@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dataset.decoding import WHITE, BrokenImage, Centre, Place, read_views
-from dataset.folders import describe_left_out, is_image
+from dataset.folders import describe_left_out, is_hidden, is_image
 from dataset.images import resize
 from errors import UserError
 
@@ -35,8 +35,9 @@ def read_normalised(path: str | os.PathLike, record: dict, flag: str = "IMAGE") 
     return resize(((image / 255 - mean) / std)[None], record["image_size"])[0]
 
 
-def describe_preparation(record: dict) -> str:
-    """How `read_normalised` brings an image file to a network, in one sentence, for people without this code."""
+def describe_preparation(record: dict, normalised: bool = True) -> str:
+    """How `read_normalised` brings an image file to a network, in one sentence, for people without this code; without
+    what a network that takes pixels does itself, unless `normalised`."""
     margin, size = record.get("margin") or 0, record["image_size"]
     held = record.get("source_size") or size
     inner, side = held - 2 * max(margin, 0), held - 2 * margin
@@ -46,7 +47,7 @@ def describe_preparation(record: dict) -> str:
         f"transparency on the background colour {','.join(str(part) for part in record.get('background') or WHITE)}",
         f"RGB of 8 bits; shorter side resized to {side} (bilinear, antialiased), centre of {inner}x{inner} cut out",
         *([f"{margin} black pixels added on each side"] if margin > 0 else []),
-        "(pixel / 255 - mean) / std",
+        *(["(pixel / 255 - mean) / std"] if normalised else []),
         *([f"resized from {held}x{held} to {size}x{size} (bilinear)"] if held != size else []),
     ]
     return "; ".join(steps)
@@ -75,11 +76,11 @@ def _below(folder: str) -> Iterator[str]:
     ones left out."""
     left_out: list[str] = []
     for place, folders, names in os.walk(folder):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        folders[:] = sorted(name for name in folders if not is_hidden(name))
         for name in sorted(names):
             if is_image(name):
                 yield os.path.join(place, name)
-            elif not name.startswith("."):
+            elif not is_hidden(name):
                 left_out.append(name)
     if left_out:
         print(describe_left_out(left_out, folder), file=sys.stderr)

@@ -10,7 +10,16 @@ import torch
 from torch.nn import functional as F
 
 from dataset.decoding import WHITE
-from dataset.folders import has_image_folders, is_image_folder, list_folder, list_images, printable
+from dataset.folders import (
+    has_image_folders,
+    is_image_folder,
+    list_folder,
+    list_images,
+    printable,
+    refuse_other_than_folder,
+    refuse_without_classes,
+    train_folder,
+)
 from dataset.images import Augmentation, ImageData, Images, channel_statistics, hold_out
 from dataset.memory import free_memory
 from dataset.pool import Pool
@@ -152,8 +161,8 @@ def imagenet(folder: str | None, image_size: int, reading: Reading) -> ImageData
 
 def _has_classes(folder: str) -> bool:
     """Whether train/ has sub-folders; ImageNet's own archives, which are no shards, are often next to it."""
-    train = Path(folder, "train")
-    return train.is_dir() and any(path.is_dir() for path in train.iterdir())
+    train = train_folder(folder)
+    return train is not None and any(path.is_dir() for path in Path(train).iterdir())
 
 
 def _sharded(
@@ -263,7 +272,7 @@ def _blamed_on_record(recorded: bool) -> Iterator[None]:
 
 
 #: Data sets that are read from image files: they can be read without labels. And the one that reads no folder.
-WITHOUT_LABELS, EMBEDDED = ("folder", "imagenet"), "digits"
+OF_IMAGE_FILES, EMBEDDED = ("folder", "imagenet"), "digits"
 DATASETS = {
     EMBEDDED: digits,
     "cifar100": cifar100,
@@ -279,10 +288,10 @@ def dataset_at(folder: str, known: str | None) -> str | None:
 
     A folder of images is "folder". Raises `UserError` where the folder could be no data set, or two of them.
     """
-    place = os.path.expanduser(folder)
-    if known in WITHOUT_LABELS:
+    place = os.path.abspath(os.path.expanduser(folder))
+    if known in OF_IMAGE_FILES:
         return known
-    if is_image_folder(place if known in (None, EMBEDDED) else os.path.join(place, "train")):
+    if is_image_folder(place if known in (None, EMBEDDED) else train_folder(place) or ""):
         return "folder"
     if known not in (None, EMBEDDED) and has_image_folders(place):  # other data sets may be next to the archive
         raise UserError(
@@ -291,10 +300,10 @@ def dataset_at(folder: str, known: str | None) -> str | None:
         )
     if known != EMBEDDED:
         return known
-    if not os.path.isdir(place):
-        raise UserError(f"--data: there is no folder {printable(folder)}")
+    refuse_other_than_folder(place)
     if any(find_shards(place)):
         raise UserError(f"--data: {printable(folder)} holds shards; add --dataset imagenet")
+    refuse_without_classes(place)
     raise UserError(f"--data: {printable(folder)} is no folder of images; --dataset says what is stored there")
 
 
@@ -326,7 +335,7 @@ def load_data(
     """
     if name not in DATASETS:
         raise UserError(f"--dataset: unknown data set '{name}'; choose from {', '.join(DATASETS)}")
-    if not labelled and name not in WITHOUT_LABELS:
+    if not labelled and name not in OF_IMAGE_FILES:
         raise UserError(f"--labels none: it reads a folder of images, not {name}; name the folder with --data")
     if folder is not None:
         folder = os.path.abspath(os.path.expanduser(folder))

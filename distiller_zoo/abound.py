@@ -4,11 +4,11 @@ First stage, --init_epochs epochs: the student's neurons s are moved to the teac
 
     sum over layers of 3 / (1000 B) * 2^-(layers above) * |max(0, 1 - side(t) r(s))|^2,    side(t) = 1 if t > 0, else -1
 
-(section 3, with a margin of 1). s and t are stage outputs before their last ReLU, without the stem's; r is a connector
+(section 3, with a margin of 1). s and t are feature maps before their last ReLU, without the stem's; r is a connector
 to the teacher's shape. Then L = gamma * CE(s, y) + alpha * KL_T(s, t), without connectors.
 
 The factors, the connectors and the cross entropy of the second stage are RepDistiller's, whose numbers the tables
-quote; the authors' code trains on softened logits alone there. RepDistiller demands networks of equally many stages;
+quote; the authors' code trains on softened logits alone there. RepDistiller demands networks of equally many maps;
 here the deeper layers of the longer one are left out.
 """
 
@@ -75,7 +75,7 @@ class ActivationBoundaries(FeaturesFirst):
     summary, source = "AB: signs of the maps before their ReLU (hinge loss), in a first stage", "Heo et al., AAAI 2019"
     reference = "HobbitLong/RepDistiller"
     departures = (
-        "Networks of unequally many stages are allowed: the deeper layers of the longer one are left out. The"
+        "Networks of unequally many maps are allowed: the deeper layers of the longer one are left out. The"
         " second stage is RepDistiller's cross entropy (the authors: softened logits), since the tables' "
         "numbers come from it."
     )

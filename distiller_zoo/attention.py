@@ -2,8 +2,8 @@
 
     L = gamma * CE(s, y) + alpha * KL_T(s, t) + beta * sum over layers of MSE(A(F_s), A(F_t))
 
-A(F) is the mean of the squares of a map over its channels, as a vector of length 1 per image. Layers are the stage
-outputs without the stem's, paired from the shallowest on; the larger map of a pair is average-pooled to the smaller.
+A(F) is the mean of the squares of a map over its channels, as a vector of length 1 per image. Layers are the feature
+maps without the stem's, paired from the shallowest on; the larger map of a pair is average-pooled to the smaller.
 The paper sums the squared differences, RepDistiller takes their mean, to which the published beta = 1000 belongs.
 """
 

@@ -34,7 +34,7 @@ WARMUP_EPOCHS = Flag(
 )
 
 
-class Need(NamedTuple):
+class Condition(NamedTuple):
     """What must hold for a flag to have an effect."""
 
     flags: tuple[Flag, ...]  # those that decide it
@@ -42,14 +42,14 @@ class Need(NamedTuple):
     remedy: str  # what to give instead, in words
 
 
-def above_zero(*weights: Flag) -> Need:
+def above_zero(*weights: Flag) -> Condition:
     """One of these weights is above 0."""
-    return Need(weights, lambda *values: any(values), f"{' or '.join(spelling(each) for each in weights)} above 0")
+    return Condition(weights, lambda *values: any(values), f"{' or '.join(spelling(each) for each in weights)} above 0")
 
 
-def is_one_of(flag: Flag, *choices: Any) -> Need:
+def is_one_of(flag: Flag, *choices: Any) -> Condition:
     """A flag has one of these values."""
-    return Need((flag,), lambda value: value in choices, f"{spelling(flag)} {' or '.join(map(str, choices))}")
+    return Condition((flag,), lambda value: value in choices, f"{spelling(flag)} {' or '.join(map(str, choices))}")
 
 
 def spelling(flag: Flag) -> str:
@@ -87,7 +87,7 @@ class Stage(NamedTuple):
     trained: Sequence[nn.Module]
     losses: Callable[..., dict[str, Tensor]]  # as `Distiller.losses`
     respond: Callable[[Tensor, Output | None], Output | None]  # as `Distiller.respond`; None: the student is not run
-    needs_teacher: bool = True
+    reads_teacher: bool = True
     learning_rate: float | None = None  # None: the run's
     milestones: tuple[int, ...] | None = None  # epochs after which the rate falls; None: the run's schedule
     holdout: float = 0.0  # share of the training images that is kept from the steps and given to `before_step`
@@ -119,7 +119,7 @@ class Distiller(nn.Module):
     #: What the losses read of student's and teacher's outputs, in addition to the logits.
     reads: tuple[str, ...] = ()
     #: Whether the method reads a teacher.
-    needs_teacher = True
+    reads_teacher = True
     #: Whether `Output.maps` holds the maps before their last ReLU, on either side.
     student_preact = teacher_preact = False
     #: Views of every image, a key of `dataset.VIEWS`; images and outputs then have V * B rows, view by view.
@@ -130,7 +130,7 @@ class Distiller(nn.Module):
     #: where it can.
     refuses_mixing = ""
     #: Why the method cannot learn from images without labels, whose targets are all 0, with -r 0; empty where it can.
-    needs_targets = ""
+    refuses_unlabelled = ""
     #: Whether the losses of every step depend on everything that is trained, apart from weights of 0.
     uses_everything = True
     #: Children that the main stage does not train.
@@ -140,7 +140,7 @@ class Distiller(nn.Module):
     #: The method's hyper-parameters: keyword arguments of its constructor and flags of the scripts.
     flags: tuple[Flag, ...] = ()
     #: Argument of a flag -> what must hold for it to have an effect; a flag that is not listed always has one.
-    needs: Mapping[str, tuple[Need, ...]] = {}
+    flags_work_if: Mapping[str, tuple[Condition, ...]] = {}
     #: The code that the method's published numbers come from, and what is done otherwise here, and why.
     reference, departures = "", ""
 
@@ -167,7 +167,7 @@ class Distiller(nn.Module):
                     f"networks show, not {network.name}; choose another --distill or --model_{whose[0]}"
                 )
         fits = teacher is None or (teacher.num_classes and task.num_classes in (0, teacher.num_classes))
-        if not fits and self.needs_teacher_logits():
+        if not fits and self.reads_teacher_logits():
             has = f"{teacher.num_classes} classes" if teacher.num_classes else "no classifier"
             raise UserError(
                 f"--model_t: the teacher has {has}, the data {task.num_classes} classes, and --distill {self.name} "
@@ -225,15 +225,15 @@ class Distiller(nn.Module):
     def main_stage(self, epochs: int) -> Stage:
         """The stage that trains everything but `frozen` with `losses`."""
         trained = [child for name, child in self.named_children() if name not in self.frozen]
-        return Stage("main", epochs, trained, self.losses, self.respond, self.needs_teacher_output())
+        return Stage("main", epochs, trained, self.losses, self.respond, self.reads_teacher_output())
 
-    def needs_teacher_output(self) -> bool:
+    def reads_teacher_output(self) -> bool:
         """Whether the main stage reads the teacher's outputs."""
-        return self.needs_teacher
+        return self.reads_teacher
 
-    def needs_teacher_logits(self) -> bool:
+    def reads_teacher_logits(self) -> bool:
         """Whether any stage reads the teacher's logits, so that its classes must be those of the data."""
-        return self.needs_teacher
+        return self.reads_teacher
 
     @classmethod
     def trains_classifier(cls, flags: Mapping[str, Any]) -> bool:
@@ -278,13 +278,15 @@ def refuse_without_effect(method: type[Distiller], values: Mapping[str, Any], gi
     for flag in method.flags:
         if flag.argument not in given or (flag.is_weight and not given[flag.argument]):
             continue
-        for need in method.needs.get(flag.argument, ()):
-            found = [values[other.argument] for other in need.flags]
-            if not need.holds(*found):
-                state = ", ".join(f"{spelling(other)} {value}" for other, value in zip(need.flags, found, strict=True))
+        for condition in method.flags_work_if.get(flag.argument, ()):
+            found = [values[other.argument] for other in condition.flags]
+            if not condition.holds(*found):
+                state = ", ".join(
+                    f"{spelling(other)} {value}" for other, value in zip(condition.flags, found, strict=True)
+                )
                 raise UserError(
                     f"{spelling(flag)}: has no effect on --distill {method.name} with {state}; leave it out, or give "
-                    f"{need.remedy}"
+                    f"{condition.remedy}"
                 )
 
 

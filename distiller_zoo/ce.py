@@ -10,8 +10,8 @@ class CrossEntropy(Distiller):
     departures = "The student alone: no reference is needed."
     summary = "cross entropy with the labels only: teachers and baselines"
     group = "without a teacher"
-    needs_teacher = False
-    needs_targets = "it learns from labels alone"
+    reads_teacher = False
+    refuses_unlabelled = "it learns from labels alone"
     flags = (GAMMA,)
 
     def losses(self, student, teacher, targets, index, progress):

@@ -47,7 +47,7 @@ class CorrelationCongruence(FeatureDistiller):
     reads = ("pooled",)
     min_batch = 2
     flags = (*FeatureDistiller.flags, FEAT_DIM)
-    needs = {**FeatureDistiller.needs, "feat_dim": (above_zero(BETA),)}
+    flags_work_if = {**FeatureDistiller.flags_work_if, "feat_dim": (above_zero(BETA),)}
 
     def __init__(self, student, teacher, task, **hyper_parameters):
         super().__init__(student, teacher, task, **hyper_parameters)

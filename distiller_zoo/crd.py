@@ -4,15 +4,7 @@ from torch import Tensor
 
 from crd import CRDLoss, NegativeSampler
 from crd.negatives import MODES
-from distiller_zoo.base import (
-    BETA,
-    Distiller,
-    Flag,
-    above_zero,
-    count,
-    number,
-    positive,
-)
+from distiller_zoo.base import BETA, Distiller, Flag, above_zero, count, number, positive
 from distiller_zoo.kd import FeatureDistiller
 from distiller_zoo.norm import NORM
 from models.backbone import Output, probe_shapes
@@ -59,9 +51,12 @@ class CRD(FeatureDistiller):
     group = "relations between images"
     reads = ("pooled", "sample index and negatives")
     refuses_mixing = WHY_UNMIXED
-    needs_targets = WHY_LABELLED
+    refuses_unlabelled = WHY_LABELLED
     flags = (*FeatureDistiller.flags, *CONTRAST_FLAGS)
-    needs = {**FeatureDistiller.needs, **{flag.argument: (above_zero(BETA),) for flag in CONTRAST_FLAGS}}
+    flags_work_if = {
+        **FeatureDistiller.flags_work_if,
+        **{flag.argument: (above_zero(BETA),) for flag in CONTRAST_FLAGS},
+    }
 
     def __init__(self, student, teacher, task, **hyper_parameters):
         super().__init__(student, teacher, task, **hyper_parameters)
@@ -83,9 +78,9 @@ class NORM_CRD(NORM):
     departures = "The official code cannot start this method and takes -c for CRD's weight; here it is --crd_weight."
     reads = ("final", "pooled", "sample index and negatives")
     refuses_mixing = WHY_UNMIXED
-    needs_targets = WHY_LABELLED
+    refuses_unlabelled = WHY_LABELLED
     flags = (*NORM.flags, CRD_WEIGHT, *CONTRAST_FLAGS)
-    needs = {**NORM.needs, **{flag.argument: (above_zero(CRD_WEIGHT),) for flag in CONTRAST_FLAGS}}
+    flags_work_if = {**NORM.flags_work_if, **{flag.argument: (above_zero(CRD_WEIGHT),) for flag in CONTRAST_FLAGS}}
 
     def __init__(self, student, teacher, task, **hyper_parameters):
         super().__init__(student, teacher, task, **hyper_parameters)

@@ -45,7 +45,7 @@ class DIST(LogitDistiller):
     group = "logits"
     min_batch = 2  # one image has no correlation over images
     flags = (GAMMA, BETA, KD_T, LOGIT_STANDARDIZATION)
-    needs = dict.fromkeys(("kd_T", "logit_standardization"), (above_zero(BETA),))
+    flags_work_if = dict.fromkeys(("kd_T", "logit_standardization"), (above_zero(BETA),))
 
     def __init__(self, student, teacher, task, **hyper_parameters):
         super().__init__(student, teacher, task, **hyper_parameters)

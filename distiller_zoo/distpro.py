@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from distiller_zoo.base import BETA, INIT_EPOCHS, Flag, Need, Stage, above_zero, is_one_of, number, widen_output
+from distiller_zoo.base import BETA, INIT_EPOCHS, Condition, Flag, Stage, above_zero, is_one_of, number, widen_output
 from distiller_zoo.kd import FeatureDistiller, LogitDistiller
 from distiller_zoo.pathways import STYLES, Pathways, PathwayWeights
 from models.backbone import Backbone, Output, probe_shapes
@@ -49,7 +49,7 @@ DISTPRO_SEARCH_STYLE = Flag(
     choices=SEARCHED,
 )
 #: The styles that have the factor --kd_weight, in the main run or in a search.
-WEIGHTED = Need(
+WEIGHTED = Condition(
     (DISTPRO_STYLE, DISTPRO_SEARCH_STYLE),
     lambda style, search_style: style in ("scaled", "constant") or search_style == "scaled",
     "--distpro_style scaled or constant",
@@ -92,7 +92,7 @@ class DistPro(LogitDistiller):
     group = "feature maps"
     reads = ("maps",)
     student_preact = teacher_preact = True
-    needs_targets = "its search minimises the cross entropy of held-out images"
+    refuses_unlabelled = "its search minimises the cross entropy of held-out images"
     frozen = ("search",)
     flags = (
         *FeatureDistiller.flags,
@@ -101,8 +101,8 @@ class DistPro(LogitDistiller):
         DISTPRO_SEARCH_STYLE,
         INIT_EPOCHS._replace(default=40),
     )
-    needs = {
-        **FeatureDistiller.needs,
+    flags_work_if = {
+        **FeatureDistiller.flags_work_if,
         "kd_weight": (above_zero(BETA), WEIGHTED),
         "distpro_style": (above_zero(BETA),),
         **dict.fromkeys(

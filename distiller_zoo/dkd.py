@@ -70,9 +70,11 @@ class DKD(LogitDistiller):
     reference = "megvii-research/mdistiller"
     departures = "Log-softmaxes in place of the logarithm of a probability that may round to 0."
     group = "logits"
-    needs_targets = "it treats the class of the label apart from the others"
+    refuses_unlabelled = "it treats the class of the label apart from the others"
     flags = (GAMMA, DKD_ALPHA, DKD_BETA, KD_T, WARMUP_EPOCHS, LOGIT_STANDARDIZATION)
-    needs = dict.fromkeys(("kd_T", "warmup_epochs", "logit_standardization"), (above_zero(DKD_ALPHA, DKD_BETA),))
+    flags_work_if = dict.fromkeys(
+        ("kd_T", "warmup_epochs", "logit_standardization"), (above_zero(DKD_ALPHA, DKD_BETA),)
+    )
 
     def __init__(self, student, teacher, task, **hyper_parameters):
         super().__init__(student, teacher, task, **hyper_parameters)

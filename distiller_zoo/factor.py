@@ -8,7 +8,7 @@ learns to reconstruct it: MSE(decoder(encoder(F_t)), F_t) (section 3.1). Then, w
 (section 3.2), where f, by --factor_norm, averages the squares of a factor over its channels and scales the result to
 length 1 per image (channels: RepDistiller, whose numbers the tables quote), or scales the factor itself, channels and
 all (whole: the paper, its authors' code, and torchdistill's ImageNet run, whose translator has no BatchNorm:
---translator_bn none). The larger factor is average-pooled to the smaller. The last map is the last stage output.
+--translator_bn none). The larger factor is average-pooled to the smaller. The last map is the deepest feature map.
 """
 
 from collections.abc import Sequence
@@ -119,8 +119,8 @@ class Paraphrasing(MapDistiller):
         INIT_LEARNING_RATE._replace(default=0.01),
         MAP_SIZE,
     )
-    needs = {
-        **MapDistiller.needs,
+    flags_work_if = {
+        **MapDistiller.flags_work_if,
         **dict.fromkeys(("factor_norm", "translator_bn", "init_epochs", "init_learning_rate"), (above_zero(BETA),)),
     }
 

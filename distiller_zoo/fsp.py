@@ -5,7 +5,7 @@ First stage, --init_epochs epochs: sum over pairs of consecutive maps of MSE(M_s
     M[c, c'] = mean over pixels of upper[c] * lower[c']
 
 (equations 1 and 2; the larger map is pooled to the smaller). Then L = gamma * CE(s, y) + alpha * KL_T(s, t).
-Maps are all stage outputs, the stem's included, and pooling is the average, as in RepDistiller, whose numbers the
+Maps are all feature maps, the stem's included, and pooling is the average, as in RepDistiller, whose numbers the
 tables quote (the paper: max-pooling). There, the weight -b of its command for FSP is in no loss; here it is no flag.
 """
 

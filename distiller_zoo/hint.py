@@ -80,7 +80,7 @@ class FitNet(FeatureDistiller):
     reads = ("maps",)
     min_batch = 2  # the regressor's BatchNorm, where the map is one pixel
     flags = (*FeatureDistiller.flags, HINT_LAYER, MAP_SIZE)
-    needs = {**FeatureDistiller.needs, **dict.fromkeys(("hint_layer", "map_size"), (above_zero(BETA),))}
+    flags_work_if = {**FeatureDistiller.flags_work_if, **dict.fromkeys(("hint_layer", "map_size"), (above_zero(BETA),))}
 
     def __init__(self, student, teacher, task, **hyper_parameters):
         super().__init__(student, teacher, task, **hyper_parameters)

@@ -50,7 +50,7 @@ class LogitDistiller(Distiller):
     """Base of methods with the terms gamma * CE(s, y) + alpha * KL_T(s, t), where CE is of the raw logits."""
 
     flags = (GAMMA, ALPHA, KD_T, LOGIT_STANDARDIZATION)
-    needs = {"kd_T": (above_zero(ALPHA),), "logit_standardization": (above_zero(ALPHA),)}
+    flags_work_if = {"kd_T": (above_zero(ALPHA),), "logit_standardization": (above_zero(ALPHA),)}
 
     def __init__(self, student, teacher, task, **hyper_parameters):
         super().__init__(student, teacher, task, **hyper_parameters)
@@ -88,7 +88,7 @@ class FeatureDistiller(LogitDistiller):
         """The method's own loss, a scalar without its weight."""
         raise NotImplementedError
 
-    def needs_teacher_logits(self):
+    def reads_teacher_logits(self):
         return self.alpha > 0
 
     def losses(self, student, teacher, targets, index, progress):

@@ -5,7 +5,7 @@
 
 v and v' (one number per channel) are the first right singular vectors of a layer's map and of the one below it, taken
 as matrices (pixels, channels). The student's v is the one of its first four that is closest to the teacher's, with the
-sign that brings it closest. Layers are the stage outputs without the stem's; the channels of both networks are equal.
+sign that brings it closest. Layers are the feature maps without the stem's; the channels of both networks are equal.
 
 RepDistiller takes the teacher's signs as the library returns them, which differ between backends, and the loss depends
 on those of consecutive layers; here the largest entry of the teacher's vector is positive. Nor is the gradient that of

@@ -23,13 +23,13 @@ MAP_SIZE = Flag(
 
 
 def last_map(output: Output | Shapes) -> Tensor:
-    """The deepest stage output (B, C, H, W); in MobileNetV2 and ShuffleV2 it is before the last 1x1 convolution."""
+    """The deepest feature map (B, C, H, W); in MobileNetV2 and ShuffleV2 it is before the last 1x1 convolution."""
     *_, last = output.maps
     return last
 
 
 def middle_maps(output: Output | Shapes) -> list:
-    """The stage outputs without the stem's, shallow to deep; of a network's `Shapes`, their (C, H, W)."""
+    """The feature maps without the stem's, shallow to deep; of a network's `Shapes`, their (C, H, W)."""
     _, *middle = output.maps
     return middle
 
@@ -89,7 +89,7 @@ class MapDistiller(FeatureDistiller):
     """
 
     flags = (*FeatureDistiller.flags, MAP_SIZE)
-    needs = {**FeatureDistiller.needs, "map_size": (above_zero(BETA),)}
+    flags_work_if = {**FeatureDistiller.flags_work_if, "map_size": (above_zero(BETA),)}
 
     def __init__(self, student, teacher, task, **hyper_parameters):
         super().__init__(student, teacher, task, **hyper_parameters)
@@ -97,7 +97,7 @@ class MapDistiller(FeatureDistiller):
         for whose, maps in zip(("student", "teacher"), shapes, strict=True):
             if not maps:
                 raise UserError(
-                    f"--model_{whose[0]}: --distill {self.name} compares maps of several stages, and the {whose} shows "
+                    f"--model_{whose[0]}: --distill {self.name} compares several feature maps, and the {whose} shows "
                     "only its last; choose another network or method"
                 )
         pairs = zip(*shapes, strict=False)

@@ -82,7 +82,7 @@ class MLKD(LogitDistiller):
     group = "logits"
     views = "weak_strong"
     flags = (GAMMA, ALPHA, BETA, TEMPERATURES, LOGIT_STANDARDIZATION)
-    needs = {"mlkd_temperatures": (above_zero(ALPHA, BETA),), "logit_standardization": (above_zero(ALPHA),)}
+    flags_work_if = {"mlkd_temperatures": (above_zero(ALPHA, BETA),), "logit_standardization": (above_zero(ALPHA),)}
 
     @classmethod
     def trains_classifier(cls, flags):

@@ -17,18 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from distiller_zoo.base import (
-    ALPHA,
-    BETA,
-    GAMMA,
-    KD_T,
-    Distiller,
-    Flag,
-    above_zero,
-    count,
-    number,
-    widen,
-)
+from distiller_zoo.base import ALPHA, BETA, GAMMA, KD_T, Distiller, Flag, above_zero, count, number, widen
 from distiller_zoo.feature_transform import FORMS, FeatureTransform, norm_loss
 from distiller_zoo.kd import CONSTANT_CLASSES, weighted_kd
 from distiller_zoo.maps import MAP_SIZE, describe_sizes, match_size, takes_maximum
@@ -141,7 +130,7 @@ class NORM(Distiller):
     reads = ("final",)
     ships = "student (transform folded in)"
     flags = (GAMMA, ALPHA, BETA, BETA1, CETA, CO_SPONGE, KD_T, FT, FT_POSITION, FT_FORM, LARGER_STUDENT, MAP_SIZE)
-    needs = {
+    flags_work_if = {
         "kd_T": (above_zero(ALPHA),),
         **dict.fromkeys(("beta1", "larger_student", "map_size"), (above_zero(BETA),)),
     }
@@ -227,7 +216,7 @@ class NORM(Distiller):
     def schedule(self, progress):
         return norm_weight(self.beta1, progress.epoch, progress.epochs)
 
-    def needs_teacher_logits(self):
+    def reads_teacher_logits(self):
         return self.alpha > 0
 
     def export(self) -> Backbone:
@@ -286,8 +275,8 @@ class FTBaseline(NORM):
     reference = "OSVAI/NORM"
     departures = "N, and whether logits are standardised, are not published: 8, raw."
     reads = ()
-    needs_teacher = False
-    needs_targets = "it learns from labels alone"
+    reads_teacher = False
+    refuses_unlabelled = "it learns from labels alone"
     # The paper's baseline is trained with the cross entropy only; whether on raw logits is not published.
     flags = (
         GAMMA,
@@ -297,10 +286,10 @@ class FTBaseline(NORM):
         FT_POSITION,
         FT_FORM,
     )
-    needs = {}
+    flags_work_if = {}
     beta1 = 1.0
 
-    def needs_teacher_logits(self):
+    def reads_teacher_logits(self):
         return False
 
     def losses(self, student, teacher, targets, index, progress):

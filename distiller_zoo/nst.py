@@ -3,8 +3,8 @@
     L = gamma * CE(s, y) + alpha * KL_T(s, t) + beta * sum over layers of mean k(t, t) + mean k(s, s) - 2 mean k(s, t)
 
 This is the squared maximum mean discrepancy of the channels of two maps with the kernel k(a, b) = (a.b)^2, where each
-channel is a vector of length 1 over its pixels; means are over images and pairs of channels. Layers are the stage
-outputs without the stem's, paired from the shallowest on; the larger map of a pair is average-pooled to the smaller.
+channel is a vector of length 1 over its pixels; means are over images and pairs of channels. Layers are the feature
+maps without the stem's, paired from the shallowest on; the larger map of a pair is average-pooled to the smaller.
 RepDistiller keeps all products (B, C, C', H * W), gigabytes for wide teachers; here they are matrix products, over
 channels or over pixels, whichever are fewer.
 """

@@ -2,7 +2,7 @@
 
     L = gamma * CE(s, y) + alpha * KL_T(s, t) + beta * sum over layers of 2^-(layers above) * d(r(F_s), max(F_t, m)) / B
 
-F_s and F_t are stage outputs before their last ReLU, without the stem's, r is a 1x1 convolution with BatchNorm, and
+F_s and F_t are feature maps before their last ReLU, without the stem's, r is a 1x1 convolution with BatchNorm, and
 d is the sum of squared differences, without those where the teacher's value is not positive and the student's is below
 it (section 3.4). The margin m of a channel is the mean of its negative values (section 3.1), which follows from weight
 and bias of the BatchNorm before the ReLU. The larger map is average-pooled to the smaller; where one network has more

@@ -2,8 +2,8 @@
 
     L = gamma * (sum over branches of CE(z_i, y) + CE(z_e, y)) + beta * r(epoch) * sum over branches of KL_T(z_i, z_e)
 
-There is no teacher. The student is given `--branches` last stages and heads on one trunk, each initialised on its own.
-z_e = sum_i g_i z_i is their mean, weighted by a gate that reads the map before the last stage, pooled:
+There is no teacher. On one trunk the student is given its last layers and head `--branches` times, each initialised on
+its own. z_e = sum_i g_i z_i is their mean, weighted by a gate that reads the map before these layers, pooled:
 g = softmax(ReLU(BN(linear(map)))). In KL_T, T^2 times the divergence of z_i from z_e, the ensemble gets no gradient,
 and 1e-7 is added to its probabilities, as in the official code. r(epoch) = exp(-5 (1 - min(epoch, R) / R)^2) with
 R = `--ramp_epochs`. The first branch is the student itself: it is what is tested and shipped. The gated ensemble
@@ -21,7 +21,9 @@ from distiller_zoo.base import BETA, GAMMA, KD_T, Distiller, Flag, above_zero, c
 from errors import UserError
 from models.backbone import Backbone, probe_shapes
 
-BRANCHES = Flag(("--branches",), count, 3, "last stages and heads that learn together on one trunk")
+BRANCHES = Flag(
+    ("--branches",), count, 3, "how often the last layers and head are there, to learn together on one trunk"
+)
 RAMP_EPOCHS = Flag(
     ("--ramp_epochs",), count, 80, "epochs over which the ensemble becomes a teacher, in a run of 300", full_run=300
 )
@@ -63,11 +65,11 @@ class ONE(Distiller):
     )
     reference = "Lan1991Xu/ONE_NeurIPS2018"
     group = "without a teacher"
-    needs_teacher = False
-    needs_targets = "its branches learn from labels"
+    reads_teacher = False
+    refuses_unlabelled = "its branches learn from labels"
     min_batch = 2  # the gate's BatchNorm sees one vector per image
     flags = (GAMMA, BETA, KD_T._replace(default=3.0), BRANCHES, RAMP_EPOCHS)
-    needs = dict.fromkeys(("kd_T", "ramp_epochs"), (above_zero(BETA),))
+    flags_work_if = dict.fromkeys(("kd_T", "ramp_epochs"), (above_zero(BETA),))
 
     def __init__(self, student, teacher, task, **hyper_parameters):
         super().__init__(student, teacher, task, **hyper_parameters)
@@ -107,6 +109,6 @@ class ONE(Distiller):
 
 
 def _finish(network: Backbone, shared: Tensor) -> tuple[Tensor, Tensor]:
-    """The map that enters the last stage -> pooled (B, D) and logits (B, K) of one branch."""
+    """The map that enters the last layers -> pooled (B, D) and logits (B, K) of one branch."""
     _, final = network.forward_last_stage(shared)
     return network.classify(network.activate(final))

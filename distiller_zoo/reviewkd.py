@@ -2,7 +2,7 @@
 
     L = gamma * CE(s, y) + alpha * KL_T(s, t) + beta * min(1, epoch / warmup_epochs) * sum over levels of HCL
 
-Levels are the stage outputs without the stem's, and the pooled vector as a map of one pixel. From the deepest to the
+Levels are the feature maps without the stem's, and the pooled vector as a map of one pixel. From the deepest to the
 shallowest, an attention-based fusion (ABF, section 3.3) joins each of the student's maps with what came from the deeper
 levels and turns it into the width and size of the teacher's map; both are compared by the hierarchical context loss
 (HCL). --review_student and --review_teacher say whether maps are taken before or behind their last ReLU, and
@@ -89,7 +89,7 @@ def _resize(feature_map: Tensor, size: torch.Size) -> Tensor:
 
 
 def _levels(output: Output) -> list[Tensor]:
-    """The reviewed maps, deep to shallow: the pooled vector as (B, D, 1, 1), then the stage outputs but the stem's."""
+    """The reviewed maps, deep to shallow: the pooled vector as (B, D, 1, 1), then the feature maps but the stem's."""
     return [output.pooled[:, :, None, None], *reversed(middle_maps(output))]
 
 
@@ -118,8 +118,8 @@ class ReviewKD(FeatureDistiller):
     teacher_preact = True  # unless --review_teacher says behind
     min_batch = 2  # the deepest level's BatchNorms see one pixel per image
     flags = (*FeatureDistiller.flags, WARMUP_EPOCHS, REVIEW_STUDENT, REVIEW_TEACHER, REVIEW_WIDTH)
-    needs = {
-        **FeatureDistiller.needs,
+    flags_work_if = {
+        **FeatureDistiller.flags_work_if,
         **dict.fromkeys(("warmup_epochs", "review_student", "review_teacher", "review_width"), (above_zero(BETA),)),
     }
 

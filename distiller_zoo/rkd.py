@@ -73,7 +73,10 @@ class RKD(FeatureDistiller):
     reads = ("pooled",)
     min_batch = 2
     flags = (*FeatureDistiller.flags, DISTANCE_WEIGHT, ANGLE_WEIGHT)
-    needs = {**FeatureDistiller.needs, **dict.fromkeys(("distance_weight", "angle_weight"), (above_zero(BETA),))}
+    flags_work_if = {
+        **FeatureDistiller.flags_work_if,
+        **dict.fromkeys(("distance_weight", "angle_weight"), (above_zero(BETA),)),
+    }
 
     def __init__(self, student, teacher, task, **hyper_parameters):
         super().__init__(student, teacher, task, **hyper_parameters)

@@ -2,7 +2,7 @@
 
     L = gamma * CE(s, y) + alpha * KL_T(s, t) + beta * ||G(F_s) - G(F_t)||^2 / B^2
 
-G(F) = Q Q^T with the flattened maps of the B images as the rows of Q, and rows of length 1. F is the last stage output.
+G(F) = Q Q^T with the flattened maps of the B images as the rows of Q, and rows of length 1. F is the last feature map.
 RepDistiller returns tensors of shape (1,); here they are scalars.
 """
 

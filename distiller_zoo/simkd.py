@@ -2,15 +2,15 @@
 
     L = beta * MSE(P(F_s), F_t) + gamma * CE(s, y) + alpha * KL_T(s, t), with gamma = alpha = 0
 
-F_s is the student's last stage output, pooled to the teacher's size where it is larger (else the teacher's is pooled),
+F_s is the student's last feature map, pooled to the teacher's size where it is larger (else the teacher's is pooled),
 P the projector. The student's own classifier is never trained: what is tested and shipped is its backbone, the
 projector and the teacher's frozen classifier, one network (models/wrappers.py).
 
 What the student has behind that output is not trained and not shipped: the last 1x1 convolution of MobileNetV2 (160
 channels in front of it) and of ShuffleNetV2 (464), the last BatchNorm of a WRN. F_t is the map that the teacher's
 classifier pools: the projector ends with a ReLU and the classifier reads its pooled result, so that no other map will
-do. It is another one than the last stage output in WRNs alone, whose stage outputs are signed; the repository of SimKD
-takes the stage outputs, and its WRNs are post-activation ResNets.
+do. It is another one than the last feature map in WRNs alone, whose feature maps are signed; the repository of SimKD
+takes the feature maps, and its WRNs are post-activation ResNets.
 """
 
 from torch.nn import functional as F
@@ -38,7 +38,7 @@ class SimKD(MapDistiller):
     )
     reference = "DefangChen/SimKD"
     departures = (
-        "The teacher's map is the one that its classifier pools: in WRNs that is not the stage output, which "
+        "The teacher's map is the one that its classifier pools: in WRNs that is not the last feature map, which "
         "is signed and could not be reached behind the projector's ReLU."
     )
     group = "feature maps"
@@ -52,7 +52,7 @@ class SimKD(MapDistiller):
         LOGIT_STANDARDIZATION,
         PROJECTOR_FACTOR,
     )
-    needs = FeatureDistiller.needs
+    flags_work_if = FeatureDistiller.flags_work_if
     map_size = "pool"  # what is shipped pools the student's larger map
 
     def __init__(self, student, teacher, task, **hyper_parameters):

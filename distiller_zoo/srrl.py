@@ -50,7 +50,7 @@ class SRRL(FeatureDistiller):
     min_batch = 2  # the connector's BatchNorm sees one pixel per image
     frozen = ("teacher_classifier",)
     flags = (*FeatureDistiller.flags, SRRL_FORM)
-    needs = {**FeatureDistiller.needs, "srrl_form": (above_zero(BETA),)}
+    flags_work_if = {**FeatureDistiller.flags_work_if, "srrl_form": (above_zero(BETA),)}
 
     def __init__(self, student, teacher, task, **hyper_parameters):
         super().__init__(student, teacher, task, **hyper_parameters)
@@ -62,7 +62,7 @@ class SRRL(FeatureDistiller):
             initialise(self.connector)
         self.teacher_classifier = copy.deepcopy(teacher.get_classifier()).requires_grad_(False)
 
-    def needs_teacher_logits(self):
+    def reads_teacher_logits(self):
         return self.alpha > 0 or self.beta > 0
 
     def represent(self, student: Output) -> Tensor:

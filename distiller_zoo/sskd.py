@@ -117,7 +117,7 @@ class SSKD(LogitDistiller):
     group = "relations between images"
     reads = ("pooled",)
     views = "rotations"
-    needs_targets = "it ranks the teacher's outputs for rotated images by the label"
+    refuses_unlabelled = "it ranks the teacher's outputs for rotated images by the label"
     refuses_mixing = "it ranks the teacher's outputs for rotated images by their one class"
     min_batch = 2  # one upright image leaves nothing to choose from
     frozen = ("teacher_head",)
@@ -135,7 +135,7 @@ class SSKD(LogitDistiller):
         INIT_LEARNING_RATE,
         INIT_MILESTONES,
     )
-    needs = {
+    flags_work_if = {
         **dict.fromkeys(("kd_T", "logit_standardization"), (above_zero(ALPHA, TF_WEIGHT),)),
         "ratio_tf": (above_zero(TF_WEIGHT),),
         **dict.fromkeys(

@@ -16,7 +16,7 @@ class FeaturesFirst(LogitDistiller):
 
     group = "feature maps"
     reads = ("maps",)
-    needs_targets = "after its first stage the cross entropy is what trains"
+    refuses_unlabelled = "after its first stage the cross entropy is what trains"
     flags = (*LogitDistiller.flags, INIT_EPOCHS)
 
     def first_loss(self, student: Output, teacher: Output) -> Tensor:
@@ -32,10 +32,10 @@ class FeaturesFirst(LogitDistiller):
         """The `losses` of the first stage."""
         return {self.name: self.first_loss(student, teacher)}
 
-    def needs_teacher_output(self):
+    def reads_teacher_output(self):
         return self.alpha > 0
 
-    needs_teacher_logits = needs_teacher_output
+    reads_teacher_logits = reads_teacher_output
 
     def losses(self, student, teacher, targets, index, progress):
         return self.label_and_logit_losses(student, teacher, targets)

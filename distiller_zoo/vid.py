@@ -3,7 +3,7 @@
     L = gamma * CE(s, y) + alpha * KL_T(s, t) + beta * sum over layers of mean[(mu(F_s) - F_t)^2 / (2 v) + ln(v) / 2]
 
 mu is a trained regressor and v a trained variance per channel of the teacher, v = ln(1 + e^log_scale) + eps. Layers are
-the stage outputs without the stem's, paired from the shallowest on; the larger map of a pair is average-pooled first.
+the feature maps without the stem's, paired from the shallowest on; the larger map of a pair is average-pooled first.
 """
 
 import math

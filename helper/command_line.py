@@ -19,8 +19,7 @@ from helper import settings
 from helper.configuration import Configuration, check_given
 from helper.distributed import by_main, find_device, images_per_pass
 from helper.optim import stretch
-from helper.recipes import resolve as resolve_recipe
-from helper.recipes import run_length
+from helper.recipes import recipe_of, run_length
 from models.external import is_external
 from setting import FILLED_IN, Setting, as_text, count
 
@@ -247,7 +246,7 @@ def _refuse_unused(given: Mapping[str, Any]) -> None:
             raise UserError(f"{'/'.join(flag.names)}: not used by --distill {method.name}; leave it out")
     of_teacher = [setting for setting in settings.SETTINGS if setting.group == settings.TEACHER]
     for setting in of_teacher:
-        if not method.needs_teacher and setting.argument in given and setting.argument != "distill":
+        if not method.reads_teacher and setting.argument in given and setting.argument != "distill":
             raise UserError(f"--{setting.argument}: --distill {method.name} reads no teacher; leave it out")
 
 
@@ -346,7 +345,7 @@ def _default(argument: str) -> Any:
 def teacher_of(values: Mapping[str, Any]) -> str | None:
     """The teacher's file of a run with these given and stored values; None where the method reads none."""
     method = find_distiller(values.get("distill", _default("distill")))
-    if not method.needs_teacher:
+    if not method.reads_teacher:
         return None
     if values.get("path_t") is None:
         raise UserError(
@@ -379,7 +378,7 @@ def resolve(
         of_teacher = {name: value for name, value in of_teacher.items() if not _is_of_data(name)}
     known = settings.settings_of(distill)
     chosen = {argument: value for argument, value in (stored | given).items() if argument in known}
-    recipe = resolve_recipe(dataset, of_teacher.get("model_t"), told["model_s"], distill, chosen)
+    recipe = recipe_of(dataset, of_teacher.get("model_t"), told["model_s"], distill, chosen)
     layers = (
         {name: (one.default, "default") for name, one in known.items() if one.default is not FILLED_IN},
         recipe,
@@ -447,9 +446,9 @@ def _check_labels(values: Mapping[str, Any]) -> None:
         if values["data_probe"] is not None:
             raise UserError("--data_probe: has no effect with labelled images, which have test images; leave it out")
         return
-    if method.needs_targets:
+    if method.refuses_unlabelled:
         raise UserError(
-            f"--labels none: --distill {method.name} cannot train without labels: {method.needs_targets}; choose "
+            f"--labels none: --distill {method.name} cannot train without labels: {method.refuses_unlabelled}; choose "
             "another method"
         )
     known = settings.settings_of(method.name)

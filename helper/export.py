@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.export.passes import move_to_device_pass
 
-from dataset import ImageData, load_data
+from dataset import ImageData, describe_preparation, load_data
 from errors import UserError, first_line
 from helper.run_folder import save
 from helper.settings import count_cores
@@ -35,6 +35,8 @@ CALIBRATION_BATCH, QUANTISED = (
     32,
     ("Conv", "Gemm", "MatMul", "Add", "Relu", "GlobalAveragePool", "AveragePool", "MaxPool"),
 )
+#: The first opset that torch's exporter writes.
+OLDEST_OPSET = 18
 CPU = torch.device("cpu")
 
 
@@ -97,8 +99,9 @@ class Program(NamedTuple):
         return cls(record.get("input") == "pixels", record.get("output") == "probabilities")
 
     def recorded(self, record: Mapping) -> dict:
-        """The record of a program."""
-        return {**record, "input": self.input, "output": self.output}
+        """The record of a program: how images are prepared for it belongs to what it takes."""
+        prepared = {"images": describe_preparation(dict(record), not self.pixels)} if "images" in record else {}
+        return {**record, **prepared, "input": self.input, "output": self.output}
 
     @property
     def input(self) -> str:
@@ -189,7 +192,10 @@ def write_onnx(network: nn.Module, record: Mapping, path: str, program: Program 
 
     Raises `UserError` where torch cannot write the network or the opset.
     """
-    _need("onnxscript", "onnx")
+    _need("onnxscript")
+    newest = _need("onnx").defs.onnx_opset_version()
+    if program.opset is not None and not OLDEST_OPSET <= program.opset <= newest:
+        raise UserError(f"--opset: {program.opset} cannot be written here; choose {OLDEST_OPSET} to {newest}")
     names: dict[str, Any] = {"input_names": [program.input], "output_names": [program.output]}
     if program.opset is not None:
         names["opset_version"] = program.opset
@@ -200,7 +206,7 @@ def write_onnx(network: nn.Module, record: Mapping, path: str, program: Program 
     model.save(path, external_data=False)
     opset, _ = onnx_versions(path)
     if program.opset not in (None, opset):
-        raise UserError(f"--opset: this torch cannot write opset {program.opset} but {opset}; choose 18 or more")
+        raise UserError(f"--opset: this torch cannot write this network in opset {program.opset} but in {opset}")
 
 
 def onnx_versions(path: str) -> tuple[int, int]:

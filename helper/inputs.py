@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 
 from dataset import (
-    WITHOUT_LABELS,
+    OF_IMAGE_FILES,
     ImageData,
     Images,
     Loader,
@@ -24,24 +24,12 @@ from dataset import (
 from dataset.folders import list_folder
 from errors import UserError
 from helper import command_line
-from helper.checkpoint import (
-    contained,
-)
+from helper.checkpoint import contained
 from helper.command_line import Given
 from helper.configuration import Configuration, check_shared, read_stored
-from helper.distributed import (
-    by_main,
-    choose_kernels,
-    count_processes,
-    device_of,
-    main_first,
-    one_by_one_here,
-    rank,
-)
+from helper.distributed import by_main, choose_kernels, count_processes, device_of, main_first, one_by_one_here, rank
 from helper.fast import Fast, check_precision, keep_freed_memory
-from helper.loops import (
-    evaluate,
-)
+from helper.loops import evaluate
 from helper.networks import (
     Network,
     known_classes,
@@ -79,15 +67,13 @@ def open_runs(given: Given) -> Opened:
     """Read what a command line names, each file once whatever the number of runs, and resolve every run."""
     folder = given.resume if given.resume not in (None, command_line.LATEST) else None
     stored = by_main(lambda: _read_settings(folder) if folder else {})
-    first = stored | given.runs[0]
-    ema = first.get("ema", False)
-    path, *_ = [command_line.teacher_of(stored | run) for run in given.runs]
-    how = first.get("model_t"), ema, first.get("teacher_weights")
-    teacher = None if path is None else main_first(lambda: read_teacher(path, *how))
+    first = stored | given.runs[0]  # the settings of files are shared by all runs
+    teacher = _open_teacher([stored | run for run in given.runs])
     of_teacher = {} if teacher is None else teacher.settings_as_teacher()
     for run in given.runs:
         run |= by_main(lambda run=run: with_class_names(run) | _dataset_of(stored | run, of_teacher))
-    source, initial, of_initial = None if folder else first.get("init"), None, {}
+    source, ema = None if folder else first.get("init"), first.get("ema", False)
+    initial, of_initial = None, {}
     if source is not None and "model_s" not in first:
         initial = None if is_external(source) else main_first(lambda: read_initial(source, None, ema))
         of_initial = {"model_s": name_of_published(source) if initial is None else initial.name}
@@ -99,13 +85,7 @@ def open_runs(given: Given) -> Opened:
 
     configs = by_main(lambda: command_line.share_order([resolve(run) for run in given.runs], given))
     for config in configs:
-        check_rates(config)
-        check_precision(config.precision, device_of(config.device))
-        if config.patience and not config.holdout:
-            raise UserError(
-                "--patience: the test images must not decide when a run ends; keep training images for that, with "
-                "--holdout K"
-            )
+        _check(config)
     check_shared(configs)
     if source is not None and any(config.folder is None for config in configs):
         initial = initial or main_first(lambda: read_initial(source, configs[0].model_s, ema))
@@ -114,10 +94,28 @@ def open_runs(given: Given) -> Opened:
     return Opened(configs, teacher, initial)
 
 
+def _open_teacher(runs: Sequence[Mapping[str, Any]]) -> Network | None:
+    """The teacher of runs with these given and stored values, which have it in common; None where they read none."""
+    path, *_ = [command_line.teacher_of(run) for run in runs]  # of all: a run that lacks its teacher is refused
+    how = runs[0].get("model_t"), runs[0].get("ema", False), runs[0].get("teacher_weights")
+    return None if path is None else main_first(lambda: read_teacher(path, *how))
+
+
+def _check(config: Configuration) -> None:
+    """Raise `UserError` where settings contradict each other, or the device."""
+    check_rates(config)
+    check_precision(config.precision, device_of(config.device))
+    if config.patience and not config.holdout:
+        raise UserError(
+            "--patience: the test images must not decide when a run ends; keep training images for that, with "
+            "--holdout K"
+        )
+
+
 def _dataset_of(values: Mapping[str, Any], of_teacher: Mapping[str, Any]) -> dict[str, str]:
     """What `--data` says of the data set where nothing else does: {"dataset": "folder"} for a folder of images."""
     known = values.get("dataset") or of_teacher.get("dataset") or all_settings()["dataset"].default
-    if values.get("labels") == "none" and values.get("data") is not None and known not in WITHOUT_LABELS:
+    if values.get("labels") == "none" and values.get("data") is not None and known not in OF_IMAGE_FILES:
         if "dataset" in values:
             return {}  # what is wrong is said where the images are read
         print(f"--labels none: the images below {values['data']}: --dataset folder")

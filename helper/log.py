@@ -10,7 +10,7 @@ from tqdm import tqdm
 from dataset import ImageData
 from distiller_zoo import Distiller, Stage
 from helper.distributed import is_main
-from helper.metrics import OF_PROBE, WITHOUT_LABELS
+from helper.metrics import MATCHING_LOSSES, PROBE_ACCURACIES
 from models.cost import count_multiply_adds, count_parameters
 
 
@@ -73,7 +73,7 @@ def format_epoch(record: dict, title: str) -> str:
 
 def is_without_labels(name: str) -> bool:
     """Whether this is the name of what a run without labels is judged by."""
-    return name in (*WITHOUT_LABELS, *OF_PROBE)
+    return name in (*MATCHING_LOSSES, *PROBE_ACCURACIES)
 
 
 def describe_measured(name: str, value: float) -> str:

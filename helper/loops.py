@@ -44,6 +44,7 @@ class Training:
         device: torch.device,
         guard: Guard | None = None,
     ):
+        _check_stage(stage, config)
         self.guard, self.fast = guard or Guard(), Fast.of(config)
         stage = stage._replace(respond=self.fast.passing(method, stage.respond))
         self.stage, self.method, self.config, self.device = stage, method, config, device
@@ -52,22 +53,6 @@ class Training:
         self.optimizer = make_optimizer(method, config)
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "float16")  # pyright: ignore[reportPrivateImportUsage]
         self.replica = Replica(method, method.uses_everything and _uses_all_weights(method))
-        if stage.before_step is not None and self.scaler.is_enabled():
-            raise UserError(
-                f"--precision float16: stage {stage.name} of --distill {config.distill} takes gradients of "
-                "its own, which are not scaled; take bfloat16"
-            )
-        if stage.before_step is not None and (config.optimizer != "sgd" or config.clip_grad):
-            flag = "--clip_grad" if config.optimizer == "sgd" else f"--optimizer {config.optimizer}"
-            raise UserError(
-                f"{flag}: stage {stage.name} of --distill {config.distill} looks ahead of sgd's next step, without "
-                "clipping; give --optimizer sgd --clip_grad 0, or choose another method"
-            )
-        if stage.before_step is not None and config.accumulate > 1:
-            raise UserError(f"--accumulate: stage {stage.name} of --distill {config.distill} needs whole batches")
-        if self.fast.compile == "reduce-overhead" and config.accumulate > 1:
-            # The gradients of one micro-batch would be where the next one's graph writes.
-            raise UserError("--accumulate: --compile reduce-overhead needs whole batches; take --compile default")
         kept, held_out = _split(len(data.train.targets), stage.holdout, config.data_seed)
         augmentation = augmentation_of(config, data)
         self.loader = self._loader(data, kept, config.data_seed, augmentation)
@@ -255,6 +240,24 @@ class Training:
         return self.meter.summary()
 
 
+def _check_stage(stage: Stage, config: Configuration) -> None:
+    """Raise `UserError` where a stage cannot be trained with these settings."""
+    which = f"stage {stage.name} of --distill {config.distill}"
+    if stage.before_step is not None and config.precision == "float16":
+        raise UserError(f"--precision float16: {which} takes gradients of its own, which are not scaled; take bfloat16")
+    if stage.before_step is not None and (config.optimizer != "sgd" or config.clip_grad):
+        flag = "--clip_grad" if config.optimizer == "sgd" else f"--optimizer {config.optimizer}"
+        raise UserError(
+            f"{flag}: {which} looks ahead of sgd's next step, without clipping; give --optimizer sgd --clip_grad 0, or "
+            "choose another method"
+        )
+    if stage.before_step is not None and config.accumulate > 1:
+        raise UserError(f"--accumulate: {which} needs whole batches")
+    if config.compile == "reduce-overhead" and config.accumulate > 1:
+        # The gradients of one micro-batch would be where the next one's graph writes.
+        raise UserError("--accumulate: --compile reduce-overhead needs whole batches; take --compile default")
+
+
 def augmentation_of(config: Configuration, data: ImageData) -> Augmentation:
     """The data set's augmentation of the training images, with what a run asks for."""
     off = {"pad": 0, "flip": False, "scale": None} if config.augment == "none" else {}
@@ -342,7 +345,7 @@ def compute_step(runs: Sequence, batch: Batch, teacher: Teacher | None, number: 
             with run.own_turn():
                 training = run.training
                 output, preact = None, training.method.teacher_preact
-                if teacher is not None and training.stage.needs_teacher:
+                if teacher is not None and training.stage.reads_teacher:
                     if preact not in outputs:
                         outputs[preact] = teacher.teach(part, training, run.epochs_over + 1, preact)
                     output = outputs[preact]

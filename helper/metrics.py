@@ -120,13 +120,13 @@ def probe(train: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor]) -> dict[str
 
 #: The best epoch of a run without labels has the lowest of these, the first that was measured; a probe only reports, as
 #: its accuracy is that of test images.
-WITHOUT_LABELS, OF_PROBE = ("holdout_matching_loss", "train_matching_loss"), ("probe_accuracy", "knn_accuracy")
+MATCHING_LOSSES, PROBE_ACCURACIES = ("holdout_matching_loss", "train_matching_loss"), ("probe_accuracy", "knn_accuracy")
 
 
 def best_without_labels(records: Sequence[Mapping[str, float]]) -> tuple[str, int]:
     """What the epochs of a run without labels are compared by, and the best of them, counted from 1; the first of
     equals."""
-    name = next(name for name in WITHOUT_LABELS if name in records[0])
+    name = next(name for name in MATCHING_LOSSES if name in records[0])
     values = [_lower(record[name]) for record in records]
     return name, values.index(max(values)) + 1
 
@@ -135,7 +135,7 @@ def summarise_without_labels(records: Sequence[Mapping[str, float]]) -> dict[str
     """The last and the best value of everything that tells how good such a run is, for `result.json`."""
     name, best = best_without_labels(records)
     summary: dict[str, Any] = {"best_by": name, "best_epoch": best}
-    for measured in (*WITHOUT_LABELS, *OF_PROBE):
+    for measured in (*MATCHING_LOSSES, *PROBE_ACCURACIES):
         if measured in records[-1]:
             summary |= {f"{measured}_last": records[-1][measured], f"{measured}_best": records[best - 1][measured]}
     return summary

@@ -100,7 +100,9 @@ def parameters_of(optimizer: torch.optim.Optimizer) -> list[Tensor]:
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
-def take_up(optimizer: torch.optim.Optimizer, state: dict[int, dict], groups: Sequence[Mapping[str, Any]]) -> None:
+def restore_optimizer(
+    optimizer: torch.optim.Optimizer, state: dict[int, dict], groups: Sequence[Mapping[str, Any]]
+) -> None:
     """Give an optimizer the saved state of its parameters, and what only its saved groups hold: timm's count steps."""
     taken = []
     for saved, fresh in zip(groups, optimizer.state_dict()["param_groups"], strict=True):

@@ -1,7 +1,8 @@
-"""Every default that depends on data set, student, method or pair, in one table, each row with its source.
+"""Recipes: the default settings of a run by its data set, student, method and pair, from rows with a source each.
 
-A row is the run of the method's authors. `resolve` lays the rows that apply over each other in their order; a flag on
-the command line comes on top. The common schedule of CRD's tables is that of the data set's own rows.
+A row has values of the authors' own run. `recipe_of` lays the rows that apply over each other in their order; a flag on
+the command line comes on top. The common schedule of CRD's tables is that of the data set's own rows. `--recipe` says
+whose run it is, and adds rows.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -374,7 +375,7 @@ RECIPES = {
 }
 
 
-def _recipe(name: str, values: Mapping[str, object], source: str, dataset: Sequence[str] | None = None) -> Row:
+def _row_of(name: str, values: Mapping[str, object], source: str, dataset: Sequence[str] | None = None) -> Row:
     return Row(values, source, dataset=dataset, chosen=("recipe", name))
 
 
@@ -386,26 +387,26 @@ _WIGHTMAN = (
     "torchvision's magnitude, images are of the data's size"
 )
 _ADAMW = {"optimizer": "adamw", "lr_decay": "cos", "clip_grad": 1.0}
-#: What a recipe changes for any method, on top of all other rows.
-CHOSEN_RECIPES = (
-    _recipe(
+#: What a value of `--recipe` changes for any method, on top of all other rows.
+NAMED_RECIPES = (
+    _row_of(
         "patient",
         {**_ADAMW, "batch_size": 512},
         f"{_BEYER}: Adam with decoupled decay, cosine, clipping at norm 1, batches of 512",
     ),
-    _recipe("patient", {"mixup": 1.0}, f"{_BEYER}: function matching, shares of the mixed images uniform"),
-    _recipe(
+    _row_of("patient", {"mixup": 1.0}, f"{_BEYER}: function matching, shares of the mixed images uniform"),
+    _row_of(
         "patient",
         {"learning_rate": 1e-3, "weight_decay": 1e-4, "epochs": 1200},
         "our choice: Beyer et al. search rate and decay, and train for 100 to 10,000 epochs",
     ),
-    _recipe("patient", {"batch_size": 4096}, f"{_BEYER}: the batch of ImageNet", ("imagenet",)),
-    _recipe("patient", {"epochs": 300}, "our choice: patient, and yet three times the tables' run", ("imagenet",)),
-    _recipe(
+    _row_of("patient", {"batch_size": 4096}, f"{_BEYER}: the batch of ImageNet", ("imagenet",)),
+    _row_of("patient", {"epochs": 300}, "our choice: patient, and yet three times the tables' run", ("imagenet",)),
+    _row_of(
         "patient", {"batch_size": 64, "epochs": 160}, "our choice: 1,433 images; ten times the tables' run", ("digits",)
     ),
     Row({"gamma": 0.0, "alpha": 1.0}, f"{_BEYER}: the KL divergence alone", ("kd",), chosen=("recipe", "patient")),
-    _recipe(
+    _row_of(
         "a3",
         {
             "optimizer": "lamb",
@@ -421,20 +422,20 @@ CHOSEN_RECIPES = (
         },
         _WIGHTMAN,
     ),
-    _recipe("a3", {"decay_norms": False}, "our choice: norms and biases are spared, as is usual with LAMB"),
-    _recipe(
+    _row_of("a3", {"decay_norms": False}, "our choice: norms and biases are spared, as is usual with LAMB"),
+    _row_of(
         "a3",
         {"batch_size": 256, "learning_rate": 1e-3},
         "our choice: small data sets need steps; the rate is scaled with the batch",
         SMALL_IMAGES,
     ),
-    _recipe(
+    _row_of(
         "a3",
         {"batch_size": 64, "learning_rate": 1e-3, "epochs": 32, "lr_warmup_epochs": 2},
         "our choice: 1,433 images",
         ("digits",),
     ),
-    _recipe(
+    _row_of(
         "finetune",
         {
             **_ADAMW,
@@ -450,7 +451,7 @@ CHOSEN_RECIPES = (
 )
 
 #: All rows, in the order in which later ones win.
-ROWS = (*COMMON, *WEIGHTS, *CIFAR, *CIFAR_PAIR_WEIGHTS, *IMAGENET, *CHOSEN, *CHOSEN_RECIPES)
+ROWS = (*COMMON, *WEIGHTS, *CIFAR, *CIFAR_PAIR_WEIGHTS, *IMAGENET, *CHOSEN, *NAMED_RECIPES)
 
 #: The three (teacher, student) pairs of the NORM paper's ImageNet tables.
 IMAGENET_PAIRS = (_R18, _MOBILENET, _QUARTER)
@@ -483,7 +484,7 @@ PUBLISHED_TEACHERS = {
 }
 
 
-def resolve(
+def recipe_of(
     dataset: str, teacher: str | None, student: str, method: str, chosen: Mapping = MappingProxyType({})
 ) -> dict[str, tuple[object, str]]:
     """Argument -> (value, which row it comes from); `chosen` holds flags that are given, on which some rows depend."""

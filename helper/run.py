@@ -13,11 +13,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from dataset import (
-    ImageData,
-    Images,
-    StreamedImages,
-)
+from dataset import ImageData, Images, StreamedImages
 from distiller_zoo import Distiller, Progress, build_distiller, find_distiller
 from errors import Stopped, UserError
 from helper.checkpoint import (
@@ -30,24 +26,10 @@ from helper.checkpoint import (
     upgrade,
 )
 from helper.configuration import Configuration, check_found, run_key
-from helper.distributed import (
-    StopRequest,
-    average_statistics,
-    by_main,
-    count_processes,
-    describe_batch,
-    is_main,
-)
+from helper.distributed import StopRequest, average_statistics, by_main, count_processes, describe_batch, is_main
 from helper.fast import Fast
 from helper.inputs import Inputs, Opened, class_weights_of
-from helper.log import (
-    describe_data,
-    describe_method,
-    describe_protocol,
-    format_epoch,
-    format_losses,
-    format_result,
-)
+from helper.log import describe_data, describe_method, describe_protocol, format_epoch, format_losses, format_result
 from helper.loops import (
     Training,
     evaluate,
@@ -61,7 +43,7 @@ from helper.loops import (
 )
 from helper.metrics import best_epoch, best_without_labels, probe, summarise_without_labels
 from helper.networks import Network, classes_taught, start_from
-from helper.optim import Guard, average_of, parameters_of, take_up
+from helper.optim import Guard, average_of, parameters_of, restore_optimizer
 from helper.run_folder import BEST, CONFIG, LAST, RESULT, FolderElsewhere, RunFolder
 from helper.teacher import Teacher, check_apart
 from models import build_model
@@ -73,7 +55,7 @@ from models.synchronised import synchronise
 
 #: How many training images tell the matching loss where none are held out.
 JUDGED_IMAGES = 1000
-#: What a resumed run takes up besides weights, optimizer and skipped steps.
+#: What a resumed run restores in addition to weights, optimizer and skipped steps.
 STATE = ("stage_number", "epoch", "stage_step", "step", "epochs_over", "seconds", "records", "epoch_state")
 
 
@@ -87,11 +69,8 @@ def prepared(opened: Opened, inputs: Inputs, teacher: Teacher | None) -> Iterato
             runs: list[Run] = []
             counted = class_weights_of(opened.configs, inputs.data)
             for config, label in zip(opened.configs, _labels(opened.configs), strict=True):
-                found = {"data_digest": inputs.identity["digest"], "mean": inputs.data.mean, "std": inputs.data.std}
                 weights = counted[config.class_weights]
-                config = _with_weights(config.replace("the data", **found), weights)
-                if teacher is not None and teacher.image_size != inputs.data.image_size:
-                    config = config.replace("teacher's weights", teacher_image_size=teacher.image_size)
+                config = _with_found(config, inputs, teacher, weights)
                 folder = _open_folder(config, preparations)
                 folders.callback(folder.close)
                 folder.label = f"[{label}] " if len(opened.configs) > 1 else ""
@@ -112,11 +91,17 @@ def prepared(opened: Opened, inputs: Inputs, teacher: Teacher | None) -> Iterato
         yield runs
 
 
-def _with_weights(config: Configuration, weights: torch.Tensor | None) -> Configuration:
-    """The run with the digest of its class weights."""
-    if weights is None:
-        return config
-    return config.replace("the class weights", weights_digest=weights_digest({"weights": weights}))
+def _with_found(
+    config: Configuration, inputs: Inputs, teacher: Teacher | None, weights: torch.Tensor | None
+) -> Configuration:
+    """The run with what was found out of its data, its teacher and its class weights."""
+    found = {"data_digest": inputs.identity["digest"], "mean": inputs.data.mean, "std": inputs.data.std}
+    config = config.replace("the data", **found)
+    if weights is not None:
+        config = config.replace("the class weights", weights_digest=weights_digest({"weights": weights}))
+    if teacher is not None and teacher.image_size != inputs.data.image_size:
+        config = config.replace("teacher's weights", teacher_image_size=teacher.image_size)
+    return config
 
 
 def _labels(configs: Sequence[Configuration]) -> list[str]:
@@ -333,9 +318,9 @@ class Run:
         return self.error is not None or self.result is not None or (self.in_main_stage and self._stage_is_over())
 
     def _stage_is_over(self) -> bool:
-        return self._stage_is_whole() or self._is_out_of_patience()
+        return self._stage_is_complete() or self._is_out_of_patience()
 
-    def _stage_is_whole(self) -> bool:
+    def _stage_is_complete(self) -> bool:
         return self.epoch >= self.stages[self.stage_number].epochs or self._steps_left() == 0
 
     def _is_out_of_patience(self) -> bool:
@@ -529,7 +514,7 @@ class Run:
         self._save_last(checkpoint, None)  # the last of them: a run that is killed before it makes the others again
 
     def restore(self) -> None:
-        """Take up the state of the folder's last checkpoint."""
+        """Continue from the state of the folder's last checkpoint, where `check_found` has nothing against it."""
         source = f"--resume: {self.folder.path} does not fit this run"
         with contained(source):
             checkpoint = by_main(lambda: upgrade(self.folder.read_last(), source))
@@ -541,7 +526,7 @@ class Run:
             load_weights(self.method, self.config.model_s, training["distiller"], source)
             optimizer = self.training.optimizer
             state = check_optimizer(training["optimizer"], parameters_of(optimizer))
-            take_up(optimizer, state, training["optimizer"]["param_groups"])
+            restore_optimizer(optimizer, state, training["optimizer"]["param_groups"])
             for name in STATE:
                 setattr(self, name, training[name])
             self.guard.skipped, self.guard.overflows = training["skipped_steps"], training.get("overflows", 0)
@@ -616,7 +601,7 @@ class Run:
             "device": str(self.inputs.device),
             "threads": torch.get_num_threads(),
         }
-        if self._is_out_of_patience() and not self._stage_is_whole():
+        if self._is_out_of_patience() and not self._stage_is_complete():
             measured = self.result.get("best_by", self.config.best_by).replace("_", " ")  # its own without labels
             self.folder.log(f"stopped early: no better {measured} in {self.config.patience} epochs")
         self.folder.append_outcome(run_key(self.config), self.result)

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from errors import UserError, first_line
 from models.files import DamagedFile, read_checkpoint
 
-CONFIG, METRICS, RESULT, LOG = "config.json", "metrics.jsonl", "result.json", "log.txt"
+CONFIG, EPOCHS, RESULT, LOG = "config.json", "metrics.jsonl", "result.json", "log.txt"
 LAST, BEST = "last.pth", "best.pth"
 LOCK, PART = ".lock", ".part"
 #: The checkpoint before the last, which is taken where the last is damaged.
@@ -221,7 +221,7 @@ class RunFolder:
 
     def append_metrics(self, record: dict, epochs_over: int) -> None:
         """One epoch's numbers: a line of `metrics.jsonl`, and TensorBoard's scalars by epochs of the whole run."""
-        path = self.path / METRICS
+        path = self.path / EPOCHS
         _append(path, json.dumps({key: _or_null(value) for key, value in record.items()}))
         _flush(path)  # before the checkpoint that says the epoch is finished
         with writing(self.path / "events.out.tfevents"):
@@ -245,7 +245,7 @@ class RunFolder:
 
         A line that a power cut has damaged goes too. TensorBoard is told to forget the same epochs.
         """
-        path = self.path / METRICS
+        path = self.path / EPOCHS
         text = path.read_bytes().decode("utf-8", "replace") if path.exists() else ""
         whole = [line for line in text.split("\n")[:epochs_over] if _is_record(line)]
         with replacing(path) as temporary, open(temporary, "w", encoding="utf-8") as file:

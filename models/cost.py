@@ -19,7 +19,8 @@ def count_parameters(network: nn.Module) -> int:
 def count_multiply_adds(network: nn.Module, image_size: int) -> int:
     """Multiply-adds of all convolutions and matrix products for one image of (3, image_size, image_size)."""
     image = torch.zeros(1, 3, image_size, image_size).to(next(network.parameters()))
-    with evaluating(network), FlopCounterMode(display=False) as counter:
+    # With gradients, as the counter hooks every module's inputs, which fails for a parameter that has none.
+    with evaluating(network), torch.enable_grad(), FlopCounterMode(display=False) as counter:
         network(image)
     return counter.get_total_flops() // 2  # an addition and a multiplication each
 

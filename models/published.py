@@ -275,4 +275,4 @@ def read_torchvision(name: str) -> tuple[dict, dict]:
 def read_timm(name: str) -> tuple[External, dict]:
     """timm's trained network of `name`, which may carry a tag (`resnet34.a1_in1k`); timm downloads and keeps it."""
     network = build_pretrained(f"timm:{name}")
-    return network, {"dataset": "imagenet" if network.get_classifier().out_features == 1000 else None}
+    return network, {"dataset": "imagenet" if network.num_classes == 1000 else None}

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from errors import UserError, first_line
+from models.backbone import evaluating
 
 #: Sides of the blank images that are tried in turn; some networks read only one size.
 PROBE_SIZES = (224, 256, 299, 384, 448, 512, 160)
@@ -40,20 +41,25 @@ def no_map(name: str, reason: str) -> UserError:
 def probe(
     name: str, network: nn.Module, run: Callable[[nn.Module, Tensor], None], sizes: Sequence[int | None] = ()
 ) -> int:
-    """Call `run(copy of the network without values, blank image)` at the first size that works; returns the size.
+    """Call `run(network, blank image)` at the first size that works; returns the size.
 
-    `sizes` are tried before `PROBE_SIZES`; raises `UserError` where none works.
+    `sizes` are tried before `PROBE_SIZES`, with a copy of the network that has no values and computes nothing. A
+    network may ask for a value, so where all of them fail the network itself is run, small images first. Raises
+    `UserError` where that fails, too.
     """
-    blank, reason = copy.deepcopy(network).to("meta").eval(), ""
-    tried = list(dict.fromkeys(filter(None, (*sizes, *PROBE_SIZES))))
-    for size in tried:
-        try:
-            with torch.no_grad():
-                run(blank, torch.zeros(1, 3, size, size, device="meta"))
-            return size
-        except (RuntimeError, AssertionError, ValueError, TypeError, IndexError) as error:
-            reason = reason or first_line(error)
-    raise no_map(name, f"it reads images of none of the sizes {', '.join(map(str, tried))} ({reason})")
+    given, reason = list(filter(None, sizes)), ""
+    without_values = copy.deepcopy(network).to("meta")
+    for blank, tried in ((without_values, [*given, *PROBE_SIZES]), (network, [*sorted(PROBE_SIZES), *given])):
+        device, reason = next(blank.parameters()).device, ""
+        for size in dict.fromkeys(tried):
+            try:
+                with evaluating(blank):
+                    run(blank, torch.zeros(1, 3, size, size, device=device))
+                return size
+            except (RuntimeError, AssertionError, ValueError, TypeError, IndexError) as error:
+                reason = reason or first_line(error)
+    none = ", ".join(map(str, sorted({*given, *PROBE_SIZES})))
+    raise no_map(name, f"it reads images of none of the sizes {none} ({reason})")
 
 
 def equally_spaced(number: int, count: int = STAGES) -> list[int]:

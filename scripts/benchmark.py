@@ -57,7 +57,7 @@ from scripts.benchmarks.parts import (
     wait_for,
 )
 from scripts.benchmarks.plain_losses import PlainTransform
-from setting import count, whole
+from setting import count, file_to_write, whole
 
 PROGRESS = Progress(120, 240)
 
@@ -256,7 +256,7 @@ def profile(pair: tuple[str, str], n: int, data: ImageData, args: Namespace) -> 
         wait_for(args.device)
     key = "self_cuda_time_total" if args.device.type == "cuda" else "self_cpu_time_total"
     print(profiler.key_averages().table(sort_by=key, row_limit=15, max_name_column_width=40))
-    profiler.export_chrome_trace(args.profile)
+    profiler.export_chrome_trace(str(args.profile))
     print(f"trace: {args.profile}")
 
 
@@ -320,8 +320,10 @@ def main(argv=None) -> list[dict]:
         metavar="COMMAND",
         help="also count the launches of another code's training script: FILE and flags",
     )
-    parser.add_argument("--json", metavar="FILE", help="write the records there")
-    parser.add_argument("--profile", metavar="FILE", help="instead: one pair's kernels, and a trace in FILE")
+    parser.add_argument("--json", type=file_to_write, metavar="FILE", help="write the records there")
+    parser.add_argument(
+        "--profile", type=file_to_write, metavar="FILE", help="instead: one pair's kernels, and a trace in FILE"
+    )
     args = parser.parse_args(argv)
     keep_freed_memory(args.device)
     data = load_data(args.dataset, args.data)

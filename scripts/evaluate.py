@@ -10,8 +10,9 @@ import io
 import json
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -40,9 +41,10 @@ with starting():
     from models.classes import compare_classes
     from models.external import is_external
     from models.preprocessing import Preprocessing, read_preprocessing
-    from setting import count
+    from setting import below_one, count, file_to_write
 
 NETWORK, PROGRAMS = "NETWORK", (".pt2", ".onnx")
+STDOUT = Path("-")
 #: How many of the worst errors, and of the images on which two networks disagree most, are named and shown.
 SHOWN = 24
 #: Images on the page are at most this many pixels wide; up to `SMALL` they are stored without loss.
@@ -133,6 +135,14 @@ def data_for(judged: Judged, args) -> RecordedData:
     return wanted._replace(dataset=dataset, split=wanted.split if args.split is None else args.split)
 
 
+def split_note(judged: Judged, wanted: RecordedData) -> Sequence[str]:
+    """Says where another share of its folder becomes the test split: a network was trained on some of these images."""
+    own, places = judged.record.get("split") or 0.0, (judged.record.get("data"), wanted.folder)
+    if None in places or len({Path(place).resolve() for place in places}) > 1 or wanted.split == own:
+        return ()
+    return [f"--split {wanted.split:g}: its run had --split {own:g}, so it was trained on some of these test images"]
+
+
 def by_data(judged: Sequence[Judged], args) -> Iterator[tuple[ImageData, str, list[Judged]]]:
     """The networks that are shown the same images, these images, and how, where that is the weights' own test."""
     loaded: dict[RecordedData, ImageData] = {}
@@ -141,6 +151,7 @@ def by_data(judged: Sequence[Judged], args) -> Iterator[tuple[ImageData, str, li
         wanted = data_for(one, args)
         if wanted not in loaded:
             loaded[wanted] = wanted.load()
+        one = one._replace(notes=[*one.notes, *split_note(one, wanted)])
         own = own_test(one.source, one.record, loaded[wanted]) if args.image_size is None else None
         groups.setdefault((wanted, own), []).append(one)
     for (wanted, own), members in groups.items():
@@ -406,12 +417,22 @@ def make_parser() -> Parser:
     add("--ema", action="store_true", help="the moving average of the weights, where a file of NETWORK holds both")
     add("--dataset", choices=DATASETS, help="default: the network's own, or folder with --data")
     add("--data", metavar="PATH", help="where the data are stored; default: as on record")
-    add("--split", type=float, metavar="SHARE", help="of the training images, for a folder without test images")
+    add("--split", type=below_one, metavar="SHARE", help="of the training images, for a folder without test images")
     add("--image_size", type=count, metavar="PIXELS", help="default: the network's own")
     add("--batch_size", type=count, default=128, metavar="B", help="images that are computed at once (128)")
     add("--device", default="auto", help="auto (CUDA where there is a GPU), cpu, cuda, cuda:1, ...")
-    add("--json", type=Path, metavar="FILE", help="all numbers; of several networks a list")
-    add("--html", type=Path, metavar="FILE", help="one page: numbers, reliability, confusions, worst errors as images")
+    add(
+        "--json",
+        type=file_to_write,
+        metavar="FILE",
+        help="all numbers, of several networks a list; - is standard output",
+    )
+    add(
+        "--html",
+        type=file_to_write,
+        metavar="FILE",
+        help="one page: numbers, reliability, confusions, worst errors as images",
+    )
     add("--fidelity", action="store_true", help=f"with --teacher: write {FIDELITY} into each run folder, for report.py")
     return parser
 
@@ -420,6 +441,9 @@ def judge_all(args) -> list[Judgement]:
     """Judge every network, those that want the same data together; prints each one's numbers."""
     device = find_device(args.device)
     judged = [read_judged(source, args.model, device, args.ema) for source in args.networks]
+    for one in judged if args.fidelity else ():
+        if one.folder is None:
+            raise UserError(f"--fidelity: {one.source} is in no run folder; leave the flag out, or name a run folder")
     source = args.teacher and read_network(file_of(args.teacher), None, "--teacher", "--teacher")
     found = []
     for data, how, members in by_data(judged, args):
@@ -439,16 +463,18 @@ def main(argv=None) -> list[dict[str, Any]]:
     args = make_parser().parse_args(argv)
     if args.fidelity and not args.teacher:
         raise UserError("--fidelity: name the teacher with --teacher")
-    found = judge_all(args)
+    with redirect_stdout(sys.stderr) if args.json == STDOUT else nullcontext():
+        found = judge_all(args)
+        if args.html:
+            write_page(args.html, as_html(found))
+        for about, one, _ in found if args.fidelity else ():
+            write_page(cast(Path, one.folder) / FIDELITY, json.dumps(about, indent=1) + "\n")
     numbers_of_all = [one.about for one in found]
-    if args.json:
-        write_page(args.json, json.dumps(numbers_of_all[0] if len(found) == 1 else numbers_of_all, indent=1) + "\n")
-    if args.html:
-        write_page(args.html, as_html(found))
-    for about, one, _ in found if args.fidelity else ():
-        if one.folder is None:
-            raise UserError(f"--fidelity: {one.source} is in no run folder")
-        write_page(one.folder / FIDELITY, json.dumps(about, indent=1) + "\n")
+    text = json.dumps(numbers_of_all[0] if len(found) == 1 else numbers_of_all, indent=1) + "\n"
+    if args.json == STDOUT:
+        print(text, end="")
+    elif args.json:
+        write_page(args.json, text)
     return numbers_of_all
 
 

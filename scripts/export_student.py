@@ -9,7 +9,7 @@ compared with the trained network on real images before it takes its name. A mod
 import argparse
 import json
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -47,7 +47,7 @@ with starting():
     from models.checkpoints import read_checkpoint
     from models.cost import count_parameters, measure_latency
     from models.wrappers import describe_wrapper, merge_branches
-    from setting import count
+    from setting import below_one, count
 
 #: How many images both networks are compared on, and how far their logits may differ, relative to the largest.
 COMPARED_IMAGES = 1000
@@ -65,7 +65,7 @@ class Trained(NamedTuple):
     record: dict  # model_name, image_size, and where they are known data set, classes, normalisation, accuracy, ...
 
 
-def read_trained(path: str, model_s: str | None, ft: str, ema: bool = False) -> Trained:
+def read_trained(path: str, model_s: str | None, ft: str | None, ema: bool = False) -> Trained:
     """Read CKPT: a run's checkpoint, with `ema` the moving average of its weights; or a student of the official NORM
     code with or without its transform."""
     source = f"CKPT: {path}"
@@ -73,8 +73,12 @@ def read_trained(path: str, model_s: str | None, ft: str, ema: bool = False) -> 
     if ema:
         checkpoint = take_average(checkpoint, source)
     if "training" not in checkpoint:
-        method, name = rebuild_official(checkpoint, source, model_s, ft)
+        method, name = rebuild_official(checkpoint, source, model_s, ft or "default")
         return Trained(method, {"model_name": name, "image_size": 224 if name in imagenet_model_dict else 32})
+    if ft is not None:
+        raise UserError(
+            f"--ft: is for files of the official code; {path} says itself which transform it has; leave it out"
+        )
     method, config = rebuild(checkpoint, source)
     if model_s not in (None, config["model_s"]):
         raise UserError(f"--model_s: {path} holds {config['model_s']}, not {model_s}")
@@ -84,12 +88,13 @@ def read_trained(path: str, model_s: str | None, ft: str, ema: bool = False) -> 
     return Trained(method, of_data | dict(checkpoint["record"]))
 
 
-def data_to_compare(record: dict, dataset: str | None, folder: str | None) -> ImageData:
+def data_to_compare(record: dict, dataset: str | None, folder: str | None, split: float | None = None) -> ImageData:
     """The data set that the flags name, or the run's own, as far as it is there, else digits; of the run's size."""
     if dataset is None and folder is not None:
         dataset = dataset_at(folder, record.get("dataset"))
+    wanted = RecordedData.of(record, dataset, folder)
     try:
-        return RecordedData.of(record, dataset, folder).load()
+        return wanted._replace(split=wanted.split if split is None else split).load()
     except UserError as error:
         if dataset is not None:
             raise
@@ -220,30 +225,52 @@ def _accuracy(record: dict, source: Path) -> str:
     return f"{record['accuracy']:.2f} % top-1 on the test images, float32, one centre crop{epoch}{tried}"
 
 
-def model_card(record: dict, source: Path, files: Iterable[Path], lines: Iterable[str]) -> str:
-    """What somebody who receives the files must know, as Markdown."""
-    teacher, classes = record.get("teacher"), record.get("classes") or ()
-    taught = "no teacher"
-    if teacher:
-        accuracy = "" if teacher.get("accuracy") is None else f", {teacher['accuracy']:.2f} % on the same test images"
-        taught = f"{teacher['name']}, digest {teacher['digest']}{accuracy}"
-    counted = f"{len(classes)} classes" + (f", {record['train_images']:,} training images" if classes else "")
+def _call(file: Path, record: dict, program: Program) -> str:
+    """A file of the card: its size, and how it is used."""
+    use = "weights and record, for `models` of the toolbox that wrote it"
+    if file.suffix.lstrip(".") in PROGRAMS:
+        kind = "uint8, 0 to 255, which it normalises itself" if program.pixels else "float32, normalised"
+        size, classes = record["image_size"], record["num_classes"]
+        use = f"takes `{program.input}`: {kind}, (B, 3, {size}, {size}); gives `{program.output}`, (B, {classes})"
+    return f"- `{file.name}`, {file.stat().st_size / 2**20:.2f} MiB: {use}"
+
+
+def _counted(record: dict) -> str:
+    known = record.get("identity") or {}
+    counts = {"classes": record["num_classes"], "training images": record.get("train_images")}
+    counts["test images"] = known.get("test_images")
+    return ", ".join(f"{number:,} {name}" for name, number in counts.items() if number)
+
+
+def _taught(record: dict) -> str:
+    teacher = record.get("teacher")
+    if not teacher:
+        return "no teacher" if record.get("distill") else "unknown"
+    accuracy = "" if teacher.get("accuracy") is None else f", {teacher['accuracy']:.2f} % on the same test images"
+    return f"{teacher['name']}, digest {teacher['digest']}{accuracy}"
+
+
+def model_card(
+    record: dict, source: Path, files: Iterable[Path], program: Program, notes: Sequence[str], lines: Iterable[str]
+) -> str:
+    """What somebody who receives the files must know, as Markdown; `notes` say what is kept or changed in them."""
+    classes = record.get("classes") or ()
     rows = {
-        "network": f"{record['model_name']}, digest {record.get('digest', 'unknown')}",
-        "data": f"{record.get('dataset') or 'unknown'}: {counted}",
+        "network": "; ".join([f"{record['model_name']}, digest {record.get('digest', 'unknown')}", *notes]),
+        "data": f"{record.get('dataset') or 'unknown'}: {_counted(record)}",
         "classes": f"{', '.join(classes[:20])}{', ...' if len(classes) > 20 else ''}" or "unknown",
         "method": f"--distill {record['distill']}" if record.get("distill") else "unknown",
-        "teacher": taught,
+        "teacher": _taught(record),
         "accuracy": _accuracy(record, source),
         "input": f"RGB, {record['image_size']}x{record['image_size']}",
-        "preparation": describe_preparation(record),
+        "preparation": record["images"],
         "mean, std": f"{record.get('mean', 'unknown')}, {record.get('std', 'unknown')}",
         "licence": "TO FILL IN",
         "limits": "TO FILL IN: what it must not be used for, and which images it was not tested on",
     }
     shown = "\n".join(f"| {name} | {in_markdown(str(value))} |" for name, value in rows.items())
-    sizes = "\n".join(f"- `{file.name}`, {file.stat().st_size / 2**20:.2f} MiB" for file in files)
-    return f"# {CARD}: {record['model_name']}\n\n|  |  |\n| -- | -- |\n{shown}\n\n## Files\n\n{sizes}\n\n" + "".join(
+    uses = "\n".join(_call(file, record, program) for file in files)
+    return f"# {CARD}: {record['model_name']}\n\n|  |  |\n| -- | -- |\n{shown}\n\n## Files\n\n{uses}\n\n" + "".join(
         f"{line}\n\n" for line in lines
     )
 
@@ -256,9 +283,10 @@ def make_parser() -> Parser:
     add("--out", type=Path, metavar="FILE", help="default: <CKPT>_exported.pth next to it")
     add("--model_s", metavar="NAME", help="for official files whose weights fit several models")
     add("--ema", action="store_true", help="the moving average of the weights, of a run with --ema_decay")
-    add("--ft", choices=("default", "plain"), default="default", help="transform of an official file (default)")
+    add("--ft", choices=("default", "plain"), help="transform of an official file (default)")
     add("--dataset", help="images to compare on; default: the run's data set")
     add("--data", metavar="PATH", help="where that data set is stored")
+    add("--split", type=below_one, metavar="SHARE", help="of the training images, for a folder without test images")
     formats = "pth, safetensors, pt2 (torch.export), onnx; default: the suffix of --out, pth"
     add("--format", type=_formats, metavar="F,F", help=formats)
     add("--opset", type=count, metavar="N", help="of the ONNX file; default: the exporter's own")
@@ -275,7 +303,7 @@ def main(argv=None) -> Path:
     out = args.out or source.with_name(f"{source.stem}_exported.pth")
     files = _files(out, args.format, source, args.int8)
     program = _program(args, files, trained.record)
-    data = data_to_compare(trained.record, args.dataset, args.data)
+    data = data_to_compare(trained.record, args.dataset, args.data, args.split)
     if args.int8 and data.name != trained.record.get("dataset"):
         raise UserError("--int8: it is calibrated on the run's training images, which are not there; name --data")
     images = real_images(data)
@@ -291,16 +319,18 @@ def main(argv=None) -> Path:
             compare(predictor, read(temporary, "--out"), images, data.name)
             versions = "; opset {}, IR {}".format(*onnx_versions(temporary)) if kind == "onnx" else ""
         print(f"exported {record['model_name']}: {file}{versions}")
+    notes = [note for note in (trained.method.export_note(), merged) if note]
     written, lines = list(files.values()), []
     if args.int8:
         target, line = quantise(files["onnx"], data)
         print(f"exported {record['model_name']}: {target}\n{line}")
         written, lines = [*written, target], [line]
-    write_text(out.with_suffix(".json"), json.dumps(record, indent=2) + "\n")
-    write_text(out.with_suffix(".md"), model_card(record, source, written, lines))
+    said = program.recorded(record) if set(files) <= set(PROGRAMS) else record
+    write_text(out.with_suffix(".json"), json.dumps(said, indent=2) + "\n")
+    write_text(out.with_suffix(".md"), model_card(said, source, written, program, notes, lines))
     print(f"model card: {out.with_suffix('.md')}; its licence is to be filled in")
     describe(predictor, network, images.shape[-1])
-    for note in filter(None, (trained.method.export_note(), merged)):
+    for note in notes:
         print(f"note: {note}")
     return next(iter(files.values()))
 

@@ -11,19 +11,19 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from distiller_zoo import DISTILLERS, Distiller
 from errors import run_script
 from helper.command_line import Parser
-from helper.recipes import resolve
+from helper.recipes import recipe_of
 
 HEAD = ("`--distill` and its recipe", "what it is", "source", "needs", "ships")
 
 
 def describe_needs(method: type[Distiller]) -> str:
     """What a method asks of networks and data, in words."""
-    needs = ["logits" if method.needs_teacher else "labels", *method.reads]
+    needs = ["logits" if method.reads_teacher else "labels", *method.reads]
     sides = [side for side in ("student", "teacher") if getattr(method, f"{side}_preact")]
     needs += [f"pre-activations ({' and '.join(sides)})"] if sides else []
     needs += [] if method.views == "plain" else [f"views: {method.views.replace('_', ' and ')}"]
     needs += ["a stage before the main one"] if _has_first_stage(method) else []
-    needs += [] if method.needs_teacher else ["no teacher"]
+    needs += [] if method.reads_teacher else ["no teacher"]
     return ", ".join(needs)
 
 
@@ -33,7 +33,7 @@ def _has_first_stage(method: type[Distiller]) -> bool:
 
 def describe_recipe(method: type[Distiller], dataset: str, teacher: str, student: str) -> str:
     """The command line that asks for the method and says what the recipe would say."""
-    recipe = resolve(dataset, teacher, student, method.name)
+    recipe = recipe_of(dataset, teacher, student, method.name)
     parts = [f"--distill {method.name}"]
     for flag in method.flags:
         value = recipe.get(flag.argument, (flag.default, ""))[0]

@@ -139,8 +139,12 @@ def try_student(network: Backbone, size: int) -> str:
         expected, folded = Predictor(method)(images), exported(images)
     if not (folded - expected).abs().max() <= TOLERANCE * expected.abs().max():
         raise ValueError("the exported network differs from the trained one")
-    torch.export.export(exported, (images,))
-    return "plain" if not isinstance(exported, FinalConv) else "+ linear layer"
+    ships = "plain" if not isinstance(exported, FinalConv) else "+ linear layer"
+    try:
+        torch.export.export(exported, (images,))
+    except Exception:  # torch's tracer raises anything; files of weights need none
+        return f"{ships}, no .pt2 or .onnx"
+    return ships
 
 
 def row(family: str, name: str) -> tuple[str, ...]:

@@ -29,6 +29,7 @@ with starting():
         write_page,
     )
     from helper.tables.rows import Row, read_rows
+    from setting import file_to_write
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -88,8 +89,8 @@ def make_parser() -> Parser:
     parser = Parser((__doc__ or "").split("\n")[0])
     add = parser.add_argument
     add("folders", nargs="*", type=Path, metavar="RUN", help="run folders, or folders of them")
-    add("--csv", type=Path, metavar="FILE", help="one line per run, unrounded")
-    add("--html", type=Path, metavar="FILE", help="one page with everything: tables, settings, figures")
+    add("--csv", type=file_to_write, metavar="FILE", help="one line per run, unrounded")
+    add("--html", type=file_to_write, metavar="FILE", help="one page with everything: tables, settings, figures")
     add("--grid", action="store_true", help="print methods as rows and pairs as columns")
     add("--figures", type=Path, metavar="DIR", help="learning curves, accuracy against N and against cost, as SVG")
     add("--networks", action="store_true", help="for --html and --figures: t-SNE and correlations of logits")

@@ -12,7 +12,7 @@ from torch import nn
 from distiller_zoo import Task, find_distiller
 from distiller_zoo.pathways import PathwayTransform
 from distiller_zoo.srrl import SRRL
-from helper.recipes import resolve
+from helper.recipes import recipe_of
 from models import build_model
 from tests import golden_steps
 from tests.golden_format import Family, Mismatch, Reader, compare, equal
@@ -36,7 +36,7 @@ def check_recipe(row: Mapping) -> None:
     """What the recipe table gives, or else the flag's default, against the authors' configuration."""
     row = Reader(row, ("source",))
     chosen = row.get("chosen", {})
-    recipe = resolve(row["dataset"], row["teacher"], row["student"], row["method"], chosen)
+    recipe = recipe_of(row["dataset"], row["teacher"], row["student"], row["method"], chosen)
     ours = {flag.argument: flag.default for flag in find_distiller(row["method"]).flags}
     ours |= {argument: value for argument, (value, _) in recipe.items()}
     for argument, expected in row["expected"].items():
@@ -95,7 +95,7 @@ def schedule_families(content: dict, path: Path) -> Iterator[Family]:
 
 def check_schedule(fact: Mapping, method: str, dataset: str = "cifar100") -> None:
     """The epochs after which the rate of the first stage falls, or the styles of search and main run."""
-    recipe = {argument: value for argument, (value, _) in resolve(dataset, None, "", method).items()}
+    recipe = {argument: value for argument, (value, _) in recipe_of(dataset, None, "", method).items()}
     flags = {flag.argument for flag in find_distiller(method).flags}
     values = {argument: value for argument, value in recipe.items() if argument in flags}
     length = re.search(r"of (\d+)$", fact["what"])

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Sequence
 
 from distiller_zoo import DISTILLERS, Distiller
-from helper.recipes import IMAGENET_PAIRS, NOT_PUBLISHED, find_rows, resolve
+from helper.recipes import IMAGENET_PAIRS, NOT_PUBLISHED, find_rows, recipe_of
 from tests.golden_case import Difference
 
 #: RepDistiller's classes and the methods that they are the loss of.
@@ -73,7 +73,7 @@ def _digits(difference: float) -> str:
 
 def imagenet_row(name: str, teacher: str, student: str) -> tuple[str, ...]:
     """Name, weights, and the source of the method's own weight, or that no source gives it."""
-    recipe, rows = resolve("imagenet", teacher, student, name), find_rows("imagenet", teacher, student, name)
+    recipe, rows = recipe_of("imagenet", teacher, student, name), find_rows("imagenet", teacher, student, name)
     weights = [flag for flag in DISTILLERS[name].flags if flag.argument in rows and flag.is_weight]
     texts = [flag.written(recipe[flag.argument][0]) for flag in weights]
     own = rows[weights[-1].argument]

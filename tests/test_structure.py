@@ -140,7 +140,7 @@ def test_every_public_function_and_class_is_described():
 RECORDS = {
     ("helper.checkpoint", "data_record"): "entries of a file's record",
     ("helper.export", ""): "entries of a file's record",
-    ("helper.run", "prepared"): "what was found out of the data",
+    ("helper.run", "_with_found"): "what was found out of the data",
     ("helper.networks", "settings_as_teacher"): "a network's fields, as the settings that they decide",
     ("helper.networks", "network_in"): "entries of a file's record",
     ("helper.tables.plan", "_job"): "values that a plan gives to a run",

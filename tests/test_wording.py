@@ -138,6 +138,14 @@ def test_legitimate_uses_pass(text):
     assert not offences(text)
 
 
+@pytest.mark.parametrize("file", [*DOCUMENTS, *(file for file in CODE if not file.startswith("models/"))])
+def test_a_stage_is_a_part_of_the_training(file):
+    """Only in models/ is it a part of a network too, whose outputs are feature maps anywhere else."""
+    assert not re.search(
+        r"stage\s+outputs?\b|(several|last|many)\s+stages\b", (ROOT / file).read_text(encoding="utf-8")
+    )
+
+
 def test_the_glossary_is_short():
     rows = re.findall(r"^\| (?!term |--)", (ROOT / "docs" / "glossary.md").read_text(), re.M)
     assert 10 <= len(rows) <= 20

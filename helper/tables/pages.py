@@ -17,18 +17,7 @@ from errors import UserError
 from helper.distributed import is_main
 from helper.run_folder import write_text
 from helper.tables import figures
-from helper.tables.rows import (
-    ACCURACIES,
-    FIDELITIES,
-    Left,
-    Record,
-    Row,
-    command_of,
-    read_rows,
-    spread,
-    welch,
-    written,
-)
+from helper.tables.rows import ACCURACIES, FIDELITIES, Left, Record, Row, command_of, read_rows, spread, welch, written
 from models import build_model
 from models.cost import measure_latency
 

@@ -333,7 +333,7 @@ class Plan:
         self, sources: tuple[Job | str, ...], teacher: str, student: str, variant: Variant, number: int
     ) -> Job:
         words = ("--distill", variant.distill, "--model_s", student, *variant.flags, *self.common)
-        if not DISTILLERS[variant.distill].needs_teacher:
+        if not DISTILLERS[variant.distill].reads_teacher:
             return self._job(f"{student}: {variant.label}", words, number, variant.flags)
         words += self.of_student
         first, *others = sources

@@ -18,8 +18,8 @@ from errors import UserError
 from helper import command_line
 from helper.configuration import read_stored, row_key, run_key
 from helper.log import describe_protocol
-from helper.recipes import resolve as resolve_recipe
-from helper.run_folder import CONFIG, METRICS, RESULT
+from helper.recipes import recipe_of
+from helper.run_folder import CONFIG, EPOCHS, RESULT
 from helper.settings import FOUND, INITIAL, SPEED, TRAINING, settings_of
 from helper.tables.published import PUBLISHED, Published, judge
 from setting import FILLED_IN, Setting, as_text
@@ -151,7 +151,7 @@ def _read_fidelity(folder: Path) -> dict[str, Any]:
 def read_record(folder: Path) -> Record:
     """A finished run; raises `UserError` where the folder holds none."""
     result, stored, epochs = read_result(folder), _read_settings(folder), []
-    path = folder / METRICS
+    path = folder / EPOCHS
     for line in _text(path).splitlines() if path.exists() else ():
         epoch = _json(line, path)
         for name in ("test_accuracy", "images_per_s", "data_wait_s", "compute_s"):
@@ -258,7 +258,7 @@ class Row(NamedTuple):
         config, known = self.config, settings_of(self.config["distill"])
         flags = find_distiller(config["distill"]).flags
         chosen = {flag.argument: config.get(flag.argument) for flag in flags}
-        recipe = resolve_recipe(config["dataset"], config["model_t"], config["model_s"], config["distill"], chosen)
+        recipe = recipe_of(config["dataset"], config["model_t"], config["model_s"], config["distill"], chosen)
         label = [config["distill"]]
         # A run that started from other weights or was cut short is not what a paper reports.
         label += [known[name].written(config[name]) for name in ("init", "max_steps") if config[name] is not None]
@@ -273,7 +273,7 @@ class Row(NamedTuple):
     def published(self) -> Published | None:
         """What a paper reports of this row, if it is known."""
         config = self.config
-        teacher = config["model_t"] if find_distiller(config["distill"]).needs_teacher else None
+        teacher = config["model_t"] if find_distiller(config["distill"]).reads_teacher else None
         return PUBLISHED.get((config["dataset"], teacher, config["model_s"], self.method))
 
     @property

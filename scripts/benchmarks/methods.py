@@ -46,8 +46,8 @@ class Stepper:
         self, name: str, pair: tuple[str, str], batch_size: int, device: torch.device, fast: Fast | None = None
     ):
         fast = fast or Fast()
-        needs_teacher = DISTILLERS[name].needs_teacher
-        network = build_model(pair[0], CLASSES) if needs_teacher else None
+        reads_teacher = DISTILLERS[name].reads_teacher
+        network = build_model(pair[0], CLASSES) if reads_teacher else None
         targets = torch.arange(IMAGES) % CLASSES
         task = Task(CLASSES, SIZE, batch_size, targets)
         self.method = recipe_method(name, build_model(pair[1], CLASSES), network, pair, task).to(device)
@@ -55,7 +55,7 @@ class Stepper:
         *_, stage = self.method.stages(240)
         self.stage = stage._replace(respond=fast.passing(self.method, stage.respond))
         self.teacher, self.context = None, partial(fast.autocast, device)
-        if stage.needs_teacher:
+        if stage.reads_teacher:
             self.teacher = FrozenTeacher(fast.prepare_teacher(network.eval().to(device), SIZE))
         set_modes(self.stage, self.method)
         trained = [parameter for parameter in self.method.parameters() if parameter.requires_grad]

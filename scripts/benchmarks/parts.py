@@ -21,7 +21,7 @@ from dataset import Batch, ImageData
 from distiller_zoo import Distiller, Task, find_distiller
 from helper.command_line import Parser, pairs
 from helper.distributed import find_device
-from helper.recipes import resolve
+from helper.recipes import recipe_of
 from helper.run_folder import write_text
 from models.backbone import Backbone
 from setting import count
@@ -64,7 +64,7 @@ def recipe_method(
 ) -> Distiller:
     """The method `name` with its recipe for CIFAR-100 and a (teacher, student) pair, but for `others`."""
     method = find_distiller(name)
-    recipe = {argument: value for argument, (value, _) in resolve("cifar100", *pair, name).items()}
+    recipe = {argument: value for argument, (value, _) in recipe_of("cifar100", *pair, name).items()}
     recipe = {flag.argument: recipe.get(flag.argument, flag.default) for flag in method.flags}
     return method(student, teacher, task, **(recipe | others))
 

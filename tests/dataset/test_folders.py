@@ -180,7 +180,7 @@ def test_a_folder_says_what_data_set_it_is_or_why_it_is_none(folder, tmp_path):
     for place, known, said in (
         ("no", "digits", "there is no folder"),
         ("shards", "digits", "add --dataset imagenet"),
-        ("data/train/cat", "digits", "is no folder of images"),
+        ("data/train/cat", "digits", "holds images without class folders"),
         ("data/train", "cifar100", "--dataset folder, or --dataset cifar100"),
     ):
         with pytest.raises(UserError, match=f"--data: .*{said}"):

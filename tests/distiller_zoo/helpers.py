@@ -74,7 +74,7 @@ def take_steps(
     set_modes(stage, method)
     optimizer = torch.optim.SGD([p for p in method.parameters() if p.requires_grad], lr=lr, momentum=0.9)
     for batch in batches:
-        teacher_output = teacher(batch.images, method.teacher_preact) if stage.needs_teacher else None
+        teacher_output = teacher(batch.images, method.teacher_preact) if stage.reads_teacher else None
         losses, _ = train_step(method, stage, optimizer, batch, teacher_output, PROGRESS)
     return losses, stage
 

@@ -38,7 +38,7 @@ def take_steps(stage, method, teacher, steps=3):
     optimizer = torch.optim.SGD([p for p in method.parameters() if p.requires_grad], lr=1e-4, momentum=0.9)
     for _ in range(steps):
         batch = make_batch()
-        output = teacher(batch.images, method.teacher_preact) if stage.needs_teacher else None
+        output = teacher(batch.images, method.teacher_preact) if stage.reads_teacher else None
         losses, _ = train_step(method, stage, optimizer, batch, output, PROGRESS)
     return losses
 
@@ -51,9 +51,9 @@ def test_the_first_stage_is_of_the_layers_below_the_head(name):
     trained = {id(parameter) for module in first.trained for parameter in module.parameters()}
     assert id(method.student.conv1.weight) in trained and id(method.student.fc.weight) not in trained
     assert set(take_steps(first, method, teacher)) == {name}
-    assert not main.needs_teacher
+    assert not main.reads_teacher
     assert set(take_steps(main, method, teacher)) == {"ce"}
-    assert build(name, alpha=1.0)[1].stages(240)[-1].needs_teacher
+    assert build(name, alpha=1.0)[1].stages(240)[-1].reads_teacher
 
 
 def test_ab_reads_maps_before_their_relu_without_the_stems():

@@ -17,7 +17,7 @@ def losses_of(compute, method, stage, teacher, progress):
     torch.manual_seed(progress.epoch)
     batch = batch_of(method, BATCH)
     batch = batch._replace(targets=batch.targets % CLASSES)
-    output = teacher(batch.images, method.teacher_preact) if stage.needs_teacher else None
+    output = teacher(batch.images, method.teacher_preact) if stage.reads_teacher else None
     return compute(batch, output, progress, stage)[1]
 
 

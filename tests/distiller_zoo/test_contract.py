@@ -38,7 +38,7 @@ def whole(name: str, **others):
 
 
 def terms_of(name: str, method, teacher, batch, progress=PROGRESS) -> dict[str, torch.Tensor]:
-    shown = teacher(batch.images, method.teacher_preact) if method.needs_teacher else None
+    shown = teacher(batch.images, method.teacher_preact) if method.reads_teacher else None
     return method(batch, shown, progress)[1]
 
 
@@ -100,7 +100,7 @@ def test_degenerate_batches_have_finite_losses_and_gradients(name, fault):
         batch = batch._replace(images=batch.images[:1].expand_as(batch.images).clone())
     for stage in method.stages(240):
         set_modes(stage, method)
-        shown = teacher(batch.images, method.teacher_preact) if method.needs_teacher else None
+        shown = teacher(batch.images, method.teacher_preact) if method.reads_teacher else None
         sides = [stage.respond(batch.images, shown), shown]
         if fault == "zeros":
             sides = [blank(each) for each in sides]
@@ -141,7 +141,7 @@ def test_losses_are_float32_where_the_networks_are_not(name):
     for stage in method.stages(240):
         set_modes(stage, method)
         with torch.autocast("cpu", torch.bfloat16):
-            shown = teacher(batch.images, method.teacher_preact) if method.needs_teacher else None
+            shown = teacher(batch.images, method.teacher_preact) if method.reads_teacher else None
             _, losses = method(batch, shown, PROGRESS, stage)
         sum(losses.values()).backward()
         assert all(value.dtype == torch.float32 and torch.isfinite(value) for value in losses.values())
@@ -245,12 +245,12 @@ def test_a_flag_without_effect_is_refused(name, given, values, message):
 
 
 @pytest.mark.parametrize("name", DISTILLERS)
-def test_needs_name_flags_of_the_method_and_hold_at_its_weights(name):
+def test_conditions_name_flags_of_the_method_and_hold_at_its_weights(name):
     method = DISTILLERS[name]
     arguments = {flag.argument for flag in method.flags}
-    assert set(method.needs) <= arguments
+    assert set(method.flags_work_if) <= arguments
     largest = {flag.argument: LARGEST if flag.argument in WEIGHTS else flag.default for flag in method.flags}
-    for needs in method.needs.values():
-        for need in needs:
-            assert {flag.argument for flag in need.flags} <= arguments
-            assert need.holds(*(largest[flag.argument] for flag in need.flags)), need.remedy
+    for conditions in method.flags_work_if.values():
+        for condition in conditions:
+            assert {flag.argument for flag in condition.flags} <= arguments
+            assert condition.holds(*(largest[flag.argument] for flag in condition.flags)), condition.remedy

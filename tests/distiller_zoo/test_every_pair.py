@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from distiller_zoo import DISTILLERS, Progress, Task
 from errors import UserError
 from helper.loops import set_modes
-from helper.recipes import CIFAR_PAIRS, resolve
+from helper.recipes import CIFAR_PAIRS, recipe_of
 from models.backbone import Output
 from models.cost import count_parameters
 from scripts import list_methods
@@ -45,12 +45,12 @@ def with_statistics(network):
 def build(name: str, teacher, student):
     """The method with its recipe, its contrast kept small."""
     method = DISTILLERS[name]
-    recipe = resolve("cifar100", "resnet32x4", "resnet8x4", name)
+    recipe = recipe_of("cifar100", "resnet32x4", "resnet8x4", name)
     arguments = {flag.argument for flag in method.flags}
     hyper = {argument: value for argument, (value, _) in recipe.items() if argument in arguments}
     hyper |= {"nce_k": 8} if "nce_k" in arguments else {}
     task = Task(CLASSES, 32, BATCH, torch.arange(24) % CLASSES)
-    return method(student, teacher if method.needs_teacher else None, task, **hyper)
+    return method(student, teacher if method.reads_teacher else None, task, **hyper)
 
 
 def steps_of(stage, method, teacher, steps: int):
@@ -60,7 +60,7 @@ def steps_of(stage, method, teacher, steps: int):
     optimizer = torch.optim.SGD([p for p in method.parameters() if p.requires_grad], lr=1e-6, momentum=0.9)
     progress, batch = Progress(stage.epochs // 2, stage.epochs), batch_of(method, BATCH)
     batch = batch._replace(targets=batch.targets % CLASSES)
-    shown = teacher(batch.images, method.teacher_preact) if stage.needs_teacher else None
+    shown = teacher(batch.images, method.teacher_preact) if stage.reads_teacher else None
     for _ in range(steps):
         if stage.before_step is not None:
             stage.before_step(optimizer, batch, shown, batch if stage.holdout else None, progress)

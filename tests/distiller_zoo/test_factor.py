@@ -8,7 +8,7 @@ from distiller_zoo.abound import Connector
 from distiller_zoo.factor import FactorTransfer, Paraphraser, Translator
 from distiller_zoo.kdsvd import KDSVD
 from helper.loops import set_modes
-from helper.recipes import resolve
+from helper.recipes import recipe_of
 from tests.conftest import make_batch
 from tests.distiller_zoo.helpers import PROGRESS, build, close
 
@@ -96,7 +96,7 @@ def test_the_paraphraser_is_learned_first_and_left_alone_then():
 
 
 def test_imagenets_form_scales_whole_factors_and_has_no_batch_norm_in_the_translator():
-    recipe = resolve("imagenet", "resnet34", "resnet18", "factor")
+    recipe = recipe_of("imagenet", "resnet34", "resnet18", "factor")
     values = {name: recipe[name][0] for name in ("factor_norm", "translator_bn", "beta", "init_epochs")}
     assert values == {"factor_norm": "whole", "translator_bn": "none", "beta": 1000.0, "init_epochs": 1}
     _, method = build("factor", factor_norm="whole", translator_bn="none")

@@ -57,7 +57,7 @@ def build(name: str, **flags):
                 module.running_mean.fill_(0.05)
     small = {"nce_k": 16} if any(flag.argument == "nce_k" for flag in DISTILLERS[name].flags) else {}
     task = Task(CLASSES, SIZE, BATCH, torch.arange(64) % CLASSES)
-    method = DISTILLERS[name](student, teacher if DISTILLERS[name].needs_teacher else None, task, **(small | flags))
+    method = DISTILLERS[name](student, teacher if DISTILLERS[name].reads_teacher else None, task, **(small | flags))
     return method, FrozenTeacher(teacher)
 
 
@@ -79,7 +79,7 @@ def train(name: str, flags: dict) -> tuple[list[dict[str, float]], dict[str, tor
         optimizer = torch.optim.SGD(trained, 1e-3, 0.9)
         torch.manual_seed(2)
         for epoch in (2, 30):
-            given = output if stage.needs_teacher else None
+            given = output if stage.reads_teacher else None
             step, _ = train_step(method, stage, optimizer, batch, given, Progress(epoch, 240))
             losses.append({key: float(value.detach()) for key, value in step.items()})
     return losses, method.state_dict()

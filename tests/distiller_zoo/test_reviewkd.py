@@ -6,7 +6,7 @@ from torch.nn import functional as F
 
 from distiller_zoo import Progress
 from distiller_zoo.reviewkd import WARMUP_EPOCHS, AttentionFusion, ReviewKD, hierarchical_context_loss
-from helper.recipes import resolve
+from helper.recipes import recipe_of
 from tests.check_values import g
 from tests.conftest import make_batch, pair_networks
 from tests.distiller_zoo.helpers import TASK, build
@@ -147,5 +147,5 @@ def test_imagenets_recipes_take_the_maps_as_the_released_code_runs():
         (("resnet34", "resnet18"), ("behind", "behind", 512, 1.0)),
         (("resnet50", "MobileNet"), ("before", "behind", 256, 8.0)),
     ):
-        recipe = resolve("imagenet", *pair, "reviewkd")
+        recipe = recipe_of("imagenet", *pair, "reviewkd")
         assert tuple(recipe[place][0] for place in places) == expected

@@ -8,7 +8,7 @@ import torch
 from distiller_zoo import DISTILLERS
 from distiller_zoo.kd import kl_divergence
 from distiller_zoo.sskd import select, selected_divergence, share, similarities, sources
-from helper.recipes import resolve
+from helper.recipes import recipe_of
 from tests.check_values import STUDENT_LOGITS, TEACHER_LOGITS
 from tests.distiller_zoo.helpers import (
     build_alone,
@@ -71,7 +71,7 @@ def test_sskd_trains_its_heads_one_after_the_other():
 def test_the_first_stages_rate_falls_after_these_shares_of_it():
     first, *_ = build_alone("sskd", init_epochs=30, init_milestones=(1 / 3, 2 / 3)).stages(100)
     assert first.milestones == (10, 20)
-    recipe = {argument: value for argument, (value, _) in resolve("imagenet", "resnet34", "resnet18", "sskd").items()}
+    recipe = {argument: value for argument, (value, _) in recipe_of("imagenet", "resnet34", "resnet18", "sskd").items()}
     assert (recipe["init_epochs"], recipe["init_milestones"]) == (30, (1 / 3, 2 / 3))
     (flag,) = [flag for flag in DISTILLERS["sskd"].flags if flag.argument == "init_milestones"]
     assert flag.type("0.5,0.75") == (0.5, 0.75)

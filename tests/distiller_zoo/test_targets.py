@@ -63,7 +63,7 @@ def build_with_labels(name: str, **values: float):
 
 def losses_of(method, frozen, batch, targets) -> dict:
     torch.manual_seed(3)
-    output = frozen(batch.images, method.teacher_preact) if method.needs_teacher else None
+    output = frozen(batch.images, method.teacher_preact) if method.reads_teacher else None
     _, losses = method(batch._replace(targets=targets), output, PROGRESS)
     return losses
 

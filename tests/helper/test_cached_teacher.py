@@ -165,7 +165,7 @@ def refusal(*flags: str, distill: str = "kd", teacher_run) -> str:
 def test_what_cannot_be_cached_is_refused(teacher_run, tmp_path):
     cache = ("--cache_teacher", str(tmp_path / "cache"), "--save_dir", str(tmp_path / "save"), "--allow_teacher_gap")
     for name, method in DISTILLERS.items():
-        if method.needs_teacher and {"maps", "final", "activated"} & set(method.reads):
+        if method.reads_teacher and {"maps", "final", "activated"} & set(method.reads):
             assert f"--distill {name} reads the teacher's feature maps" in refusal(
                 *cache, distill=name, teacher_run=teacher_run
             )

@@ -24,7 +24,7 @@ def build(name: str, student: str = STUDENT) -> Distiller:
     """A method around freshly built networks, its contrast kept small."""
     method = DISTILLERS[name]
     small = {"nce_k": 8} if any(flag.argument == "nce_k" for flag in method.flags) else {}
-    teacher = build_model(TEACHER, 10) if method.needs_teacher else None
+    teacher = build_model(TEACHER, 10) if method.reads_teacher else None
     return method(build_model(student, 10), teacher, Task(10, 32, 4, torch.arange(20) % 10), **small)
 
 

@@ -13,7 +13,7 @@ from distiller_zoo import DISTILLERS
 from errors import UserError
 from helper.command_line import parse, resolve, share_order, student_parser, teacher_parser
 from helper.optim import stretch
-from helper.recipes import resolve as resolve_recipe
+from helper.recipes import recipe_of
 from helper.settings import all_settings
 from scripts.report import make_parser
 
@@ -84,7 +84,7 @@ def test_standardised_logits_have_a_recipe_of_their_own():
     config = parse_student("--distill", "kd", "--model_s", "resnet8", "--logit_standardization")
     assert (config.logit_standardization, config.gamma, config.alpha, config.kd_T) == (True, 0.1, 9.0, 2.0)
     assert parse_student("--distill", "kd", "--model_s", "resnet8", "--logit_standardization", "-a", "3").alpha == 3.0
-    dkd = [resolve_recipe("cifar100", "vgg13", "vgg8", "dkd", {"logit_standardization": on}) for on in (False, True)]
+    dkd = [recipe_of("cifar100", "vgg13", "vgg8", "dkd", {"logit_standardization": on}) for on in (False, True)]
     assert [[row[name][0] for name in ("dkd_alpha", "dkd_beta")] for row in dkd] == [[1.0, 6.0], [15.0, 30.0]]
     srrl = ("--distill", "srrl", "--model_s", "resnet8")
     assert [parse_student(*srrl, *flags).alpha for flags in ((), ("--srrl_form", "map"))] == [1.0, 0.0]

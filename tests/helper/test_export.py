@@ -64,6 +64,14 @@ def test_a_network_is_compared_at_its_size_where_its_images_are_gone(exported, t
     assert "73 test images of digits" in capsys.readouterr().out and (tmp_path / "x.pt2").exists()
 
 
+def test_a_folder_without_test_images_is_split_by_the_flag_that_its_error_names(folder):
+    record, place = {"dataset": "folder", "image_size": 16}, str(folder / "train")
+    with pytest.raises(UserError, match=r"split it with --split 0\.2"):
+        export_student.data_to_compare(record, None, place)
+    assert len(export_student.data_to_compare(record, None, place, 0.25).test.targets) == 8
+    assert export_student.make_parser().parse_args(["x.pth", "--split", "0.25"]).split == 0.25
+
+
 @pytest.mark.parametrize("kind", FORMATS)
 def test_photographs_are_predicted(exported, folder, kind, capsys):
     images = [str(path) for path in sorted((folder / "val").glob("*/*.png"))]

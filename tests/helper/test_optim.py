@@ -10,8 +10,8 @@ from helper.optim import (
     SCHEDULES,
     cosine_learning_rate,
     make_optimizer,
+    restore_optimizer,
     step_learning_rate,
-    take_up,
     warm_up,
 )
 
@@ -83,11 +83,11 @@ def test_an_optimizer_is_taken_up_where_it_was(name):
         step(module, optimizer, gradient)
     other, saved = copy.deepcopy(module), copy.deepcopy(optimizer.state_dict())
     resumed = make_optimizer(other, config)
-    take_up(resumed, saved["state"], saved["param_groups"])
+    restore_optimizer(resumed, saved["state"], saved["param_groups"])
     for gradient in gradients[3:]:
         step(module, optimizer, gradient)
         step(other, resumed, gradient)
     assert torch.equal(module.weight, other.weight) and torch.equal(module.bias, other.bias)
     saved["param_groups"][0]["count"] = torch.nan
     with pytest.raises(ValueError, match="not finite"):
-        take_up(resumed, saved["state"], saved["param_groups"])
+        restore_optimizer(resumed, saved["state"], saved["param_groups"])

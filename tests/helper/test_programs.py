@@ -8,7 +8,7 @@ import onnxruntime
 import pytest
 import torch
 
-from dataset import Loader
+from dataset import Loader, describe_preparation
 from dataset.sources import load_data
 from helper import export
 from helper.export import PROGRAMS, Program, read_deployed, to_pixels
@@ -73,9 +73,11 @@ def test_a_whole_program_is_read_as_every_other(network, tmp_path, kind):
     torch.testing.assert_close(logits.softmax(1), expected(network, pixels), atol=1e-5, rtol=1e-4)
 
 
-def test_an_opset_that_torch_does_not_write_is_refused(network, tmp_path):
-    with pytest.raises(export.UserError, match="--opset: this torch cannot write opset 12"):
-        export.write_onnx(network, RECORD, str(tmp_path / "old.onnx"), Program(opset=12))
+@pytest.mark.parametrize("opset", [12, 999])
+def test_an_opset_that_torch_does_not_write_is_refused(network, tmp_path, opset, monkeypatch):
+    monkeypatch.setattr(torch.onnx, "export", None)  # which would log its attempts
+    with pytest.raises(export.UserError, match=rf"--opset: {opset} cannot be written here; choose 18 to \d\d$"):
+        export.write_onnx(network, RECORD, str(tmp_path / "old.onnx"), Program(opset=opset))
 
 
 @pytest.mark.slow
@@ -84,6 +86,7 @@ def test_flags_without_effect_are_refused(distil, tmp_path):
     checkpoint = str(run / "last.pth")
     assert "--pixels: of the formats only" in message_of(export_student.main, [checkpoint, "--pixels"])
     assert "--opset: only ONNX files" in message_of(export_student.main, [checkpoint, "--opset", "20"])
+    assert "--ft: is for files of the official code" in message_of(export_student.main, [checkpoint, "--ft", "plain"])
 
 
 @pytest.mark.slow
@@ -107,6 +110,27 @@ def test_eight_bits_and_a_model_card(distil, capsys):
     ):
         assert text in card
     assert all(f"`{name}`" in card for name in ("best_exported.pth", float_file.name, int8_file.name))
+
+
+def test_a_card_says_how_each_file_is_called_and_nothing_that_is_not_known(tmp_path):
+    files = [tmp_path / name for name in ("x.pth", "x.onnx")]
+    for file in files:
+        file.write_bytes(b"")
+    prepared = {"images": describe_preparation(RECORD), "distill": "ce", "identity": {"test_images": 364}}
+
+    def card(record: dict, files, program: Program) -> str:
+        return export_student.model_card(record, tmp_path / "last.pth", files, program, ["a layer is kept"], [])
+
+    inside = card(WHOLE.recorded(RECORD | prepared), files[1:], WHOLE)
+    assert "takes `pixels`: uint8, 0 to 255, which it normalises itself, (B, 3, 32, 32)" in inside
+    assert "gives `probabilities`, (B, 10)" in inside and "/ 255" not in inside, "it would be normalised twice"
+    outside = card(RECORD | prepared, files, Program())
+    assert "takes `images`: float32, normalised" in outside and "(pixel / 255 - mean) / std" in outside
+    assert "`x.pth`, 0.00 MiB: weights" in outside and "10 classes, 1,433 training images, 364 test images" in outside
+    assert "| teacher | no teacher |" in outside and "; a layer is kept |" in outside
+    official = {"model_name": "resnet8", "num_classes": 100, "image_size": 32, "images": ""}
+    bare = card(official, files, Program())
+    assert "| data | unknown: 100 classes |" in bare and "| teacher | unknown |" in bare
 
 
 def test_a_card_replaces_no_other_document(distil):

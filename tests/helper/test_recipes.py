@@ -4,9 +4,9 @@ import re
 
 from dataset import DATASETS
 from distiller_zoo import DISTILLERS
-from helper.command_line import resolve as resolve_run
+from helper.command_line import resolve
 from helper.configuration import row_key
-from helper.recipes import CHOSEN_RECIPES, CIFAR_PAIRS, IMAGENET_PAIRS, RECIPES, ROWS, find_rows, resolve
+from helper.recipes import CIFAR_PAIRS, IMAGENET_PAIRS, NAMED_RECIPES, RECIPES, ROWS, find_rows, recipe_of
 from helper.settings import SETTINGS as TABLE
 from helper.settings import all_settings
 from models import imagenet_model_dict, model_dict
@@ -14,17 +14,17 @@ from models import imagenet_model_dict, model_dict
 
 def config(distill, model_s, of_teacher=None, **given):
     """A run's configuration."""
-    return resolve_run({"distill": distill, "model_s": model_s, **given}, of_teacher=of_teacher)
+    return resolve({"distill": distill, "model_s": model_s, **given}, of_teacher=of_teacher)
 
 
 def test_the_rows_lie_over_each_other():
-    row = resolve("cifar100", "resnet32x4", "resnet8x4", "norm")
+    row = recipe_of("cifar100", "resnet32x4", "resnet8x4", "norm")
     assert row["gamma"] == (0.1, "pair resnet32x4 -> resnet8x4")
     assert row["co_sponge"] == (8, "pair resnet32x4 -> resnet8x4")
-    assert resolve("cifar100", "vgg13", "vgg8", "norm")["gamma"] == (0.125, "method norm")
-    assert resolve("cifar100", "vgg13", "MobileNetV2", "norm")["learning_rate"] == (0.01, "student MobileNetV2")
-    assert resolve("cifar100", None, "vgg8", "ce")["epochs"] == (240, "data set cifar100")
-    semckd = resolve("imagenet", "resnet34", "resnet18", "semckd")
+    assert recipe_of("cifar100", "vgg13", "vgg8", "norm")["gamma"] == (0.125, "method norm")
+    assert recipe_of("cifar100", "vgg13", "MobileNetV2", "norm")["learning_rate"] == (0.01, "student MobileNetV2")
+    assert recipe_of("cifar100", None, "vgg8", "ce")["epochs"] == (240, "data set cifar100")
+    semckd = recipe_of("imagenet", "resnet34", "resnet18", "semckd")
     assert [semckd[name][0] for name in ("epochs", "lr_decay", "lr_decay_epochs")] == [90, "step", (30, 60)]
 
 
@@ -45,7 +45,7 @@ def test_the_recipe_table_names_only_what_exists():
 
 def test_rows_of_a_method_that_are_of_one_pair_or_data_set():
     def value(name, *place, **chosen):
-        return resolve(*place, chosen)[name][0]
+        return recipe_of(*place, chosen)[name][0]
 
     assert value("beta", "cifar100", "ResNet50", "MobileNetV2", "reviewkd") == 30
     assert value("learning_rate", "imagenet", "resnet34", "resnet18", "mlkd") == 0.05
@@ -53,7 +53,7 @@ def test_rows_of_a_method_that_are_of_one_pair_or_data_set():
     assert value("alpha", "cifar100", "resnet56", "resnet20", "kd", logit_standardization=True) == 9
     assert value("alpha", "cifar100", "resnet110", "resnet20", "kd", logit_standardization=True) == 12
     assert value("alpha", "imagenet", "resnet34", "resnet18", "srrl", srrl_form="pooled") == 1
-    sskd = resolve("imagenet", "resnet34", "resnet18", "sskd")
+    sskd = recipe_of("imagenet", "resnet34", "resnet18", "sskd")
     assert (sskd["init_learning_rate"][0], sskd["weight_decay"][0]) == (0.1, 5e-4)
 
 
@@ -72,7 +72,7 @@ def test_a_recipe_is_on_top_of_the_tables_and_below_flags():
 
 def test_every_number_of_a_recipe_is_of_a_paper_or_our_choice():
     """Papers alone: their sections and tables cannot be looked up here."""
-    for row in CHOSEN_RECIPES:
+    for row in NAMED_RECIPES:
         assert re.match(r"our choice: |[A-Z]\w+ et al\. \((CVPR )?20\d\d\)[:,] ", row.source), row
         assert not re.search(r"(section|table|column) \w*\d", row.source), row
     assert not any(re.match(r"ours?\b(?! choice: )", row.source) for row in ROWS)

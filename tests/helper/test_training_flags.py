@@ -189,7 +189,7 @@ def test_the_moving_average_can_teach_and_start_a_student(train, capsys):
     assert "--ema takes the average" in " ".join(raw.notes) and not average.notes
     student = train("--max_steps", "1", "--init", path, "--ema", "--learning_rate", "0", "--trial", "2")
     assert torch.equal(weights(student)["student.conv1.weight"], saved["model_ema"]["conv1.weight"])
-    trained = export_student.read_trained(path, None, "default", ema=True)
+    trained = export_student.read_trained(path, None, None, ema=True)
     assert same_state(dict(trained.method.student.state_dict()), saved["model_ema"])
     plain = train("--max_steps", "1", "--trial", "3")
     message = message_of(export_student.main, [str(plain / "last.pth"), "--ema"])

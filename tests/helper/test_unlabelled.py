@@ -114,7 +114,7 @@ def test_logits_teach_the_classes_of_the_teacher(learn, tmp_path):
     ).exists()
 
 
-@pytest.mark.parametrize("name", [name for name, method in DISTILLERS.items() if not method.needs_targets])
+@pytest.mark.parametrize("name", [name for name, method in DISTILLERS.items() if not method.refuses_unlabelled])
 def test_methods_say_truly_whether_they_need_labels(name):
     """With the cross entropy off, the losses of a method that needs none are the same for any; its student has no
     classifier where it would not be trained."""

@@ -13,6 +13,7 @@ from distiller_zoo import DISTILLERS, Predictor, Progress, Task
 from distiller_zoo.feature_transform import FeatureTransform, norm_loss
 from models import build_model, torchvision_split
 from models.backbone import FinalConv, evaluating, probe_shapes
+from models.cost import count_multiply_adds
 from models.external import External
 from models.split import patches_to_map, tokens_to_columns
 from tests.conftest import make_batch
@@ -68,6 +69,12 @@ def test_what_is_shown_is_the_networks_own(name):
     assert f"reads {reads} of the tokens" in network.describe(SIZE) and f"of {SIZE}x{SIZE}" in network.describe(SIZE)
     if name == "mixer":
         assert network.classifies_average
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_what_an_image_costs_is_counted(name):
+    """Also where a module reads a parameter, as the token that pools by attention."""
+    assert count_multiply_adds(build(name, torch.float32), SIZE) > 10_000
 
 
 def test_maps_are_timms_own_without_the_class_token():

@@ -11,6 +11,7 @@ from sklearn import metrics
 
 import train_teacher
 from helper import networks
+from helper.export import RecordedData
 from helper.metrics import judge
 from helper.tables.rows import read_record
 from helper.teacher import Teacher
@@ -202,16 +203,47 @@ def test_published_weights_are_tested_as_their_library_tests_them(source, tmp_pa
 
 
 @pytest.mark.slow
-def test_faults_are_named(distil, tmp_path):
+def test_faults_are_named(distil, tmp_path, monkeypatch):
     run = distil(*SHORT, distill="kd")
     exported = str(export_student.main([str(run / "last.pth")]))
     assert "--fidelity: name the teacher" in message_of(evaluate.main, [exported, "--fidelity"])
+    with monkeypatch.context() as patch:  # before anything is measured
+        patch.setattr(evaluate, "test", None)
+        shutil.copy(exported, tmp_path / "alone.pth")
+        argv = [str(tmp_path / "alone.pth"), "--fidelity", "--teacher", str(run)]
+        assert "alone.pth is in no run folder" in message_of(evaluate.main, argv)
+        for flag in ("--json", "--html"):
+            place = str(tmp_path / "none" / "x")
+            assert f"argument {flag}: there is no folder" in message_of(evaluate.main, [exported, flag, place])
+            assert f"argument {flag}: {tmp_path} is a folder" in message_of(
+                evaluate.main, [exported, flag, str(tmp_path)]
+            )
     assert "does not exist" in message_of(evaluate.main, [str(tmp_path / "none.pth")])
     bare = tmp_path / "bare.pth"
     torch.save(build_model("resnet8", 7).state_dict(), bare)
     assert "does not say what it was trained on" in message_of(evaluate.main, [str(bare), "--model", "resnet8"])
     argv = [str(bare), "--model", "resnet8", "--dataset", "digits"]
     assert "7 classes, the data 10" in message_of(evaluate.main, argv)
+    assert "argument --split: must be 0 or more and below 1" in message_of(evaluate.main, [exported, "--split", "1.5"])
+
+
+def test_json_on_standard_output_is_alone_there(distil, capsys):
+    run = distil(*SHORT, distill="kd")
+    capsys.readouterr()
+    (about,) = evaluate.main([str(run), "--json", "-"])
+    printed = capsys.readouterr()
+    assert json.loads(printed.out) == about and "balanced accuracy" in printed.err
+
+
+def test_another_split_of_the_runs_own_folder_is_said(tmp_path):
+    def notes(split: float, folder: str):
+        record = {"split": 0.2, "data": str(tmp_path / "photographs")}
+        wanted = RecordedData.of(record, "folder", folder)._replace(split=split)
+        return evaluate.split_note(evaluate.Judged("run", "resnet8", record, lambda images: images), wanted)
+
+    own = str(tmp_path / "photographs" / "..") + "/photographs"
+    assert notes(0.2, own) == notes(0.5, str(tmp_path / "others")) == ()
+    assert notes(0.5, own) == ["--split 0.5: its run had --split 0.2, so it was trained on some of these test images"]
 
 
 @pytest.mark.parametrize("stream", ["off", "on"])

@@ -15,7 +15,7 @@ from dataset import load_data
 from distiller_zoo import DISTILLERS, Task
 from distiller_zoo.norm import norm_weight
 from helper.command_line import imagenet_parser, parse, student_parser
-from helper.recipes import IMAGENET_PAIRS, resolve
+from helper.recipes import IMAGENET_PAIRS, recipe_of
 from models import build_model
 from scripts import enlarge_images
 from scripts.benchmarks import input as benchmark_input
@@ -30,7 +30,7 @@ def folder(tmp_path):
 
 @pytest.mark.parametrize(("pair", "gamma"), list(zip(IMAGENET_PAIRS, (1.0, 0.125, 1.0), strict=True)))
 def test_the_recipe_of_a_published_pair(pair, gamma):
-    recipe = {argument: value for argument, (value, _) in resolve("imagenet", *pair, "norm").items()}
+    recipe = {argument: value for argument, (value, _) in recipe_of("imagenet", *pair, "norm").items()}
     assert (recipe["gamma"], recipe["alpha"], recipe["beta"], recipe["co_sponge"]) == (gamma, 0.0, 1.0, 8)
     assert (recipe["epochs"], recipe["batch_size"], recipe["learning_rate"]) == (100, 256, 0.1)
     assert (recipe["weight_decay"], recipe["lr_decay"], recipe["image_size"]) == (1e-4, "cos", 224)
@@ -39,7 +39,7 @@ def test_the_recipe_of_a_published_pair(pair, gamma):
 
 
 def test_cifar_keeps_its_recipes():
-    recipe = resolve("cifar100", "resnet32x4", "resnet8x4", "norm")
+    recipe = recipe_of("cifar100", "resnet32x4", "resnet8x4", "norm")
     assert "beta1" not in recipe and "image_size" not in recipe and recipe["weight_decay"][0] == 5e-4
 
 
@@ -142,5 +142,5 @@ def test_imagenets_own_archives_beside_the_folders_are_no_shards(folder):
 @pytest.mark.parametrize("method", ["kd", "crd", "dist", "reviewkd", "ce"])
 def test_only_norms_rate_falls_as_a_cosine(method):
     pair = ("resnet34", "resnet18")
-    assert resolve("imagenet", *pair, method)["lr_decay"][0] == "step"
-    assert resolve("imagenet", *pair, "norm_crd")["lr_decay"][0] == "cos"
+    assert recipe_of("imagenet", *pair, method)["lr_decay"][0] == "step"
+    assert recipe_of("imagenet", *pair, "norm_crd")["lr_decay"][0] == "cos"

@@ -55,9 +55,11 @@ def test_what_makes_no_report_is_one_line(runs, tmp_path):
     (tmp_path / "empty").mkdir()
     assert "none of the folders" in message_of(report.main, [str(tmp_path / "empty")])
     assert "there is no folder" in message_of(report.main, [str(tmp_path / "typo")])
-    for flag, place in (("--csv", tmp_path / "none" / "x.csv"), ("--figures", runs[1] / "config.json")):
-        message = message_of(report.main, [str(runs[1]), flag, str(place)])
-        assert f"{place} cannot be written" in message and "name another place" in message
+    none = tmp_path / "none" / "x.csv"
+    assert f"--csv: there is no folder {none.parent}" in message_of(report.main, [str(runs[1]), "--csv", str(none)])
+    place = runs[1] / "config.json"
+    message = message_of(report.main, [str(runs[1]), "--figures", str(place)])
+    assert f"{place} cannot be written" in message and "name another place" in message
 
 
 def test_documents_are_filled_between_their_markers(runs, tmp_path):

@@ -54,7 +54,7 @@ def test_a_row_is_named_by_flags_as_they_are_written(tmp_path):
 
 @pytest.mark.parametrize("name", DISTILLERS)
 def test_the_settings_of_a_row_can_be_given_again(name, tmp_path):
-    teacher = "resnet20" if DISTILLERS[name].needs_teacher else None
+    teacher = "resnet20" if DISTILLERS[name].reads_teacher else None
     [row], _ = read_rows([make_run(tmp_path, name, 1, [50.0], teacher)])
     given = vars(student_parser().parse_args(command_of(row.records[0]).split()))
     for flag in DISTILLERS[name].flags:
