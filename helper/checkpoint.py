@@ -24,13 +24,13 @@ from models.backbone import Backbone
 from models.checkpoints import (
     Weights,
     build_with,
-    find_weights,
     identify,
     load_weights,
     split_official_norm,
     weights_digest,
 )
 from models.ensemble import Ensemble
+from models.found import locate_weights
 from models.preprocessing import TeacherView
 from models.wrappers import describe_wrapper, wrap
 
@@ -167,22 +167,26 @@ def _like_teacher(config: Mapping, data: Mapping, source: str) -> Backbone:
     return networks[0] if len(networks) == 1 else Ensemble(networks, config.get("teacher_weights"))
 
 
-def rebuild_official(checkpoint: Mapping, source: str, model_s: str | None, ft: str) -> tuple[Distiller, str]:
-    """A student of the official NORM code, or plain weights, as a method: (method, model's name).
+def rebuild_official(
+    checkpoint: Mapping, source: str, model_s: str | None, ft: str
+) -> tuple[Distiller, str, list[str]]:
+    """A student of the official NORM code, or plain weights, as a method: (method, model's name, what was converted).
 
     Where `model_s` is None the model is recognised by its weights. N is not needed: only N * Ct shows in a prediction.
     """
-    network_weights, transform_weights = split_official_norm(find_weights(checkpoint, source))
+    weights, notes = locate_weights(checkpoint, source)
+    network_weights, transform_weights = split_official_norm(weights)
     name = model_s or _recognise(network_weights, bool(transform_weights), source)
-    network, _ = build_with(name, network_weights, source)
+    network, more = build_with(name, network_weights, source)
+    notes = [*notes, *more]
     task = Task(network.num_classes, 32, 2, torch.zeros(1, dtype=torch.int64))
     if not transform_weights:
-        return CrossEntropy(network, None, task).eval(), name
+        return CrossEntropy(network, None, task).eval(), name, notes
     method = FTBaseline(network, None, task, ft=ft)
     expanded, channels = transform_weights["expand.0.weight"].shape[:2]
     method.transform = FeatureTransform(channels, expanded, 1, residual=ft == "default")
     load_weights(method.transform, "a feature transform", transform_weights, source)
-    return method.eval(), name
+    return method.eval(), name, notes
 
 
 def _recognise(weights: Weights, has_transform: bool, source: str) -> str:

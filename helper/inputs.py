@@ -32,6 +32,7 @@ from helper.fast import Fast, check_precision, keep_freed_memory
 from helper.loops import evaluate
 from helper.networks import (
     Network,
+    classes_of_logits,
     known_classes,
     name_of_published,
     read_at_classes,
@@ -43,7 +44,7 @@ from helper.optim import check_rates
 from helper.run_folder import CONFIG, RunFolder
 from helper.settings import all_settings
 from helper.teacher import CachedTeacher, Teacher, check_accuracy, own_test, shown_as
-from models.classes import compare_classes
+from models.classes import compare_classes, matched_by_position
 from models.external import is_external
 
 #: Images per batch when testing; where they are wider than SMALL pixels, as many as in training.
@@ -288,7 +289,7 @@ def _check_teacher(teacher: Teacher, number: int, inputs: Inputs, config: Config
     if source.num_classes != data.num_classes:
         has = f"its {source.num_classes} classes are not those of the data" if source.num_classes else "no classifier"
         return f"teacher {source.name}: {has}; its maps alone teach"
-    others = compare_classes(source.record.get("classes"), data.classes)
+    others = compare_classes(classes_of_logits(source), data.classes)
     if others is not None and not config.allow_teacher_gap:
         raise UserError(f"--path_t: {others}; use the data that the teacher knows, or --allow_teacher_gap")
     own, how = own_test(source.path, source.record, data), ""
@@ -301,4 +302,5 @@ def _check_teacher(teacher: Teacher, number: int, inputs: Inputs, config: Config
     accuracy = evaluate(predict, shown, "checking the teacher")["test_accuracy"]
     teacher.accuracy = None if teacher.source.members else accuracy
     line = check_accuracy(source, data.name, accuracy, config.allow_teacher_gap)
-    return f"{line}; {how}" if how else line
+    unknown = matched_by_position(classes_of_logits(source), data.classes)
+    return "\n".join(filter(None, (f"{line}; {how}" if how else line, unknown and f"teacher {source.name}: {unknown}")))

@@ -48,7 +48,7 @@ class Training:
         self.guard, self.fast = guard or Guard(), Fast.of(config)
         stage = stage._replace(respond=self.fast.passing(method, stage.respond))
         self.stage, self.method, self.config, self.device = stage, method, config, device
-        self._compiled = self.fast.compiled(method.forward)
+        self._compiled = self._compile()
         set_modes(stage, method)
         self.optimizer = make_optimizer(method, config)
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "float16")  # pyright: ignore[reportPrivateImportUsage]
@@ -62,6 +62,14 @@ class Training:
         self._labelled = data.labelled
         self.meter = EpochMeter(device)
         self._outcomes: list[tuple[dict[str, Tensor], Tensor | None, Tensor]] = []  # of the step's micro-batches
+
+    def _compile(self) -> Callable[..., tuple[Tensor | None, dict[str, Tensor]]]:
+        """The method's call as this run computes it on whole batches: the student's pass and the losses."""
+        if count_processes() == 1:
+            return self.fast.compiled(self.method.forward)
+        # Losses may gather the rows of all processes, which no graph can hold.
+        stage = self.stage._replace(respond=self.fast.compiled(self.stage.respond))
+        return lambda batch, output, progress, _: self.method(batch, output, progress, stage)
 
     def judging_loader(self, images: Images | StreamedImages, data: ImageData, subset: Tensor) -> Loader:
         """The same batches of some images in every epoch, for `matching_loss`."""

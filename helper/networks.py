@@ -26,7 +26,7 @@ from models.checkpoints import (
     read_checkpoint,
     weights_digest,
 )
-from models.classes import compare_classes
+from models.classes import compare_classes, matched_by_position
 from models.ensemble import Ensemble
 from models.external import is_external
 from models.found import locate_weights, recorded_accuracy
@@ -230,11 +230,12 @@ def start_from(initial: Network, student: Backbone, model_s: str, classes: Seque
     added = f"what its method added is left out ({', '.join(added)})" if added else ""
     reasons = "; ".join(filter(None, (others, added))) or counts
     new = f" but the classifier's, which is new: {reasons}"
+    unknown = matched_by_position(initial.record.get("classes"), classes) if takes_classifier else ""
     line = (
         f"{INIT} {initial.path}: all weights{'' if takes_classifier else new}; images are normalised with the mean and "
         f"deviation of {dataset}, whatever these weights were trained with"
     )
-    return "\n".join([*initial.notes, line])
+    return "\n".join([*initial.notes, line, *([f"{INIT} {initial.path}: {unknown}"] if unknown else [])])
 
 
 # The classes that a teacher's logits are of.
@@ -290,6 +291,12 @@ def known_classes(source: Network) -> list[str]:
         return known_classes(source.members[0])
     own = read_preprocessing(source.path)
     return list(own.categories if own is not None else source.record.get("classes") or ())
+
+
+def classes_of_logits(source: Network) -> list[str]:
+    """The names of the classes of a network's logits; empty where nobody says them."""
+    names = source.record.get("classes") or known_classes(source)
+    return list(names) if len(names) == source.num_classes else []
 
 
 def classes_taught(source: Network) -> list[str]:

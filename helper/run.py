@@ -68,24 +68,18 @@ def prepared(opened: Opened, inputs: Inputs, teacher: Teacher | None) -> Iterato
         with ExitStack() as preparations:
             runs: list[Run] = []
             counted = class_weights_of(opened.configs, inputs.data)
-            for config, label in zip(opened.configs, _labels(opened.configs), strict=True):
+            for config in opened.configs:  # what is impossible is refused before there is a folder of any of them
                 weights = counted[config.class_weights]
                 config = _with_found(config, inputs, teacher, weights)
-                folder = _open_folder(config, preparations)
-                folders.callback(folder.close)
-                folder.label = f"[{label}] " if len(opened.configs) > 1 else ""
+                runs.append(Run(config, inputs, teacher, opened.initial, len(opened.configs) == 1, weights))
+                folders.callback(runs[-1].close)
+            for run, label in zip(runs, _labels(opened.configs), strict=True):
+                run.folder = _open_folder(run.config, preparations)
+                folders.callback(run.folder.close)
+                run.folder.label = f"[{label}] " if len(runs) > 1 else ""
                 if is_main():
-                    print(f"{folder.label}run folder: {folder.path}", flush=True)
-                if config.folder is None:
-                    _record_settings(config, folder, known=opened.configs[0] if runs else None)
-                if teacher is not None:
-                    folder.log(teacher.note)
-                run = Run(config, inputs, teacher, opened.initial, folder, len(opened.configs) == 1, weights)
-                if config.folder is not None:
-                    run.restore()
-                    _record_changes(run)
-                folders.callback(run.close)
-                runs.append(run)
+                    print(f"{run.folder.label}run folder: {run.folder.path}", flush=True)
+                run.introduce(known=None if run is runs[0] else opened.configs[0])
         if teacher is not None:
             folders.callback(teacher.close)
         yield runs
@@ -232,23 +226,24 @@ def _new_student(config: Configuration, data: ImageData) -> Backbone:
 class Run:
     """Everything that one training run holds; `train` goes through its stages and their epochs."""
 
+    folder: RunFolder  # given by `prepared` once the run is known to be possible
+
     def __init__(
         self,
         config: Configuration,
         inputs: Inputs,
         teacher: Teacher | None,
         initial: Network | None,
-        folder: RunFolder,
         alone: bool,
         weights: torch.Tensor | None,
     ):
-        self.config, self.inputs, self.folder = config, inputs, folder
+        self.config, self.inputs, self._taken_up = config, inputs, ""
         self.data = _with_classes(config, inputs.data, teacher)
         self.teacher, self._alone = teacher, alone
         torch.manual_seed(config.seed)
         student = _new_student(config, self.data)
         if initial is not None and config.folder is None:
-            folder.log(start_from(initial, student, config.model_s, self.data.classes, config.dataset))
+            self._taken_up = start_from(initial, student, config.model_s, self.data.classes, config.dataset)
         network = None if teacher is None else teacher.network
         of_data = self.data.num_classes, self.data.image_size, self.data.train.targets
         self.method = build_distiller(config, student, network, *of_data, weights).to(inputs.device)
@@ -272,6 +267,16 @@ class Run:
         self.finishing: Callable[[], AbstractContextManager] = nullcontext  # what a stop does not interrupt
         self._enter(0)
         self._random = random_state()  # used where several runs share the process
+
+    def introduce(self, known: Configuration | None) -> None:
+        """Record what the run is, and how it begins, in its folder; `known` is as of `_record_settings`."""
+        if self.config.folder is None:
+            _record_settings(self.config, self.folder, known)
+        for note in filter(None, (self.teacher and self.teacher.note, self._taken_up)):
+            self.folder.log(note)
+        if self.config.folder is not None:
+            self.restore()
+            _record_changes(self)
 
     def _enter(self, number: int, epoch: int = 0, stage_step: int = 0) -> None:
         """Begin the stage of this number, or resume it after some of its epochs and steps."""

@@ -5,6 +5,7 @@ Names of weights, strict loading, digests and recognition; where in a file the w
 
 import hashlib
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping
 
 import torch
@@ -15,7 +16,7 @@ from models import build_model, imagenet_model_dict, model_dict
 from models.backbone import Backbone, Wrapper
 from models.external import is_external
 from models.files import read_checkpoint as read_checkpoint  # also found here
-from models.found import Found, Weights, locate_weights
+from models.found import Found, Weights, list_names, locate_weights
 from models.record import check_record
 from models.wrappers import wrap
 
@@ -45,17 +46,50 @@ def fit_weights(model_name: str, weights: Weights) -> Found:
 
 
 def _fit(model: Backbone, model_name: str, weights: Weights) -> Found:
-    expected = set(model.state_dict())
     for prefix, candidate in _without_prefixes(weights):
-        renamed = rename_for(model_name, name_for(model_name, candidate))
-        missing = expected - set(renamed)
-        if set(renamed) <= expected and all(_can_be_filled(key, renamed) for key in missing):
+        fitted, filled = _filled(model, model_name, candidate)
+        if fitted is not None:
             whose = "all its" if all(key.startswith(prefix) for key in weights) else "its"
-            notes = [f"the prefix {prefix} of {whose} keys is left out"] if prefix else []
-            if missing:
-                notes.append(f"its {len(missing)} missing num_batches_tracked are filled in with 0")
-            return Found(renamed | {key: torch.tensor(0, device="cpu") for key in missing}, notes)
+            return Found(fitted, [f"the prefix {prefix} of {whose} keys is left out"] * bool(prefix) + filled)
+    for prefix, part in _fitting_parts(model, model_name, weights).items():
+        others = {f"{key.partition('.')[0]}.*": key for key in _unwrapped(weights) if not key.startswith(prefix)}
+        left = f"of its entries those below {prefix} are taken; left out are {list_names(others)}"
+        return Found(part.weights, [left, *part.notes])
     return Found(rename_for(model_name, name_for(model_name, weights)), [])
+
+
+def _filled(model: Backbone, model_name: str, weights: Weights) -> tuple[Weights | None, list[str]]:
+    """These weights, None where they have other keys than the network, and a note on counters that were filled in."""
+    renamed = rename_for(model_name, name_for(model_name, weights))
+    expected = model.state_dict().keys()
+    missing = expected - renamed.keys()
+    if not (renamed.keys() <= expected and all(_can_be_filled(key, renamed) for key in missing)):
+        return None, []
+    note = [f"its {len(missing)} missing num_batches_tracked are filled in with 0"] * bool(missing)
+    return renamed | {key: torch.tensor(0, device="cpu") for key in missing}, note
+
+
+def _fitting_parts(model: Backbone, model_name: str, weights: Weights) -> dict[str, Found]:
+    """The parts of the weights that are the whole network but for its classifier's size, by their prefix; a training
+    module's file holds losses, a teacher or an average next to it."""
+    unwrapped, expected = _unwrapped(weights), model.state_dict()
+    classifier, found = f"{_name_of_classifier(model)}.", {}
+    counts = Counter(key[: match.end()] for key in unwrapped for match in re.finditer(r"\.", key))
+    for prefix, count in counts.items():
+        if count == len(unwrapped) or not len(expected) / 2 < count <= len(expected):
+            continue  # at most every other entry can be filled in
+        part = {key.removeprefix(prefix): value for key, value in unwrapped.items() if key.startswith(prefix)}
+        fitted, notes = _filled(model, model_name, part)
+        if fitted and all(
+            value.shape == expected[key].shape for key, value in fitted.items() if not key.startswith(classifier)
+        ):
+            found[prefix] = Found(fitted, notes)
+    return found
+
+
+def _unwrapped(weights: Weights) -> Weights:
+    """Without the wrappers' names, wherever they are in the keys."""
+    return {re.sub(r"\b(module|_orig_mod)\.", "", key): value for key, value in weights.items()}
 
 
 def _can_be_filled(key: str, weights: Weights) -> bool:
@@ -66,7 +100,7 @@ def _without_prefixes(weights: Weights) -> Iterator[tuple[str, Weights]]:
     """(what was left out, the weights): as they are, without the wrappers' names within keys, and then without one
     shared first part after the other."""
     yield "", weights
-    stripped, prefix = {re.sub(r"\b(module|_orig_mod)\.", "", key): value for key, value in weights.items()}, ""
+    stripped, prefix = _unwrapped(weights), ""
     if len(stripped) == len(weights) and stripped.keys() != weights.keys():
         yield "module.", stripped
     while len(first := {key.partition(".")[0] for key in stripped}) == 1 and all("." in key for key in stripped):
@@ -80,6 +114,12 @@ def build_with(model_name: str, weights: Weights, source: str) -> tuple[Backbone
     `load_weights`."""
     probe = build_model(model_name, 1)
     fitted, notes = _fit(probe, model_name, weights)
+    left_out = len(fitted) < len(weights)
+    if left_out and len(parts := list(_fitting_parts(probe, model_name, weights))) > 1:
+        raise UserError(
+            f"{source} holds {model_name} several times, below {' and '.join(parts)}; save the one that is meant as "
+            "{'model': its state_dict()}"
+        )
     num_classes = count_classes(probe, fitted) or 1
     network = build_model(model_name, num_classes)
     load_weights(network, model_name, fitted, source)

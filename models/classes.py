@@ -44,6 +44,21 @@ def compare_classes(categories: Sequence[str] | None, classes: Sequence[str]) ->
     return None
 
 
+def matched_by_position(categories: Sequence[str] | None, classes: Sequence[str]) -> str:
+    """One sentence where the names of the weights' classes and of the data's say nothing of each other, so that only
+    their positions match; empty where they do, or where one of them tells no names."""
+    if not categories or _is_numeric(categories) or _is_numeric(classes):
+        return ""
+    shared = len(set(_plain(categories)) & set(_plain(classes)))
+    if 2 * shared >= len(classes):
+        return ""
+    pairs = ", ".join(f"{one} for {other}" for one, other in list(zip(categories, classes, strict=False))[:3])
+    more = ", ..." if len(classes) > 3 else ""
+    return (
+        f"{shared} of the data's {len(classes)} class names are the weights': classes match by position ({pairs}{more})"
+    )
+
+
 def _plain(names: Sequence[str]) -> list[str]:
     """Names without the differences of spelling that say nothing."""
     numbers = _is_numeric(names)

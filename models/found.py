@@ -1,5 +1,6 @@
 """Where the weights are in other people's checkpoints, and what else those tell."""
 
+import re
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -19,6 +20,8 @@ COUNTERS = ("total_ops", "total_params", "n_averaged")
 #: Where they keep the accuracy.
 ACCURACIES = ("accuracy", "best_acc", "best_accuracy", "best_acc1", "best_top1", "acc1", "acc")
 EMA_FLAG = "--ema"
+#: What DataParallel, DDP and torch.compile put before keys.
+WRAPPERS = re.compile(r"^(module\.|_orig_mod\.){1,3}")
 
 
 class Found(NamedTuple):
@@ -44,9 +47,11 @@ def locate_weights(checkpoint: Mapping, source: str, ema: bool = False) -> Found
     """
     raw, average, notes = *_both(checkpoint, source), []
     if ema and average is None:
-        raise UserError(f"{source} holds no moving average of weights for {EMA_FLAG}; it holds {_list(checkpoint)}")
+        raise UserError(
+            f"{source} holds no moving average of weights for {EMA_FLAG}; it holds {list_names(checkpoint)}"
+        )
     if raw is None and average is None:
-        raise UserError(f"{source} holds no weights; it holds {_list(checkpoint)}")
+        raise UserError(f"{source} holds no weights; it holds {list_names(checkpoint)}")
     if raw and average:
         other = f"{EMA_FLAG} takes the moving average" if not ema else f"without {EMA_FLAG} the others are taken"
         notes.append(f"it holds raw weights ({raw[0]}) and their moving average ({average[0]}); {other}")
@@ -58,13 +63,12 @@ def locate_weights(checkpoint: Mapping, source: str, ema: bool = False) -> Found
     if len(weights) < len(named):
         notes.append(f"{len(named) - len(weights)} counters ({', '.join(COUNTERS)}) are left out")
     if not weights:
-        raise UserError(f"{source} holds no weights; it holds {_list(checkpoint)}")
-    return Found({_unwrapped(key): value for key, value in weights.items()}, notes)
-
-
-def _unwrapped(key: str) -> str:
-    """A key without what DataParallel, DDP and torch.compile put before it."""
-    return key.removeprefix("module.").removeprefix("_orig_mod.").removeprefix("module.")
+        raise UserError(f"{source} holds no weights; it holds {list_names(checkpoint)}")
+    plain = {WRAPPERS.sub("", key): value for key, value in weights.items()}
+    dropped = dict.fromkeys(match[0] for key in weights if (match := WRAPPERS.match(key)))
+    if dropped:
+        notes.append(f"the prefix {list_names(dropped)} of its keys is left out")
+    return Found(plain, notes)
 
 
 def _holds_tensors(value: object) -> bool:
@@ -79,7 +83,8 @@ def _both(checkpoint: Mapping, source: str) -> tuple[tuple[str, Mapping] | None,
         others = [name for name, value in checkpoint.items() if _holds_tensors(value) and name not in EMA_ENTRIES]
         if len(others) > 1 and not _holds_tensors(checkpoint):
             raise UserError(
-                f"{source} holds several sets of weights, {_list(others)}; save one as {{'model': its state_dict()}}"
+                f"{source} holds several sets of weights, {list_names(others)}; save one as "
+                "{'model': its state_dict()}"
             )
         if len(others) == 1:
             raw = str(others[0]), checkpoint[others[0]]
@@ -110,7 +115,8 @@ def _below(checkpoint: Mapping, name: str, source: str, depth: int = 3) -> tuple
     return next(((f"{name}.{place}", weights) for place, weights in inner), None)
 
 
-def _list(names) -> str:
+def list_names(names) -> str:
+    """The first names of some, and how many more there are."""
     names = [str(name)[:40] for name in names]
     return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "") if names else "nothing"
 

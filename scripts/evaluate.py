@@ -31,14 +31,14 @@ with starting():
     from helper.fast import Fast
     from helper.log import progress_bar
     from helper.metrics import METRICS, RESAMPLES, MinibatchCKA, divergences, fidelity, judge
-    from helper.networks import network_in, read_network
+    from helper.networks import Network, classes_of_logits, network_in, read_network
     from helper.run_folder import LAST, RESULT
     from helper.tables.pages import render, write_page
     from helper.tables.rows import FIDELITY
     from helper.teacher import Teacher, own_test, shown_as
     from models.backbone import Output
     from models.checkpoints import read_checkpoint
-    from models.classes import compare_classes
+    from models.classes import compare_classes, matched_by_position
     from models.external import is_external
     from models.preprocessing import Preprocessing, read_preprocessing
     from setting import below_one, count, file_to_write
@@ -159,8 +159,8 @@ def by_data(judged: Sequence[Judged], args) -> Iterator[tuple[ImageData, str, li
         yield data, how, members
 
 
-def check_classes(judged: Judged, data: ImageData) -> None:
-    """Raise `UserError` where a network's classes are not those of the data."""
+def check_classes(judged: Judged, data: ImageData) -> str:
+    """Raise `UserError` where a network's classes are not those of the data; a sentence where nobody can tell."""
     classes = judged.record.get("classes")
     number = judged.record.get("num_classes")
     number = classes and len(classes) if number is None else number
@@ -170,6 +170,17 @@ def check_classes(judged: Judged, data: ImageData) -> None:
     others = compare_classes(classes or (own and own.categories), data.classes)
     if others is not None:
         raise UserError(f"--data: {judged.source}: {others}")
+    return matched_by_position(classes or (own and own.categories), data.classes)
+
+
+def check_teachers_classes(source: Network, data: ImageData) -> str:
+    """The same of the teacher, whose logits are compared where it has as many classes."""
+    classes = classes_of_logits(source) if source.num_classes == data.num_classes else []
+    others = compare_classes(classes, data.classes)
+    if others is not None:
+        raise UserError(f"--teacher: {source.path}: {others}")
+    unknown = matched_by_position(classes, data.classes)
+    return unknown and f"teacher: {unknown}"
 
 
 # Measuring.
@@ -447,8 +458,9 @@ def judge_all(args) -> list[Judgement]:
     source = args.teacher and read_network(file_of(args.teacher), None, "--teacher", "--teacher")
     found = []
     for data, how, members in by_data(judged, args):
-        for one in members:
-            check_classes(one, data)
+        of_teacher = check_teachers_classes(source, data) if source else ""
+        unknown = [list(filter(None, (check_classes(one, data), of_teacher))) for one in members]
+        members = [one._replace(notes=[*one.notes, *more]) for one, more in zip(members, unknown, strict=True)]
         teacher = Teacher(source, data, None, Fast(), device) if source else None
         seen = [Seen(one) for one in members]
         tested = test(seen, teacher, data, device, args.batch_size)

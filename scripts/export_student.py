@@ -73,7 +73,9 @@ def read_trained(path: str, model_s: str | None, ft: str | None, ema: bool = Fal
     if ema:
         checkpoint = take_average(checkpoint, source)
     if "training" not in checkpoint:
-        method, name = rebuild_official(checkpoint, source, model_s, ft or "default")
+        method, name, notes = rebuild_official(checkpoint, source, model_s, ft or "default")
+        for note in notes:
+            print(f"{path}: {note}")
         return Trained(method, {"model_name": name, "image_size": 224 if name in imagenet_model_dict else 32})
     if ft is not None:
         raise UserError(

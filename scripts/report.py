@@ -31,6 +31,8 @@ with starting():
     from helper.tables.rows import Row, read_rows
     from setting import file_to_write
 
+#: A space at which no browser begins a new line, as it would within the narrow cells of a table.
+UNBROKEN = "\N{NO-BREAK SPACE}"
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -51,7 +53,7 @@ def print_report(folders: Sequence[Path], in_grid: bool = False) -> list[Row]:
 
 #: What a marker <!-- KIND GLOB --> of a document asks for, up to <!-- end of KIND -->.
 MARKERS: dict[str, Callable[[Sequence[Row]], str]] = {
-    "table": lambda rows: make_table(rows) + "\n",
+    "table": lambda rows: make_table(rows, in_common=True) + "\n",
     "report": make_report,
     "comparison": make_comparison,
     "grid": make_grid_report,
@@ -66,7 +68,8 @@ def fill_markers(text: str, root: Path = ROOT) -> str:
         folders = sorted(path for path in root.glob(pattern) if path.is_dir())
         if not folders:
             raise UserError(f"--update_docs: {pattern}, which a document names, matches no run folder")
-        return f"<!-- {kind} {pattern} -->\n{MARKERS[kind](say_left(folders))}<!-- end of {kind} -->"
+        made = MARKERS[kind](say_left(folders)).replace(" ± ", f"{UNBROKEN}±{UNBROKEN}")
+        return f"<!-- {kind} {pattern} -->\n{made}<!-- end of {kind} -->"
 
     kinds = "|".join(MARKERS)
     return re.sub(rf"<!-- (?P<kind>{kinds}) (?P<glob>\S+) -->\n.*?<!-- end of (?P=kind) -->", fill, text, flags=re.S)

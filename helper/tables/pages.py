@@ -80,11 +80,18 @@ def list_cells(row: Row) -> list[str]:
     return [*names, *accuracies, str(len(row.records)), row.protocol, row.unreadable, *published]
 
 
-def make_table(rows: Sequence[Row]) -> str:
-    """One line per row; columns that say nothing of any row are left out."""
+def make_table(rows: Sequence[Row], in_common: bool = False) -> str:
+    """One line per row; columns that say nothing of any row are left out. With `in_common` also those that say the same
+    of all of several rows, which is said once below."""
     lines = [HEADER, *map(list_cells, rows)]
     kept = [number for number in range(len(HEADER)) if any(line[number] != "-" for line in lines[1:])]
-    return markdown_table([[line[number] for number in kept] for line in lines])
+    once = [number for number in kept if in_common and len(rows) > 1 and len({line[number] for line in lines[1:]}) == 1]
+    table = markdown_table([[line[number] for number in kept if number not in once] for line in lines])
+    return (
+        f"{table}\n\nAll rows: {', '.join(f'{HEADER[number]} {lines[1][number]}' for number in once)}."
+        if once
+        else table
+    )
 
 
 def make_comparison(rows: Sequence[Row]) -> str:

@@ -11,9 +11,10 @@ import pytest
 import torch
 
 import train_cifar_student
-from distiller_zoo import Task, find_distiller
+from dataset import load_data
+from distiller_zoo import Progress, Task, find_distiller
 from errors import UserError
-from helper import fast, settings
+from helper import fast, loops, settings
 from helper.command_line import parse, resolve, teacher_parser
 from models import build_model
 from scripts import export_student
@@ -184,6 +185,49 @@ def test_runs_side_by_side_and_stages_are_compiled(teacher_run, save_dir, graphs
     flags += ["--batch_size", "16", "--max_steps", "2", "--epochs", "1", "--model_s", "resnet14"]
     train_cifar_student.main([*flags, "--sweep", "distill=norm,fsp,simkd"])
     assert len(graphs) >= 4
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_losses_that_may_gather_rows_of_all_processes_are_not_compiled(monkeypatch, processes):
+    compiled, data = [], load_data("digits")
+    monkeypatch.setattr(loops, "count_processes", lambda: processes)
+    monkeypatch.setattr(fast.Fast, "compiled", lambda self, function: compiled.append(function) or function)
+    method = find_distiller("ce")(build_model("resnet8", 10), None, Task(10, 32, 8, data.train.targets))
+    config = resolve({"distill": "ce", "model_s": "resnet8", "batch_size": 8, "dataset": "digits"})
+    training = loops.Training(method.main_stage(2), method, data, config, torch.device("cpu"))
+    assert compiled == [method.forward if processes == 1 else method.respond]
+    logits, losses = training._compiled(make_batch(8), None, Progress(0, 2), training.stage)
+    assert logits.shape == (8, 10) and set(losses) == {"ce"}
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_the_rate_of_a_compiled_run_is_one_tensor(monkeypatch, optimizer):
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    data = load_data("digits")
+    method = find_distiller("ce")(build_model("resnet8", 10), None, Task(10, 32, 8, data.train.targets))
+    given = {
+        "distill": "ce",
+        "model_s": "resnet8",
+        "dataset": "digits",
+        "optimizer": optimizer,
+        "lr_decay": "one_cycle",
+    }
+    plain = resolve(given | {"fused_optimizer": True})
+    weights_after = []
+    for config in (plain, plain.replace("a test", compile="default")):
+        twin = copy.deepcopy(method)
+        training = loops.Training(twin.main_stage(2), twin, data, config, torch.device("cpu"))
+        training.progress, (group,), seen = Progress(0, 2), training.optimizer.param_groups, []
+        for number in range(2):
+            training.set_learning_rate(number)
+            for parameter in group["params"]:
+                parameter.grad = torch.ones_like(parameter)
+            training.optimizer.step()
+            seen.append(group["lr"])
+        weights_after.append(group["params"][0])
+    assert isinstance(seen[0], torch.Tensor) and seen[0] is seen[1]
+    assert seen[0].item() == pytest.approx(training.learning_rate(1, 1))
+    assert torch.allclose(*weights_after, atol=1e-6) and not torch.equal(weights_after[0], next(method.parameters()))
 
 
 def test_a_compiler_that_fails_is_one_line(distil, monkeypatch):

@@ -43,6 +43,12 @@ def test_a_finished_run_that_is_resumed_changes_nothing(distil):
     assert same_state(before, load(run / "last.pth")) and len(metrics(run)) == 1
 
 
+def test_a_run_cannot_become_shorter_than_it_is(distil):
+    run = distil("--batch_size", "16", "--epochs", "2")
+    message = message_of(train_cifar_student.main, ["--resume", str(run), "--epochs", "1"])
+    assert message.startswith("--epochs: 2 are trained already")
+
+
 def test_resuming_with_other_settings_is_refused(distil, save_dir):
     run = distil(*SHORT)
     message = message_of(train_cifar_student.main, ["--resume", str(run), "--learning_rate", "0.3"])

@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+import train_cifar_student
 import train_teacher
 from errors import UserError
 from helper import run as run_module
@@ -121,3 +122,27 @@ def test_why_a_run_failed_stands_in_its_log(distil, save_dir):
         distil("--learning_rate", "1e25", *SHORT)
     [run] = save_dir.iterdir()
     assert (run / "log.txt").read_text().splitlines()[-1].startswith("failed: ")
+
+
+IMPOSSIBLE = {
+    "method": ("--distill", "ofd", "--model_s", "torchvision:resnet18"),
+    "network": ("--model_s", "timm:crossvit_tiny_240", "--image_size", "64"),
+    "data": ("--data", "there_is_none", "--dataset", "folder"),
+    "teacher": ("--path_t", "there_is_none.pth"),
+    "a run of several": ("--sweep", "distill=kd,ofd", "--model_s", "torchvision:resnet18"),
+}
+
+
+@pytest.mark.parametrize("kind", IMPOSSIBLE)
+def test_a_refused_run_leaves_nothing_and_names_no_folder(kind, teacher_run, save_dir, capsys):
+    argv = [
+        "--path_t",
+        str(teacher_run / "last.pth"),
+        "--model_s",
+        "resnet8",
+        "--save_dir",
+        str(save_dir),
+        *IMPOSSIBLE[kind],
+    ]
+    assert message_of(train_cifar_student.main, argv)
+    assert not save_dir.exists() and "run folder" not in capsys.readouterr().out

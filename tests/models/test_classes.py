@@ -2,7 +2,7 @@
 
 import pytest
 
-from models.classes import compare_classes
+from models.classes import compare_classes, matched_by_position
 
 CIFAR = ["airplane", "automobile", "bird", "cat"]
 NUMBERS = [str(number) for number in range(12)]
@@ -54,3 +54,13 @@ def test_classes_in_another_order_are_named(kind):
     categories, classes, message = DIFFER[kind]
     found = compare_classes(categories, classes)
     assert message in found and "\n" not in found
+
+
+def test_names_that_say_nothing_of_each_other_are_said():
+    said = matched_by_position(["cat", "dog"], ["bus", "car"])
+    assert (
+        said == "0 of the data's 2 class names are the weights': classes match by position (cat for bus, dog for car)"
+    )
+    for categories in (None, [], ["0", "1"], ["Bus", "dog"], ["car", "bus"]):
+        assert not matched_by_position(categories, ["bus", "car"])
+    assert not matched_by_position(["cat", "dog"], ["0", "1"])

@@ -45,6 +45,11 @@ def with_profile(weights: dict) -> dict:
     return weights | counters
 
 
+def wide() -> dict:
+    """Weights whose keys are resnet8's and whose shapes are not."""
+    return dict(build_model("resnet8x4", 10).state_dict())
+
+
 #: A checkpoint of some kind -> what is said of it.
 WRAPPED = {
     "plain": (lambda w: w, None),
@@ -55,8 +60,16 @@ WRAPPED = {
         for entry in ("model_state_dict", "model_state", "net", "weights", "student", "anything")
     },
     "a checkpoint in another": (lambda w: {"model": {"state_dict": w}}, "its entry model.state_dict"),
-    "parallel": (lambda w: {"model": prefixed("module.", w)}, None),
-    "compiled": (lambda w: prefixed("_orig_mod.module.", w), None),
+    "parallel": (lambda w: {"model": prefixed("module.", w)}, "the prefix module. of its keys"),
+    "compiled": (lambda w: prefixed("_orig_mod.module.", w), "the prefix _orig_mod.module. of its keys"),
+    "with losses": (
+        lambda w: {"state_dict": prefixed("model.", w) | {"criterion.weight": torch.ones(4), "loss.n": torch.ones(1)}},
+        "of its entries those below model. are taken; left out are criterion.*, loss.*",
+    ),
+    "with a teacher": (
+        lambda w: {"state_dict": prefixed("student.", w) | prefixed("teacher.", wide())},
+        "of its entries those below student. are taken; left out are teacher.*",
+    ),
     "parallel within": (lambda w: prefixed("backbone.module.", w), "the prefix backbone. of all its keys"),
     "two prefixes": (lambda w: prefixed("model.backbone.", w), "the prefix model.backbone. of all its keys"),
     "profiled": (lambda w: {"model": with_profile(w)}, "2 counters"),
@@ -71,11 +84,19 @@ def test_weights_are_found_wherever_they_are(tmp_path, weights, kind):
     wrap, note = WRAPPED[kind]
     torch.save(wrap(weights), tmp_path / "file.pth")
     found = locate_weights(read_checkpoint(tmp_path / "file.pth"), "file")
-    assert identify(found.weights) == ["resnet8"]
+    assert "resnet8" in identify(found.weights)
     built, notes = build_with("resnet8", found.weights, "file")
     assert weights_digest(built.state_dict()) == weights_digest(weights), "however they are wrapped"
     said = [*found.notes, *notes]
     assert len(said) == (note is not None) and (note is None or note in said[0])
+
+
+def test_of_two_parts_that_fit_none_is_chosen(weights):
+    both = prefixed("student.", weights) | prefixed("teacher.", weights)
+    with pytest.raises(UserError, match=r"resnet8 several times, below student\. and teacher\.; save the one"):
+        build_with("resnet8", both, "file")
+    both |= prefixed("teacher.", wide())
+    assert build_with("resnet8x4", both, "file")[0].num_classes == 10, "the name decides where the networks differ"
 
 
 def test_a_network_with_the_prefix_as_a_part_of_it_keeps_it(weights):
@@ -194,11 +215,14 @@ def test_an_accuracy_is_a_percentage(checkpoint, percent, note):
 def test_what_does_not_fit_says_what_it_is(weights):
     wide = prefixed("backbone.", build_model("resnet20", 10).state_dict())
     wide["head.weight"] = torch.ones(1)
+    with pytest.raises(UserError, match="the weights fit resnet20"):
+        load_weights(build_model("vgg8", 10), "vgg8", wide, "--path_t: x")
+    del wide["backbone.layer1.2.bn2.bias"]
     with pytest.raises(UserError) as caught:
         load_weights(build_model("vgg8", 10), "vgg8", wide, "--path_t: x")
     message = str(caught.value)
     assert "no block0.0.weight" in message and "unexpected backbone.conv1.weight" in message
     assert "its keys begin with backbone, head" in message
-    del wide["head.weight"], wide["backbone.layer1.2.bn2.bias"]
+    del wide["head.weight"]
     with pytest.raises(UserError, match=r"keys begin with backbone; nearest is resnet20, 9\d % of it"):
         load_weights(build_model("vgg8", 10), "vgg8", wide, "--path_t: x")
