@@ -24,6 +24,19 @@ def first_line(error: BaseException) -> str:
     return next(iter(str(error).strip().splitlines()), type(error).__name__)[:200]
 
 
+@contextmanager
+def blamed_on_record(recorded: bool, flag: str, what: str) -> Iterator[None]:
+    """What is wrong with a file that a record names, `what`, is not blamed on `flag`, which nobody gave."""
+    try:
+        yield
+    except UserError as error:
+        before, _, text = str(error).partition(f"{flag}: ")
+        if before or not recorded:
+            raise
+        hint = "" if flag in text else f"; name another with {flag}"
+        raise UserError(f"the {what} on record: {text}{hint}") from None
+
+
 class UnfitPair(UserError, ValueError):
     """Two networks whose maps a method cannot compare; a `ValueError` too, for scripts that use a loss by itself."""
 

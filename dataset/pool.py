@@ -37,7 +37,7 @@ main(int(sys.argv[2]), int(sys.argv[3]))
 #: One thread in a worker: there is a worker for each core.
 ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
 #: Seconds that an ended worker gets to leave the list of processes.
-REAP = 0.2
+REAP = 2
 
 
 class Job:

@@ -1,8 +1,6 @@
 """Where the images come from: torchvision's data sets, image folders, ImageNet, shards, and scikit-learn's digits."""
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from urllib.error import URLError
 
@@ -25,7 +23,7 @@ from dataset.memory import free_memory
 from dataset.pool import Pool
 from dataset.shards import find_shards, read_shards
 from dataset.streaming import Files, Reading, Statistics, StreamedImages, too_many_unreadable
-from errors import UserError
+from errors import UserError, blamed_on_record
 
 DOWNLOAD_FOLDER = "data"
 #: More than this, or than this share of the free memory, is not held in memory.
@@ -258,19 +256,6 @@ def _in_memory(images: StreamedImages, classes: list[str]) -> tuple[Images, dict
     return Images(pixels, images.targets).keep(whole), broken
 
 
-@contextmanager
-def _blamed_on_record(recorded: bool) -> Iterator[None]:
-    """What is wrong with a folder that a record names is not blamed on a flag that nobody gave."""
-    try:
-        yield
-    except UserError as error:
-        flag, _, text = str(error).partition("--data: ")
-        if flag or not recorded:
-            raise
-        hint = "" if "--data" in text else "; name another folder with --data"
-        raise UserError(f"the data folder on record: {text}{hint}") from None
-
-
 #: Data sets that are read from image files: they can be read without labels. And the one that reads no folder.
 OF_IMAGE_FILES, EMBEDDED = ("folder", "imagenet"), "digits"
 DATASETS = {
@@ -341,7 +326,7 @@ def load_data(
         folder = os.path.abspath(os.path.expanduser(folder))
     pool = Pool(num_workers) if num_workers else None
     options = (pool, background, stream, split, holdout, normalisation, labelled, device_memory)
-    with _blamed_on_record(folder is not None and not may_download):
+    with blamed_on_record(folder is not None and not may_download, "--data", "data folder"):
         data = DATASETS[name](folder, image_size, Reading(num_workers, max_broken, may_download, *options))
     data = data._replace(labelled=labelled)
     if image_size != data.image_size:

@@ -22,7 +22,7 @@ from dataset import (
     load_data,
 )
 from dataset.folders import list_folder
-from errors import UserError
+from errors import UserError, blamed_on_record
 from helper import command_line
 from helper.checkpoint import contained
 from helper.command_line import Given
@@ -69,7 +69,7 @@ def open_runs(given: Given) -> Opened:
     folder = given.resume if given.resume not in (None, command_line.LATEST) else None
     stored = by_main(lambda: _read_settings(folder) if folder else {})
     first = stored | given.runs[0]  # the settings of files are shared by all runs
-    teacher = _open_teacher([stored | run for run in given.runs])
+    teacher = _open_teacher(stored, given.runs)
     of_teacher = {} if teacher is None else teacher.settings_as_teacher()
     for run in given.runs:
         run |= by_main(lambda run=run: with_class_names(run) | _dataset_of(stored | run, of_teacher))
@@ -95,11 +95,13 @@ def open_runs(given: Given) -> Opened:
     return Opened(configs, teacher, initial)
 
 
-def _open_teacher(runs: Sequence[Mapping[str, Any]]) -> Network | None:
-    """The teacher of runs with these given and stored values, which have it in common; None where they read none."""
+def _open_teacher(stored: Mapping[str, Any], given: Sequence[Mapping[str, Any]]) -> Network | None:
+    """The teacher of runs with these stored and given values, which have it in common; None where they read none."""
+    runs = [stored | run for run in given]
     path, *_ = [command_line.teacher_of(run) for run in runs]  # of all: a run that lacks its teacher is refused
     how = runs[0].get("model_t"), runs[0].get("ema", False), runs[0].get("teacher_weights")
-    return None if path is None else main_first(lambda: read_teacher(path, *how))
+    with blamed_on_record(all("path_t" not in run for run in given), "--path_t", "teacher"):
+        return None if path is None else main_first(lambda: read_teacher(path, *how))
 
 
 def _check(config: Configuration) -> None:
@@ -207,9 +209,15 @@ def _load_probe(
         named: dict[str, Any] = {"background": config.background, "split": split, "normalisation": normalisation}
         labelled = load_data(config.dataset, folder, config.image_size, *reading, **named)
     except UserError as error:
-        raise UserError(str(error).replace("--data:", "--data_probe:", 1)) from None
+        message = UserError(str(error).replace("--data:", "--data_probe:", 1))
+        with blamed_on_record(_is_recorded(config, "data_probe"), "--data_probe", "folder of the probe"):
+            raise message from None
     train, test = (_part_loader(part.to(device), labelled, batch_size, device) for part in labelled[1:3])
     return train, test
+
+
+def _is_recorded(config: Configuration, name: str) -> bool:
+    return config.origins[name] == "resumed run"
 
 
 def _recorded_normalisation(config: Configuration) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
@@ -240,8 +248,11 @@ def class_weights_of(configs: Sequence[Configuration], data: ImageData) -> dict[
     """What each value of `--class_weights` among some runs gives the classes (K,); a file is read once, by the main
     process."""
     found: dict[str | None, torch.Tensor | None] = {None: None}
-    for how in dict.fromkeys(config.class_weights for config in configs if config.class_weights is not None):
-        found[how] = by_main(lambda how=how: class_weights(how, data.train.targets, data.classes))
+    for config in configs:
+        how = config.class_weights
+        if how not in found:
+            with blamed_on_record(_is_recorded(config, "class_weights"), "--class_weights", "class weights"):
+                found[how] = by_main(lambda how=how: class_weights(how, data.train.targets, data.classes))
     return found
 
 

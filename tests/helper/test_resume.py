@@ -112,3 +112,20 @@ def test_a_student_is_resumed_by_the_script_of_students(distil, save_dir):
     alone = new_run(train_teacher.main, save_dir, "--model", "resnet8", *SHORT)
     train_cifar_student.main(["--resume", str(alone), "--max_steps", "4"])
     assert metrics(alone)[-1]["step"] == 4
+
+
+def test_a_file_on_record_that_is_gone_is_not_blamed_on_a_flag(distil, teacher_run, tmp_path):
+    """Nobody gave the flag: the record is named, and the flag is the way out."""
+    copy, weights = tmp_path / "copy.pth", tmp_path / "weights.txt"
+    shutil.copy(teacher_run / "last.pth", copy)
+    weights.write_text("".join(f"{digit} 1\n" for digit in range(10)))
+    runs = (
+        ("teacher", "--path_t", copy, distil(*SHORT, "--path_t", str(copy), teacher=False)),
+        ("class weights", "--class_weights", weights, distil(*SHORT, "--class_weights", str(weights))),
+    )
+    for what, flag, file, run in runs:
+        file.unlink()
+        message = message_of(train_cifar_student.main, ["--resume", str(run)])
+        assert message.startswith(f"the {what} on record: {file}") and flag in message
+        given = message_of(train_cifar_student.main, ["--resume", str(run), flag, str(file)])
+        assert given.startswith(f"{flag}: {file}")
