@@ -68,8 +68,8 @@ class Training:
         if count_processes() == 1:
             return self.fast.compiled(self.method.forward)
         # Losses may gather the rows of all processes, which no graph can hold.
-        stage = self.stage._replace(respond=self.fast.compiled(self.stage.respond))
-        return lambda batch, output, progress, _: self.method(batch, output, progress, stage)
+        method, stage = self.method, self.stage._replace(respond=self.fast.compiled(self.stage.respond))
+        return lambda batch, output, progress, _: method(batch, output, progress, stage)  # not self: it holds the DDP
 
     def judging_loader(self, images: Images | StreamedImages, data: ImageData, subset: Tensor) -> Loader:
         """The same batches of some images in every epoch, for `matching_loss`."""
