@@ -266,13 +266,13 @@ class Row(NamedTuple):
             "max_steps": config["max_steps"],
         }
         label += [known[name].written(value) for name, value in unusual.items() if value is not None]
-        if config.get("teacher_steps"):  # a full run may have learnt from a try-out
-            label.append(f"teacher {known['max_steps'].written(config['teacher_steps'])}")
         for flag in (flag for flag in flags if flag.tells_apart == "row"):
             usual = recipe.get(flag.argument, (flag.default, ""))[0]
             value = config.get(flag.argument, usual)
             if flag.full_run is None and flag.written(value) != flag.written(usual):
                 label.append(flag.written(value))
+        if config.get("teacher_steps"):  # a full run may have learnt from a try-out
+            label.append(f"teacher {known['max_steps'].written(config['teacher_steps'])}")
         return " ".join(filter(None, label))
 
     @property

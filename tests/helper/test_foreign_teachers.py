@@ -53,7 +53,7 @@ def test_an_encoder_without_classes_teaches(distil_from):
 
 def test_logits_of_other_classes_are_refused_or_read_at_some_of_them(distil_from, save_dir):
     message = message_of(lambda argv: distil_from("resnet10t", *argv), ["--distill", "kd"])
-    assert "the teacher has 1000 classes, the data 10" in message and not list(save_dir.iterdir())
+    assert "the teacher has 1000 classes, the data 10" in message and not save_dir.exists()
     run = distil_from("resnet10t", "--distill", "kd", "--teacher_classes", "0,1,2,3,4,5,6,7,8,999")
     assert metrics(run)[0]["loss_kd"] > 0
     message = message_of(lambda argv: distil_from("resnet10t", *argv), ["--teacher_classes", "0,1000"])

@@ -79,7 +79,7 @@ def test_a_table_trains_each_run_once_with_two_plans_at_work(command):
     printed = [one.communicate(timeout=300)[0] for one in plans]
     assert [one.returncode for one in plans] == [0, 0], printed
     assert sum(text.count("start   ") for text in printed) == 4
-    assert all("| norm --max_steps 2 -c 0 -s 2 |" in text for text in printed)
+    assert all("| norm --max_steps 2 -c 0 -s 2 teacher --max_steps 2 |" in text for text in printed)
     folders = [path.name for path in save_dir.iterdir() if (path / "config.json").exists()]
     assert len(folders) == 4 and not any("-2" in name for name in folders)
     logs = {path.name for path in (save_dir / "logs").iterdir()}
