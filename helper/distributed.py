@@ -124,6 +124,14 @@ def device_of(name: str) -> torch.device:
     return find_device(f"cuda:{local_rank()}" if name == "cuda" else name)
 
 
+def untested_on(device: torch.device) -> str:
+    """A line where nobody has tried this system or this kind of device, else an empty text."""
+    system = {"linux": "", "darwin": "macOS", "win32": "Windows"}.get(sys.platform, sys.platform)
+    kind = "" if device.type in ("cpu", "cuda") else f"--device {device.type}"
+    names = " and ".join(filter(None, (system, kind)))
+    return f"warning: untested: {names}; supported is Linux, on CPUs and with CUDA" if names else ""
+
+
 def choose_kernels(deterministic: bool) -> None:
     """Have torch take kernels that give the same numbers every time, where it has them; it warns where it has none."""
     if deterministic:

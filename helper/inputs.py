@@ -4,6 +4,7 @@ Each file is opened once, whatever the number of runs.
 """
 
 import functools
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -27,7 +28,17 @@ from helper import command_line
 from helper.checkpoint import contained
 from helper.command_line import Given
 from helper.configuration import Configuration, check_shared, read_stored
-from helper.distributed import by_main, choose_kernels, count_processes, device_of, main_first, one_by_one_here, rank
+from helper.distributed import (
+    by_main,
+    choose_kernels,
+    count_processes,
+    device_of,
+    is_main,
+    main_first,
+    one_by_one_here,
+    rank,
+    untested_on,
+)
 from helper.fast import Fast, check_precision, keep_freed_memory
 from helper.loops import evaluate
 from helper.networks import (
@@ -95,7 +106,7 @@ def open_runs(given: Given) -> Opened:
     return Opened(configs, teacher, initial)
 
 
-def _open_teacher(stored: Mapping[str, Any], given: Sequence[Mapping[str, Any]]) -> Network | None:
+def _open_teacher(stored: dict[str, Any], given: Sequence[dict[str, Any]]) -> Network | None:
     """The teacher of runs with these stored and given values, which have it in common; None where they read none."""
     runs = [stored | run for run in given]
     path, *_ = [command_line.teacher_of(run) for run in runs]  # of all: a run that lacks its teacher is refused
@@ -168,6 +179,9 @@ def load_inputs(config: Configuration) -> Inputs:
     """Load the data set of the runs; raises `UserError` where that is impossible."""
     choose_kernels(config.deterministic)
     device = device_of(config.device)
+    untested = untested_on(device)
+    if untested and is_main():
+        print(untested)
     keep_freed_memory(device)
     # Only a folder that was named on the command line is written to.
     may_download = config.data is None or config.origins["data"] == "command line"
@@ -266,6 +280,12 @@ def prepare_teacher(source: Network | None, inputs: Inputs, config: Configuratio
     parts = (source, data, config.teacher_image_size, Fast.of(config), inputs.device)
     if config.cache_teacher is None:
         teacher = Teacher(*parts)
+    elif _is_recorded(config, "cache_teacher") and not os.path.isdir(
+        config.cache_teacher
+    ):  # only a folder that was named here is made
+        raise UserError(
+            f"the cache on record: there is no folder {config.cache_teacher}; name one with --cache_teacher"
+        )
     else:
         teacher = CachedTeacher(*parts, folder=config.cache_teacher, top_k=config.cache_top_k)
     notes = [_check_teacher(teacher, number, inputs, config) for number in range(len(source.teachers))]

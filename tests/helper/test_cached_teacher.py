@@ -216,3 +216,14 @@ def test_one_process_writes_and_others_read_what_is_there(tmp_path):
     writer.write("logits", 1, index + 4, rows)
     writer.close()
     assert reader.read("logits", 1, 3, index + 4) is not None, "what was written meanwhile"
+
+
+def test_a_cache_on_record_is_read_and_never_made(distil, tmp_path):
+    """What a configuration says leads to no new folder: only a flag does."""
+    run, cache = distil(*SHORT, "--cache_teacher", str(tmp_path / "cache"), distill="kd"), tmp_path / "none"
+    config = json.loads((run / "config.json").read_text())
+    (run / "config.json").write_text(json.dumps(config | {"cache_teacher": str(cache)}))
+    message = message_of(train_cifar_student.main, ["--resume", str(run), "--epochs", "3"])
+    assert message.startswith(f"the cache on record: there is no folder {cache};") and not cache.exists()
+    train_cifar_student.main(["--resume", str(run), "--epochs", "3", "--cache_teacher", str(cache)])
+    assert cache.is_dir()

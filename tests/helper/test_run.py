@@ -1,13 +1,17 @@
 """Whole runs on the embedded digits: what they write, what they repeat, what they refuse."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 import train_cifar_student
 import train_teacher
 from errors import UserError
+from helper import distributed
 from helper import run as run_module
+from helper.distributed import untested_on
 from tests.conftest import keep_images, message_of
 from tests.run_folders import load, metrics, same_state, state, weights
 
@@ -146,3 +150,11 @@ def test_a_refused_run_leaves_nothing_and_names_no_folder(kind, teacher_run, sav
     ]
     assert message_of(train_cifar_student.main, argv)
     assert not save_dir.exists() and "run folder" not in capsys.readouterr().out
+
+
+def test_a_system_that_nobody_tried_is_said_at_the_start(distil, monkeypatch, capsys):
+    assert untested_on(torch.device("cpu")) == untested_on(torch.device("cuda")) == ""
+    assert "--device mps" in untested_on(torch.device("mps"))
+    monkeypatch.setattr(distributed, "sys", SimpleNamespace(platform="darwin"))
+    distil(*SHORT, distill="ce", teacher=False)
+    assert "warning: untested: macOS; supported is Linux" in capsys.readouterr().out
