@@ -45,12 +45,20 @@ def fit_weights(model_name: str, weights: Weights) -> Found:
     return _fit(build_model(model_name, 1), model_name, weights)
 
 
-def _fit(model: Backbone, model_name: str, weights: Weights) -> Found:
+def _fit_all(model: Backbone, model_name: str, weights: Weights) -> Found | None:
+    """All the weights as the network's, None where they have other keys."""
     for prefix, candidate in _without_prefixes(weights):
         fitted, filled = _filled(model, model_name, candidate)
         if fitted is not None:
             whose = "all its" if all(key.startswith(prefix) for key in weights) else "its"
             return Found(fitted, [f"the prefix {prefix} of {whose} keys is left out"] * bool(prefix) + filled)
+    return None
+
+
+def _fit(model: Backbone, model_name: str, weights: Weights) -> Found:
+    whole = _fit_all(model, model_name, weights)
+    if whole is not None:
+        return whole
     for prefix, part in _fitting_parts(model, model_name, weights).items():
         others = {f"{key.partition('.')[0]}.*": key for key in _unwrapped(weights) if not key.startswith(prefix)}
         left = f"of its entries those below {prefix} are taken; left out are {list_names(others)}"
@@ -61,12 +69,13 @@ def _fit(model: Backbone, model_name: str, weights: Weights) -> Found:
 def _filled(model: Backbone, model_name: str, weights: Weights) -> tuple[Weights | None, list[str]]:
     """These weights, None where they have other keys than the network, and a note on counters that were filled in."""
     renamed = rename_for(model_name, name_for(model_name, weights))
-    expected = model.state_dict().keys()
-    missing = expected - renamed.keys()
-    if not (renamed.keys() <= expected and all(_can_be_filled(key, renamed) for key in missing)):
+    expected = model.state_dict()
+    empty = {key: value for key, value in expected.items() if not value.numel()}  # of no classes
+    missing = expected.keys() - renamed.keys() - empty.keys()
+    if not (renamed.keys() <= expected.keys() and all(_can_be_filled(key, renamed) for key in missing)):
         return None, []
     note = [f"its {len(missing)} missing num_batches_tracked are filled in with 0"] * bool(missing)
-    return renamed | {key: torch.tensor(0, device="cpu") for key in missing}, note
+    return empty | renamed | {key: torch.tensor(0, device="cpu") for key in missing}, note
 
 
 def _fitting_parts(model: Backbone, model_name: str, weights: Weights) -> dict[str, Found]:
@@ -110,8 +119,11 @@ def _without_prefixes(weights: Weights) -> Iterator[tuple[str, Weights]]:
 
 
 def build_with(model_name: str, weights: Weights, source: str) -> tuple[Backbone, list[str]]:
-    """A network of these weights, in as many classes as they have, and `fit_weights`' notes; `UserError` like
-    `load_weights`."""
+    """A network of these weights, in as many classes as they have (0 without a classifier), and `fit_weights`' notes;
+    `UserError` like `load_weights`."""
+    encoder = _encoder_with(model_name, weights, source)
+    if encoder is not None:
+        return encoder
     probe = build_model(model_name, 1)
     fitted, notes = _fit(probe, model_name, weights)
     left_out = len(fitted) < len(weights)
@@ -124,6 +136,16 @@ def build_with(model_name: str, weights: Weights, source: str) -> tuple[Backbone
     network = build_model(model_name, num_classes)
     load_weights(network, model_name, fitted, source)
     return network, notes
+
+
+def _encoder_with(model_name: str, weights: Weights, source: str) -> tuple[Backbone, list[str]] | None:
+    """The network without a classifier, and notes, where the weights are all of it and no more; else None."""
+    network = build_model(model_name, 0)
+    found = _fit_all(network, model_name, weights)
+    if found is None or _differences(network.state_dict(), found.weights):
+        return None
+    load_weights(network, model_name, found.weights, source)
+    return network, [*found.notes, "it holds no classifier, so it is an encoder"]
 
 
 def name_for(model_name: str, weights: Weights) -> Weights:

@@ -194,7 +194,7 @@ def test_a_folder_on_record_that_is_gone_is_blamed_on_the_record(folder):
     for name in ("folder", "imagenet"):
         with pytest.raises(UserError) as caught:
             load_data(name, str(folder), 32, 0, may_download=False)
-        message = f"the data folder on record: there is no folder {folder}; name another folder with --data"
+        message = f"the data folder on record: there is no folder {folder}; name another with --data"
         assert str(caught.value) == message
     assert refusal(folder) == f"--data: there is no folder {folder}"
 

@@ -226,3 +226,16 @@ def test_what_does_not_fit_says_what_it_is(weights):
     del wide["head.weight"]
     with pytest.raises(UserError, match=r"keys begin with backbone; nearest is resnet20, 9\d % of it"):
         load_weights(build_model("vgg8", 10), "vgg8", wide, "--path_t: x")
+
+
+@pytest.mark.parametrize(("name", "classifier"), [("resnet8", "fc"), ("torchvision:resnet18", "fc")])
+def test_weights_without_the_classifier_are_an_encoder(name, classifier):
+    torch.manual_seed(0)
+    weights = {key.removeprefix("network."): value for key, value in build_model(name, 10).state_dict().items()}
+    trunk = prefixed("module.", {key: value for key, value in weights.items() if key.partition(".")[0] != classifier})
+    assert len(trunk) == len(weights) - 2
+    encoder, notes = build_with(name, trunk, "file")
+    assert encoder.num_classes == 0 and "it holds no classifier, so it is an encoder" in notes
+    assert build_with(name, weights, "file")[0].num_classes == 10
+    with pytest.raises(UserError, match="another architecture"):
+        build_with(name, dict(list(trunk.items())[1:]), "file")
