@@ -282,6 +282,9 @@ def describe_dark(places: Sequence[Place], where: str = "") -> str:
 
 
 def _brightest(place: Place) -> int | None:
+    ending = os.path.splitext(os.fsdecode(place.path))[1].lower()
+    if Image.registered_extensions().get(ending) == "JPEG":
+        return None  # without reading it: a disk that does not answer is found out where it can be interrupted
     try:
         with (
             warnings.catch_warnings(action="ignore"),
