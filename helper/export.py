@@ -61,15 +61,21 @@ class RecordedData(NamedTuple):
 
     @classmethod
     def of(
-        cls, record: Mapping, dataset: str | None = None, folder: str | None = None, image_size: int | None = None
+        cls,
+        record: Mapping,
+        dataset: str | None = None,
+        folder: str | None = None,
+        image_size: int | None = None,
+        split: float | None = None,
     ) -> "RecordedData":
-        """The data that a record names, or `dataset` and `folder`, which have splits of their own."""
+        """The data that a record names, or `dataset` and `folder`, which have splits of their own; `split` is given."""
         is_recorded = dataset is None and folder is None
         name, place = dataset or record.get("dataset") or "digits", folder or record.get("data")
         size = image_size or record.get("image_size") or (224 if name == "imagenet" else 32)
         mean, std = record.get("mean"), record.get("std")
         normalisation = (tuple(mean), tuple(std)) if mean and std else None
         splits = (record.get("split") or 0.0, record.get("holdout") or 0) if is_recorded else (0.0, 0)
+        splits = splits if split is None else (split, splits[1])
         background = cast(tuple[int, int, int], tuple(record.get("background") or (255, 255, 255)))
         return cls(name, place, size, normalisation, background, *splits, place is None or folder is not None)
 

@@ -218,14 +218,13 @@ def _load_probe(
 ) -> tuple[Loader, Loader]:
     """The images of `--data_probe`, prepared as the unlabelled ones are: to fit to, and to test on."""
     normalisation, folder = (data.mean, data.std), config.data_probe
-    try:
-        split = 0.0 if list_folder(folder, may_split=True).test else PROBE_SPLIT
-        named: dict[str, Any] = {"background": config.background, "split": split, "normalisation": normalisation}
-        labelled = load_data(config.dataset, folder, config.image_size, *reading, **named)
-    except UserError as error:
-        message = UserError(str(error).replace("--data:", "--data_probe:", 1))
-        with blamed_on_record(_is_recorded(config, "data_probe"), "--data_probe", "folder of the probe"):
-            raise message from None
+    with blamed_on_record(_is_recorded(config, "data_probe"), "--data_probe", "folder of the probe"):
+        try:
+            split = 0.0 if list_folder(folder, may_split=True).test else PROBE_SPLIT
+            named: dict[str, Any] = {"background": config.background, "split": split, "normalisation": normalisation}
+            labelled = load_data(config.dataset, folder, config.image_size, *reading, **named)
+        except UserError as error:
+            raise UserError(str(error).replace("--data:", "--data_probe:", 1)) from None
     train, test = (_part_loader(part.to(device), labelled, batch_size, device) for part in labelled[1:3])
     return train, test
 
@@ -278,16 +277,7 @@ def prepare_teacher(source: Network | None, inputs: Inputs, config: Configuratio
     if config.teacher_classes is not None:
         source = read_at_classes(source, config.teacher_classes)
     parts = (source, data, config.teacher_image_size, Fast.of(config), inputs.device)
-    if config.cache_teacher is None:
-        teacher = Teacher(*parts)
-    elif _is_recorded(config, "cache_teacher") and not os.path.isdir(
-        config.cache_teacher
-    ):  # only a folder that was named here is made
-        raise UserError(
-            f"the cache on record: there is no folder {config.cache_teacher}; name one with --cache_teacher"
-        )
-    else:
-        teacher = CachedTeacher(*parts, folder=config.cache_teacher, top_k=config.cache_top_k)
+    teacher = Teacher(*parts) if config.cache_teacher is None else _cached_teacher(parts, config)
     notes = [_check_teacher(teacher, number, inputs, config) for number in range(len(source.teachers))]
     if data.labelled and source.members and source.num_classes == data.num_classes:
         shown = _as_held(inputs) if teacher.sees_source else inputs.test_loader
@@ -302,6 +292,14 @@ def prepare_teacher(source: Network | None, inputs: Inputs, config: Configuratio
     described = (teacher.network.describe(data.image_size), teacher.seen)
     teacher.note = "\n".join(filter(None, (*source.notes, *described, *notes)))
     return teacher
+
+
+def _cached_teacher(parts: tuple, config: Configuration) -> CachedTeacher:
+    """The teacher of these parts with its cache, whose folder is made where it was named here, and not by a record."""
+    folder = config.cache_teacher
+    if _is_recorded(config, "cache_teacher") and not os.path.isdir(folder):
+        raise UserError(f"the cache on record: there is no folder {folder}; name one with --cache_teacher")
+    return CachedTeacher(*parts, folder=folder, top_k=config.cache_top_k)
 
 
 def _check_teacher(teacher: Teacher, number: int, inputs: Inputs, config: Configuration) -> str:

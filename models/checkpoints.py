@@ -45,6 +45,11 @@ def fit_weights(model_name: str, weights: Weights) -> Found:
     return _fit(build_model(model_name, 1), model_name, weights)
 
 
+def _fit(model: Backbone, model_name: str, weights: Weights) -> Found:
+    found = _fit_all(model, model_name, weights)
+    return found or _fit_part(_fitting_parts(model, model_name, weights), model_name, weights)
+
+
 def _fit_all(model: Backbone, model_name: str, weights: Weights) -> Found | None:
     """All the weights as the network's, None where they have other keys."""
     for prefix, candidate in _without_prefixes(weights):
@@ -55,11 +60,9 @@ def _fit_all(model: Backbone, model_name: str, weights: Weights) -> Found | None
     return None
 
 
-def _fit(model: Backbone, model_name: str, weights: Weights) -> Found:
-    whole = _fit_all(model, model_name, weights)
-    if whole is not None:
-        return whole
-    for prefix, part in _fitting_parts(model, model_name, weights).items():
+def _fit_part(parts: Mapping[str, Found], model_name: str, weights: Weights) -> Found:
+    """The first of `_fitting_parts`; all the weights under their own names where there is none."""
+    for prefix, part in parts.items():
         others = {f"{key.partition('.')[0]}.*": key for key in _unwrapped(weights) if not key.startswith(prefix)}
         left = f"of its entries those below {prefix} are taken; left out are {list_names(others)}"
         return Found(part.weights, [left, *part.notes])
@@ -121,17 +124,20 @@ def _without_prefixes(weights: Weights) -> Iterator[tuple[str, Weights]]:
 def build_with(model_name: str, weights: Weights, source: str) -> tuple[Backbone, list[str]]:
     """A network of these weights, in as many classes as they have (0 without a classifier), and `fit_weights`' notes;
     `UserError` like `load_weights`."""
-    encoder = _encoder_with(model_name, weights, source)
-    if encoder is not None:
-        return encoder
     probe = build_model(model_name, 1)
-    fitted, notes = _fit(probe, model_name, weights)
-    left_out = len(fitted) < len(weights)
-    if left_out and len(parts := list(_fitting_parts(probe, model_name, weights))) > 1:
-        raise UserError(
-            f"{source} holds {model_name} several times, below {' and '.join(parts)}; save the one that is meant as "
-            "{'model': its state_dict()}"
-        )
+    found = _fit_all(probe, model_name, weights)
+    if found is None:
+        encoder = _encoder_with(model_name, weights, source)
+        if encoder is not None:
+            return encoder
+        parts = _fitting_parts(probe, model_name, weights)
+        if len(parts) > 1:
+            raise UserError(
+                f"{source} holds {model_name} several times, below {' and '.join(parts)}; save the one that is meant "
+                "as {'model': its state_dict()}"
+            )
+        found = _fit_part(parts, model_name, weights)
+    fitted, notes = found
     num_classes = count_classes(probe, fitted) or 1
     network = build_model(model_name, num_classes)
     load_weights(network, model_name, fitted, source)

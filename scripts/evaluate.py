@@ -131,8 +131,8 @@ def data_for(judged: Judged, args) -> RecordedData:
     if own is not None:
         record = {**own._asdict(), "image_size": own.test_size} | record
     is_other = args.dataset is not None or args.data is not None
-    wanted = RecordedData.of(record, dataset if is_other else None, args.data, args.image_size)
-    return wanted._replace(dataset=dataset, split=wanted.split if args.split is None else args.split)
+    wanted = RecordedData.of(record, dataset if is_other else None, args.data, args.image_size, args.split)
+    return wanted._replace(dataset=dataset)
 
 
 def split_note(judged: Judged, wanted: RecordedData) -> Sequence[str]:

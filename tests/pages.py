@@ -4,6 +4,16 @@ import re
 from importlib import import_module
 from types import ModuleType
 
+#: What the commands of every walk through pages run, each at least once.
+SCRIPTS = (
+    "train_teacher.py",
+    "train_cifar_student.py",
+    "scripts/export_student.py",
+    "scripts/report.py",
+    "scripts/reproduce.py",
+    "scripts/compare.py",
+)
+
 
 def blocks(text: str, *languages: str) -> list[str]:
     """The fenced blocks of a page that are of these languages."""

@@ -16,21 +16,14 @@ import train_teacher
 from helper.tables import jobs
 from models import published
 from scripts import export_student
+from tests import pages
 from tests.conftest import ROOT, message_of
 from tests.pages import blocks, commands, module_of
 from tests.run_folders import metrics
 
 PAGE = (ROOT / "docs" / "own_work.md").read_text()
 #: What the commands run, each at least once.
-SCRIPTS = (
-    "train_teacher.py",
-    "train_cifar_student.py",
-    "scripts/export_student.py",
-    "scripts/report.py",
-    "scripts/reproduce.py",
-    "scripts/compare.py",
-    "scripts/predict.py",
-)
+SCRIPTS = (*pages.SCRIPTS, "scripts/predict.py")
 
 
 @pytest.fixture

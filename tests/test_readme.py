@@ -10,6 +10,7 @@ import torch
 from helper.command_line import imagenet_parser, student_parser, teacher_parser
 from models import model_dict
 from scripts import draw_norm, list_methods, report
+from tests import pages
 from tests.conftest import ROOT
 from tests.pages import blocks, commands, module_of
 
@@ -24,15 +25,7 @@ WALK = (
     *("docs/judging.md", "docs/deployment.md", "docs/whole_tables.md"),
 )
 #: What the commands run, each at least once.
-SCRIPTS = (
-    "train_teacher.py",
-    "train_cifar_student.py",
-    "scripts/export_student.py",
-    "scripts/report.py",
-    "scripts/reproduce.py",
-    "scripts/compare.py",
-    "scripts/evaluate.py",
-)
+SCRIPTS = (*pages.SCRIPTS, "scripts/evaluate.py")
 PARSERS = {
     "train_teacher.py": teacher_parser,
     "train_cifar_student.py": student_parser,

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import slow_but
-from tests.dataset.test_streaming import write_images
+from tests.dataset.image_folders import write_images
 from tests.forks import Fork, Server
 
 #: Seconds within which a run must have ended; the docs promise this.

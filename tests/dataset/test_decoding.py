@@ -23,7 +23,8 @@ from dataset.decoding import (
     read_views,
 )
 from errors import UserError
-from tests.dataset.test_streaming import CPU, write_images
+from tests.dataset.image_folders import write_images
+from tests.dataset.test_streaming import CPU
 from tests.dataset.test_streaming import fit as square
 
 

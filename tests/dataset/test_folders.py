@@ -16,25 +16,9 @@ from dataset.folders import is_image_folder
 from dataset.memory import free_memory
 from dataset.streaming import StreamedImages
 from errors import UserError
-from tests.dataset.test_streaming import write_images
+from tests.dataset.image_folders import load, refusal
 
 ROOT = Path(__file__).resolve().parents[2]
-
-
-@pytest.fixture
-def folder(tmp_path):
-    """Two classes, seven training and five test images of each."""
-    return write_images(tmp_path / "data", side=32)
-
-
-def load(path, **options):
-    return load_data("folder", str(path), 32, 0, **options)
-
-
-def refusal(path, **options) -> str:
-    with pytest.raises(UserError) as caught:
-        load(path, **options)
-    return str(caught.value)
 
 
 def test_one_class_is_no_task(folder):

@@ -8,23 +8,7 @@ from dataset import dataset_at, load_data
 from dataset.folders import is_image_folder
 from errors import UserError
 from scripts.predict import find_images
-from tests.dataset.test_streaming import write_images
-
-
-@pytest.fixture
-def folder(tmp_path):
-    """Two classes, seven training and five test images of each."""
-    return write_images(tmp_path / "data", side=32)
-
-
-def load(path, **options):
-    return load_data("folder", str(path), 32, 0, **options)
-
-
-def refusal(path, **options) -> str:
-    with pytest.raises(UserError) as caught:
-        load(path, **options)
-    return str(caught.value)
+from tests.dataset.image_folders import load, refusal
 
 
 def rename(folder, train: str, test: str):

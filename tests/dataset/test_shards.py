@@ -11,7 +11,8 @@ from PIL import Image
 
 from dataset import Loader, load_data
 from errors import UserError
-from tests.dataset.test_streaming import CPU, same, write_images
+from tests.dataset.image_folders import write_images
+from tests.dataset.test_streaming import CPU, same
 
 
 @pytest.fixture

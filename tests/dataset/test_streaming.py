@@ -16,6 +16,7 @@ from dataset.streaming import fill_gaps
 from errors import UserError
 from helper.loops import evaluate
 from tests.conftest import message_of
+from tests.dataset.image_folders import write_images
 
 CPU = torch.device("cpu")
 
@@ -29,20 +30,6 @@ def read(path, crop, sample: int = 0) -> list[torch.Tensor]:
 def fit(path, size: int, cut: int = 0) -> torch.Tensor:
     (pixels,) = read(path, Centre(size, cut))
     return pixels
-
-
-def write_images(root, train: int = 7, test: int = 5, classes=("cat", "dog"), side: int = 40):
-    """train/ and val/ with JPEGs of several shapes."""
-    generator = numpy.random.default_rng(0)
-    for split, number in (("train", train), ("val", test)):
-        for name in classes:
-            folder = root / split / name
-            folder.mkdir(parents=True)
-            for k in range(number):
-                rough = generator.integers(0, 256, (4, 4, 3), dtype=numpy.uint8)
-                shape = (side + 3 * k, side)
-                Image.fromarray(rough).resize(shape, Image.BICUBIC).save(folder / f"{k}.JPEG", quality=95)
-    return root
 
 
 @pytest.fixture

@@ -20,7 +20,7 @@ from models.preprocessing import read_preprocessing
 from scripts import evaluate, export_student
 from tests.browser import check_page, needs_chromium
 from tests.conftest import message_of
-from tests.dataset.test_streaming import write_images
+from tests.dataset.image_folders import write_images
 from tests.helper.test_teachers_own_test import picture, theirs
 from tests.run_folders import new_run
 

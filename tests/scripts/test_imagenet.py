@@ -20,7 +20,7 @@ from models import build_model
 from scripts import enlarge_images
 from scripts.benchmarks import input as benchmark_input
 from tests.conftest import ROOT, message_of
-from tests.dataset.test_streaming import write_images
+from tests.dataset.image_folders import write_images
 
 
 @pytest.fixture
