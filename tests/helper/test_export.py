@@ -57,6 +57,7 @@ def test_every_format_predicts_the_same_for_any_batch_and_carries_its_record(exp
     assert all(other.record[name] == beside[name] for name in beside)
 
 
+@pytest.mark.slow
 def test_a_network_is_compared_at_its_size_where_its_images_are_gone(exported, tmp_path, capsys):
     checkpoint = exported.with_name("last.pth")
     argv = [str(checkpoint), "--dataset", "digits", "--format", "pth,pt2", "--out", str(tmp_path / "x.pth")]

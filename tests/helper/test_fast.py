@@ -154,6 +154,7 @@ def test_the_plain_path_is_the_methods_own_pass():
     assert fast.Fast().passing(method, method.respond) == method.respond
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries have no such choice")
 def test_memory_that_is_freed_is_kept_for_the_next_step():
     program = """

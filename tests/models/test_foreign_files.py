@@ -228,6 +228,7 @@ def test_what_does_not_fit_says_what_it_is(weights):
         load_weights(build_model("vgg8", 10), "vgg8", wide, "--path_t: x")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "classifier"), [("resnet8", "fc"), ("torchvision:resnet18", "fc")])
 def test_weights_without_the_classifier_are_an_encoder(name, classifier):
     torch.manual_seed(0)

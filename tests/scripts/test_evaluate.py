@@ -144,6 +144,7 @@ def test_a_browser_shows_the_whole_width(tmp_path, width):
     check_page(evaluate.as_html([judgement(4 * name, classes) for name in names]), tmp_path, width)
 
 
+@pytest.mark.slow
 def test_a_teacher_is_given_the_images_as_they_are_held(distil, teacher_run, monkeypatch):
     run, teacher = distil(*SHORT, "--image_size", "48", distill="kd"), str(teacher_run / "last.pth")
     call, sizes = Teacher.__call__, set()
@@ -227,6 +228,7 @@ def test_faults_are_named(distil, tmp_path, monkeypatch):
     assert "argument --split: must be 0 or more and below 1" in message_of(evaluate.main, [exported, "--split", "1.5"])
 
 
+@pytest.mark.slow
 def test_json_on_standard_output_is_alone_there(distil, capsys):
     run = distil(*SHORT, distill="kd")
     capsys.readouterr()
