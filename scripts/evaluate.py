@@ -420,7 +420,7 @@ def as_html(found: Sequence[Judgement]) -> str:
 
 def make_parser() -> Parser:
     """The flags of this script."""
-    parser = Parser((__doc__ or "").split("\n")[0])
+    parser = Parser.of_script(__doc__)
     add = parser.add_argument
     add("networks", nargs="+", metavar=NETWORK, help="run folder, checkpoint, export, torchvision:NAME or timm:NAME")
     add("--teacher", metavar="T", help="compare with this network: agreement, KL, CKA of the last maps")

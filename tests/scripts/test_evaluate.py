@@ -225,7 +225,9 @@ def test_faults_are_named(distil, tmp_path, monkeypatch):
     assert "does not say what it was trained on" in message_of(evaluate.main, [str(bare), "--model", "resnet8"])
     argv = [str(bare), "--model", "resnet8", "--dataset", "digits"]
     assert "7 classes, the data 10" in message_of(evaluate.main, argv)
-    assert "argument --split: must be 0 or more and below 1" in message_of(evaluate.main, [exported, "--split", "1.5"])
+    assert "argument --split: must be a number, 0 or more and" in message_of(
+        evaluate.main, [exported, "--split", "1.5"]
+    )
 
 
 @pytest.mark.slow
