@@ -130,19 +130,24 @@ def file_to_write(text: str) -> Path:
         raise ArgumentTypeError(f"{text} is a folder; name a file in it")
     if not os.path.isdir(file.parent):
         raise ArgumentTypeError(f"there is no folder {file.parent}; make it, or name another place")
-    if not os.access(file.parent, os.W_OK):
-        raise ArgumentTypeError(f"the folder {file.parent.resolve()} is not writable; name another place")
+    if reason := what_hinders(file.parent):
+        raise ArgumentTypeError(reason)
     return file
+
+
+def what_hinders(folder: Path) -> str:
+    """Why nothing can be written to a folder that may have to be made; empty where it can."""
+    place = next(each for each in (folder, *folder.absolute().parents) if os.path.exists(each))
+    if not os.path.isdir(place):
+        return f"{place} is a file; name a folder"
+    return "" if os.access(place, os.W_OK) else f"the folder {place.resolve()} is not writable; name another place"
 
 
 def folder_to_write(text: str) -> Path:
     """The folder for results, read from a flag; it is made later, and what hinders that is said at once."""
     folder = Path(path(text))
-    place = next(each for each in (folder, *folder.absolute().parents) if os.path.exists(each))
-    if not os.path.isdir(place):
-        raise ArgumentTypeError(f"{place} is a file; name a folder")
-    if not os.access(place, os.W_OK):
-        raise ArgumentTypeError(f"the folder {place.resolve()} is not writable; name another place")
+    if reason := what_hinders(folder):
+        raise ArgumentTypeError(reason)
     return folder
 
 

@@ -8,7 +8,6 @@ compared with the trained network on real images before it takes its name. A mod
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -48,7 +47,7 @@ with starting():
     from models.checkpoints import read_checkpoint
     from models.cost import count_parameters, measure_latency
     from models.wrappers import describe_wrapper, merge_branches
-    from setting import below_one, count, file_to_write
+    from setting import below_one, count, file_to_write, what_hinders
 
 #: How many images both networks are compared on, and how far their logits may differ, relative to the largest.
 COMPARED_IMAGES = 1000
@@ -158,8 +157,8 @@ def _files(out: Path, formats: list[str] | None, source: Path, int8: bool) -> di
         print("--int8 quantises the ONNX file, which is written too")
         formats = [*formats, "onnx"]
     files = {kind: out.with_suffix(f".{kind}") if len(formats) > 1 or suffix in FORMATS else out for kind in formats}
-    if not os.access(out.parent, os.W_OK):  # where CKPT is
-        raise UserError(f"--out: {out.parent} is not writable; name a file in another folder")
+    if reason := what_hinders(out.parent):  # where CKPT is
+        raise UserError(f"--out: {reason}")
     for file in files.values():
         if file.is_dir() or file.resolve() == source.resolve():
             raise UserError(f"--out: {file} is a folder or CKPT itself; name another file")
