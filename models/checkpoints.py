@@ -148,8 +148,8 @@ def build_with(model_name: str, weights: Weights, source: str) -> tuple[Backbone
             )
         found = _fit_part(parts, model_name, weights)
     fitted, notes = found
-    num_classes = count_classes(probe, fitted) or 1
-    network = build_model(model_name, num_classes)
+    num_classes = count_classes(probe, fitted)  # 0 in a file of a network that was built without a classifier
+    network = build_model(model_name, 1 if num_classes is None else num_classes)
     load_weights(network, model_name, fitted, source)
     return network, notes
 

@@ -248,5 +248,6 @@ def test_weights_without_the_classifier_are_an_encoder(name, classifier):
     encoder, notes = build_with(name, trunk, "file")
     assert encoder.num_classes == 0 and "it holds no classifier, so it is an encoder" in notes
     assert build_with(name, weights, "file")[0].num_classes == 10
+    assert build_with(name, build_model(name, 0).state_dict(), "file")[0].num_classes == 0
     with pytest.raises(UserError, match="another architecture"):
         build_with(name, dict(list(trunk.items())[1:]), "file")
