@@ -178,7 +178,7 @@ class Fast(NamedTuple):
         """
         if self.compile == "off":
             return function
-        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MOST_COMPILATIONS)
+        _set_up_compiler()
         if self.compile == "auto":
             return _compiled_if_possible(function)
         run = torch.compile(function, dynamic=False, mode=self.compile)
@@ -205,6 +205,16 @@ class Fast(NamedTuple):
                 f"--compile {self.compile}: {_cause(error)}; it needs a working compiler (on a CPU one of C++); "
                 "--compile off goes without, also with --resume"
             ) from None
+
+
+def _set_up_compiler() -> None:
+    from torch._inductor import config
+
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MOST_COMPILATIONS)
+    if config.cpp.vec_isa_ok is None:
+        # Otherwise five programs are started in every run, ten seconds long, to see whether what the compiler makes for
+        # this CPU can be loaded.
+        config.cpp.vec_isa_ok = True
 
 
 def _compiled_if_possible(function: Callable) -> Callable:

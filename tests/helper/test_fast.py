@@ -248,6 +248,7 @@ def test_only_a_long_run_is_compiled_by_auto(distil, graphs, monkeypatch):
     assert not graphs
     assert config_of(distil(*flags, "--trial", "3"))["compile"] == "auto"
     assert len(graphs) == 2, "the teacher's pass and the student's"
+    assert torch._inductor.config.cpp.vec_isa_ok, "programs would be started to try what the compiler makes"
 
 
 @pytest.fixture
