@@ -15,7 +15,7 @@ from torch import nn
 
 from dataset import ImageData, Images, StreamedImages
 from distiller_zoo import Distiller, Progress, build_distiller, find_distiller
-from errors import Stopped, UserError
+from errors import Stopped, UserError, count_of
 from helper.checkpoint import (
     check_optimizer,
     check_progress,
@@ -543,7 +543,7 @@ class Run:
         self.folder.keep_metrics_until(self.epochs_over)
         stage = self.stages[self.stage_number]
         title = format_title(stage.name, Progress(self.epoch - 1, stage.epochs))
-        within = f" and {self.epoch_state['steps']} steps" if self.epoch_state else ""
+        within = f" and {count_of(self.epoch_state['steps'], 'step')}" if self.epoch_state else ""
         self.folder.log(f"resumed after {title}{within}")
         before, now = training["config"].get("epochs"), self.config.epochs
         if self.records and before != now and not self.is_over:
@@ -608,7 +608,7 @@ class Run:
         }
         if self._is_out_of_patience() and not self._stage_is_complete():
             measured = self.result.get("best_by", self.config.best_by).replace("_", " ")  # its own without labels
-            self.folder.log(f"stopped early: no better {measured} in {self.config.patience} epochs")
+            self.folder.log(f"stopped early: no better {measured} in {count_of(self.config.patience, 'epoch')}")
         self.folder.append_outcome(run_key(self.config), self.result)
         self.folder.write_json(RESULT, self.result)
         self.folder.log(format_result(self.result))

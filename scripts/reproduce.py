@@ -17,7 +17,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from errors import UserError, run_script, starting
+from errors import UserError, count_of, run_script, starting
 
 with starting():
     from helper.command_line import Parser
@@ -101,16 +101,16 @@ def show(plan: Plan, jobs: Sequence[Job], speeds: Speeds, places: int) -> None:
     for title, reason in plan.inapplicable:
         print(f"{'does not apply':<24} {title}: {reason}")
     print(
-        f"{len(jobs)} runs: {', '.join(f'{n} {state}' for state, n in by_state(jobs))}; left about "
+        f"{count_of(len(jobs), 'run')}: {', '.join(f'{n} {state}' for state, n in by_state(jobs))}; left about "
         f"{format_seconds(total / places)} with {places} at a time"
-        + (f", and {unknown} runs like which none was measured yet" if unknown else "")
+        + (f", and {count_of(unknown, 'run')} like which none was measured yet" if unknown else "")
     )
 
 
 def write_job_list(path: Path, jobs: Sequence[Job]) -> None:
     """One command per line, teachers first."""
     write_text(path, "".join(f"{shlex.join(command_line(job))}\n" for job in jobs))
-    print(f"job list: {path}, {len(jobs)} commands")
+    print(f"job list: {path}, {count_of(len(jobs), 'command')}")
 
 
 def make_parser() -> Parser:
