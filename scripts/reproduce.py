@@ -23,7 +23,17 @@ with starting():
     from helper.command_line import Parser
     from helper.run_folder import write_text
     from helper.settings import SETTINGS
-    from helper.tables.jobs import LOGS, Speeds, command_line, find_places, format_seconds, ready, run_jobs, submit
+    from helper.tables.jobs import (
+        LOGS,
+        Speeds,
+        command_line,
+        find_places,
+        format_seconds,
+        read_parameters,
+        ready,
+        run_jobs,
+        submit,
+    )
     from helper.tables.plan import (
         IMAGENET_TABLES,
         TABLES,
@@ -154,6 +164,7 @@ def main(argv=None) -> None:
     argv = list(sys.argv[1:] if argv is None else argv)
     end = argv.index("--") if "--" in argv else len(argv)
     args = parse(make_parser(), argv[:end])
+    read_parameters(args.slurm or ())  # a dry run says too what is wrong with them
     chosen, rows = choose_pairs(args), read_rows(args.methods, args.variants)
     dataset = None if args.table is None else "imagenet" if args.table in IMAGENET_TABLES else "cifar100"
     plan = Plan(args.save_dir, dataset, argv[end + 1 :], args.teacher_flags, args.student_flags)
@@ -164,7 +175,6 @@ def main(argv=None) -> None:
     if args.job_list:
         write_job_list(args.job_list, ready(jobs))
     elif args.slurm is not None and not args.dry_run:
-        logs.mkdir(parents=True, exist_ok=True)
         for job, handle in submit(ready(jobs), logs, args.slurm, args.cluster):
             print(f"submitted {handle.job_id}: {job.title}")
     elif not args.dry_run:
