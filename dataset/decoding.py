@@ -17,7 +17,7 @@ import numpy
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from PIL.JpegImagePlugin import JpegImageFile
 
-from dataset.seeds import epoch_seed, torch_numbers, uniform
+from dataset.seeds import epoch_seed, share, torch_numbers
 
 #: What is opened, whatever a file is called: Pillow's own decoders, none that starts another program.
 FORMATS = (
@@ -135,11 +135,15 @@ def draw_crop(width: int, height: int, scale: tuple[float, float], seed: int) ->
     """A random crop: torchvision's `RandomResizedCrop.get_params` with torch's generator, number for number."""
     single = numpy.float32  # torch draws in single precision
     numbers = torch_numbers(seed, 2 * TRIES + 2)
-    smallest, largest = (single(share) for share in scale)
+
+    def uniform(low: single, high: single) -> single:
+        return single(share(next(numbers))) * (high - low) + low
+
+    smallest, largest = (single(part) for part in scale)
     tall, wide = (single(math.log(single(ratio))) for ratio in RATIO)
     for _ in range(TRIES):
-        area = width * height * float(uniform(next(numbers), smallest, largest))
-        ratio = float(single(math.exp(uniform(next(numbers), tall, wide))))
+        area = width * height * float(uniform(smallest, largest))
+        ratio = float(single(math.exp(uniform(tall, wide))))
         across, down = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
         if 0 < across <= width and 0 < down <= height:
             top = next(numbers) % (height - down + 1)

@@ -6,7 +6,7 @@ have it. `tests/dataset/test_policies.py` compares with torchvision's own transf
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache, lru_cache
 from types import ModuleType
 from typing import NamedTuple
@@ -15,7 +15,7 @@ import numpy
 import torch
 from torch import Tensor
 
-from dataset.seeds import share, uniform
+from dataset.seeds import share
 
 #: Operations of RandAugment, in a row for each image, and which of its magnitudes they have.
 RANDAUGMENT_OPERATIONS, RANDAUGMENT_MAGNITUDE = 2, 9
@@ -28,8 +28,8 @@ NUMBERS = 8 + 6 + 2 * ERASING_TRIES + 3
 #: Images of at most so many pixels are changed together; for larger ones calls cost nothing, and grey levels of images
 #: above 2^16 pixels have no exact sum in single precision.
 TOGETHER = 128**2
-#: Number of tables that are held of where an operation takes each pixel from.
-MOVES_HELD = 512
+#: Number of tables that are held, of what an operation does to each value and of where it takes each pixel from.
+TABLES_HELD = 512
 
 Numbers = Iterator[int]  # of `dataset.seeds.torch_numbers`
 
@@ -57,6 +57,34 @@ def _translate(pixels: Tensor, across: float, down: float) -> Tensor:
     return v2().functional.affine(pixels, 0.0, [int(across), int(down)], 1.0, [0.0, 0.0])
 
 
+def _sharpen(pixels: Tensor, change: float) -> Tensor:
+    """torchvision's `adjust_sharpness`, with sums of pixels in place of a convolution, whose calls take longer.
+
+    A thirteenth of a whole number is never halfway between two, so that its rounding is the same however it is summed.
+    """
+    images = pixels.float()
+    if min(images.shape[2:]) > 2:
+        inner = images[..., 1:-1, 1:-1]
+        columns = images[..., :-2, :] + images[..., 1:-1, :] + images[..., 2:, :]
+        around = columns[..., :-2] + columns[..., 1:-1] + columns[..., 2:]
+        smooth = around.add_(inner, alpha=4).div_(13).round_()
+        inner.add_(smooth.sub_(inner), alpha=1.0 - (1.0 + change))
+    return images.clamp_(0, 255).to(torch.uint8)
+
+
+def _equalize(pixels: Tensor, _: float) -> Tensor:
+    """torchvision's and Pillow's `equalize`: a table of values for each channel, in whole numbers."""
+    channels = pixels.flatten(2).flatten(0, 1).numpy()
+    number, (_, size) = numpy.arange(len(channels)), channels.shape
+    positions = channels + 256 * number[:, None]
+    histogram = numpy.bincount(positions.ravel(), minlength=256 * len(channels)).reshape(-1, 256)
+    step = ((size - histogram[number, channels.max(1)]) // 255)[:, None]
+    divisor = numpy.maximum(step, 1)
+    tables = numpy.minimum((histogram.cumsum(1) - histogram + divisor // 2) // divisor, 255)
+    tables = numpy.where(step > 0, tables, numpy.arange(256)).astype(numpy.uint8)
+    return torch.from_numpy(tables.ravel().take(positions)).view_as(pixels)
+
+
 #: Bytes (n, 3, H, W) and a magnitude -> bytes in which every pixel is one of the image's, or black.
 MOVES: dict[str, Callable[[Tensor, float], Tensor]] = {
     "ShearX": lambda pixels, slope: _shear(pixels, slope, 0.0),
@@ -65,20 +93,24 @@ MOVES: dict[str, Callable[[Tensor, float], Tensor]] = {
     "TranslateY": lambda pixels, distance: _translate(pixels, 0.0, distance),
     "Rotate": lambda pixels, angle: v2().functional.rotate(pixels, angle),
 }
-#: All operations: bytes (n, 3, H, W) and a magnitude -> bytes.
-OPERATIONS: dict[str, Callable[..., Tensor]] = {
-    "Identity": lambda pixels, _: pixels,
-    **MOVES,
+#: The same where every value becomes another, wherever it is.
+LOOKUPS: dict[str, Callable[[Tensor, float], Tensor]] = {
     "Brightness": lambda pixels, change: v2().functional.adjust_brightness(pixels, 1.0 + change),
-    "Color": lambda pixels, change: v2().functional.adjust_saturation(pixels, 1.0 + change),
-    "Contrast": lambda pixels, change: v2().functional.adjust_contrast(pixels, 1.0 + change),
-    "Sharpness": lambda pixels, change: v2().functional.adjust_sharpness(pixels, 1.0 + change),
     "Posterize": lambda pixels, bits: v2().functional.posterize(pixels, bits),
     "Solarize": lambda pixels, threshold: v2().functional.solarize(pixels, 255 * threshold),
-    "AutoContrast": lambda pixels, _: v2().functional.autocontrast(pixels),
-    "Equalize": lambda pixels, _: v2().functional.equalize(pixels),
     "Invert": lambda pixels, _: v2().functional.invert(pixels),
     "adjust_brightness": lambda pixels, factor: v2().functional.adjust_brightness(pixels, factor),
+}
+#: All operations.
+OPERATIONS: dict[str, Callable[..., Tensor]] = {
+    **MOVES,
+    **LOOKUPS,
+    "Identity": lambda pixels, _: pixels,
+    "Color": lambda pixels, change: v2().functional.adjust_saturation(pixels, 1.0 + change),
+    "Contrast": lambda pixels, change: v2().functional.adjust_contrast(pixels, 1.0 + change),
+    "Sharpness": _sharpen,
+    "AutoContrast": lambda pixels, _: v2().functional.autocontrast(pixels),
+    "Equalize": _equalize,
     "adjust_contrast": lambda pixels, factor: v2().functional.adjust_contrast(pixels, factor),
     "adjust_saturation": lambda pixels, factor: v2().functional.adjust_saturation(pixels, factor),
     "erase": lambda pixels, place: v2().functional.erase(pixels, *place[:4], torch.tensor(place[4]).view(-1, 1, 1)),
@@ -104,6 +136,11 @@ def _step(operation: str, magnitude: float, numbers: Numbers) -> Step:
     """The operation, with a magnitude of either sign where it has one."""
     negative = operation in SIGNED and share(next(numbers)) <= 0.5
     return Step(operation, -magnitude if negative else magnitude)
+
+
+def _uniform(numbers: Numbers, low: numpy.float32, high: numpy.float32) -> float:
+    """What torch's `uniform_(low, high)` draws: single precision, rounded once, as a fused multiply-add is."""
+    return float(numpy.float32(share(next(numbers)) * float(high - low) + float(low)))
 
 
 def randaugment(numbers: Numbers, height: int, width: int, own: str) -> Iterator[Step]:
@@ -149,21 +186,19 @@ def jitter(numbers: Numbers, strength: float) -> Iterator[Step]:
         order[place], order[other] = order[other], order[place]
     low, high = (numpy.float32(value) for value in (max(1 - strength, 0.0), 1 + strength))
     names = ("adjust_brightness", "adjust_contrast", "adjust_saturation")
-    steps = [Step(name, float(uniform(next(numbers), low, high))) for name in names]
+    steps = [Step(name, _uniform(numbers, low, high)) for name in names]
     yield from (steps[place] for place in order if place < len(steps))
 
 
-def erasing(
-    numbers: Numbers, height: int, width: int, probability: float, colour: Sequence[float]
-) -> Iterator[Step]:
+def erasing(numbers: Numbers, height: int, width: int, probability: float, colour: Sequence[float]) -> Iterator[Step]:
     """Random erasing (Zhong et al., AAAI 2020) with torchvision's defaults: a rectangle takes `colour`."""
     if share(next(numbers)) >= probability:
         return
     low, high = (numpy.float32(value) for value in ERASED)
     tall, wide = numpy.log(numpy.float32(ERASED_RATIO))
     for _ in range(ERASING_TRIES):
-        area = height * width * float(uniform(next(numbers), low, high))
-        ratio = float(numpy.exp(uniform(next(numbers), tall, wide)))
+        area = height * width * _uniform(numbers, low, high)
+        ratio = float(numpy.exp(numpy.float32(_uniform(numbers, tall, wide))))
         down, across = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
         if down < height and across < width:
             top, left = next(numbers) % (height - down + 1), next(numbers) % (width - across + 1)
@@ -176,38 +211,48 @@ def apply(pixels: Tensor, steps: Sequence[Sequence[Step]]) -> Tensor:
     changed = pixels.clone()
     if pixels.shape[2:].numel() > TOGETHER:
         for image, own in zip(changed.split(1), steps, strict=True):
-            for step in own:
-                image.copy_(OPERATIONS[step.operation](image, step.magnitude))
+            for operation, magnitude in own:
+                image.copy_(OPERATIONS[operation](image, magnitude))
         return changed
-    for number in range(max(map(len, steps), default=0)):
-        groups: dict[Step, list[int]] = {}
-        for row, own in enumerate(steps):
-            if number < len(own):
-                groups.setdefault(own[number], []).append(row)
-        moves = [step for step in groups if step.operation in MOVES]
-        if moves:
-            _move(changed, [(step, groups.pop(step)) for step in moves])
-        for step, rows in groups.items():
-            index = torch.tensor(rows)
-            changed[index] = OPERATIONS[step.operation](changed[index], step.magnitude)
+    images, left = changed.numpy(), [iter(own) for own in steps]  # the same memory: numpy indexes faster
+    waiting: dict[Step, list[int]] = {}  # an operation -> the images whose next one it is
+
+    def queue(rows: Iterable[int]) -> None:
+        for row in rows:
+            if (step := next(left[row], None)) is not None:
+                waiting.setdefault(step, []).append(row)
+
+    queue(range(len(steps)))
+    while waiting:
+        step = max(waiting, key=lambda step: len(waiting[step]))  # meanwhile more images come to the others
+        rows = waiting.pop(step)
+        images[rows] = _of_group(images[rows], *step)
+        queue(rows)
     return changed
 
 
-def _move(pixels: Tensor, groups: Sequence[tuple[Step, Sequence[int]]]) -> None:
-    """Move the pixels of the images of each group, in one operation."""
-    height, width = pixels.shape[2:]
-    index = torch.tensor([row for _, rows in groups for row in rows])
-    sources = [_sources(*step, height, width).expand(len(rows), -1, -1) for step, rows in groups]
-    images = torch.nn.functional.pad(pixels[index].flatten(2), [1, 0])  # a black pixel first
-    moved = images.gather(2, torch.cat(sources).expand(-1, 3, -1))
-    pixels[index] = moved.unflatten(2, (height, width))
+def _of_group(images: numpy.ndarray, operation: str, magnitude: float | tuple) -> numpy.ndarray:
+    if operation in LOOKUPS:
+        return _table(operation, magnitude).take(images)
+    if operation in MOVES:
+        black = numpy.zeros((*images.shape[:2], 1), numpy.uint8)
+        flat = numpy.concatenate([images.reshape(*images.shape[:2], -1), black], 2)
+        return flat.take(_sources(operation, magnitude, *images.shape[2:]), 2)
+    return OPERATIONS[operation](torch.from_numpy(images), magnitude).numpy()
 
 
-@lru_cache(MOVES_HELD)
-def _sources(operation: str, magnitude: float, height: int, width: int) -> Tensor:
-    """Which pixel of an image, counted from 1, each pixel of the moved one is: (1, 1, H * W); 0: none, it is black.
+@lru_cache(TABLES_HELD)
+def _sources(operation: str, magnitude: float, height: int, width: int) -> numpy.ndarray:
+    """Which pixel of an image each pixel (H, W) of the moved one is; -1: none, it is black.
 
-    It is found by moving an image of these numbers.
+    It is found by moving an image of these numbers, which single precision holds.
     """
     numbers = torch.arange(1, height * width + 1, dtype=torch.float32).view(1, 1, height, width)
-    return MOVES[operation](numbers, magnitude).long().flatten(2)
+    return MOVES[operation](numbers, magnitude)[0, 0].long().numpy() - 1
+
+
+@lru_cache(TABLES_HELD)
+def _table(operation: str, magnitude: float) -> numpy.ndarray:
+    """What each of the 256 values becomes, found by changing an image of all of them."""
+    values = torch.arange(256, dtype=torch.uint8).view(1, 1, 1, -1)
+    return LOOKUPS[operation](values, magnitude).flatten().numpy()

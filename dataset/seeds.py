@@ -46,8 +46,3 @@ def _generator(thread: int) -> numpy.random.RandomState:
 def share(number: int) -> float:
     """What `torch.rand(())` makes of one of `torch_numbers`: from 0 to below 1, in single precision."""
     return (number % 2**24) * UNIT
-
-
-def uniform(number: int, low: numpy.float32, high: numpy.float32) -> numpy.float32:
-    """What torch's `uniform_(low, high)` makes of one of `torch_numbers`."""
-    return numpy.float32(share(number)) * (high - low) + low
