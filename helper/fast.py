@@ -192,6 +192,18 @@ class Fast(NamedTuple):
 
         return replay
 
+    def captured(self, update: Callable) -> Callable:
+        """What follows the passes of a step and changes weights, as this run computes it: without numbers on the host,
+        a CUDA graph can hold it behind theirs. Of a compiler alone it gains nothing, so it is else itself."""
+        if self.compile != "reduce-overhead":
+            return update
+        return torch.compile(update, fullgraph=True, dynamic=False, mode=self.compile)
+
+    def hold(self, tensors: Sequence[Tensor]) -> None:
+        """Say that tensors stay where they are, so that a CUDA graph may change them in place."""
+        for tensor in tensors if self.compile == "reduce-overhead" else ():
+            torch._dynamo.mark_static_address(tensor)
+
     @contextmanager
     def naming_compiler(self) -> Iterator[None]:
         """Turn a failure of the compiler, in a forward or backward pass, into a `UserError`."""

@@ -91,6 +91,7 @@ class Contender:
             self.method.parameters(), 1e-3, 0.9, weight_decay=5e-4, fused=self.fast.fused_optimizer or None
         )
         self.guard, self.meter = Guard(), EpochMeter(self.device)
+        self.number = torch.ones((), device=self.device)
 
     def teach(self, batch: Batch) -> Output:
         """The teacher's part of a step."""
@@ -103,7 +104,7 @@ class Contender:
         autocast = self.fast.autocast(self.device)
         self.optimizer.zero_grad(set_to_none=True)
         losses, logits = forward_backward(self.compute, self.stage, batch, output, PROGRESS, autocast)
-        self.guard.judge(losses, parameters_of(self.optimizer), 1)
+        self.guard.judge(losses, parameters_of(self.optimizer), self.number)
         self.optimizer.step()
         self.meter.update(losses, logits, batch.targets)
 

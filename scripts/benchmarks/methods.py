@@ -64,6 +64,7 @@ class Stepper:
         index = torch.arange(batch_size, device=device)
         images = torch.randn(views * batch_size, 3, SIZE, SIZE, device=device)
         self.guard, self.meter = Guard(), EpochMeter(device)
+        self.number = torch.ones((), device=device)
         self.batch = Batch(fast.lay_out(images), targets.to(device)[index], index)
 
     def step(self) -> None:
@@ -76,7 +77,7 @@ class Stepper:
         losses, logits = forward_backward(
             self.method, self.stage, self.batch, output, Progress(120, 240), self.context()
         )
-        self.guard.judge(losses, parameters_of(self.optimizer), 1)
+        self.guard.judge(losses, parameters_of(self.optimizer), self.number)
         self.optimizer.step()
         self.meter.update(losses, logits, self.batch.targets)
 
