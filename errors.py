@@ -61,12 +61,16 @@ class StoppedAtOnce(KeyboardInterrupt):
 
 @contextmanager
 def starting() -> Iterator[None]:
-    """Around the imports of a script, which take seconds: a Ctrl-C meanwhile is one line."""
+    """Around the imports of a script, which take seconds: a Ctrl-C meanwhile is one line, and so is a mistake in a
+    method of one's own."""
     try:
         yield
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
 
 
 def _is_out_of_memory(error: Exception) -> bool:

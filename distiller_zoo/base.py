@@ -101,6 +101,16 @@ def without_student(images: Tensor, teacher: Output | None) -> None:
     """The `respond` of a stage that does not run the student."""
 
 
+#: What earlier versions called parts of the contract -> today's names: what is set under those would be ignored.
+RENAMED = {
+    "needs_teacher": "reads_teacher",
+    "needs_teacher_output": "reads_teacher_output",
+    "needs_teacher_logits": "reads_teacher_logits",
+    "needs_targets": "refuses_unlabelled",
+    "needs": "flags_work_if",
+}
+
+
 class Distiller(nn.Module):
     """A method: student, adapters and losses in one module.
 
@@ -143,6 +153,11 @@ class Distiller(nn.Module):
     flags_work_if: Mapping[str, tuple[Condition, ...]] = {}
     #: The code that the method's published numbers come from, and what is done otherwise here, and why.
     reference, departures = "", ""
+
+    def __init_subclass__(cls, **options):
+        super().__init_subclass__(**options)
+        for old in RENAMED.keys() & vars(cls).keys():
+            raise UserError(f"{cls.__module__}: {old} of {cls.__name__} is called {RENAMED[old]} now; rename it")
 
     def __init__(self, student: Backbone, teacher: Backbone | None, task: Task, **hyper_parameters):
         super().__init__()

@@ -211,9 +211,11 @@ def check_progress(training: Mapping, in_main_stage: bool) -> None:
         raise ValueError("there are steps and no epoch")
     for record in records:
         values = [value for name, value in record.items() if name.endswith(("_accuracy", "_matching_loss"))]
-        if not values or not all(type(value) is float and math.isfinite(value) for value in values):
-            raise ValueError("an accuracy is no number")
-
+        values.append(record.get("learning_rate", 0.0))
+        if len(values) < 2 or not all(type(value) is float and math.isfinite(value) for value in values):
+            raise ValueError("an accuracy or a learning rate is no number")
+    if not isinstance(training["config"], Mapping):
+        raise ValueError("its config is no table of settings")
     if training["epoch_state"] is not None:
         _check_epoch_state(training["epoch_state"])
 

@@ -39,7 +39,7 @@ from helper.distributed import (
     rank,
     untested_on,
 )
-from helper.fast import Fast, check_precision, keep_freed_memory
+from helper.fast import LONG_RUN, Fast, check_precision, keep_freed_memory
 from helper.loops import evaluate
 from helper.networks import (
     Network,
@@ -211,6 +211,17 @@ def load_inputs(config: Configuration) -> Inputs:
         choosing_loader = _part_loader(held_out, data, batch_size, device)
     probe = None if config.data_probe is None else _load_probe(config, data, reading[2:], batch_size, device)
     return Inputs(device, data, _part_loader(data.test, data, batch_size, device), choosing_loader, what, probe)
+
+
+def decide_compiler(opened: Opened, inputs: Inputs) -> Opened:
+    """The same runs; those of `--compile auto` in which it would not pay compile nothing."""
+
+    def decided(config: Configuration) -> Configuration:
+        steps = config.epochs * len(inputs.data.train.targets) // config.batch_size
+        is_long = min(steps, config.max_steps or steps) >= LONG_RUN
+        return config if config.compile != "auto" or is_long else config.replace("a short run", compile="off")
+
+    return opened._replace(configs=[decided(config) for config in opened.configs])
 
 
 def _load_probe(

@@ -27,7 +27,7 @@ with starting():
     from helper.checkpoint import AVERAGE, rebuild, take_average, upgrade
     from helper.command_line import Parser
     from helper.distributed import find_device
-    from helper.export import RecordedData, read_deployed, to_pixels
+    from helper.export import RecordedData, check_classifies, read_deployed, to_pixels
     from helper.fast import Fast
     from helper.log import progress_bar
     from helper.metrics import METRICS, RESAMPLES, MinibatchCKA, divergences, fidelity, judge
@@ -97,6 +97,7 @@ def read_judged(source: str, model: str | None, device: torch.device, ema: bool 
     else:
         checkpoint = upgrade(read_checkpoint(path, NETWORK), f"{NETWORK}: {path}")
         found = network_in(checkpoint, path, model, NETWORK, "--model", ema)
+    check_classifies(found.network, f"{NETWORK}: {source}")
     network, trained, notes, record = found.network.eval().to(device), None, list(found.notes), dict(found.record)
     if "training" in checkpoint:
         checkpoint = take_average(checkpoint, path) if ema and AVERAGE in checkpoint else checkpoint
@@ -420,7 +421,7 @@ def as_html(found: Sequence[Judgement]) -> str:
 
 def make_parser() -> Parser:
     """The flags of this script."""
-    parser = Parser((__doc__ or "").split("\n")[0])
+    parser = Parser.of_script(__doc__)
     add = parser.add_argument
     add("networks", nargs="+", metavar=NETWORK, help="run folder, checkpoint, export, torchvision:NAME or timm:NAME")
     add("--teacher", metavar="T", help="compare with this network: agreement, KL, CKA of the last maps")

@@ -36,7 +36,7 @@ with starting():
         teachers_of,
     )
     from models import find_builder
-    from setting import count
+    from setting import count, file_to_write, must_be
 
 
 def pairs(text: str) -> list[tuple[str, str]]:
@@ -54,9 +54,16 @@ def pairs(text: str) -> list[tuple[str, str]]:
     return found
 
 
+@must_be("numbers of GPUs like 0,1")
 def gpus(text: str) -> list[int]:
     """0,1 -> numbers of GPUs, read from a flag."""
     return [int(part) for part in text.split(",")]
+
+
+@must_be("flags with every quotation mark closed")
+def flags(text: str) -> list[str]:
+    """'--epochs 30' -> the words that a shell would pass on, read from a flag."""
+    return shlex.split(text)
 
 
 def read_rows(methods: str | None, variants: str | None) -> list[Variant]:
@@ -108,7 +115,7 @@ def write_job_list(path: Path, jobs: Sequence[Job]) -> None:
 
 def make_parser() -> Parser:
     """The flags of this script."""
-    parser = Parser((__doc__ or "").rsplit("\n\n", 1)[0])
+    parser = Parser.of_script(__doc__, paragraphs=2)
     add = parser.add_argument
     add("--table", choices=TABLES, help="of the NORM paper: 1, 2: CIFAR-100; 3, 6: ImageNet")
     add(
@@ -121,12 +128,12 @@ def make_parser() -> Parser:
     add("--variants", metavar="'M FLAGS; M FLAGS'", help="rows with flags of their own, like 'norm -c 0; norm -s 1'")
     add("--trials", type=count, default=3, metavar="K", help="seeds of every row and of the baseline (3)")
     add("--save_dir", default="save", metavar="ROOT", help="where run folders and models/ are (save)")
-    add("--teacher_flags", type=shlex.split, default=[], metavar="'FLAGS'", help="for teachers only: '--epochs 30'")
-    add("--student_flags", type=shlex.split, default=[], metavar="'FLAGS'", help="for distilled students only")
+    add("--teacher_flags", type=flags, default=[], metavar="'FLAGS'", help="for teachers only: '--epochs 30'")
+    add("--student_flags", type=flags, default=[], metavar="'FLAGS'", help="for distilled students only")
     add("--dry_run", action="store_true", help="only list")
     add("--gpus", type=gpus, metavar="N,N", help="GPUs to train on; default: those that are free")
     add("--jobs", type=count, default=1, metavar="K", help="runs at a time on each GPU, or on the CPU (1)")
-    add("--job_list", type=Path, metavar="FILE", help="write the missing runs' commands, one a line, and stop")
+    add("--job_list", type=file_to_write, metavar="FILE", help="write the missing runs' commands, one a line, and stop")
     add(
         "--slurm", nargs="*", metavar="NAME=VALUE", help="submit through submitit, with its parameters: timeout_min=600"
     )

@@ -2,7 +2,7 @@
 
 import pytest
 
-from errors import first_line, run_script
+from errors import UserError, first_line, run_script, starting
 
 
 @pytest.mark.parametrize("error", [MemoryError(), RuntimeError("CUDA out of memory. Tried to allocate 2 GiB")])
@@ -19,3 +19,9 @@ def test_out_of_memory_is_one_line(error, capsys):
 @pytest.mark.parametrize("said, line", [("", "RuntimeError"), ("\n one\ntwo", "one"), ("a" * 300, "a" * 200)])
 def test_what_a_library_says_is_cut_to_one_line(said, line):
     assert first_line(RuntimeError(said)) == line
+
+
+def test_what_is_wrong_with_a_method_of_ones_own_is_one_line_while_a_script_starts(capsys):
+    with pytest.raises(SystemExit) as end, starting():
+        raise UserError("mine.py: rename it")
+    assert end.value.code == 2 and capsys.readouterr().err == "error: mine.py: rename it\n"

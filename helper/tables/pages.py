@@ -29,6 +29,7 @@ HEADER = (
     "student",
     "method",
     "epochs",
+    "held out, last",
     *ACCURACIES.values(),
     "seeds",
     "protocol",
@@ -77,7 +78,8 @@ def list_cells(row: Row) -> list[str]:
     names = [config["dataset"], config["model_t"] or "-", config["model_s"], row.label, str(row.epochs)]
     accuracies = [spread(row.values(name)) for name in ACCURACIES]
     published = ["-", "-"] if paper is None else [f"{paper.accuracy:.2f}", row.verdict]
-    return [*names, *accuracies, str(len(row.records)), row.protocol, row.unreadable, *published]
+    held_out = spread(row.held_out) if row.held_out else "-"
+    return [*names, held_out, *accuracies, str(len(row.records)), row.protocol, row.unreadable, *published]
 
 
 def make_table(rows: Sequence[Row], in_common: bool = False) -> str:

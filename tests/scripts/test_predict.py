@@ -98,4 +98,4 @@ def test_faults_are_named(images, tmp_path):
     both = ["model.onnx", "all/a.png", "--csv", "-", "--json", "-"]
     assert "only one of --csv and --json" in message_of(predict.main, both)
     place = ["model.onnx", "all/a.png", "--csv", "none/out.csv"]
-    assert "none/out.csv cannot be written" in message_of(predict.main, place)
+    assert "argument --csv: there is no folder none; make it" in message_of(predict.main, place)

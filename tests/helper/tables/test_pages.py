@@ -84,6 +84,18 @@ def test_the_protocol_makes_a_row_of_its_own(tmp_path):
     assert "best on test" in table and "best on 100 held-out" in table
 
 
+def test_accuracies_on_held_out_images_have_a_column(runs, tmp_path):
+    assert "held out" not in pages.make_table(rows_of(runs))
+    run = make_run(tmp_path, "kd", 1, [50.0, 52.0], holdout=100)
+    path = run / "metrics.jsonl"
+    lines = [json.loads(line) | {"holdout_accuracy": 60.0 + n} for n, line in enumerate(path.read_text().splitlines())]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    header, _, kd = (line.split(" | ") for line in pages.make_table(rows_of([run])).splitlines())
+    assert kd[header.index("held out, last")] == "61.00"
+    path.write_text(json.dumps(lines[0] | {"holdout_accuracy": "61"}))
+    assert "holdout_accuracy is 61" in pages.summary([*runs, run])
+
+
 def test_the_grid_has_methods_as_rows_and_pairs_as_columns(runs, tmp_path):
     other = make_run(tmp_path / "more", "kd", 1, [50.0, 51.0, 52.0], teacher="resnet14")
     [grid] = pages.make_grids(rows_of([*runs, other]))
