@@ -71,6 +71,17 @@ def test_the_official_command_line_is_understood():
     assert (long.gamma, long.co_sponge, long.beta1, long.kd_T, long.distill) == (0.1, 4, 0.5, 2.0, "norm")
 
 
+def test_a_folder_is_split_as_for_the_teacher_unless_it_is_another_one():
+    teacher = {"path_t": "t.pth", "model_t": "resnet20", "dataset": "folder", "data": "/photographs", "split": 0.2}
+
+    def split(**given):
+        return resolve({"distill": "kd", "model_s": "resnet8"} | given, of_teacher=teacher)["split"]
+
+    assert resolve({"distill": "kd", "model_s": "resnet8"}, of_teacher=teacher).origins["split"] == "teacher's record"
+    assert (split(), split(data="/photographs"), split(split=0.3)) == (0.2, 0.2, 0.3)
+    assert (split(data="/elsewhere"), split(dataset="digits"), split(labels="none", data="/photographs")) == (0, 0, 0)
+
+
 def test_the_crd_weight_is_a_flag_of_its_own():
     config = parse_student(
         *["--distill", "norm_crd", "--model_s", "resnet8", "-c", "2.5", "--crd_weight", "0.3", "--nce_k", "64"]
