@@ -64,9 +64,10 @@ class Parser(argparse.ArgumentParser):
         return group
 
     def error(self, message):
-        unknown = re.match(r"unrecognized arguments: (--?[\w-]+)", message)
-        hint = suggest(unknown[1], self.names, self._called()) if unknown else None
-        raise UserError(f"{message}; did you mean {hint}?" if hint else f"{message} (--help lists the flags)")
+        unknown = re.findall(r" (--?[a-zA-Z][\w-]*)", message) if message.startswith("unrecognized arguments: ") else []
+        meant = dict.fromkeys(filter(None, (suggest(word, self.names, self._called()) for word in unknown)))
+        hint = f"; did you mean {', '.join(meant)}?" if meant else " (--help lists the flags)"
+        raise UserError(message + hint)
 
     def _called(self) -> dict[str, str]:
         """What other toolboxes call the settings that this script has flags for -> its flag."""

@@ -167,6 +167,7 @@ def test_trials_of_a_sweep_count_from_the_named_one(seed, seeds):
         ("--model_s resnet8 -r much", "-r/--gamma: invalid number value"),
         ("--model_s resnet8 --lr_decay_epochs 1,x", "must be epochs like"),
         ("--modle resnet8", "did you mean --model_s?"),
+        ("--lr 0.1 --wandb --amp --lr=1", "--lr 0.1 --wandb --amp --lr=1; did you mean --learning_rate, --precision?"),
         ("--model_s resnet8 --trial 1-2", "--trial: 1-2 ends like the folder of a second run"),
         ("--model_s resnet8 --trial ../1", "--trial: must be a name of letters"),
         ("--model_s resnet8 --seed 99999999999999999999", "--seed: must be a whole number"),
