@@ -210,7 +210,7 @@ class Distiller(nn.Module):
     ) -> dict[str, Tensor]:
         """Named, weighted scalars whose sum is trained, from float32 outputs; sample index is (B,), targets are classes
         (B,), or shares (B, K) of mixed images where the method does not refuse them."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} defines no losses")
 
     def cross_entropy(self, logits: Tensor, targets: Tensor) -> Tensor:
         """Mean over the batch of -sum_c w_c y_c log p_c, of logits (B, K) and classes (B,) or shares (B, K).

@@ -75,6 +75,7 @@ class Network(NamedTuple):
             "dataset": self.dataset,
             "data": self.data,
             "image_size": self.image_size,
+            "split": self.teachers[0].record.get("split") or None,
         }
 
 

@@ -5,6 +5,7 @@ Nothing here knows the name of a method; what a method needs it says itself (dis
 
 import json
 import signal
+import textwrap
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
@@ -123,11 +124,23 @@ def _open_folder(config: Configuration, preparations: ExitStack) -> RunFolder:
 
 
 def _record_settings(config: Configuration, folder: RunFolder, known: Configuration | None) -> None:
-    """Write every setting and its origin; on the terminal only what differs from the run `known`, if there is one."""
+    """Write every setting and its origin; on the terminal only what differs from the run `known`, if there is one, and
+    defaults last, in a paragraph."""
+    defaults = []
     for argument, value in sorted(config.items()):
         if value is not None:
-            log = folder.log_quietly if known is not None and known.get(argument) == value else folder.log
-            log(f"  {argument:<18} {value!s:<24} ({config.origins[argument]})")
+            line, origin = f"  {argument:<18} {value!s:<24} ({config.origins[argument]})", config.origins[argument]
+            folder.log_quietly(line)
+            if known is not None and known.get(argument) == value:
+                continue
+            if origin == "default":
+                defaults.append(f"{argument} {value}")
+            else:
+                folder.show(line)
+    if defaults:
+        folder.show(
+            textwrap.fill(f"defaults: {', '.join(defaults)}", 120, initial_indent="  ", subsequent_indent="    ")
+        )
     folder.write_json(CONFIG, config.as_json())
 
 
@@ -586,7 +599,7 @@ class Run:
     def _finish(self) -> None:
         if self._started is None and (self.folder.path / RESULT).exists():  # resumed, with nothing left to do
             self.result = self.folder.read_json(RESULT)
-            self.folder.log(format_result(self.result))
+            self._conclude()
             return
         self.result = {
             **(self._accuracies() if self.data.labelled else self._without_labels()),
@@ -610,4 +623,9 @@ class Run:
             self.folder.log(f"stopped early: no better {measured} in {count_of(self.config.patience, 'epoch')}")
         self.folder.append_outcome(run_key(self.config), self.result)
         self.folder.write_json(RESULT, self.result)
+        self._conclude()
+
+    def _conclude(self) -> None:
+        """Say what the run has ended with, and where it is."""
         self.folder.log(format_result(self.result))
+        self.folder.log(f"checkpoints: {self.folder.path / LAST} and {BEST}")

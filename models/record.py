@@ -41,6 +41,7 @@ ENTRIES: dict[str, tuple[Callable[[object], bool], str]] = {
     "margin": (lambda value: _is_count(value, -LARGEST_IMAGE, LARGEST_IMAGE), f"pixels, up to {LARGEST_IMAGE}"),
     # 0: a network without a classifier, trained without labels.
     "num_classes": (lambda value: _is_count(value, 0, MOST_CLASSES), f"a number of classes, 0 to {MOST_CLASSES}"),
+    "split": (lambda value: _is_number(value, 0, 1) and value != 1, "a share, 0 to below 1"),
     "accuracy": (lambda value: _is_number(value, 0, 100), "a percentage"),
     **dict.fromkeys(("dataset", "data", "model_name"), (_is_text, "text")),
 }

@@ -17,7 +17,19 @@ from errors import UserError, count_of
 from helper.distributed import is_main
 from helper.run_folder import write_text
 from helper.tables import figures
-from helper.tables.rows import ACCURACIES, FIDELITIES, Left, Record, Row, command_of, read_rows, spread, welch, written
+from helper.tables.rows import (
+    ACCURACIES,
+    FIDELITIES,
+    Left,
+    Record,
+    Row,
+    command_of,
+    flags_of,
+    read_rows,
+    spread,
+    welch,
+    written,
+)
 from models import build_model
 from models.cost import measure_latency
 
@@ -128,8 +140,12 @@ def make_report(rows: Sequence[Row]) -> str:
 
 
 def _commands(rows: Sequence[Row]) -> str:
-    """The settings of every row as an indented line."""
-    return "\n".join(f"    {command_of(row.records[0])}" for row in rows)
+    """The settings of every row as an indented line; what all of several rows share is said once, in front."""
+    commands = [flags_of(row.records[0]) for row in rows]
+    shared = [flag for flag in commands[0][1:] if len(rows) > 1 and all(flag in command for command in commands)]
+    lines = [f"all rows: {' '.join(shared)}"] if shared else []
+    lines += [" ".join(flag for flag in command if flag not in shared) for command in commands]
+    return "\n".join(f"    {line}" for line in lines)
 
 
 def summary(folders: Iterable[Path]) -> str:

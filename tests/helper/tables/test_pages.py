@@ -42,6 +42,11 @@ def test_the_report_has_a_line_per_row_and_its_settings(runs):
     assert "| norm -s 2 | 3 | 52.00 | 55.00 | 52.33 | 1 |" in report
     assert "| paper |" not in report, "no column without a value"
     assert "    --distill kd --model_t resnet20 --model_s resnet8 -r 0.1 -a 0.9" in report
+    settings = [line for line in report.splitlines() if line.startswith("    ")]
+    assert settings[0] == "    all rows: --batch_size 64 --learning_rate 0.05"
+    assert len(settings) == 6 and not any("--batch_size" in line for line in settings[1:])
+    alone = pages.make_report(rows_of(runs[:3]))
+    assert "all rows" not in alone and "--batch_size 64" in alone, "of one row everything"
 
 
 def test_the_comparison_tests_against_the_baseline_and_kd_and_shows_fidelity(tmp_path):
