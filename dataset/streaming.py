@@ -133,8 +133,9 @@ class StreamedImages:
         """Sample indices of the batches -> (indices (B,), pixels (B, 3, H, W) of each view, or one for all).
 
         Crops and changes of an image depend on its key, by default its sample index. An image that cannot be read is
-        named and left out; with `fill` the next one of the batch takes its place. Raises `UserError` where there are
-        more of them than allowed.
+        named and left out; with `fill` the next one of the batch takes its place. On a CPU the memory of the pixels is
+        the workers' again when the next batch is asked for. Raises `UserError` where there are more unreadable images
+        than allowed.
         """
         device = self.targets.device
         for index, rows, broken in self._batches(*_on_cpu(parts, keys), crops, changes):
@@ -147,8 +148,7 @@ class StreamedImages:
                 index, rows = index[chosen], rows[:, chosen]
             if device.type == "cuda":
                 index, rows = index.pin_memory(), rows.pin_memory()
-            # The memory behind them is the workers' again when the next batch is asked for.
-            views = rows.to(device, non_blocking=True, copy=True).unbind(0)
+            views = rows.to(device, non_blocking=True).unbind(0)
             yield index.to(device, non_blocking=True), list(views)
 
     def describe_dark(self, where: str) -> str:
