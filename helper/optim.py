@@ -244,7 +244,7 @@ class Guard:
     def begin_epoch(self, title: str, has_own_rate: bool) -> None:
         """What messages say of where the run is, and which learning rate is too high."""
         self._place, self._flag = title, "--init_learning_rate" if has_own_rate else "--learning_rate"
-        for seen in self._seen.values():  # in their places, where a captured step writes
+        for seen in self._seen.values():  # in place, where a captured step writes
             seen.zero_()
 
     def begin_step(self, module: nn.Module) -> None:
