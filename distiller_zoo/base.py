@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from errors import UserError
+from errors import UserError, count_of
 from models.backbone import Backbone, Output, normalises_single_values
 from setting import Setting, count, number, positive, whole
 
@@ -183,10 +183,11 @@ class Distiller(nn.Module):
                 )
         fits = teacher is None or (teacher.num_classes and task.num_classes in (0, teacher.num_classes))
         if not fits and self.reads_teacher_logits():
-            has = f"{teacher.num_classes} classes" if teacher.num_classes else "no classifier"
+            has = count_of(teacher.num_classes, "class") if teacher.num_classes else "no classifier"
             raise UserError(
-                f"--model_t: the teacher has {has}, the data {task.num_classes} classes, and --distill {self.name} "
-                "reads the teacher's logits; choose another teacher, -a 0, or a method that reads feature maps"
+                f"--model_t: the teacher has {has}, the data {count_of(task.num_classes, 'class')}, and --distill "
+                f"{self.name} reads the teacher's logits; choose another teacher, -a 0, or a method that reads "
+                "feature maps"
             )
         if task.batch_size < self.min_batch:
             raise UserError(
@@ -209,7 +210,7 @@ class Distiller(nn.Module):
     ) -> dict[str, Tensor]:
         """Named, weighted scalars whose sum is trained, from float32 outputs; sample index is (B,), targets are classes
         (B,), or shares (B, K) of mixed images where the method does not refuse them."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} defines no losses")
 
     def cross_entropy(self, logits: Tensor, targets: Tensor) -> Tensor:
         """Mean over the batch of -sum_c w_c y_c log p_c, of logits (B, K) and classes (B,) or shares (B, K).

@@ -86,7 +86,7 @@ def make_checkpoint(
     record."""
     weights, record = network_of(method)
     record = {"model_name": config.model_s, **record, **data, "dataset": config.dataset, "data": config.data, **known}
-    record["distill"] = config.distill
+    record |= {"distill": config.distill, "split": config.split}
     training = {"config": dict(config), "distiller": method.state_dict()}
     if average is None:
         return {"model": weights, "record": record, "training": training}

@@ -17,7 +17,7 @@ from torch import Tensor, distributed, nn
 from dataset import Augmentation, Batch, ImageData, Images, Loader, StreamedImages, epoch_seed
 from distiller_zoo import Distiller, Progress, Stage
 from distiller_zoo.base import ALPHA, BETA, GAMMA
-from errors import StoppedAtOnce, UserError
+from errors import StoppedAtOnce, UserError, count_of
 from helper.configuration import Configuration
 from helper.distributed import Replica, count_processes, images_per_pass, rank, total_of
 from helper.fast import Fast
@@ -85,7 +85,8 @@ class Training:
         sizes = {"min_batch": method.min_batch, "subset": subset}
         loader = Loader(images, data, config.batch_size, self.device, augmentation, views=method.views, **sizes)
         if not len(loader):
-            raise UserError(f"--holdout: {len(subset)} images are too few for --distill {config.distill}; keep more")
+            kept = count_of(len(subset), "image")
+            raise UserError(f"--holdout: {kept} kept, too few for --distill {config.distill}; keep more")
         return loader
 
     def _loader(self, data: ImageData, subset: Tensor, seed: int, augmentation: Augmentation) -> Loader:

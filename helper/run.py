@@ -5,6 +5,7 @@ Nothing here knows the name of a method; what a method needs it says itself (dis
 
 import json
 import signal
+import textwrap
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
@@ -15,7 +16,7 @@ from torch import nn
 
 from dataset import ImageData, Images, StreamedImages
 from distiller_zoo import Distiller, Progress, build_distiller, find_distiller
-from errors import Stopped, UserError
+from errors import Stopped, UserError, count_of
 from helper.checkpoint import (
     check_optimizer,
     check_progress,
@@ -123,11 +124,23 @@ def _open_folder(config: Configuration, preparations: ExitStack) -> RunFolder:
 
 
 def _record_settings(config: Configuration, folder: RunFolder, known: Configuration | None) -> None:
-    """Write every setting and its origin; on the terminal only what differs from the run `known`, if there is one."""
+    """Write every setting and its origin; on the terminal only what differs from the run `known`, if there is one, and
+    defaults last, in a paragraph."""
+    defaults = []
     for argument, value in sorted(config.items()):
         if value is not None:
-            log = folder.log_quietly if known is not None and known.get(argument) == value else folder.log
-            log(f"  {argument:<18} {value!s:<24} ({config.origins[argument]})")
+            line, origin = f"  {argument:<18} {value!s:<24} ({config.origins[argument]})", config.origins[argument]
+            folder.log_quietly(line)
+            if known is not None and known.get(argument) == value:
+                continue
+            if origin == "default":
+                defaults.append(f"{argument} {value}")
+            else:
+                folder.show(line)
+    if defaults:
+        folder.show(
+            textwrap.fill(f"defaults: {', '.join(defaults)}", 120, initial_indent="  ", subsequent_indent="    ")
+        )
     folder.write_json(CONFIG, config.as_json())
 
 
@@ -542,7 +555,7 @@ class Run:
         self.folder.keep_metrics_until(self.epochs_over)
         stage = self.stages[self.stage_number]
         title = format_title(stage.name, Progress(self.epoch - 1, stage.epochs))
-        within = f" and {self.epoch_state['steps']} steps" if self.epoch_state else ""
+        within = f" and {count_of(self.epoch_state['steps'], 'step')}" if self.epoch_state else ""
         self.folder.log(f"resumed after {title}{within}")
         before, now = training["config"].get("epochs"), self.config.epochs
         if self.records and before != now and not self.is_over:
@@ -586,7 +599,7 @@ class Run:
     def _finish(self) -> None:
         if self._started is None and (self.folder.path / RESULT).exists():  # resumed, with nothing left to do
             self.result = self.folder.read_json(RESULT)
-            self.folder.log(format_result(self.result))
+            self._conclude()
             return
         self.result = {
             **(self._accuracies() if self.data.labelled else self._without_labels()),
@@ -607,7 +620,12 @@ class Run:
         }
         if self._is_out_of_patience() and not self._stage_is_complete():
             measured = self.result.get("best_by", self.config.best_by).replace("_", " ")  # its own without labels
-            self.folder.log(f"stopped early: no better {measured} in {self.config.patience} epochs")
+            self.folder.log(f"stopped early: no better {measured} in {count_of(self.config.patience, 'epoch')}")
         self.folder.append_outcome(run_key(self.config), self.result)
         self.folder.write_json(RESULT, self.result)
+        self._conclude()
+
+    def _conclude(self) -> None:
+        """Say what the run has ended with, and where it is."""
         self.folder.log(format_result(self.result))
+        self.folder.log(f"checkpoints: {self.folder.path / LAST} and {BEST}")

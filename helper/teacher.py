@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from dataset import VIEWS, Batch, Centre, ImageData, RowCache, differences
 from dataset.cache import EVERY
-from errors import UserError
+from errors import UserError, count_of
 from helper.distributed import count_processes
 from helper.fast import Fast
 from helper.networks import Network
@@ -71,7 +71,8 @@ def _views_of(
     """The view of each teacher; `image_size` of `--teacher_image_size` is for all of them, or one for each."""
     sizes = list(image_size) if isinstance(image_size, Sequence) else [image_size] * len(teachers)
     if len(sizes) != len(teachers):
-        raise UserError(f"--teacher_image_size: {len(sizes)} sizes for {len(teachers)} teachers; give one, or one each")
+        given = f"{count_of(len(sizes), 'size')} for {count_of(len(teachers), 'teacher')}"
+        raise UserError(f"--teacher_image_size: {given}; give one, or one each")
     return [as_it_was_trained(each, data, size) for each, size in zip(teachers, sizes, strict=True)]
 
 
@@ -217,7 +218,8 @@ class CachedTeacher(Teacher):
             raise UserError(f"{self.FLAG}: {reason}")
         shapes = probe_shapes(self.network, data.image_size)
         if top_k is not None and top_k >= shapes.num_classes:
-            raise UserError(f"--cache_top_k: the teacher has {shapes.num_classes} classes; leave it out to keep all")
+            has = count_of(shapes.num_classes, "class")
+            raise UserError(f"--cache_top_k: the teacher has {has}; leave it out to keep all")
         self.folder, self.num_images, self.num_classes, self.top_k = (
             Path(folder),
             len(data.train.targets),

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
-from errors import UserError
+from errors import UserError, count_of
 from models import build_model, imagenet_model_dict, model_dict
 from models.backbone import Backbone, Wrapper
 from models.external import is_external
@@ -80,7 +80,7 @@ def _filled(model: Backbone, model_name: str, weights: Weights) -> tuple[Weights
     missing = expected.keys() - renamed.keys() - empty.keys()
     if not (renamed.keys() <= expected.keys() and all(_can_be_filled(key, renamed) for key in missing)):
         return None, []
-    note = [f"its {len(missing)} missing num_batches_tracked are filled in with 0"] * bool(missing)
+    note = [f"{count_of(len(missing), 'missing entry')} num_batches_tracked filled in with 0"] * bool(missing)
     return empty | renamed | {key: torch.tensor(0, device="cpu") for key in missing}, note
 
 

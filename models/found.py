@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from errors import UserError
+from errors import UserError, count_of
 from models.pickled import Unknown
 
 Weights = dict[str, Tensor]
@@ -61,7 +61,7 @@ def locate_weights(checkpoint: Mapping, source: str, ema: bool = False) -> Found
     named = {key: value for key, value in entries.items() if isinstance(key, str) and isinstance(value, Tensor)}
     weights = {key: value for key, value in named.items() if key.rpartition(".")[2] not in COUNTERS}
     if len(weights) < len(named):
-        notes.append(f"{len(named) - len(weights)} counters ({', '.join(COUNTERS)}) are left out")
+        notes.append(f"left out: {count_of(len(named) - len(weights), 'counter')} ({', '.join(COUNTERS)})")
     if not weights:
         raise UserError(f"{source} holds no weights; it holds {list_names(checkpoint)}")
     plain = {WRAPPERS.sub("", key): value for key, value in weights.items()}

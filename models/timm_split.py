@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from errors import UserError, first_line
+from errors import UserError, count_of, first_line
 from models.backbone import evaluating
 from models.preprocessing import INTERPOLATIONS, Preprocessing
 from models.split import (
@@ -244,7 +244,7 @@ def _split_tokens(
         return [*maps[:-1], patches_to_map(columns, prefix)], columns  # the last map behind the last norm
 
     classifier, head = _make_head(network, num_classes, columns_to_tokens, ramp(1, channels, shape[1], 1))
-    name = f"the patch tokens of forward_features, behind {prefix} other{'' if prefix == 1 else 's'}"
+    name = f"the patch tokens of forward_features, behind {count_of(prefix, 'other')}"
     return Split(features, head, classifier, name, maps[-1], size, prefix)
 
 

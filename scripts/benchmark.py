@@ -312,7 +312,7 @@ def counts(text: str) -> list[int]:
 
 
 def main(argv=None) -> list[dict]:
-    parser = Parser((__doc__ or "").split("\n")[0])
+    parser = Parser.of_script(__doc__)
     every_pair = ",".join(":".join(pair) for pair in CIFAR_PAIRS)
     parser.add_argument("--pairs", type=pairs, default=every_pair, metavar="T:S,...", help="all of the tables")
     parser.add_argument("--n", type=counts, default="8", metavar="N,...")

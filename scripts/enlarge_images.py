@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy
 from PIL import Image
 
-from errors import UserError, run_script
+from errors import UserError, count_of, run_script
 from helper.command_line import Parser
 from setting import count, folder_to_write, number
 
@@ -57,7 +57,7 @@ def main(argv=None) -> Path:
         raise UserError(f"SOURCE: {args.source} must hold train/ and val/ or test/, one folder per class")
     train = enlarge(args.source / "train", args.target / "train", args.per_class, args.size, args.texture)
     tested = enlarge(test, args.target / "val", max(args.per_class // 4, 1), args.size, args.texture)
-    print(f"{args.target}: {train} training and {tested} test images, {args.size} pixels high")
+    print(f"{args.target}: {train} training and {count_of(tested, 'test image')}, {count_of(args.size, 'pixel')} high")
     return args.target
 
 

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, cast
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from errors import UserError, run_script, starting
+from errors import UserError, count_of, run_script, starting
 
 with starting():
     import torch
@@ -166,7 +166,7 @@ def check_classes(judged: Judged, data: ImageData) -> str:
     number = judged.record.get("num_classes")
     number = classes and len(classes) if number is None else number
     if number is not None and number != data.num_classes:
-        raise UserError(f"--data: {judged.source} has {number} classes, the data {data.num_classes}")
+        raise UserError(f"--data: {judged.source} has {count_of(number, 'class')}, the data {data.num_classes}")
     own = read_preprocessing(judged.source)
     others = compare_classes(classes or (own and own.categories), data.classes)
     if others is not None:
@@ -306,7 +306,7 @@ def numbers(about: Mapping[str, Any], name: str, unit: str, digits: int) -> tupl
     """A metric with its unit and its interval, empty where it has none; of one that says nothing of so few classes why
     it does not."""
     if about[name] is None:
-        return "-", f"always 100 % with {len(about['classes'])} classes"
+        return "-", f"always 100 % with {count_of(len(about['classes']), 'class')}"
     interval = about["intervals"].get(name, ())
     return f"{about[name]:.{digits}f}{unit}", " to ".join(f"{end:.{digits}f}" for end in interval)
 

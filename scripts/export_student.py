@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from errors import UserError, run_script, starting
+from errors import UserError, count_of, run_script, starting
 
 with starting():
     import torch
@@ -222,7 +222,7 @@ def _accuracy(record: dict, source: Path) -> str:
     }
     chosen = f" ({protocols[source.stem]})" if source.stem in protocols else ""
     epoch = f"; epoch {record['epoch']}{chosen}" if record.get("epoch") else ""
-    tried = f"; trained for {record['max_steps']} steps only" if record.get("max_steps") else ""
+    tried = f"; trained for {count_of(record['max_steps'], 'step')} only" if record.get("max_steps") else ""
     return f"{record['accuracy']:.2f} % top-1 on the test images, float32, one centre crop{epoch}{tried}"
 
 

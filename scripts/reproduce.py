@@ -17,13 +17,23 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from errors import UserError, run_script, starting
+from errors import UserError, count_of, run_script, starting
 
 with starting():
     from helper.command_line import Parser
     from helper.run_folder import write_text
     from helper.settings import SETTINGS
-    from helper.tables.jobs import LOGS, Speeds, command_line, find_places, format_seconds, ready, run_jobs, submit
+    from helper.tables.jobs import (
+        LOGS,
+        Speeds,
+        command_line,
+        find_places,
+        format_seconds,
+        read_parameters,
+        ready,
+        run_jobs,
+        submit,
+    )
     from helper.tables.plan import (
         IMAGENET_TABLES,
         TABLES,
@@ -101,16 +111,16 @@ def show(plan: Plan, jobs: Sequence[Job], speeds: Speeds, places: int) -> None:
     for title, reason in plan.inapplicable:
         print(f"{'does not apply':<24} {title}: {reason}")
     print(
-        f"{len(jobs)} runs: {', '.join(f'{n} {state}' for state, n in by_state(jobs))}; left about "
+        f"{count_of(len(jobs), 'run')}: {', '.join(f'{n} {state}' for state, n in by_state(jobs))}; left about "
         f"{format_seconds(total / places)} with {places} at a time"
-        + (f", and {unknown} runs like which none was measured yet" if unknown else "")
+        + (f", and {count_of(unknown, 'run')} like which none was measured yet" if unknown else "")
     )
 
 
 def write_job_list(path: Path, jobs: Sequence[Job]) -> None:
     """One command per line, teachers first."""
     write_text(path, "".join(f"{shlex.join(command_line(job))}\n" for job in jobs))
-    print(f"job list: {path}, {len(jobs)} commands")
+    print(f"job list: {path}, {count_of(len(jobs), 'command')}")
 
 
 def make_parser() -> Parser:
@@ -154,6 +164,7 @@ def main(argv=None) -> None:
     argv = list(sys.argv[1:] if argv is None else argv)
     end = argv.index("--") if "--" in argv else len(argv)
     args = parse(make_parser(), argv[:end])
+    read_parameters(args.slurm or ())  # a dry run says too what is wrong with them
     chosen, rows = choose_pairs(args), read_rows(args.methods, args.variants)
     dataset = None if args.table is None else "imagenet" if args.table in IMAGENET_TABLES else "cifar100"
     plan = Plan(args.save_dir, dataset, argv[end + 1 :], args.teacher_flags, args.student_flags)
@@ -164,7 +175,6 @@ def main(argv=None) -> None:
     if args.job_list:
         write_job_list(args.job_list, ready(jobs))
     elif args.slurm is not None and not args.dry_run:
-        logs.mkdir(parents=True, exist_ok=True)
         for job, handle in submit(ready(jobs), logs, args.slurm, args.cluster):
             print(f"submitted {handle.job_id}: {job.title}")
     elif not args.dry_run:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from errors import UserError, first_line, run_script, starting
+from errors import UserError, count_of, first_line, run_script, starting
 
 
 @pytest.mark.parametrize("error", [MemoryError(), RuntimeError("CUDA out of memory. Tried to allocate 2 GiB")])
@@ -14,6 +14,11 @@ def test_out_of_memory_is_one_line(error, capsys):
         run_script(main)
     message = capsys.readouterr().err
     assert stop.value.code == 2 and "--batch_size" in message and message.count("\n") == 1
+
+
+def test_one_thing_has_no_plural():
+    said = [count_of(n, thing) for n, thing in ((1, "file"), (0, "file"), (2, "class"), (1000, "entry"))]
+    assert said == ["1 file", "0 files", "2 classes", "1000 entries"]
 
 
 @pytest.mark.parametrize("said, line", [("", "RuntimeError"), ("\n one\ntwo", "one"), ("a" * 300, "a" * 200)])

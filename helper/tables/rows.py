@@ -418,7 +418,13 @@ def spread(values: Sequence[float], decimals: int = 2) -> str:
 
 
 def command_of(record: Record) -> str:
-    """The flags that tell a run's row from others: networks, method, its hyper-parameters, length, what is unusual."""
+    """The flags that tell a run's row from others, as one line."""
+    return " ".join(flags_of(record))
+
+
+def flags_of(record: Record) -> list[str]:
+    """The flags that tell a run's row from others, each with its value: method and networks, which are one text, then
+    its hyper-parameters, length, what is unusual."""
     config = record.config
     known, method = settings_of(config["distill"]), find_distiller(config["distill"])
     of_teacher = {"model_t": config["model_t"], "path_t": ""} if config["model_t"] else {}
@@ -434,7 +440,7 @@ def command_of(record: Record) -> str:
     flags = [flag for flag in method.flags if _has_effect(method, config, flag)]
     networks = f"--model_t {config['model_t']} " if config["model_t"] else ""
     shown = [one.written(config[one.argument]) for one in (*flags, *always, *unusual) if one.argument in record.stored]
-    return " ".join(filter(None, (f"--distill {config['distill']} {networks}--model_s {config['model_s']}", *shown)))
+    return [f"--distill {config['distill']} {networks}--model_s {config['model_s']}", *filter(None, shown)]
 
 
 def _has_effect(method: type[Distiller], config: Mapping[str, Any], flag: Setting) -> bool:

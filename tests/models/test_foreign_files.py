@@ -74,7 +74,7 @@ WRAPPED = {
     "compiled within": (lambda w: prefixed("a.module._orig_mod.", w), "a. and module. and _orig_mod. of all its"),
     "two prefixes": (lambda w: prefixed("model.backbone.", w), "the prefix model.backbone. of all its keys"),
     "profiled": (lambda w: {"model": with_profile(w)}, "2 counters"),
-    "old": (lambda w: {"model": without_counters(w)}, "9 missing num_batches_tracked are filled in"),
+    "old": (lambda w: {"model": without_counters(w)}, "9 missing entries num_batches_tracked filled in"),
     "averaged": (lambda w: {"model_ema": w}, "its entry model_ema"),
 }
 

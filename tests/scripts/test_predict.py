@@ -47,7 +47,7 @@ def test_a_folder_is_read_and_what_is_broken_is_named(images, capsys):
         ["all/inner/c.jpg:", "bright"],
     ]
     assert "skipped: IMAGE: all/broken.png cannot be read" in printed.err and "1 of the images" in printed.err
-    assert "left out 1 files below all that are no images by their names: notes.txt" in printed.err
+    assert "left out 1 file below all, by name no images: notes.txt" in printed.err
 
 
 def test_patterns_and_a_list_on_standard_input(images, capsys, monkeypatch):
