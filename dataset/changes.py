@@ -1,32 +1,29 @@
 """Changes of training images besides crops and flips: torchvision's policies, colour jitter, random erasing."""
 
-from collections.abc import Callable
-from functools import cache
-from types import ModuleType
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import numpy
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from dataset.seeds import epoch_seed
-
-
-def v2() -> ModuleType:
-    """torchvision's transforms, which take a second to import and are not needed by most runs."""
-    from torchvision.transforms import v2
-
-    return v2
+from dataset import policies
+from dataset.policies import Numbers, Step
+from dataset.seeds import epoch_seed, torch_numbers
 
 
-#: What `--augment` names -> the transform of an image's bytes, for a data set whose own AutoAugment policy is given.
-#: Without the data set's own crops and flips where it is `none`.
-POLICIES: dict[str, Callable[[str], list[nn.Module]]] = {
-    "standard": lambda own: [],
-    "none": lambda own: [],
-    "randaugment": lambda own: [v2().RandAugment()],
-    "trivialaugment": lambda own: [v2().TrivialAugmentWide()],
-    "autoaugment": lambda own: [v2().AutoAugment(v2().AutoAugmentPolicy(own))],
+def _unchanged(numbers: Numbers, height: int, width: int, own: str) -> Iterator[Step]:
+    yield from ()
+
+
+#: What `--augment` names -> what draws an image's operations, of an image's random numbers, its height and width, and
+#: the name of AutoAugment's policy for the data set. Without the data set's own crops and flips where it is `none`.
+POLICIES: dict[str, Callable[[Numbers, int, int, str], Iterator[Step]]] = {
+    "standard": _unchanged,
+    "none": _unchanged,
+    "randaugment": policies.randaugment,
+    "trivialaugment": policies.trivialaugment,
+    "autoaugment": policies.autoaugment,
 }
 
 
@@ -57,21 +54,17 @@ class Changes(NamedTuple):
         return changed.permute(1, 2, 0).numpy()
 
     def of_batch(self, pixels: Tensor, keys: list[int]) -> Tensor:
-        """Bytes (B, 3, H, W) on any device -> the changed bytes there; the work is done on the CPU, image by image."""
-        change, changed = _transform(self._replace(seed=0, epoch=0)), []
-        with torch.random.fork_rng(devices=[]):  # torchvision's transforms draw from the global generator
-            for image, key in zip(pixels.cpu(), keys, strict=True):
-                torch.default_generator.manual_seed(epoch_seed(self.seed, self.epoch, key, stream="changes"))
-                # In one layout, so that the same numbers come from a disk and from memory.
-                changed.append(change(image.contiguous()))
-        return torch.stack(changed).to(pixels.device)
+        """Bytes (B, 3, H, W) on any device -> the changed bytes there; the work is done on the CPU."""
+        # In one layout, so that the same numbers come from a disk and from memory.
+        held = pixels.cpu().contiguous()
+        return policies.apply(held, [self.draw(key, *pixels.shape[2:]) for key in keys]).to(pixels.device)
 
-
-@cache
-def _transform(changes: Changes) -> nn.Module:
-    steps = POLICIES[changes.policy](changes.own_policy)
-    if changes.colour_jitter:
-        steps.append(v2().ColorJitter(*[changes.colour_jitter] * 3))
-    if changes.random_erasing:
-        steps.append(v2().RandomErasing(changes.random_erasing, value=list(map(float, changes.colour))))
-    return nn.Sequential(*steps)
+    def draw(self, key: int, height: int, width: int) -> list[Step]:
+        """The operations of an image, in their order."""
+        numbers = torch_numbers(epoch_seed(self.seed, self.epoch, key, stream="changes"), policies.NUMBERS)
+        steps = list(POLICIES[self.policy](numbers, height, width, self.own_policy))
+        if self.colour_jitter:
+            steps += policies.jitter(numbers, self.colour_jitter)
+        if self.random_erasing:
+            steps += policies.erasing(numbers, height, width, self.random_erasing, self.colour)
+        return steps

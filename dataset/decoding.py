@@ -8,7 +8,6 @@ training crops take a random part instead. Nothing here needs torch, so that wor
 import io
 import math
 import os
-import threading
 import warnings
 from collections.abc import Callable, Sequence
 from functools import cache
@@ -18,7 +17,7 @@ import numpy
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from PIL.JpegImagePlugin import JpegImageFile
 
-from dataset.seeds import epoch_seed
+from dataset.seeds import epoch_seed, share, torch_numbers
 
 #: What is opened, whatever a file is called: Pillow's own decoders, none that starts another program.
 FORMATS = (
@@ -135,32 +134,24 @@ Crop = Centre | RandomCrops
 def draw_crop(width: int, height: int, scale: tuple[float, float], seed: int) -> Box:
     """A random crop: torchvision's `RandomResizedCrop.get_params` with torch's generator, number for number."""
     single = numpy.float32  # torch draws in single precision
-    generator = _generator(threading.get_ident())
-    generator.seed(seed)
-    raw = iter(numpy.frombuffer(generator.bytes(4 * (2 * TRIES + 2)), "<u4").tolist())
+    numbers = torch_numbers(seed, 2 * TRIES + 2)
 
     def uniform(low: single, high: single) -> single:
-        return single(next(raw) % 2**24) * single(2**-24) * (high - low) + low
+        return single(share(next(numbers))) * (high - low) + low
 
-    smallest, largest = (single(share) for share in scale)
+    smallest, largest = (single(part) for part in scale)
     tall, wide = (single(math.log(single(ratio))) for ratio in RATIO)
     for _ in range(TRIES):
         area = width * height * float(uniform(smallest, largest))
         ratio = float(single(math.exp(uniform(tall, wide))))
         across, down = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
         if 0 < across <= width and 0 < down <= height:
-            top = next(raw) % (height - down + 1)
-            left = next(raw) % (width - across + 1)
+            top = next(numbers) % (height - down + 1)
+            left = next(numbers) % (width - across + 1)
             return left, top, left + across, top + down
     across, down = min(width, round(height * RATIO[1])), min(height, round(width / RATIO[0]))
     left, top = (width - across) // 2, (height - down) // 2
     return left, top, left + across, top + down
-
-
-@cache
-def _generator(thread: int) -> numpy.random.RandomState:
-    """A thread's generator, to be seeded for each use: a new one takes ten times as long."""
-    return numpy.random.RandomState(0)
 
 
 def read_views(read: Callable[[], bytes], crop: Crop, sample: int = 0) -> list[numpy.ndarray]:

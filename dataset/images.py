@@ -16,6 +16,8 @@ from dataset.streaming import StreamedImages
 UNCHANGED = ("standard", "none")
 #: Number of images moved at once where a part of a split is kept.
 AT_ONCE = 64
+#: Images of more bytes are mirrored one by one on a CPU, in its cache: the calls take less than a copy in memory does.
+ONE_BY_ONE = 2**14
 
 
 class Images(NamedTuple):
@@ -193,9 +195,19 @@ def augment(pixels: Tensor, draws: Draws, pad: int) -> Tensor:
         height, width = pixels.shape[2:]
         windows = F.pad(pixels, [pad] * 4).unfold(2, height, 1).unfold(3, width, 1)  # (B, 3, 2p+1, 2p+1, H, W), a view
         crops = windows[torch.arange(len(pixels), device=pixels.device), :, draws.top, draws.left]
+    return _mirror(crops, draws.flip)
+
+
+def _mirror(images: Tensor, chosen: Tensor) -> Tensor:
+    """Images (B, 3, H, W), those mirrored for which `chosen` (B,) is true, in memory of their own."""
+    if images.device.type == "cpu" and images.shape[1:].numel() > ONE_BY_ONE:
+        mirrored = torch.empty_like(images)
+        for place, image, is_chosen in zip(mirrored, images, chosen.tolist(), strict=True):
+            place.copy_(image.flip(2) if is_chosen else image)
+        return mirrored
     # Whole images are copied: several times as fast as a choice for every byte.
-    mirrored = torch.cat([crops, crops.flip(3)])
-    return mirrored.index_select(0, torch.arange(len(crops), device=crops.device) + len(crops) * draws.flip)
+    both = torch.cat([images, images.flip(3)])
+    return both.index_select(0, torch.arange(len(images), device=images.device) + len(images) * chosen)
 
 
 def resize(images: Tensor, size: int) -> Tensor:

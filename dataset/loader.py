@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from dataset.balance import draw_balanced
-from dataset.changes import v2
 from dataset.decoding import RandomCrops
 from dataset.images import Augmentation, ImageData, Images, draw_augmentation, resize
+from dataset.policies import v2
 from dataset.seeds import epoch_seed
 from dataset.streaming import StreamedImages
 from dataset.views import VIEWS

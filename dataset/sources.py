@@ -230,7 +230,7 @@ def _is_streamed(folder: str, image_size: int, images: int, reading: Reading) ->
 def _sample(images: StreamedImages) -> torch.Tensor:
     """Pixels of some images of all classes, for statistics."""
     some = torch.arange(0, len(images.targets), max(len(images.targets) // STATISTICS_IMAGES, 1))
-    return torch.cat([pixels for _, (pixels,) in images.read(some.split(BATCH))])
+    return torch.cat([pixels.clone() for _, (pixels,) in images.read(some.split(BATCH))])
 
 
 def _in_memory(images: StreamedImages, classes: list[str]) -> tuple[Images, dict[str, str]]:

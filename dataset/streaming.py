@@ -16,7 +16,7 @@ from dataset.folders import printable
 from dataset.pool import Pool
 from dataset.worker import Change, shape_of
 from dataset.worker import fill as fill_rows
-from errors import UserError
+from errors import UserError, count_of
 
 #: How many batches are read ahead of the one that is used.
 AHEAD = 3
@@ -133,8 +133,9 @@ class StreamedImages:
         """Sample indices of the batches -> (indices (B,), pixels (B, 3, H, W) of each view, or one for all).
 
         Crops and changes of an image depend on its key, by default its sample index. An image that cannot be read is
-        named and left out; with `fill` the next one of the batch takes its place. Raises `UserError` where there are
-        more of them than allowed.
+        named and left out; with `fill` the next one of the batch takes its place. On a CPU the memory of the pixels is
+        the workers' again when the next batch is asked for. Raises `UserError` where there are more unreadable images
+        than allowed.
         """
         device = self.targets.device
         for index, rows, broken in self._batches(*_on_cpu(parts, keys), crops, changes):
@@ -147,8 +148,7 @@ class StreamedImages:
                 index, rows = index[chosen], rows[:, chosen]
             if device.type == "cuda":
                 index, rows = index.pin_memory(), rows.pin_memory()
-            # The memory behind them is the workers' again when the next batch is asked for.
-            views = rows.to(device, non_blocking=True, copy=True).unbind(0)
+            views = rows.to(device, non_blocking=True).unbind(0)
             yield index.to(device, non_blocking=True), list(views)
 
     def describe_dark(self, where: str) -> str:
@@ -229,7 +229,7 @@ def too_many_unreadable(broken: dict[str, str], allowed: int) -> str:
     last = list(broken.items())[-NAMED:]
     named = ", ".join(f"{name} ({reason})" for name, reason in last)
     return (
-        f"--data: {len(broken)} images cannot be read, more than --max_broken {allowed}: "
+        f"--data: {count_of(len(broken), 'image')} cannot be read, more than --max_broken {allowed}: "
         f"{'..., ' if len(broken) > len(last) else ''}{named}; repair or remove them, or allow more"
     )
 

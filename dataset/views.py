@@ -10,8 +10,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from dataset.changes import v2
 from dataset.images import Augmentation, Draws, augment
+from dataset.policies import v2
 
 #: RandAugment's number of operations.
 STRONG_OPERATIONS = 2

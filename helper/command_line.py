@@ -48,6 +48,11 @@ class Parser(argparse.ArgumentParser):
             usage="%(prog)s [flags]", description=description, allow_abbrev=False, formatter_class=formatter
         )
 
+    @classmethod
+    def of_script(cls, docstring: str | None, paragraphs: int = 1) -> "Parser":
+        """The parser of a script, which is described by the first paragraphs of its docstring."""
+        return cls("\n\n".join((docstring or "").split("\n\n")[:paragraphs]).strip())
+
     def add_argument(self, *names, **options):
         self.names += names
         return super().add_argument(*names, **options)

@@ -178,7 +178,7 @@ class Fast(NamedTuple):
         """
         if self.compile == "off":
             return function
-        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MOST_COMPILATIONS)
+        _set_up_compiler()
         if self.compile == "auto":
             return _compiled_if_possible(function)
         run = torch.compile(function, dynamic=False, mode=self.compile)
@@ -191,6 +191,18 @@ class Fast(NamedTuple):
             return _copy(output) if outlives else output
 
         return replay
+
+    def captured(self, update: Callable) -> Callable:
+        """What follows the passes of a step and changes weights, as this run computes it: without numbers on the host,
+        a CUDA graph can hold it behind theirs. Of a compiler alone it gains nothing, so it is else itself."""
+        if self.compile != "reduce-overhead":
+            return update
+        return torch.compile(update, fullgraph=True, dynamic=False, mode=self.compile)
+
+    def hold(self, tensors: Sequence[Tensor]) -> None:
+        """Say that tensors stay where they are, so that a CUDA graph may change them in place."""
+        for tensor in tensors if self.compile == "reduce-overhead" else ():
+            torch._dynamo.mark_static_address(tensor)
 
     @contextmanager
     def naming_compiler(self) -> Iterator[None]:
@@ -205,6 +217,16 @@ class Fast(NamedTuple):
                 f"--compile {self.compile}: {_cause(error)}; it needs a working compiler (on a CPU one of C++); "
                 "--compile off goes without, also with --resume"
             ) from None
+
+
+def _set_up_compiler() -> None:
+    from torch._inductor import config
+
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MOST_COMPILATIONS)
+    if config.cpp.vec_isa_ok is None:
+        # Otherwise five programs are started in every run, ten seconds long, to see whether what the compiler makes for
+        # this CPU can be loaded.
+        config.cpp.vec_isa_ok = True
 
 
 def _compiled_if_possible(function: Callable) -> Callable:

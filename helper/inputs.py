@@ -23,7 +23,7 @@ from dataset import (
     load_data,
 )
 from dataset.folders import list_folder
-from errors import UserError, blamed_on_record
+from errors import UserError, blamed_on_record, count_of
 from helper import command_line
 from helper.checkpoint import contained
 from helper.command_line import Given
@@ -296,9 +296,7 @@ def prepare_teacher(source: Network | None, inputs: Inputs, config: Configuratio
         notes.append(f"{len(notes)} teachers: {teacher.accuracy:.2f} % by the average of their logits")
     steps = [each.record.get("max_steps") for each in source.teachers]
     notes += [
-        f"warning: this teacher was trained for {each} step{'s' * (each != 1)} only (--max_steps)"
-        for each in steps
-        if each
+        f"warning: this teacher was trained for {count_of(each, 'step')} only (--max_steps)" for each in steps if each
     ]
     described = (teacher.network.describe(data.image_size), teacher.seen)
     teacher.note = "\n".join(filter(None, (*source.notes, *described, *notes)))

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Mapping
 
-from errors import UserError
+from errors import UserError, count_of
 
 #: More classes, and more pixels on a side, are a damaged number.
 MOST_CLASSES, LARGEST_IMAGE = 1_000_000, 10_000
@@ -60,5 +60,5 @@ def check_record(record: object, source: str) -> dict:
             raise UserError(f"{source} is damaged: its {name} is not {what}")
     classes, number = record.get("classes"), record.get("num_classes")
     if classes is not None and number is not None and len(classes) != number:
-        raise UserError(f"{source} is damaged: it names {len(classes)} classes of {number}")
+        raise UserError(f"{source} is damaged: it names {count_of(len(classes), 'class')} of {number}")
     return dict(record)

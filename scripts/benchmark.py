@@ -91,6 +91,7 @@ class Contender:
             self.method.parameters(), 1e-3, 0.9, weight_decay=5e-4, fused=self.fast.fused_optimizer or None
         )
         self.guard, self.meter = Guard(), EpochMeter(self.device)
+        self.number = torch.ones((), device=self.device)
 
     def teach(self, batch: Batch) -> Output:
         """The teacher's part of a step."""
@@ -103,7 +104,7 @@ class Contender:
         autocast = self.fast.autocast(self.device)
         self.optimizer.zero_grad(set_to_none=True)
         losses, logits = forward_backward(self.compute, self.stage, batch, output, PROGRESS, autocast)
-        self.guard.judge(losses, parameters_of(self.optimizer), 1)
+        self.guard.judge(losses, parameters_of(self.optimizer), self.number)
         self.optimizer.step()
         self.meter.update(losses, logits, batch.targets)
 
@@ -311,7 +312,7 @@ def counts(text: str) -> list[int]:
 
 
 def main(argv=None) -> list[dict]:
-    parser = Parser((__doc__ or "").split("\n")[0])
+    parser = Parser.of_script(__doc__)
     every_pair = ",".join(":".join(pair) for pair in CIFAR_PAIRS)
     parser.add_argument("--pairs", type=pairs, default=every_pair, metavar="T:S,...", help="all of the tables")
     parser.add_argument("--n", type=counts, default="8", metavar="N,...")

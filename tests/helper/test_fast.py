@@ -174,12 +174,13 @@ assert new_pages < 0.1 * 2**27 / resource.getpagesize(), new_pages
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Guards may run slower:RuntimeWarning")  # of Python 3.13.0
-def test_a_compiled_run_is_the_same_and_compiles_each_pass_once(distil, graphs):
+@pytest.mark.parametrize(("mode", "number"), [("default", 2), ("reduce-overhead", 3)])
+def test_a_compiled_run_is_the_same_and_compiles_each_part_once(distil, graphs, mode, number):
     flags = ("--batch_size", "12", "--epochs", "3")  # the last batch is shorter, NORM's weight changes with the epoch
     plain = distil(*flags)
     assert not graphs
-    compiled = distil(*flags, "--compile", "default", "--trial", "compiled", "--seed", "1")
-    assert len(graphs) == 2, "the teacher's pass and the student's"
+    compiled = distil(*flags, "--compile", mode, "--trial", "compiled", "--seed", "1")
+    assert len(graphs) == number, "the teacher's pass, the student's, and what follows them"
     for expected, line in zip(metrics(plain), metrics(compiled), strict=True):
         assert line["loss"] == pytest.approx(expected["loss"], rel=1e-3)
     states = [weights(run) for run in (plain, compiled)]
@@ -227,7 +228,7 @@ def test_the_rate_of_a_compiled_run_is_one_tensor(monkeypatch, optimizer):
         training = loops.Training(twin.main_stage(2), twin, data, config, torch.device("cpu"))
         training.progress, (group,), seen = Progress(0, 2), training.optimizer.param_groups, []
         for number in range(2):
-            training.set_learning_rate(number)
+            training.go_to(number)
             for parameter in group["params"]:
                 parameter.grad = torch.ones_like(parameter)
             training.optimizer.step()
@@ -248,6 +249,7 @@ def test_only_a_long_run_is_compiled_by_auto(distil, graphs, monkeypatch):
     assert not graphs
     assert config_of(distil(*flags, "--trial", "3"))["compile"] == "auto"
     assert len(graphs) == 2, "the teacher's pass and the student's"
+    assert torch._inductor.config.cpp.vec_isa_ok, "programs would be started to try what the compiler makes"
 
 
 @pytest.fixture

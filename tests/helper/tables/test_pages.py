@@ -10,6 +10,8 @@ import pytest
 from scipy.stats import ttest_ind
 
 from helper.tables import pages
+from helper.tables.figures import MARKERS
+from helper.tables.pages import MARKS
 from helper.tables.rows import read_rows
 from tests.browser import check_page, needs_chromium
 from tests.run_folders import make_run
@@ -221,6 +223,14 @@ def test_every_curve_has_a_switch(runs, tmp_path):
         for switch in switches:
             assert text.count(f'id="{prefix}-curve-{switch}"') == 1
             assert f"#{prefix}-on-{switch}:not(:checked)" in text
+
+
+def test_the_legend_tells_lines_apart_that_have_marks(tmp_path):
+    runs = [make_run(tmp_path, "kd", 1, [50.0, 60.0], kd_T=float(number)) for number in range(1, 52)]
+    text = pages.as_html(rows_of(runs), {})
+    drawn = re.findall(r'checked><svg viewBox="0 0 26 10">(.*?)</svg>', text)
+    assert len(drawn) == len(set(drawn)) == 51 and MARKS.keys() == set(MARKERS)
+    assert "<p>2 epochs;" in text
 
 
 def test_names_are_never_markup(tmp_path):
