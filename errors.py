@@ -2,6 +2,7 @@
 
 import io
 import os
+import re
 import signal
 import sys
 from collections.abc import Iterator
@@ -22,6 +23,12 @@ class UserError(Exception):
 def first_line(error: BaseException) -> str:
     """What an exception of a library says, on one line of at most 200 characters; its kind where it says nothing."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)[:200]
+
+
+def count_of(n: int, thing: str) -> str:
+    """How many there are, as a message says it: 1 file, 2 files, 10 classes, 2 entries."""
+    plural = re.sub("y$", "ie", thing) + ("es" if thing.endswith("s") else "s")
+    return f"{n} {thing if n == 1 else plural}"
 
 
 @contextmanager
@@ -61,12 +68,16 @@ class StoppedAtOnce(KeyboardInterrupt):
 
 @contextmanager
 def starting() -> Iterator[None]:
-    """Around the imports of a script, which take seconds: a Ctrl-C meanwhile is one line."""
+    """Around the imports of a script, which take seconds: a Ctrl-C meanwhile is one line, and so is a mistake in a
+    method of one's own."""
     try:
         yield
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
 
 
 def _is_out_of_memory(error: Exception) -> bool:

@@ -1,5 +1,6 @@
 """A setting of a run or of a method: everything that the toolbox knows of it is said once, in its row."""
 
+import functools
 import os
 import re
 from argparse import ArgumentTypeError
@@ -16,70 +17,85 @@ FILLED_IN = object()
 # What a value may be: the types of flags, and of what a run stores.
 
 
+def must_be(what: str) -> Callable[[Callable[[str], Any]], Callable[[str], Any]]:
+    """Decorates a function that reads a flag: where that raises `ValueError`, the refusal says what the flag must be.
+
+    argparse itself would name the function instead.
+    """
+
+    def decorate(read: Callable[[str], Any]) -> Callable[[str], Any]:
+        @functools.wraps(read)
+        def reader(text: str) -> Any:
+            try:
+                return read(text)
+            except (ValueError, OverflowError):
+                raise ArgumentTypeError(f"must be {what}, not {text[:100] or 'empty'}") from None
+
+        return reader
+
+    return decorate
+
+
+def _only(value: Any, fits: bool) -> Any:
+    """A value that fits; raises `ValueError` for another."""
+    if not fits:
+        raise ValueError(value)
+    return value
+
+
+@must_be(f"a number from 0 to {LARGEST:g}")
 def number(text: str) -> float:
     """A number from 0 to `LARGEST`, read from a flag."""
-    value = float(text)
-    if not 0 <= value <= LARGEST:
-        raise ArgumentTypeError(f"must be a number from 0 to {LARGEST:g}, not {text}")
-    return value
+    return _only(float(text), 0 <= float(text) <= LARGEST)
 
 
+@must_be(f"a number above 0, up to {LARGEST:g}")
 def positive(text: str) -> float:
     """A number above 0 and up to `LARGEST`, read from a flag."""
-    if number(text) == 0:
-        raise ArgumentTypeError("must be above 0")
-    return float(text)
+    return _only(float(text), 0 < float(text) <= LARGEST)
 
 
+@must_be(f"a whole number from 1 to {2**31 - 1}")
 def count(text: str) -> int:
     """A whole number from 1 on, read from a flag."""
-    if not 1 <= int(text) < 2**31:
-        raise ArgumentTypeError(f"must be 1 to {2**31 - 1}, not {text}")
-    return int(text)
+    return _only(int(text), 1 <= int(text) < 2**31)
 
 
+@must_be("a whole number from 0 on")
 def whole(text: str) -> int:
     """A whole number from 0 on, of 63 bits as seeds have, read from a flag."""
-    if not 0 <= int(text) < 2**63:
-        raise ArgumentTypeError(f"must be a whole number from 0 on, not {text}")
-    return int(text)
+    return _only(int(text), 0 <= int(text) < 2**63)
 
 
+@must_be("a number, 0 or more and below 1")
 def below_one(text: str) -> float:
     """A number from 0 to below 1, read from a flag."""
-    if not 0 <= float(text) < 1:
-        raise ArgumentTypeError(f"must be 0 or more and below 1, not {text}")
-    return float(text)
+    return _only(float(text), 0 <= float(text) < 1)
 
 
+@must_be("a probability from 0 to 1")
 def probability(text: str) -> float:
     """A number from 0 to 1, read from a flag."""
-    if not 0 <= float(text) <= 1:
-        raise ArgumentTypeError(f"must be a probability from 0 to 1, not {text}")
-    return float(text)
+    return _only(float(text), 0 <= float(text) <= 1)
 
 
+@must_be("0, or a number from 0.01 to 100")
 def beta_parameter(text: str) -> float:
-    """Both parameters of a Beta distribution, or 0 for none, read from a flag."""
-    value = float(text)
-    if value and not 0.01 <= value <= 100:  # samples of smaller ones round to one half
-        raise ArgumentTypeError(f"must be 0 or from 0.01 to 100, not {text}")
-    return value
+    """Both parameters of a Beta distribution, or 0 for none, read from a flag; samples of smaller ones round to one
+    half."""
+    return _only(float(text), float(text) == 0 or 0.01 <= float(text) <= 100)
 
 
+@must_be("epochs like 150,180,210")
 def epochs(text: str) -> tuple[int, ...]:
     """Numbers of epochs with commas between them, read from a flag."""
-    try:
-        return tuple(count(part) for part in text.split(","))
-    except ValueError:
-        raise ArgumentTypeError(f"must be epochs like 150,180,210, not {text}") from None
+    return tuple(_only(int(part), 1 <= int(part) < 2**31) for part in text.split(","))
 
 
+@must_be("8 to 10,000 pixels")
 def image_size(text: str) -> int:
     """A side of images in pixels, read from a flag."""
-    if not 8 <= int(text) <= 10_000:
-        raise ArgumentTypeError(f"must be 8 to 10,000 pixels, not {text}")
-    return int(text)
+    return _only(int(text), 8 <= int(text) <= 10_000)
 
 
 def image_sizes(text: str) -> int | tuple[int, ...]:
@@ -88,12 +104,11 @@ def image_sizes(text: str) -> int | tuple[int, ...]:
     return sizes if len(set(sizes)) > 1 else sizes[0]
 
 
+@must_be("red,green,blue from 0 to 255")
 def colour(text: str) -> tuple[int, ...]:
     """red,green,blue from 0 to 255, read from a flag."""
-    parts = tuple(whole(part) for part in text.split(","))
-    if len(parts) != 3 or max(parts) > 255:
-        raise ArgumentTypeError(f"must be red,green,blue from 0 to 255, not {text}")
-    return parts
+    red, green, blue = map(int, text.split(","))
+    return _only((red, green, blue), {red, green, blue} <= set(range(256)))
 
 
 def trial_name(text: str) -> str:
@@ -111,11 +126,29 @@ def path(text: str) -> str:
 def file_to_write(text: str) -> Path:
     """The file for a result, read from a flag: what hinders writing is said before the work, not after it."""
     file = Path(path(text))
-    if file.is_dir():
+    if os.path.isdir(file):
         raise ArgumentTypeError(f"{text} is a folder; name a file in it")
-    if not file.parent.is_dir():
+    if not os.path.isdir(file.parent):
         raise ArgumentTypeError(f"there is no folder {file.parent}; make it, or name another place")
+    if reason := what_hinders(file.parent):
+        raise ArgumentTypeError(reason)
     return file
+
+
+def what_hinders(folder: Path) -> str:
+    """Why nothing can be written to a folder that may have to be made; empty where it can."""
+    place = next(each for each in (folder, *folder.absolute().parents) if os.path.exists(each))
+    if not os.path.isdir(place):
+        return f"{place} is a file; name a folder"
+    return "" if os.access(place, os.W_OK) else f"the folder {place.resolve()} is not writable; name another place"
+
+
+def folder_to_write(text: str) -> Path:
+    """The folder for results, read from a flag; it is made later, and what hinders that is said at once."""
+    folder = Path(path(text))
+    if reason := what_hinders(folder):
+        raise ArgumentTypeError(reason)
+    return folder
 
 
 def digest(value: Any) -> str:

@@ -13,7 +13,7 @@ from errors import run_script, starting
 with starting():
     from helper.command_line import parse, student_parser
     from helper.distributed import joined
-    from helper.inputs import load_inputs, open_runs, prepare_teacher
+    from helper.inputs import decide_compiler, load_inputs, open_runs, prepare_teacher
     from helper.run import prepared, train
     from helper.tables.pages import show_table
 
@@ -23,6 +23,7 @@ def main(argv=None, parser=student_parser):
         given = parse(parser(), argv)
         opened = open_runs(given)  # teacher, initial weights, runs to resume: each file once
         inputs = load_inputs(opened.configs[0])
+        opened = decide_compiler(opened, inputs)
         teacher = prepare_teacher(opened.teacher, inputs, opened.configs[0])
         with prepared(opened, inputs, teacher) as runs:  # students and methods, in their run folders
             results = train(runs, teacher)

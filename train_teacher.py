@@ -13,7 +13,7 @@ from errors import run_script, starting
 with starting():
     from helper.command_line import parse, teacher_parser
     from helper.distributed import joined
-    from helper.inputs import load_inputs, open_runs
+    from helper.inputs import decide_compiler, load_inputs, open_runs
     from helper.run import prepared, train
     from helper.tables.pages import show_table
 
@@ -23,6 +23,7 @@ def main(argv=None):
         given = parse(teacher_parser(), argv)
         opened = open_runs(given)  # initial weights, runs to resume: each file once
         inputs = load_inputs(opened.configs[0])
+        opened = decide_compiler(opened, inputs)
         with prepared(opened, inputs, teacher=None) as runs:  # networks, in their run folders
             results = train(runs, teacher=None)
     if len(runs) > 1:

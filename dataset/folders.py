@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from dataset.decoding import endings
-from errors import UserError
+from errors import UserError, count_of
 
 #: What the folders of the splits may be called, in any case; of those of the test images the first is taken.
 TRAIN_NAMES = ("train", "training")
@@ -224,7 +224,7 @@ def _warn_of_missing(path: str, classes: list[str], targets: list[int]) -> None:
     found = set(targets)
     missing = [name for number, name in enumerate(classes) if number not in found]
     if missing:
-        print(f"warning: {printable(path)} has no images of {len(missing)} classes: {_some(missing)}")
+        print(f"warning: {printable(path)} has no images of {count_of(len(missing), 'class')}: {_some(missing)}")
 
 
 def _list_split(path: str, allow_empty: bool = False) -> tuple[Listing, list[str]]:
@@ -299,7 +299,7 @@ def is_image(name: str) -> bool:
 
 def describe_left_out(names: list[str], folder: str) -> str:
     """A line on the files below a folder that are not read."""
-    return f"left out {len(names)} files below {printable(folder)} that are no images by their names: {_some(names)}"
+    return f"left out {count_of(len(names), 'file')} below {printable(folder)}, by name no images: {_some(names)}"
 
 
 def _some(names: list[str]) -> str:

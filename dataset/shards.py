@@ -18,7 +18,7 @@ from torch import Tensor
 
 from dataset.decoding import Place, endings
 from dataset.folders import printable
-from errors import UserError
+from errors import UserError, count_of
 
 #: The split that a word in the name of a shard, or of its folder, stands for.
 WORDS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "test": "val"}
@@ -96,7 +96,7 @@ def read_shards(paths: Sequence[Path], threads: int) -> tuple[Shards, Tensor]:
     if not targets:
         raise UserError(f"--data: {printable(str(paths[0]))} and the other shards hold no image")
     if unused:
-        print(f"left out {len(unused)} members of the shards that are neither an image nor a class: {unused[0]}, ...")
+        print(f"left out {count_of(len(unused), 'member')} of the shards, neither image nor class: {unused[0]}, ...")
     return Shards(paths, contents), torch.tensor(targets)
 
 

@@ -16,7 +16,7 @@ from dataset.folders import printable
 from dataset.pool import Pool
 from dataset.worker import Change, shape_of
 from dataset.worker import fill as fill_rows
-from errors import UserError
+from errors import UserError, count_of
 
 #: How many batches are read ahead of the one that is used.
 AHEAD = 3
@@ -229,7 +229,7 @@ def too_many_unreadable(broken: dict[str, str], allowed: int) -> str:
     last = list(broken.items())[-NAMED:]
     named = ", ".join(f"{name} ({reason})" for name, reason in last)
     return (
-        f"--data: {len(broken)} images cannot be read, more than --max_broken {allowed}: "
+        f"--data: {count_of(len(broken), 'image')} cannot be read, more than --max_broken {allowed}: "
         f"{'..., ' if len(broken) > len(last) else ''}{named}; repair or remove them, or allow more"
     )
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from errors import UserError
+from errors import UserError, count_of
 from models.backbone import Backbone, Output, normalises_single_values
 from setting import Setting, count, number, positive, whole
 
@@ -101,6 +101,16 @@ def without_student(images: Tensor, teacher: Output | None) -> None:
     """The `respond` of a stage that does not run the student."""
 
 
+#: What earlier versions called parts of the contract -> today's names: what is set under those would be ignored.
+RENAMED = {
+    "needs_teacher": "reads_teacher",
+    "needs_teacher_output": "reads_teacher_output",
+    "needs_teacher_logits": "reads_teacher_logits",
+    "needs_targets": "refuses_unlabelled",
+    "needs": "flags_work_if",
+}
+
+
 class Distiller(nn.Module):
     """A method: student, adapters and losses in one module.
 
@@ -144,6 +154,11 @@ class Distiller(nn.Module):
     #: The code that the method's published numbers come from, and what is done otherwise here, and why.
     reference, departures = "", ""
 
+    def __init_subclass__(cls, **options):
+        super().__init_subclass__(**options)
+        for old in RENAMED.keys() & vars(cls).keys():
+            raise UserError(f"{cls.__module__}: {old} of {cls.__name__} is called {RENAMED[old]} now; rename it")
+
     def __init__(self, student: Backbone, teacher: Backbone | None, task: Task, **hyper_parameters):
         super().__init__()
         self.student = student
@@ -168,10 +183,11 @@ class Distiller(nn.Module):
                 )
         fits = teacher is None or (teacher.num_classes and task.num_classes in (0, teacher.num_classes))
         if not fits and self.reads_teacher_logits():
-            has = f"{teacher.num_classes} classes" if teacher.num_classes else "no classifier"
+            has = count_of(teacher.num_classes, "class") if teacher.num_classes else "no classifier"
             raise UserError(
-                f"--model_t: the teacher has {has}, the data {task.num_classes} classes, and --distill {self.name} "
-                "reads the teacher's logits; choose another teacher, -a 0, or a method that reads feature maps"
+                f"--model_t: the teacher has {has}, the data {count_of(task.num_classes, 'class')}, and --distill "
+                f"{self.name} reads the teacher's logits; choose another teacher, -a 0, or a method that reads "
+                "feature maps"
             )
         if task.batch_size < self.min_batch:
             raise UserError(
@@ -194,7 +210,7 @@ class Distiller(nn.Module):
     ) -> dict[str, Tensor]:
         """Named, weighted scalars whose sum is trained, from float32 outputs; sample index is (B,), targets are classes
         (B,), or shares (B, K) of mixed images where the method does not refuse them."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} defines no losses")
 
     def cross_entropy(self, logits: Tensor, targets: Tensor) -> Tensor:
         """Mean over the batch of -sum_c w_c y_c log p_c, of logits (B, K) and classes (B,) or shares (B, K).

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from distiller_zoo.base import BETA, Flag, above_zero, whole
 from distiller_zoo.kd import FeatureDistiller
 from distiller_zoo.maps import MAP_SIZE, describe_sizes, match_size
-from errors import UnfitPair, UserError
+from errors import UnfitPair, UserError, count_of
 from models.backbone import Output, Shapes, probe_shapes
 
 HINT_LAYER = Flag(
@@ -60,8 +60,9 @@ def _resizing_convolution(s_shape: Sequence[int], t_shape: Sequence[int]) -> nn.
     if min(kernel) < 1:
         height, teacher_height = s_size[0], t_size[0]
         raise UnfitPair(
-            f"--model_s: the student's compared map is {height} pixels high, the teacher's {teacher_height}; a smaller "
-            "one can only be doubled, so choose another --model_s or --model_t (or layer, where the method has a flag)"
+            f"--model_s: the student's compared map is {count_of(height, 'pixel')} high, the teacher's "
+            f"{teacher_height}; a smaller one can only be doubled, so choose another --model_s or --model_t (or layer, "
+            "where the method has a flag)"
         )
     return nn.Conv2d(in_channels, out_channels, kernel)
 

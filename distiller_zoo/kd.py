@@ -86,7 +86,7 @@ class FeatureDistiller(LogitDistiller):
 
     def feature_loss(self, student: Output, teacher: Output, targets: Tensor, index: Tensor) -> Tensor:
         """The method's own loss, a scalar without its weight."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} defines no feature_loss")
 
     def reads_teacher_logits(self):
         return self.alpha > 0

@@ -21,7 +21,7 @@ from distiller_zoo.base import ALPHA, BETA, GAMMA, KD_T, Distiller, Flag, above_
 from distiller_zoo.feature_transform import FORMS, FeatureTransform, norm_loss
 from distiller_zoo.kd import CONSTANT_CLASSES, weighted_kd
 from distiller_zoo.maps import MAP_SIZE, describe_sizes, match_size, takes_maximum
-from errors import UserError
+from errors import UserError, count_of
 from models.backbone import Backbone, FinalConv, Output, Shapes, probe_shapes
 
 #: w(epoch) of the official code, as (epochs of the full run, ((until this epoch, weight), ...)); epochs count from 0.
@@ -90,8 +90,9 @@ def _check_sizes(student: Sequence[int], teacher: Sequence[int], larger_student:
         return
     if larger_student == "refuse":
         raise UserError(
-            f"--model_s: the student's last map ({height} pixels wide) is larger than the teacher's ({size[0]}); "
-            "choose a --model_t with a larger last map, --map_size interpolate, or leave --larger_student at pool"
+            f"--model_s: the student's last map ({count_of(height, 'pixel')} wide) is larger than the teacher's "
+            f"({size[0]}); choose a --model_t with a larger last map, --map_size interpolate, or leave "
+            "--larger_student at pool"
         )
     if form == "collapsed" and takes_maximum((height, width), size):
         raise UserError("--ft_form collapsed cannot max-pool the student's larger map; leave it at auto")

@@ -6,11 +6,10 @@
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim.swa_utils import AveragedModel
 
 from dataset import ImageData
 from distiller_zoo import Distiller, Task, build_distiller
@@ -81,18 +80,17 @@ def network_of(method: Distiller) -> tuple[Weights, dict]:
 
 
 def make_checkpoint(
-    method: Distiller, config: Configuration, data: Mapping[str, Any], average: AveragedModel | None, **known: Any
+    method: Distiller, config: Configuration, data: Mapping[str, Any], average: Distiller | None, **known: Any
 ) -> dict:
     """A checkpoint of a run, with the moving average of its method if there is one; `known` are further entries of the
     record."""
     weights, record = network_of(method)
     record = {"model_name": config.model_s, **record, **data, "dataset": config.dataset, "data": config.data, **known}
-    record["distill"] = config.distill
+    record |= {"distill": config.distill, "split": config.split}
     training = {"config": dict(config), "distiller": method.state_dict()}
     if average is None:
         return {"model": weights, "record": record, "training": training}
-    copy = cast(Distiller, average.module)  # torch knows only that it is a module
-    averaged, training["ema"] = network_of(copy)[0], copy.state_dict()
+    averaged, training["ema"] = network_of(average)[0], average.state_dict()
     return {"model": weights, AVERAGE: averaged, "record": record, "training": training}
 
 
@@ -213,9 +211,11 @@ def check_progress(training: Mapping, in_main_stage: bool) -> None:
         raise ValueError("there are steps and no epoch")
     for record in records:
         values = [value for name, value in record.items() if name.endswith(("_accuracy", "_matching_loss"))]
-        if not values or not all(type(value) is float and math.isfinite(value) for value in values):
-            raise ValueError("an accuracy is no number")
-
+        values.append(record.get("learning_rate", 0.0))
+        if len(values) < 2 or not all(type(value) is float and math.isfinite(value) for value in values):
+            raise ValueError("an accuracy or a learning rate is no number")
+    if not isinstance(training["config"], Mapping):
+        raise ValueError("its config is no table of settings")
     if training["epoch_state"] is not None:
         _check_epoch_state(training["epoch_state"])
 

@@ -48,6 +48,11 @@ class Parser(argparse.ArgumentParser):
             usage="%(prog)s [flags]", description=description, allow_abbrev=False, formatter_class=formatter
         )
 
+    @classmethod
+    def of_script(cls, docstring: str | None, paragraphs: int = 1) -> "Parser":
+        """The parser of a script, which is described by the first paragraphs of its docstring."""
+        return cls("\n\n".join((docstring or "").split("\n\n")[:paragraphs]).strip())
+
     def add_argument(self, *names, **options):
         self.names += names
         return super().add_argument(*names, **options)
@@ -64,9 +69,10 @@ class Parser(argparse.ArgumentParser):
         return group
 
     def error(self, message):
-        unknown = re.match(r"unrecognized arguments: (--?[\w-]+)", message)
-        hint = suggest(unknown[1], self.names, self._called()) if unknown else None
-        raise UserError(f"{message}; did you mean {hint}?" if hint else f"{message} (--help lists the flags)")
+        unknown = re.findall(r" (--?[a-zA-Z][\w-]*)", message) if message.startswith("unrecognized arguments: ") else []
+        meant = dict.fromkeys(filter(None, (suggest(word, self.names, self._called()) for word in unknown)))
+        hint = f"; did you mean {', '.join(meant)}?" if meant else " (--help lists the flags)"
+        raise UserError(message + hint)
 
     def _called(self) -> dict[str, str]:
         """What other toolboxes call the settings that this script has flags for -> its flag."""
@@ -374,8 +380,7 @@ def resolve(
     if told.get("model_s") is None:
         raise UserError("name the network to train: --model_s NAME (in train_teacher.py: --model NAME)")
     dataset = given.get("dataset", stored.get("dataset", of_teacher.get("dataset") or _default("dataset")))
-    if dataset != of_teacher.get("dataset"):
-        of_teacher = {name: value for name, value in of_teacher.items() if not _is_of_data(name)}
+    of_teacher = _without_other_data(of_teacher, dataset, told)
     known = settings.settings_of(distill)
     chosen = {argument: value for argument, value in (stored | given).items() if argument in known}
     recipe = recipe_of(dataset, of_teacher.get("model_t"), told["model_s"], distill, chosen)
@@ -478,8 +483,15 @@ def _check_cache(values: Mapping[str, Any]) -> None:
         )
 
 
-def _is_of_data(argument: str) -> bool:
-    return any(setting.argument == argument and setting.group == settings.DATA for setting in settings.SETTINGS)
+def _without_other_data(of_teacher: dict[str, Any], dataset: str, told: Mapping[str, Any]) -> dict[str, Any]:
+    """What a teacher's file says, without what it says of data that the run does not have."""
+    if dataset != of_teacher.get("dataset"):
+        of_data = {setting.argument for setting in settings.SETTINGS if setting.group == settings.DATA}
+        return {name: value for name, value in of_teacher.items() if name not in of_data}
+    place = of_teacher.get("data")
+    if told.get("data", place) != place or told.get("labels") == "none":
+        return of_teacher | {"split": None}  # another folder may have test images of its own
+    return of_teacher
 
 
 def _scale_epochs(merged: dict, known: Mapping[str, Setting], chosen: set[str], recipe: Mapping) -> None:

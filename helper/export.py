@@ -258,8 +258,8 @@ def check_classifies(network: Backbone, source: str) -> None:
     """Raise `UserError` for a network without a classifier: it gives no logits."""
     if not network.num_classes:
         raise UserError(
-            f"{source} was trained without labels and has no classifier, so there are no logits to export or to "
-            "predict from; train one from it with --init, or let it teach (--path_t)"
+            f"{source} has no classifier: it is an encoder, whose features are no classes to export, predict or judge; "
+            "train a classifier on it with --init, or let it teach (--path_t)"
         )
 
 

@@ -17,8 +17,11 @@ from models.folding import fold_batch_norms
 from models.fusing import fuse_activations
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-#: Modes of torch.compile; the last one replays CUDA graphs.
-COMPILE = ("off", "default", "reduce-overhead")
+#: Whether torch.compile is used, and in which mode: reduce-overhead replays CUDA graphs, auto is the default mode in
+#: runs of LONG_RUN steps or more, and goes without where the compiler fails.
+COMPILE = ("off", "auto", "default", "reduce-overhead")
+#: Steps of training that take much longer than the compiler: it takes one to three minutes, seconds the next time.
+LONG_RUN = 5000
 #: Parameters of glibc's allocator, as mallopt(3) numbers them.
 _TRIM_THRESHOLD, _MMAP_MAX = -1, -4
 #: Compilations of one function, at most: runs side by side share the functions of their networks and methods.
@@ -91,7 +94,7 @@ class Fast(NamedTuple):
     channels_last: bool = False  # memory layout of images, maps and convolution weights
     fold_teacher: bool = False  # the teacher's BatchNorms in its convolutions
     fused_optimizer: bool = False  # one operation for all parameters, and few where many small ones would do
-    compile: str = "off"  # a mode of torch.compile, for both networks' passes and the losses
+    compile: str = "off"  # one of COMPILE, for both networks' passes and the losses
 
     @classmethod
     def of(cls, config: Any) -> "Fast":
@@ -175,7 +178,9 @@ class Fast(NamedTuple):
         """
         if self.compile == "off":
             return function
-        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MOST_COMPILATIONS)
+        _set_up_compiler()
+        if self.compile == "auto":
+            return _compiled_if_possible(function)
         run = torch.compile(function, dynamic=False, mode=self.compile)
         if self.compile != "reduce-overhead":
             return run
@@ -187,6 +192,18 @@ class Fast(NamedTuple):
 
         return replay
 
+    def captured(self, update: Callable) -> Callable:
+        """What follows the passes of a step and changes weights, as this run computes it: without numbers on the host,
+        a CUDA graph can hold it behind theirs. Of a compiler alone it gains nothing, so it is else itself."""
+        if self.compile != "reduce-overhead":
+            return update
+        return torch.compile(update, fullgraph=True, dynamic=False, mode=self.compile)
+
+    def hold(self, tensors: Sequence[Tensor]) -> None:
+        """Say that tensors stay where they are, so that a CUDA graph may change them in place."""
+        for tensor in tensors if self.compile == "reduce-overhead" else ():
+            torch._dynamo.mark_static_address(tensor)
+
     @contextmanager
     def naming_compiler(self) -> Iterator[None]:
         """Turn a failure of the compiler, in a forward or backward pass, into a `UserError`."""
@@ -196,11 +213,42 @@ class Fast(NamedTuple):
         try:
             yield
         except torch._dynamo.exc.TorchDynamoException as error:  # pyright: ignore[reportAttributeAccessIssue]
-            cause = getattr(error, "inner_exception", error)
             raise UserError(
-                f"--compile {self.compile}: {type(cause).__name__} {first_line(cause)}; it needs a working compiler "
-                "(on a CPU one of C++); --compile off goes without, also with --resume"
+                f"--compile {self.compile}: {_cause(error)}; it needs a working compiler (on a CPU one of C++); "
+                "--compile off goes without, also with --resume"
             ) from None
+
+
+def _set_up_compiler() -> None:
+    from torch._inductor import config
+
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MOST_COMPILATIONS)
+    if config.cpp.vec_isa_ok is None:
+        # Otherwise five programs are started in every run, ten seconds long, to see whether what the compiler makes for
+        # this CPU can be loaded.
+        config.cpp.vec_isa_ok = True
+
+
+def _compiled_if_possible(function: Callable) -> Callable:
+    # A compiler fails before anything is computed, so the same call can be made without.
+    run: Callable | None = torch.compile(function, dynamic=False)
+
+    def compute(*arguments):
+        nonlocal run
+        if run is not None:
+            try:
+                return run(*arguments)
+            except torch._dynamo.exc.TorchDynamoException as error:  # pyright: ignore[reportAttributeAccessIssue]
+                run = None
+                print(f"--compile auto: {_cause(error)}; nothing is compiled", file=sys.stderr)
+        return function(*arguments)
+
+    return compute
+
+
+def _cause(error: Exception) -> str:
+    cause = getattr(error, "inner_exception", error)
+    return f"{type(cause).__name__} {first_line(cause)}"
 
 
 def _counting_once(method: nn.Module, respond: Callable) -> Callable:

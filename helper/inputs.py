@@ -23,7 +23,7 @@ from dataset import (
     load_data,
 )
 from dataset.folders import list_folder
-from errors import UserError, blamed_on_record
+from errors import UserError, blamed_on_record, count_of
 from helper import command_line
 from helper.checkpoint import contained
 from helper.command_line import Given
@@ -39,7 +39,7 @@ from helper.distributed import (
     rank,
     untested_on,
 )
-from helper.fast import Fast, check_precision, keep_freed_memory
+from helper.fast import LONG_RUN, Fast, check_precision, keep_freed_memory
 from helper.loops import evaluate
 from helper.networks import (
     Network,
@@ -213,6 +213,17 @@ def load_inputs(config: Configuration) -> Inputs:
     return Inputs(device, data, _part_loader(data.test, data, batch_size, device), choosing_loader, what, probe)
 
 
+def decide_compiler(opened: Opened, inputs: Inputs) -> Opened:
+    """The same runs; those of `--compile auto` in which it would not pay compile nothing."""
+
+    def decided(config: Configuration) -> Configuration:
+        steps = config.epochs * len(inputs.data.train.targets) // config.batch_size
+        is_long = min(steps, config.max_steps or steps) >= LONG_RUN
+        return config if config.compile != "auto" or is_long else config.replace("a short run", compile="off")
+
+    return opened._replace(configs=[decided(config) for config in opened.configs])
+
+
 def _load_probe(
     config: Configuration, data: ImageData, reading: tuple, batch_size: int, device: torch.device
 ) -> tuple[Loader, Loader]:
@@ -285,9 +296,7 @@ def prepare_teacher(source: Network | None, inputs: Inputs, config: Configuratio
         notes.append(f"{len(notes)} teachers: {teacher.accuracy:.2f} % by the average of their logits")
     steps = [each.record.get("max_steps") for each in source.teachers]
     notes += [
-        f"warning: this teacher was trained for {each} step{'s' * (each != 1)} only (--max_steps)"
-        for each in steps
-        if each
+        f"warning: this teacher was trained for {count_of(each, 'step')} only (--max_steps)" for each in steps if each
     ]
     described = (teacher.network.describe(data.image_size), teacher.seen)
     teacher.note = "\n".join(filter(None, (*source.notes, *described, *notes)))

@@ -9,6 +9,7 @@ from tqdm import tqdm
 
 from dataset import ImageData
 from distiller_zoo import Distiller, Stage
+from errors import count_of
 from helper.distributed import is_main
 from helper.metrics import MATCHING_LOSSES, PROBE_ACCURACIES
 from models.cost import count_multiply_adds, count_parameters
@@ -28,7 +29,7 @@ def describe_data(data: ImageData, device: torch.device) -> str:
         return f"{data.name}: {len(data.train.targets)} training images without labels, {size}; device {device}"
     return (
         f"{data.name}: {len(data.train.targets)} training and {len(data.test.targets)} test images, "
-        f"{data.num_classes} classes, {data.image_size}x{data.image_size}; device {device}"
+        f"{count_of(data.num_classes, 'class')}, {data.image_size}x{data.image_size}; device {device}"
     )
 
 

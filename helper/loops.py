@@ -4,6 +4,7 @@ The teacher's outputs are computed once per batch, then every student makes its 
 """
 
 import functools
+import inspect
 import itertools
 import operator
 import time
@@ -16,13 +17,13 @@ from torch import Tensor, distributed, nn
 from dataset import Augmentation, Batch, ImageData, Images, Loader, StreamedImages, epoch_seed
 from distiller_zoo import Distiller, Progress, Stage
 from distiller_zoo.base import ALPHA, BETA, GAMMA
-from errors import StoppedAtOnce, UserError
+from errors import StoppedAtOnce, UserError, count_of
 from helper.configuration import Configuration
 from helper.distributed import Replica, count_processes, images_per_pass, rank, total_of
 from helper.fast import Fast
 from helper.log import progress_bar
 from helper.metrics import EpochMeter, measure_all
-from helper.optim import SCHEDULES, Guard, make_optimizer, parameters_of, step_learning_rate, warm_up
+from helper.optim import SCHEDULES, Average, Guard, make_optimizer, parameters_of, step_learning_rate, warm_up
 from helper.teacher import Teacher
 from models.backbone import Backbone, Output
 
@@ -43,15 +44,17 @@ class Training:
         config: Configuration,
         device: torch.device,
         guard: Guard | None = None,
+        average: Average | None = None,
     ):
         _check_stage(stage, config)
-        self.guard, self.fast = guard or Guard(), Fast.of(config)
+        self.guard, self.average, self.fast = guard or Guard(), average, Fast.of(config)
         stage = stage._replace(respond=self.fast.passing(method, stage.respond))
         self.stage, self.method, self.config, self.device = stage, method, config, device
         self._compiled = self._compile()
         set_modes(stage, method)
         self.optimizer = make_optimizer(method, config)
-        self.scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "float16")  # pyright: ignore[reportPrivateImportUsage]
+        self._is_scaled = config.precision == "float16"
+        self.scaler = torch.amp.GradScaler(device.type, enabled=self._is_scaled)  # pyright: ignore[reportPrivateImportUsage]
         self.replica = Replica(method, method.uses_everything and _uses_all_weights(method))
         kept, held_out = _split(len(data.train.targets), stage.holdout, config.data_seed)
         augmentation = augmentation_of(config, data)
@@ -60,8 +63,12 @@ class Training:
         self._held_out = self._loader(data, held_out, config.data_seed + 1, unmixed) if stage.holdout else None
         self._held_out_batches: Iterator[Batch] | None = None
         self._labelled = data.labelled
-        self.meter = EpochMeter(device)
-        self._outcomes: list[tuple[dict[str, Tensor], Tensor | None, Tensor]] = []  # of the step's micro-batches
+        self.meter, self._number = EpochMeter(device), torch.zeros((), device=device)
+        #: Of the step's micro-batches: losses, logits, classes.
+        self._outcomes: list[tuple[dict[str, Tensor], Tensor | None, Tensor]] = []
+        has_tensors = all(isinstance(group["lr"], Tensor) for group in self.optimizer.param_groups)
+        waits = not has_tensors or self.guard.most_skipped or self._is_scaled
+        self._captured_update = Training._update if waits else self.fast.captured(Training._update)
 
     def _compile(self) -> Callable[..., tuple[Tensor | None, dict[str, Tensor]]]:
         """The method's call as this run computes it on whole batches: the student's pass and the losses."""
@@ -78,7 +85,8 @@ class Training:
         sizes = {"min_batch": method.min_batch, "subset": subset}
         loader = Loader(images, data, config.batch_size, self.device, augmentation, views=method.views, **sizes)
         if not len(loader):
-            raise UserError(f"--holdout: {len(subset)} images are too few for --distill {config.distill}; keep more")
+            kept = count_of(len(subset), "image")
+            raise UserError(f"--holdout: {kept} kept, too few for --distill {config.distill}; keep more")
         return loader
 
     def _loader(self, data: ImageData, subset: Tensor, seed: int, augmentation: Augmentation) -> Loader:
@@ -132,7 +140,7 @@ class Training:
             self.progress = progress._replace(factor=factor)
         torch.manual_seed(epoch_seed(self.config.seed, epoch, stream="training"))
         first = state["steps"] if state else 0
-        self.set_learning_rate(first)
+        self.go_to(first)
         rates = self._scheduled(progress.epoch + 1, 0), self._scheduled(max(progress.epoch, 1), 0)
         has_milestones = self.stage.milestones is not None or self.config.lr_decay == "step"
         if self.config.drop_momentum and has_milestones and not first and rates[0] != rates[1]:
@@ -141,7 +149,8 @@ class Training:
         self.title = format_title(self.stage.name, progress)
         self.guard.begin_epoch(self.title, self.stage.learning_rate is not None)
         self._held_out_batches = None if self._held_out is None else _endless(self._held_out, epoch, first)
-        self.meter = EpochMeter(self.device)
+        self.meter.begin()
+        self._has_stepped = False
         if state:
             self.meter.load_state(state["meter"])
             set_random_state(state["random"])
@@ -160,8 +169,9 @@ class Training:
         """Whether this is a micro-batch of a batch as all but the last are."""
         return len(part.targets) == images_per_pass(self.config.batch_size, self.config.accumulate)
 
-    def set_learning_rate(self, step: int) -> None:
-        """Give the optimizer the rate of a step of this epoch, counted from 0."""
+    def go_to(self, step: int) -> None:
+        """Give the guard the number of a step of this epoch, counted from 0, and the optimizer its rate."""
+        self._number.fill_(step + 1)
         rate = self.learning_rate(self.progress.epoch + 1, step)
         for group in self.optimizer.param_groups:
             if isinstance(group["lr"], Tensor):
@@ -196,30 +206,55 @@ class Training:
                 share,
                 self.scaler.scale,
             )
+        losses = {name: value.detach() for name, value in losses.items()}
+        logits = logits.detach() if logits is not None and self._labelled else None
         self._outcomes.append((losses, logits, part.classes))
+        self._is_known = self.is_whole(part) and self._has_stepped
 
-    def finish_step(self, number: int) -> bool:
-        """The optimizer's step of this number; returns False where it was skipped."""
+    def finish_step(self) -> bool:
+        """What follows the gradients; returns False where the step was skipped.
+
+        The first step of an epoch makes what is then there: sums of the losses, the optimizer's state, an average.
+        """
+        update = self._captured_update if self._is_known else Training._update
+        with self.fast.naming_compiler():
+            self._has_stepped = update(self, self._outcomes)
+        if not self._is_known:
+            self.fast.hold([*self.guard.kept, *self.meter.kept])
+        return self._has_stepped
+
+    @torch.no_grad()
+    def _update(self, outcomes: list[tuple[dict[str, Tensor], Tensor | None, Tensor]]) -> bool:
+        """Judge, clip, the optimizer's step, its average and the sums of the epoch, a function of tensors but for
+        `_may_step`; returns False where the step was skipped."""
         sums: dict[str, Tensor] = {}
-        for losses, _, _ in self._outcomes:
+        for losses, _, _ in outcomes:
             for name, value in losses.items():
-                sums[name] = sums[name] + value.detach() if name in sums else value.detach()
-        if not self._may_step(sums, parameters_of(self.optimizer), number):
+                sums[name] = sums[name] + value if name in sums else value
+        trained = parameters_of(self.optimizer)
+        if not self._may_step(sums, trained):
             return False
         if self.config.clip_grad:
-            nn.utils.clip_grad_norm_(parameters_of(self.optimizer), self.config.clip_grad)
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        for losses, logits, classes in self._outcomes:
-            self.meter.update(losses, logits if self._labelled else None, classes)
+            nn.utils.clip_grad_norm_(trained, self.config.clip_grad)
+        if self._is_scaled:
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+        else:  # without torch's hooks around a step, where a graph breaks
+            inspect.unwrap(type(self.optimizer).step)(self.optimizer)
+        for losses, logits, classes in outcomes:
+            self.meter.update(losses, logits, classes)
+        if self.average is not None:
+            self.average.update(self.method)
         return True
 
-    def _may_step(self, losses: dict[str, Tensor], trained: list[Tensor], number: int) -> bool:
+    def _may_step(self, losses: dict[str, Tensor], trained: list[Tensor]) -> bool:
         """Judge the gradients, which are as large as without float16 afterwards; a step that float16 overflowed in
         lowers the scale (Micikevicius et al., ICLR 2018)."""
+        if not self._is_scaled:
+            return self.guard.judge(losses, trained, self._number)
         self.scaler.unscale_(self.optimizer)
-        may_lower = self.scaler.is_enabled() and self.scaler.get_scale() >= SMALLEST_SCALE
-        good = not (may_lower and self.guard.overflowed(losses, trained)) and self.guard.judge(losses, trained, number)
+        overflowed = self.scaler.get_scale() >= SMALLEST_SCALE and self.guard.overflowed(losses, trained)
+        good = not overflowed and self.guard.judge(losses, trained, self._number)
         if not good:
             self.scaler.update()
         return good
@@ -234,10 +269,11 @@ class Training:
         if self.stage.after_epoch is not None:
             self.stage.after_epoch(self.progress)
         self.guard.look()
-        if not self.meter.has_images:
+        means = self.meter.summary()
+        if not means:
             flag = "--precision float16" if self.guard.overflows else "--max_bad_steps"
             raise UserError(f"{flag}: every step of {self.title} was skipped; the training diverged")
-        return self.meter.summary()
+        return means
 
 
 def _check_stage(stage: Stage, config: Configuration) -> None:
@@ -328,7 +364,7 @@ def _end_epoch(runs: Sequence, finishing: Callable[[], AbstractContextManager]) 
 def step(runs: Sequence, batch: Batch, teacher: Teacher | None, number: int) -> None:
     """One step of every run on one batch, counted from 1."""
     for run in runs:
-        run.training.set_learning_rate(number - 1)
+        run.training.go_to(number - 1)
     if runs:
         compute_step(runs, batch, teacher, number)
 

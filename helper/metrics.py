@@ -298,12 +298,23 @@ class EpochMeter:
 
     def __init__(self, device: torch.device):
         self._device = device
-        self._losses: dict[str, Tensor] = {}
-        self._correct = torch.zeros((), dtype=torch.int64, device=device)
-        self._images, self._has_logits = 0, False
-        self.has_images = False  # in any process
+        self._losses: dict[str, Tensor] = {}  # of every term that there has been
+        self._correct, self._images = (torch.zeros((), dtype=torch.int64, device=device) for _ in range(2))
+        self.begin()
+
+    def begin(self) -> None:
+        """Forget what was counted; sums stay where a captured step writes them."""
+        self._terms: set[str] = set()  # of this epoch
+        for value in self.kept:
+            value.zero_()
+        self._has_logits = False
         self._start = time.perf_counter()
         self._data_wait = 0.0
+
+    @property
+    def kept(self) -> list[Tensor]:
+        """The sums on the device; `update` changes them in place."""
+        return [*self._losses.values(), self._correct, self._images]
 
     def waited(self, seconds: float) -> None:
         """Count time that was spent waiting for a batch."""
@@ -316,6 +327,7 @@ class EpochMeter:
         for name, value in zip(losses, values, strict=True):
             if name not in self._losses:
                 self._losses[name] = torch.zeros_like(value)
+            self._terms.add(name)
         if losses:  # all terms in one operation
             sums = torch._foreach_mul(values, len(targets))  # pyright: ignore[reportPrivateImportUsage]
             torch._foreach_add_([self._losses[name] for name in losses], sums)  # pyright: ignore[reportPrivateImportUsage]
@@ -323,7 +335,6 @@ class EpochMeter:
             self._correct += (logits.argmax(1) == targets).sum()
             self._has_logits = True
         self._images += len(targets)
-        self.has_images = True
 
     def state(self) -> dict:
         """What `load_state` restores, in any number of processes."""
@@ -335,22 +346,25 @@ class EpochMeter:
         images, self._has_logits, self._data_wait, seconds = state["counts"]
         self._start = time.perf_counter() - seconds
         share = 1 if is_main() else 0  # what is over counts once
-        self._images, self.has_images = share * images, images > 0
+        self._images.fill_(share * images)
         self._correct.fill_(share * state["correct"])
-        self._losses = {
-            name: torch.tensor(share * float(value), device=self._device) for name, value in state["losses"].items()
-        }
+        self._terms = set(state["losses"])
+        for name, value in state["losses"].items():
+            self._losses[name] = torch.tensor(share * float(value), device=self._device)
 
     def _totals(self) -> tuple[dict[str, float], int, int, float]:
         """Sums of losses by name, right predictions, images, and the mean time waited, of all processes."""
         counted = (self._correct, self._images, self._data_wait)
-        *losses, correct, images, data_wait = total_of([*self._losses.values(), *counted])
-        losses = dict(zip(self._losses, losses, strict=True))
+        terms = [name for name in self._losses if name in self._terms]
+        *losses, correct, images, data_wait = total_of([*(self._losses[name] for name in terms), *counted])
+        losses = dict(zip(terms, losses, strict=True))
         return losses, int(correct), int(images), data_wait / count_processes()
 
     def summary(self) -> dict[str, float]:
-        """Means so far, where there are any images."""
+        """Means so far; empty where no step has been counted."""
         totals, correct, images, data_wait = self._totals()
+        if not images:
+            return {}
         losses = {f"loss_{name}": total / images for name, total in totals.items()}
         accuracy = {"train_accuracy": 100 * correct / images} if self._has_logits else {}
         # The sums above waited for the device, so the clock below covers all the work.

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from errors import UserError
+from errors import UserError, count_of
 from helper.checkpoint import AVERAGE, contained, take_average, upgrade
 from helper.recipes import PUBLISHED_TEACHERS
 from helper.settings import sources_of
@@ -75,6 +75,7 @@ class Network(NamedTuple):
             "dataset": self.dataset,
             "data": self.data,
             "image_size": self.image_size,
+            "split": self.teachers[0].record.get("split") or None,
         }
 
 
@@ -83,7 +84,8 @@ def read_teacher(path: str, model_t: str | None, ema: bool = False, weights: Seq
     paths = sources_of(path)
     names = [None] * len(paths) if model_t is None else model_t.split(",")
     if len(names) != len(paths):
-        raise UserError(f"--model_t: it names {len(names)} networks, --path_t {len(paths)}; name as many, or none")
+        named = count_of(len(names), "network")
+        raise UserError(f"--model_t: it names {named}, --path_t {len(paths)}; name as many, or none")
     teachers = [read_network(*pair, "--path_t", "--model_t", ema) for pair in zip(paths, names, strict=True)]
     if len(teachers) > 1:
         return _together(path, teachers, weights)
@@ -225,7 +227,7 @@ def start_from(initial: Network, student: Backbone, model_s: str, classes: Seque
     others = compare_classes(initial.record.get("classes"), classes)
     source = f"{INIT}: {initial.path}"
     takes_classifier = load_initial(student, model_s, initial.network, source, same_classes=others is None)
-    counts = f"{initial.num_classes} classes there, {len(classes)} here"
+    counts = f"{count_of(initial.num_classes, 'class')} there, {len(classes)} here"
     added = added_layers(initial.network)
     added = f"what its method added is left out ({', '.join(added)})" if added else ""
     reasons = "; ".join(filter(None, (others, added))) or counts

@@ -1,8 +1,10 @@
-"""The optimizer's step: optimizers and learning rate schedules, a row each, and whether a step may be made.
+"""The optimizer's step: optimizers and learning rate schedules, a row each, whether a step may be made, the average.
 
 Rates are pure functions of epoch and step, so there is no scheduler state to save.
 """
 
+import copy
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
@@ -11,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from errors import UserError
 from helper.distributed import largest as largest_of_all
@@ -23,10 +24,15 @@ GRADIENT = "the gradient"
 
 def _rate(groups: list[dict], config: Any) -> float | Tensor:
     """The rate before the first step: a tensor in a run that is compiled, where nothing is then compiled or captured
-    again for another rate. Only fused optimizers read it without waiting for the device."""
-    if not config.fused_optimizer or config.compile == "off":
+    again for another rate. Only what is fused or compiled itself reads it without waiting for the device."""
+    if config.compile == "off" or not (config.fused_optimizer or config.compile == "reduce-overhead"):
         return 0.0
     return torch.zeros((), device=groups[0]["params"][0].device)
+
+
+def _is_fused(config: Any) -> bool | None:
+    """Whether torch's fused kernel makes the step. None where a compiler makes one: it does not look into torch's."""
+    return None if config.compile == "reduce-overhead" else config.fused_optimizer or None
 
 
 def _sgd(groups: list[dict], config: Any) -> torch.optim.Optimizer:
@@ -38,7 +44,7 @@ def _sgd(groups: list[dict], config: Any) -> torch.optim.Optimizer:
         momentum=config.momentum,
         weight_decay=config.weight_decay,
         nesterov=config.nesterov,
-        fused=config.fused_optimizer or None,
+        fused=_is_fused(config),
     )
 
 
@@ -48,7 +54,7 @@ def _adamw(groups: list[dict], config: Any) -> torch.optim.Optimizer:
         groups,
         lr=rate,
         weight_decay=config.weight_decay,
-        fused=config.fused_optimizer or None,
+        fused=_is_fused(config),
         capturable=isinstance(rate, Tensor) and rate.is_cuda,
     )
 
@@ -87,12 +93,32 @@ def make_optimizer(module: nn.Module, config: Any) -> torch.optim.Optimizer:
     return OPTIMIZERS[config.optimizer](groups, config)
 
 
-def average_of(module: nn.Module, decay: float) -> AveragedModel | None:
-    """The exponential moving average of a module's weights and statistics, a copy; None where `decay` is 0."""
-    if not decay:
-        return None
-    average = AveragedModel(module, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
-    return average.requires_grad_(False).eval()
+class Average:
+    """The exponential moving average of a module's weights and statistics, in a copy of it: `module`.
+
+    torch's `AveragedModel` reads a counter on the host in every step, which no CUDA graph can hold.
+    """
+
+    def __init__(self, module: nn.Module, decay: float):
+        self.module: Any = copy.deepcopy(module).requires_grad_(False).eval()
+        self._decay = decay
+        self.has_steps = False
+
+    @torch.no_grad()
+    def update(self, module: nn.Module) -> None:
+        """Take in the module after a step: a <- decay a + (1 - decay) w, and a <- w after the first one.
+
+        Whole numbers, which are counts, are taken over as they are.
+        """
+        sides = (itertools.chain(each.parameters(), each.buffers()) for each in (self.module, module))
+        pairs = list(zip(*sides, strict=True))
+        averaged = [pair for pair in pairs if pair[0].is_floating_point() and self.has_steps]
+        copied = [pair for pair in pairs if not (pair[0].is_floating_point() and self.has_steps)]
+        if averaged:
+            torch._foreach_lerp_(*zip(*averaged, strict=True), 1 - self._decay)  # pyright: ignore[reportPrivateImportUsage]
+        if copied:
+            torch._foreach_copy_(*zip(*copied, strict=True))  # pyright: ignore[reportPrivateImportUsage]
+        self.has_steps = True
 
 
 def parameters_of(optimizer: torch.optim.Optimizer) -> list[Tensor]:
@@ -194,9 +220,14 @@ class Guard:
         self.most_skipped, self.skipped = most_skipped, 0
         self.overflows = 0  # steps that were left out to lower the scale of float16's losses
         self._place, self._flag = "", ""
-        self._names: tuple[str, ...] = ()
-        self._seen: Tensor | None = None  # (terms + 2,) of the first bad step, or of the last: losses, gradient, number
+        #: By the names of what is judged, (terms + 2,) of the first bad step, or of the last: losses, gradient, number.
+        self._seen: dict[tuple[str, ...], Tensor] = {}
         self._buffers: list[tuple[Tensor, Tensor]] = []
+
+    @property
+    def kept(self) -> list[Tensor]:
+        """What the device remembers of the steps; `judge` changes it in place."""
+        return list(self._seen.values())
 
     def overflowed(self, losses: dict[str, Tensor], parameters: Sequence[Tensor]) -> bool:
         """Whether all losses are finite and the gradient is not: the loss was scaled too high for float16. Waits for
@@ -211,39 +242,35 @@ class Guard:
     def begin_epoch(self, title: str, has_own_rate: bool) -> None:
         """What messages say of where the run is, and which learning rate is too high."""
         self._place, self._flag = title, "--init_learning_rate" if has_own_rate else "--learning_rate"
-        self._seen = None
+        for seen in self._seen.values():  # in their places, where a captured step writes
+            seen.zero_()
 
     def begin_step(self, module: nn.Module) -> None:
         """Keep what the forward pass of a step changes, statistics and memory banks, where the step may be skipped."""
         if self.most_skipped:
             self._buffers = [(buffer, buffer.clone()) for buffer in module.buffers()]
 
-    def judge(self, losses: dict[str, Tensor], parameters: Sequence[Tensor], number: int) -> bool:
-        """Whether the optimizer may make the step of this number; called when the gradients are there.
+    def judge(self, losses: dict[str, Tensor], parameters: Sequence[Tensor], number: Tensor) -> bool:
+        """Whether the optimizer may make the step of this number, a float32 scalar; the gradients are there.
 
         Where it may not, the buffers are put back, so that only the random numbers of the step are used up.
         """
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
         largest = get_total_norm(gradients)  # no smaller than the largest entry, and ten times as fast on a CPU
         values = [*(loss.detach().float() for loss in losses.values()), largest.float()]
-        seen = torch.stack([*values, torch.full_like(largest, number, dtype=torch.float32)])
-        names = (*(f"loss_{name}" for name in losses), GRADIENT)
-        if names != self._names:
-            self.look()
-            self._names, self._seen = names, None
+        seen, names = torch.stack([*values, number]), (*(f"loss_{name}" for name in losses), GRADIENT)
         if self.most_skipped and largest_of_all(not _is_good(seen)):  # all processes skip a step, or none
-            self._skip(seen)
+            self._skip(names, seen)
             return False
-        if self._seen is None:
-            self._seen = seen
-        else:  # in its place, so that a captured step keeps it too
-            torch.where(_is_good(self._seen), seen, self._seen, out=self._seen)
+        if names not in self._seen:
+            self._seen[names] = torch.zeros_like(seen)
+        kept = self._seen[names]
+        torch.where(_is_good(kept), seen, kept, out=kept)
         return True
 
-    def _skip(self, seen: Tensor) -> None:
+    def _skip(self, names: tuple[str, ...], seen: Tensor) -> None:
         if self.skipped == self.most_skipped:
-            self._seen = seen
-            self.look()
+            raise self._diverged(names, seen)
         self.skipped += 1
         with torch.no_grad():
             for buffer, before in self._buffers:
@@ -251,13 +278,17 @@ class Guard:
 
     def look(self) -> None:
         """Raise `UserError` where a step since the last look was bad."""
-        if self._seen is None or _is_good(self._seen):
-            return
-        *values, number = self._seen.tolist()
-        name, value = next(pair for pair in zip(self._names, values, strict=True) if not abs(pair[1]) < LIMIT)
+        bad = [names for names, seen in self._seen.items() if not _is_good(seen)]
+        if bad:
+            first = min(bad, key=lambda names: self._seen[names][-1].item())
+            raise self._diverged(first, self._seen[first])
+
+    def _diverged(self, names: tuple[str, ...], seen: Tensor) -> UserError:
+        *values, number = seen.tolist()
+        name, value = next(pair for pair in zip(names, values, strict=True) if not abs(pair[1]) < LIMIT)
         used_up = f" ({self.skipped} such steps were skipped before)" if self.skipped else ""
         terms = "the weights of the terms; every loss is finite" if name == GRADIENT else "the weight of that term"
-        raise UserError(
+        return UserError(
             f"{name} is {value} in {self._place} step {number:.0f}{used_up}: the training diverged; lower {self._flag} "
             f"or {terms}"
         )

@@ -5,17 +5,18 @@ Nothing here knows the name of a method; what a method needs it says itself (dis
 
 import json
 import signal
+import textwrap
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import nn
 
 from dataset import ImageData, Images, StreamedImages
 from distiller_zoo import Distiller, Progress, build_distiller, find_distiller
-from errors import Stopped, UserError
+from errors import Stopped, UserError, count_of
 from helper.checkpoint import (
     check_optimizer,
     check_progress,
@@ -43,7 +44,7 @@ from helper.loops import (
 )
 from helper.metrics import best_epoch, best_without_labels, probe, summarise_without_labels
 from helper.networks import Network, classes_taught, start_from
-from helper.optim import Guard, average_of, parameters_of, restore_optimizer
+from helper.optim import Average, Guard, parameters_of, restore_optimizer
 from helper.run_folder import BEST, CONFIG, LAST, RESULT, FolderElsewhere, RunFolder
 from helper.teacher import Teacher, check_apart
 from models import build_model
@@ -123,11 +124,23 @@ def _open_folder(config: Configuration, preparations: ExitStack) -> RunFolder:
 
 
 def _record_settings(config: Configuration, folder: RunFolder, known: Configuration | None) -> None:
-    """Write every setting and its origin; on the terminal only what differs from the run `known`, if there is one."""
+    """Write every setting and its origin; on the terminal only what differs from the run `known`, if there is one, and
+    defaults last, in a paragraph."""
+    defaults = []
     for argument, value in sorted(config.items()):
         if value is not None:
-            log = folder.log_quietly if known is not None and known.get(argument) == value else folder.log
-            log(f"  {argument:<18} {value!s:<24} ({config.origins[argument]})")
+            line, origin = f"  {argument:<18} {value!s:<24} ({config.origins[argument]})", config.origins[argument]
+            folder.log_quietly(line)
+            if known is not None and known.get(argument) == value:
+                continue
+            if origin == "default":
+                defaults.append(f"{argument} {value}")
+            else:
+                folder.show(line)
+    if defaults:
+        folder.show(
+            textwrap.fill(f"defaults: {', '.join(defaults)}", 120, initial_indent="  ", subsequent_indent="    ")
+        )
     folder.write_json(CONFIG, config.as_json())
 
 
@@ -254,7 +267,7 @@ class Run:
         Fast.of(config).prepare_student(self.method, inputs.device)
         stages, frozen = self.method.stages(config.epochs), config.freeze == "trunk"
         self.stages = [without_trunk(stage, self.method) if frozen else stage for stage in stages]
-        self.average = average_of(self.method, config.ema_decay)
+        self.average = Average(self.method, config.ema_decay) if config.ema_decay else None
         self.guard = Guard(config.max_bad_steps)
         self.step, self.epochs_over, self.seconds = 0, 0, 0.0  # finished, in all stages
         self.records: list[dict] = []  # of every epoch of the main stage
@@ -281,8 +294,9 @@ class Run:
     def _enter(self, number: int, epoch: int = 0, stage_step: int = 0) -> None:
         """Begin the stage of this number, or resume it after some of its epochs and steps."""
         self.stage_number, self.epoch, self.stage_step = number, epoch, stage_step
+        average = self.average if self.in_main_stage else None
         self.training = Training(
-            self.stages[number], self.method, self.data, self.config, self.inputs.device, self.guard
+            self.stages[number], self.method, self.data, self.config, self.inputs.device, self.guard, average
         )
 
     @contextmanager
@@ -385,13 +399,11 @@ class Run:
     def finish_step(self, number: int) -> None:
         """The optimizer's step, and a line in the log where one is due."""
         training, last = self.training, self.last_step
-        if not training.finish_step(number):
+        if not training.finish_step():
             self.folder.log_quietly(f"{training.title} step {number}/{last} skipped: a number in it was not finite")
-        elif self.average is not None and self.in_main_stage:
-            self.average.update_parameters(self.method)
-        if number % self.config.print_freq == 0 and training.meter.has_images:
+        if number % self.config.print_freq == 0 and (means := training.meter.summary()):
             self.guard.look()
-            self.latest = format_losses(training.meter.summary())
+            self.latest = format_losses(means)
             self.folder.log_quietly(f"{training.title} step {number}/{last}: {self.latest}")
 
     def save_within_epoch(self, number: int, stopping: bool) -> None:
@@ -414,8 +426,8 @@ class Run:
         """Of all processes, each of which has seen its own part of the batches."""
         average_statistics(self.method)
         if self.average is not None:
-            average_statistics(self.average.train())
-            self.average.eval()
+            average_statistics(self.average.module.train())
+            self.average.module.eval()
 
     def end_epoch(self) -> None:
         """Test, record and save; begin the next stage or finish where this one is the last."""
@@ -459,7 +471,7 @@ class Run:
             return self._judge()
         test = self._test_method(self.method)
         if self.average is not None:
-            averaged = self._test_method(cast(Distiller, self.average.module))
+            averaged = self._test_method(self.average.module)
             test |= {f"{name}_ema": value for name, value in averaged.items() if "unreadable" not in name}
         return test
 
@@ -499,7 +511,7 @@ class Run:
         known |= {"accuracy_ema": record["test_accuracy_ema"]} if "test_accuracy_ema" in record else {}
         known["max_steps"] = self.config.max_steps
         known["identity"] = self.inputs.identity
-        averaged = self.average if self.average is not None and self.average.n_averaged else None
+        averaged = self.average.module if self.average is not None and self.average.has_steps else None
         return make_checkpoint(self.method, self.config, data_record(self.data), averaged, **known)
 
     def _save_last(self, checkpoint: dict, epoch_state: dict | None) -> None:
@@ -539,11 +551,11 @@ class Run:
                 self.training.scaler.load_state_dict(training["scaler"])
             if self.average is not None and "ema" in training:
                 load_weights(self.average.module, self.config.model_s, training["ema"], source)
-                self.average.n_averaged.fill_(1)
+                self.average.has_steps = True
         self.folder.keep_metrics_until(self.epochs_over)
         stage = self.stages[self.stage_number]
         title = format_title(stage.name, Progress(self.epoch - 1, stage.epochs))
-        within = f" and {self.epoch_state['steps']} steps" if self.epoch_state else ""
+        within = f" and {count_of(self.epoch_state['steps'], 'step')}" if self.epoch_state else ""
         self.folder.log(f"resumed after {title}{within}")
         before, now = training["config"].get("epochs"), self.config.epochs
         if self.records and before != now and not self.is_over:
@@ -587,7 +599,7 @@ class Run:
     def _finish(self) -> None:
         if self._started is None and (self.folder.path / RESULT).exists():  # resumed, with nothing left to do
             self.result = self.folder.read_json(RESULT)
-            self.folder.log(format_result(self.result))
+            self._conclude()
             return
         self.result = {
             **(self._accuracies() if self.data.labelled else self._without_labels()),
@@ -608,7 +620,12 @@ class Run:
         }
         if self._is_out_of_patience() and not self._stage_is_complete():
             measured = self.result.get("best_by", self.config.best_by).replace("_", " ")  # its own without labels
-            self.folder.log(f"stopped early: no better {measured} in {self.config.patience} epochs")
+            self.folder.log(f"stopped early: no better {measured} in {count_of(self.config.patience, 'epoch')}")
         self.folder.append_outcome(run_key(self.config), self.result)
         self.folder.write_json(RESULT, self.result)
+        self._conclude()
+
+    def _conclude(self) -> None:
+        """Say what the run has ended with, and where it is."""
         self.folder.log(format_result(self.result))
+        self.folder.log(f"checkpoints: {self.folder.path / LAST} and {BEST}")

@@ -164,8 +164,12 @@ class RunFolder:
 
     def log(self, line: str) -> None:
         """One line on the terminal, above the progress bar, and in the log file."""
-        tqdm.write(self.label + line)
+        self.show(line)
         self.log_quietly(line)
+
+    def show(self, text: str) -> None:
+        """Lines on the terminal only."""
+        tqdm.write("\n".join(self.label + line for line in text.split("\n")))
 
     def log_quietly(self, line: str) -> None:
         """One line in the log file only."""
@@ -267,9 +271,8 @@ class FolderElsewhere(RunFolder):
     def _ignore(self, *arguments, **named) -> None:
         pass
 
-    log = log_quietly = write_json = save = append_metrics = append_outcome = keep_metrics_until = remove = close = (
-        _ignore
-    )
+    log = show = log_quietly = _ignore
+    write_json = save = append_metrics = append_outcome = keep_metrics_until = remove = close = _ignore
 
 
 def tag_of(name: str) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 from dataset import BALANCED, DATASETS, POLICIES
 from distiller_zoo import DISTILLERS, find_distiller
 from errors import UserError
-from helper.fast import COMPILE, PRECISIONS, computes_bfloat16
+from helper.fast import COMPILE, LONG_RUN, PRECISIONS, computes_bfloat16, has_matrix_units
 from helper.metrics import BEST_BY
 from helper.optim import OPTIMIZERS, SCHEDULES
 from helper.recipes import RECIPES
@@ -624,9 +624,11 @@ SETTINGS: tuple[Setting, ...] = (
             ("--compile",),
             str,
             "off",
-            "torch.compile of both networks' passes and the losses, in this mode; --fast auto leaves it off. The first "
-            "step takes minutes; not tried on a GPU, where reduce-overhead replays CUDA graphs",
+            "torch.compile of both networks' passes and the losses, in this mode; auto, chosen by --fast auto on a CPU "
+            f"with matrix units: in a run of {LONG_RUN} steps or more. The first step takes minutes; not tried on a "
+            "GPU, where reduce-overhead replays CUDA graphs",
             choices=COMPILE,
+            auto=lambda device: "auto" if device.type == "cpu" and has_matrix_units(device) else "off",
             called=("torchcompile",),
             **OF_PROCESS,
         ),

@@ -4,6 +4,7 @@ import copy
 import hashlib
 import json
 import math
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 from dataset import VIEWS, Batch, Centre, ImageData, RowCache, differences
 from dataset.cache import EVERY
-from errors import UserError
+from errors import UserError, count_of
 from helper.distributed import count_processes
 from helper.fast import Fast
 from helper.networks import Network
@@ -22,7 +23,7 @@ from helper.settings import all_settings
 from models.backbone import Backbone, Output, probe_shapes
 from models.ensemble import Ensemble
 from models.preprocessing import Preprocessing, TeacherView, read_preprocessing
-from setting import as_text
+from setting import as_text, what_hinders
 
 #: How far, in points of accuracy, a teacher may be from its recorded or published accuracy.
 TEACHER_TOLERANCE = 0.5
@@ -70,7 +71,8 @@ def _views_of(
     """The view of each teacher; `image_size` of `--teacher_image_size` is for all of them, or one for each."""
     sizes = list(image_size) if isinstance(image_size, Sequence) else [image_size] * len(teachers)
     if len(sizes) != len(teachers):
-        raise UserError(f"--teacher_image_size: {len(sizes)} sizes for {len(teachers)} teachers; give one, or one each")
+        given = f"{count_of(len(sizes), 'size')} for {count_of(len(teachers), 'teacher')}"
+        raise UserError(f"--teacher_image_size: {given}; give one, or one each")
     return [as_it_was_trained(each, data, size) for each, size in zip(teachers, sizes, strict=True)]
 
 
@@ -211,13 +213,13 @@ class CachedTeacher(Teacher):
             raise UserError(f"{self.FLAG}: it is for one teacher, not for the {len(source.members)} of --path_t")
         if count_processes() > 1:
             raise UserError(f"{self.FLAG}: it is for runs of one process; leave it out under torchrun")
-        try:
-            Path(folder).mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"{self.FLAG}: {folder} cannot be made: {error.strerror}; name another place") from None
+        # It is made with its first sub-folder: what is refused until then leaves none. One that is there may be read.
+        if not os.path.isdir(folder) and (reason := what_hinders(Path(folder))):
+            raise UserError(f"{self.FLAG}: {reason}")
         shapes = probe_shapes(self.network, data.image_size)
         if top_k is not None and top_k >= shapes.num_classes:
-            raise UserError(f"--cache_top_k: the teacher has {shapes.num_classes} classes; leave it out to keep all")
+            has = count_of(shapes.num_classes, "class")
+            raise UserError(f"--cache_top_k: the teacher has {has}; leave it out to keep all")
         self.folder, self.num_images, self.num_classes, self.top_k = (
             Path(folder),
             len(data.train.targets),

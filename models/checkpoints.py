@@ -11,12 +11,12 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
-from errors import UserError
+from errors import UserError, count_of
 from models import build_model, imagenet_model_dict, model_dict
 from models.backbone import Backbone, Wrapper
 from models.external import is_external
 from models.files import read_checkpoint as read_checkpoint  # also found here
-from models.found import Found, Weights, list_names, locate_weights
+from models.found import Found, Weights, list_names, locate_weights, say_prefixes
 from models.record import check_record
 from models.wrappers import wrap
 
@@ -29,6 +29,9 @@ EARLIER_NAMES = {
 OFFICIAL_TRANSFORMS = (("layer31", "layer32"), ("layer41", "layer42"))
 #: Parameters that the official code constructs and never uses.
 OFFICIAL_UNUSED = re.compile(r"^(alpha$|layer2[12]\.)")
+
+#: What DataParallel, DDP and torch.compile put into keys, of a part of a network also within them.
+WRAPPER = re.compile(r"\b(?:module|_orig_mod)\.")
 
 
 def find_weights(checkpoint: Mapping, source: str) -> Weights:
@@ -52,11 +55,11 @@ def _fit(model: Backbone, model_name: str, weights: Weights) -> Found:
 
 def _fit_all(model: Backbone, model_name: str, weights: Weights) -> Found | None:
     """All the weights as the network's, None where they have other keys."""
-    for prefix, candidate in _without_prefixes(weights):
+    for prefixes, candidate in _without_prefixes(weights):
         fitted, filled = _filled(model, model_name, candidate)
         if fitted is not None:
-            whose = "all its" if all(key.startswith(prefix) for key in weights) else "its"
-            return Found(fitted, [f"the prefix {prefix} of {whose} keys is left out"] * bool(prefix) + filled)
+            whose = "all its" if all(key.startswith("".join(prefixes)) for key in weights) else "its"
+            return Found(fitted, say_prefixes(prefixes, whose) + filled)
     return None
 
 
@@ -65,7 +68,7 @@ def _fit_part(parts: Mapping[str, Found], model_name: str, weights: Weights) -> 
     for prefix, part in parts.items():
         others = {f"{key.partition('.')[0]}.*": key for key in _unwrapped(weights) if not key.startswith(prefix)}
         left = f"of its entries those below {prefix} are taken; left out are {list_names(others)}"
-        return Found(part.weights, [left, *part.notes])
+        return Found(part.weights, [left, *say_prefixes(_wrappers_in(weights)), *part.notes])
     return Found(rename_for(model_name, name_for(model_name, weights)), [])
 
 
@@ -77,7 +80,7 @@ def _filled(model: Backbone, model_name: str, weights: Weights) -> tuple[Weights
     missing = expected.keys() - renamed.keys() - empty.keys()
     if not (renamed.keys() <= expected.keys() and all(_can_be_filled(key, renamed) for key in missing)):
         return None, []
-    note = [f"its {len(missing)} missing num_batches_tracked are filled in with 0"] * bool(missing)
+    note = [f"{count_of(len(missing), 'missing entry')} num_batches_tracked filled in with 0"] * bool(missing)
     return empty | renamed | {key: torch.tensor(0, device="cpu") for key in missing}, note
 
 
@@ -101,24 +104,31 @@ def _fitting_parts(model: Backbone, model_name: str, weights: Weights) -> dict[s
 
 def _unwrapped(weights: Weights) -> Weights:
     """Without the wrappers' names, wherever they are in the keys."""
-    return {re.sub(r"\b(module|_orig_mod)\.", "", key): value for key, value in weights.items()}
+    return {WRAPPER.sub("", key): value for key, value in weights.items()}
+
+
+def _wrappers_in(weights: Weights) -> list[str]:
+    """The wrappers' names that are in keys."""
+    return list(dict.fromkeys(name for key in weights for name in WRAPPER.findall(key)))
 
 
 def _can_be_filled(key: str, weights: Weights) -> bool:
     return key.endswith(".num_batches_tracked") and key.replace("num_batches_tracked", "running_mean") in weights
 
 
-def _without_prefixes(weights: Weights) -> Iterator[tuple[str, Weights]]:
-    """(what was left out, the weights): as they are, without the wrappers' names within keys, and then without one
-    shared first part after the other."""
-    yield "", weights
-    stripped, prefix = _unwrapped(weights), ""
-    if len(stripped) == len(weights) and stripped.keys() != weights.keys():
-        yield "module.", stripped
+def _without_prefixes(weights: Weights) -> Iterator[tuple[list[str], Weights]]:
+    """(what was left out of the keys, the weights): as they are, without the wrappers' names within keys, and then
+    without one shared first part after the other."""
+    yield [], weights
+    stripped, wrappers, prefix = _unwrapped(weights), _wrappers_in(weights), ""
+    if len(stripped) < len(weights):  # two keys would become one
+        stripped, wrappers = weights, []
+    if wrappers:
+        yield wrappers, stripped
     while len(first := {key.partition(".")[0] for key in stripped}) == 1 and all("." in key for key in stripped):
         prefix += f"{first.pop()}."
         stripped = {key.partition(".")[2]: value for key, value in stripped.items()}
-        yield prefix, stripped
+        yield [prefix, *wrappers], stripped
 
 
 def build_with(model_name: str, weights: Weights, source: str) -> tuple[Backbone, list[str]]:
@@ -138,8 +148,8 @@ def build_with(model_name: str, weights: Weights, source: str) -> tuple[Backbone
             )
         found = _fit_part(parts, model_name, weights)
     fitted, notes = found
-    num_classes = count_classes(probe, fitted) or 1
-    network = build_model(model_name, num_classes)
+    num_classes = count_classes(probe, fitted)  # 0 in a file of a network that was built without a classifier
+    network = build_model(model_name, 1 if num_classes is None else num_classes)
     load_weights(network, model_name, fitted, source)
     return network, notes
 

@@ -2,6 +2,8 @@
 
 from collections.abc import Sequence
 
+from errors import count_of
+
 
 def compare_classes(categories: Sequence[str] | None, classes: Sequence[str]) -> str | None:
     """One sentence where class k of the weights (`categories`, None where they tell none) is another than class k of
@@ -32,15 +34,14 @@ def compare_classes(categories: Sequence[str] | None, classes: Sequence[str]) ->
     if moved:
         first = moved[0]
         other = categories[first] if first < len(categories) else "none"
-        count = f"{len(moved)} of {len(ours)} classes" if len(moved) > 1 else "1 class"
         return (
-            f"{count} of the data are others in the weights: class {first} is {classes[first]} in the data and "
-            f"{other} in the weights{hint}"
+            f"the weights have another place for {len(moved)} of {count_of(len(ours), 'class')}: class {first} is "
+            f"{classes[first]} in the data and {other} in the weights{hint}"
         )
     if len(shared) < len(ours):
         first = next(number for number, name in enumerate(ours) if name not in places)
         missing = len(ours) - len(shared)
-        return f"the weights do not know {missing} of the data's {len(ours)} classes, first {classes[first]}"
+        return f"the weights do not know {missing} of the data's {count_of(len(ours), 'class')}, first {classes[first]}"
     return None
 
 
@@ -55,7 +56,8 @@ def matched_by_position(categories: Sequence[str] | None, classes: Sequence[str]
     pairs = ", ".join(f"{one} for {other}" for one, other in list(zip(categories, classes, strict=False))[:3])
     more = ", ..." if len(classes) > 3 else ""
     return (
-        f"{shared} of the data's {len(classes)} class names are the weights': classes match by position ({pairs}{more})"
+        f"{shared} of the data's {count_of(len(classes), 'class name')} are the weights': classes match by position "
+        f"({pairs}{more})"
     )
 
 

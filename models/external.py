@@ -13,7 +13,7 @@ from types import MappingProxyType
 import torch
 from torch import Tensor, nn
 
-from errors import UserError, first_line
+from errors import UserError, count_of, first_line
 from models.backbone import Backbone, Output, evaluating, probe_shapes
 from models.split import Split, patches_to_map, ramp
 
@@ -156,5 +156,6 @@ def build_external(
     try:
         network = tools.build(architecture, num_classes, image_size, drops)
     except (TypeError, ValueError, RuntimeError, AssertionError) as error:
-        raise UserError(f"{name}: {library} cannot build it with {num_classes} classes: {first_line(error)}") from None
+        with_classes = f"with {count_of(num_classes, 'class')}"
+        raise UserError(f"{name}: {library} cannot build it {with_classes}: {first_line(error)}") from None
     return External(name, network, tools.split(name, network, num_classes, image_size), num_classes)

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import zipfile
 from collections.abc import Mapping
 from importlib import import_module
@@ -46,6 +47,14 @@ class DamagedFile(UserError):
     """A file that can be opened and is no whole checkpoint."""
 
 
+def _where_from(path: str) -> str:
+    """What makes a file that is not there: RepDistiller's teachers, known by their folder, are downloaded."""
+    published = re.search(r"([^/]+)_vanilla/[^/]+$", path)
+    if published is None:
+        return "train_teacher.py makes such files"
+    return f"python scripts/fetch.py cifar {published[1]} downloads RepDistiller's teacher to save/models/"
+
+
 def read_checkpoint(path: str | os.PathLike, flag: str = "checkpoint") -> dict:
     """The dictionary in a checkpoint file, on the CPU; no code in the file is run.
 
@@ -55,7 +64,7 @@ def read_checkpoint(path: str | os.PathLike, flag: str = "checkpoint") -> dict:
     if os.path.isdir(path):
         raise UserError(f"{flag}: {path} is a folder; name a checkpoint file in it, for example {path}/best.pth")
     if not os.path.exists(path):
-        raise UserError(f"{flag}: {path} does not exist; check the path (train_teacher.py makes such files)")
+        raise UserError(f"{flag}: {path} does not exist; check the path ({_where_from(os.fspath(path))})")
     if not os.path.isfile(path):
         raise UserError(f"{flag}: {path} is not a file; name a checkpoint file")
     try:

@@ -1,12 +1,12 @@
 """Where the weights are in other people's checkpoints, and what else those tell."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import NamedTuple
 
 from torch import Tensor
 
-from errors import UserError
+from errors import UserError, count_of
 from models.pickled import Unknown
 
 Weights = dict[str, Tensor]
@@ -61,14 +61,12 @@ def locate_weights(checkpoint: Mapping, source: str, ema: bool = False) -> Found
     named = {key: value for key, value in entries.items() if isinstance(key, str) and isinstance(value, Tensor)}
     weights = {key: value for key, value in named.items() if key.rpartition(".")[2] not in COUNTERS}
     if len(weights) < len(named):
-        notes.append(f"{len(named) - len(weights)} counters ({', '.join(COUNTERS)}) are left out")
+        notes.append(f"left out: {count_of(len(named) - len(weights), 'counter')} ({', '.join(COUNTERS)})")
     if not weights:
         raise UserError(f"{source} holds no weights; it holds {list_names(checkpoint)}")
     plain = {WRAPPERS.sub("", key): value for key, value in weights.items()}
     dropped = dict.fromkeys(match[0] for key in weights if (match := WRAPPERS.match(key)))
-    if dropped:
-        notes.append(f"the prefix {list_names(dropped)} of its keys is left out")
-    return Found(plain, notes)
+    return Found(plain, notes + say_prefixes(dropped))
 
 
 def _holds_tensors(value: object) -> bool:
@@ -119,6 +117,13 @@ def list_names(names) -> str:
     """The first names of some, and how many more there are."""
     names = [str(name)[:40] for name in names]
     return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "") if names else "nothing"
+
+
+def say_prefixes(prefixes: Collection[str], whose: str = "its") -> list[str]:
+    """One sentence on parts of keys that are left out; none where there are none."""
+    if len(prefixes) > 1:
+        return [f"the prefixes {' and '.join(prefixes)} of {whose} keys are left out"]
+    return [f"the prefix {prefix} of {whose} keys is left out" for prefix in prefixes]
 
 
 def recorded_accuracy(checkpoint: Mapping) -> Accuracy:

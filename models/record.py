@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Mapping
 
-from errors import UserError
+from errors import UserError, count_of
 
 #: More classes, and more pixels on a side, are a damaged number.
 MOST_CLASSES, LARGEST_IMAGE = 1_000_000, 10_000
@@ -41,6 +41,7 @@ ENTRIES: dict[str, tuple[Callable[[object], bool], str]] = {
     "margin": (lambda value: _is_count(value, -LARGEST_IMAGE, LARGEST_IMAGE), f"pixels, up to {LARGEST_IMAGE}"),
     # 0: a network without a classifier, trained without labels.
     "num_classes": (lambda value: _is_count(value, 0, MOST_CLASSES), f"a number of classes, 0 to {MOST_CLASSES}"),
+    "split": (lambda value: _is_number(value, 0, 1) and value != 1, "a share, 0 to below 1"),
     "accuracy": (lambda value: _is_number(value, 0, 100), "a percentage"),
     **dict.fromkeys(("dataset", "data", "model_name"), (_is_text, "text")),
 }
@@ -59,5 +60,5 @@ def check_record(record: object, source: str) -> dict:
             raise UserError(f"{source} is damaged: its {name} is not {what}")
     classes, number = record.get("classes"), record.get("num_classes")
     if classes is not None and number is not None and len(classes) != number:
-        raise UserError(f"{source} is damaged: it names {len(classes)} classes of {number}")
+        raise UserError(f"{source} is damaged: it names {count_of(len(classes), 'class')} of {number}")
     return dict(record)

@@ -6,6 +6,7 @@ networks whose features are tokens.
 
 import math
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from inspect import Parameter, signature
 from types import ModuleType
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from errors import UserError, first_line
+from errors import UserError, count_of, first_line
 from models.backbone import evaluating
 from models.preprocessing import INTERPOLATIONS, Preprocessing
 from models.split import (
@@ -26,6 +27,9 @@ from models.split import (
     ramp,
     tokens_to_columns,
 )
+
+#: The files of weights that timm looks for on the Hugging Face Hub, in its order; seconds that the hub may be silent.
+HUB_FILES, HUB_TIMEOUT = ("model.safetensors", "pytorch_model.bin"), 10.0
 
 Features = Callable[[nn.Module, Tensor], tuple[list[Tensor], Any]]
 Head = Callable[[nn.Module, Any], tuple[Tensor, Tensor]]
@@ -72,7 +76,8 @@ def _check_drop(architecture: str, name: str, rate: float) -> None:
 def build_pretrained(architecture: str, image_size: int | None = None) -> nn.Module:
     """A network with trained weights, which timm downloads and keeps; `UserError` where it cannot."""
     try:
-        return _timm().create_model(architecture, pretrained=True, **_size_options(architecture, image_size))
+        options = {**_size_options(architecture, image_size), **_kept(architecture)}
+        return _timm().create_model(architecture, pretrained=True, **options)
     except UserError:
         raise
     except Exception as error:  # timm, huggingface_hub and its network libraries have their own errors each
@@ -81,6 +86,28 @@ def build_pretrained(architecture: str, image_size: int | None = None) -> nn.Mod
             f"timm's weights of {architecture} are not on this machine and cannot be downloaded ({reason}); give a "
             f"file of them, and name its network, timm:{architecture.partition('.')[0]}"
         ) from None
+
+
+def _kept(architecture: str) -> dict[str, object]:
+    """What makes timm read weights of the Hugging Face Hub that are on this machine from there; else raises what the
+    hub's library does where the hub cannot be reached.
+
+    Its own download would try for a minute before it says so, and for half of one before it reads what is here.
+    """
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
+    from huggingface_hub.errors import EntryNotFoundError
+
+    entry = _timm().get_pretrained_cfg(architecture)
+    if entry is None or not entry.hf_hub_id:
+        return {}
+    name, _, revision = entry.hf_hub_id.partition("@")
+    for file in HUB_FILES:
+        path = try_to_load_from_cache(name, file, revision=revision or None)
+        if isinstance(path, str):
+            return {"pretrained_cfg_overlay": {"file": path, "custom_load": False}}
+    with suppress(EntryNotFoundError):  # the hub has an answer, if not this file
+        get_hf_file_metadata(hf_hub_url(name, HUB_FILES[0], revision=revision or None), timeout=HUB_TIMEOUT)
+    return {}
 
 
 def _size_options(architecture: str, image_size: int | None) -> dict[str, object]:
@@ -217,7 +244,7 @@ def _split_tokens(
         return [*maps[:-1], patches_to_map(columns, prefix)], columns  # the last map behind the last norm
 
     classifier, head = _make_head(network, num_classes, columns_to_tokens, ramp(1, channels, shape[1], 1))
-    name = f"the patch tokens of forward_features, behind {prefix} other{'' if prefix == 1 else 's'}"
+    name = f"the patch tokens of forward_features, behind {count_of(prefix, 'other')}"
     return Split(features, head, classifier, name, maps[-1], size, prefix)
 
 

@@ -7,11 +7,11 @@ All thirteen pairs of the tables by default, with the geometric mean of their ra
 `--json docs/benchmarks/step_cpu.json` the records are kept.
 
 Plain: the expanded feature is computed by convolutions, float32, eager, contiguous, images one by one through PIL in
-worker processes. Fast: what `--fast auto` chooses here, images in memory, and compiled where `--compile` asks for it;
-the compiler's own time is in `compile_s` and in no step. Steps of both alternate, so that what else the machine does
-falls on both. The ratios are what to quote. The floor is what a step would take at the measured rates of matrix
-products and of copying: floor_s = max(operations / rate, bytes / bandwidth), in the fast path's precision. A step has
-the run's guard and meter. Launches are counted as scripts/benchmarks/launches.py says.
+worker processes. Fast: what `--fast auto` chooses here in a long run, images in memory; a compiler's own time is in
+`compile_s` and in no step. Steps of both alternate, so that what else the machine does falls on both. The ratios are
+what to quote. The floor is what a step would take at the measured rates of matrix products and of copying:
+floor_s = max(operations / rate, bytes / bandwidth), in the fast path's precision. A step has the run's guard and meter.
+Launches are counted without a compiler, as scripts/benchmarks/launches.py says.
 """
 
 import itertools
@@ -22,7 +22,7 @@ import subprocess
 import sys
 import time
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -62,9 +62,10 @@ from setting import count, file_to_write, whole
 PROGRESS = Progress(120, 240)
 
 
-def choose(device: torch.device) -> Fast:
-    """What `--fast auto` enables on a device."""
-    return Fast(**{setting.argument: setting.auto(device) for setting in SETTINGS if setting.auto is not None})
+def choose(device: torch.device, is_long: bool = False) -> Fast:
+    """What `--fast auto` enables on a device, in a run that is too short for a compiler or in a long one."""
+    fast = Fast(**{setting.argument: setting.auto(device) for setting in SETTINGS if setting.auto is not None})
+    return fast if is_long else fast._replace(compile="off")
 
 
 class Contender:
@@ -90,6 +91,7 @@ class Contender:
             self.method.parameters(), 1e-3, 0.9, weight_decay=5e-4, fused=self.fast.fused_optimizer or None
         )
         self.guard, self.meter = Guard(), EpochMeter(self.device)
+        self.number = torch.ones((), device=self.device)
 
     def teach(self, batch: Batch) -> Output:
         """The teacher's part of a step."""
@@ -102,7 +104,7 @@ class Contender:
         autocast = self.fast.autocast(self.device)
         self.optimizer.zero_grad(set_to_none=True)
         losses, logits = forward_backward(self.compute, self.stage, batch, output, PROGRESS, autocast)
-        self.guard.judge(losses, parameters_of(self.optimizer), 1)
+        self.guard.judge(losses, parameters_of(self.optimizer), self.number)
         self.optimizer.step()
         self.meter.update(losses, logits, batch.targets)
 
@@ -126,6 +128,23 @@ def _endless(loader: Loader) -> Iterator[Batch]:
         yield from loader.batches(epoch)
 
 
+def _times(
+    contenders: Sequence[Contender], batches: dict[Contender, Iterator[Batch]], held: Batch, args: Namespace
+) -> tuple[dict[Contender, float], ...]:
+    """Seconds of each one's first step and of a later one, and images per second with its own input."""
+    first = {}
+    for contender in contenders:  # warm up: threads, caches, worker processes, compiler
+        first[contender] = contender.seconds(itertools.repeat(held), 1)
+        contender.seconds(batches[contender], 1)
+    steps, epochs = ({contender: [] for contender in contenders} for _ in range(2))
+    for _ in range(args.rounds):
+        for contender in contenders:
+            steps[contender].append(contender.seconds(itertools.repeat(held), args.steps) / args.steps)
+            epochs[contender].append(contender.seconds(batches[contender], args.steps) / args.steps)
+    step = {contender: statistics.median(times) for contender, times in steps.items()}
+    return first, step, {contender: args.batch_size / statistics.median(times) for contender, times in epochs.items()}
+
+
 def measure(pair: tuple[str, str], n: int, data: ImageData, args: Namespace, rates: dict) -> dict:
     """One record: both contenders on one pair and N."""
     plain = Contender(pair, n, data, args, "direct", Fast())
@@ -133,20 +152,11 @@ def measure(pair: tuple[str, str], n: int, data: ImageData, args: Namespace, rat
     loader = Loader(data.train, data, args.batch_size, args.device, data.augmentation)
     batches = {plain: plain_batches(data, args.batch_size, args.workers, args.device), fast: _endless(loader)}
     held = next(_endless(loader))
-    first = {}
-    for contender in (plain, fast):  # warm up: threads, caches, worker processes, compiler
-        first[contender] = contender.seconds(itertools.repeat(held), 1)
-        contender.seconds(batches[contender], 1)
-    steps, epochs = {plain: [], fast: []}, {plain: [], fast: []}
-    for _ in range(args.rounds):
-        for contender in (plain, fast):
-            steps[contender].append(contender.seconds(itertools.repeat(held), args.steps) / args.steps)
-            epochs[contender].append(contender.seconds(batches[contender], args.steps) / args.steps)
-    step = {contender: statistics.median(times) for contender, times in steps.items()}
-    rate = {contender: args.batch_size / statistics.median(times) for contender, times in epochs.items()}
-    with torch.compiler.set_stance("force_eager"):  # what is compiled cannot be counted
-        flops, launches = count_flops(lambda: fast.step(held)), _launches(plain, fast, held)
-    moved = _bytes_of_a_step(fast, held)
+    first, step, rate = _times((plain, fast), batches, held, args)
+    counted = Contender(pair, n, data, args, "auto", args.fast._replace(compile="off"))  # what is compiled cannot be
+    counted.step(held)  # the optimizer's state is made in the first one
+    flops, launches = count_flops(lambda: counted.step(held)), _launches(plain, counted, held)
+    moved = _bytes_of_a_step(counted, held)
     return {
         "pair": f"{pair[0]}:{pair[1]}",
         "n": n,
@@ -263,6 +273,8 @@ def profile(pair: tuple[str, str], n: int, data: ImageData, args: Namespace) -> 
 def table(records: list[dict]) -> str:
     """The records as Markdown."""
     head = ("pair", "N", "plain step", "fast step", "ratio", "plain epoch", "fast epoch", "ratio", "memory", "floor")
+    compiled = any(record.get("compile_s") for record in records)
+    head += ("compiler",) * compiled
     rows = [head, ("--",) * len(head)]
     for record in records:
         plain_step, fast_step, floor = (
@@ -273,7 +285,7 @@ def table(records: list[dict]) -> str:
         memory = f"{record['peak_memory_plain'] / 2**20:.0f} -> {record['peak_memory_fast'] / 2**20:.0f} MiB"
         names = (record["pair"].replace(":", " -> "), str(record["n"]))
         step, epoch = (plain_step, fast_step, step_ratio), (plain_epoch, fast_epoch, epoch_ratio)
-        rows.append((*names, *step, *epoch, memory, floor))
+        rows.append((*names, *step, *epoch, memory, floor, *((f"{record.get('compile_s', 0):.0f} s",) * compiled)))
     lines = ["| " + " | ".join(row) + " |" for row in rows]
     if "launches_fast" in records[0]:
         lines += ["", *_launch_lines(records)]
@@ -300,7 +312,7 @@ def counts(text: str) -> list[int]:
 
 
 def main(argv=None) -> list[dict]:
-    parser = Parser((__doc__ or "").split("\n")[0])
+    parser = Parser.of_script(__doc__)
     every_pair = ",".join(":".join(pair) for pair in CIFAR_PAIRS)
     parser.add_argument("--pairs", type=pairs, default=every_pair, metavar="T:S,...", help="all of the tables")
     parser.add_argument("--n", type=counts, default="8", metavar="N,...")
@@ -313,7 +325,7 @@ def main(argv=None) -> list[dict]:
     parser.add_argument("--data", metavar="PATH")
     parser.add_argument("--device", type=find_device, default="auto")
     parser.add_argument(
-        "--compile", choices=COMPILE, default="off", help="mode of torch.compile in the fast path (off)"
+        "--compile", choices=COMPILE, help="of the fast path; default: what --fast auto chooses for a long run"
     )
     parser.add_argument(
         "--reference",
@@ -327,7 +339,8 @@ def main(argv=None) -> list[dict]:
     args = parser.parse_args(argv)
     keep_freed_memory(args.device)
     data = load_data(args.dataset, args.data)
-    args.fast = choose(args.device)._replace(compile=args.compile)
+    args.fast = choose(args.device, is_long=True)
+    args.fast = args.fast._replace(compile=args.compile or args.fast.compile)
     if args.profile:
         profile(args.pairs[0], args.n[0], data, args)
         return []

@@ -53,7 +53,7 @@ def letters(count: int) -> list[str]:
 
 
 def main(argv=None) -> None:
-    parser = Parser((__doc__ or "").split("\n")[0])
+    parser = Parser.of_script(__doc__)
     parser.add_argument(
         "folders", nargs="+", type=Path, metavar="RUN", help="run folders of both settings, of all seeds"
     )

@@ -40,7 +40,7 @@ def draw_curves(folders: list[Path], path: Path) -> None:
 
 
 def main(argv=None) -> None:
-    parser = Parser((__doc__ or "").split(":")[0])
+    parser = Parser.of_script(__doc__)
     parser.add_argument("folders", nargs=3, type=Path, metavar="RUN")
     parser.add_argument("folded", type=Path)
     args = parser.parse_args(argv)

@@ -12,6 +12,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from xml.sax.saxutils import escape
 
+from errors import run_script
+from helper.command_line import Parser
+from helper.run_folder import write_text
+from setting import file_to_write
+
 SIZE = (960, 336)
 FILE = Path(__file__).resolve().parent.parent / "docs" / "figures" / "norm.svg"
 #: Where the drawn ones of the N segments are, and their names.
@@ -132,12 +137,13 @@ def draw() -> str:
 
 
 def main(argv=None) -> Path:
-    arguments = sys.argv[1:] if argv is None else argv
-    file = Path(arguments[0]) if arguments else FILE
-    file.write_text(draw(), encoding="utf-8")
+    parser = Parser.of_script(__doc__)
+    parser.add_argument("file", nargs="?", type=file_to_write, default=FILE, metavar="FILE", help=str(FILE.name))
+    file = parser.parse_args(argv).file
+    write_text(file, draw())
     print(f"written: {file}")
     return file
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

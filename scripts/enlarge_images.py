@@ -16,9 +16,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy
 from PIL import Image
 
-from distiller_zoo.base import count, number
-from errors import UserError, run_script
+from errors import UserError, count_of, run_script
 from helper.command_line import Parser
+from setting import count, folder_to_write, number
 
 QUALITY = 90
 
@@ -45,9 +45,9 @@ def enlarge(source: Path, target: Path, most: int, size: int, texture: float) ->
 
 
 def main(argv=None) -> Path:
-    parser = Parser((__doc__ or "").split("\n")[0])
+    parser = Parser.of_script(__doc__)
     parser.add_argument("source", type=Path, metavar="SOURCE")
-    parser.add_argument("target", type=Path, metavar="TARGET")
+    parser.add_argument("target", type=folder_to_write, metavar="TARGET")
     parser.add_argument("--per_class", type=count, default=20, help="training images of each class (20)")
     parser.add_argument("--size", type=count, default=256, help="height in pixels (256)")
     parser.add_argument("--texture", type=number, default=0.0, help="deviation of added noise, of 255 (0)")
@@ -57,7 +57,7 @@ def main(argv=None) -> Path:
         raise UserError(f"SOURCE: {args.source} must hold train/ and val/ or test/, one folder per class")
     train = enlarge(args.source / "train", args.target / "train", args.per_class, args.size, args.texture)
     tested = enlarge(test, args.target / "val", max(args.per_class // 4, 1), args.size, args.texture)
-    print(f"{args.target}: {train} training and {tested} test images, {args.size} pixels high")
+    print(f"{args.target}: {train} training and {count_of(tested, 'test image')}, {count_of(args.size, 'pixel')} high")
     return args.target
 
 

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, cast
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from errors import UserError, run_script, starting
+from errors import UserError, count_of, run_script, starting
 
 with starting():
     import torch
@@ -27,7 +27,7 @@ with starting():
     from helper.checkpoint import AVERAGE, rebuild, take_average, upgrade
     from helper.command_line import Parser
     from helper.distributed import find_device
-    from helper.export import RecordedData, read_deployed, to_pixels
+    from helper.export import RecordedData, check_classifies, read_deployed, to_pixels
     from helper.fast import Fast
     from helper.log import progress_bar
     from helper.metrics import METRICS, RESAMPLES, MinibatchCKA, divergences, fidelity, judge
@@ -97,6 +97,7 @@ def read_judged(source: str, model: str | None, device: torch.device, ema: bool 
     else:
         checkpoint = upgrade(read_checkpoint(path, NETWORK), f"{NETWORK}: {path}")
         found = network_in(checkpoint, path, model, NETWORK, "--model", ema)
+    check_classifies(found.network, f"{NETWORK}: {source}")
     network, trained, notes, record = found.network.eval().to(device), None, list(found.notes), dict(found.record)
     if "training" in checkpoint:
         checkpoint = take_average(checkpoint, path) if ema and AVERAGE in checkpoint else checkpoint
@@ -165,7 +166,7 @@ def check_classes(judged: Judged, data: ImageData) -> str:
     number = judged.record.get("num_classes")
     number = classes and len(classes) if number is None else number
     if number is not None and number != data.num_classes:
-        raise UserError(f"--data: {judged.source} has {number} classes, the data {data.num_classes}")
+        raise UserError(f"--data: {judged.source} has {count_of(number, 'class')}, the data {data.num_classes}")
     own = read_preprocessing(judged.source)
     others = compare_classes(classes or (own and own.categories), data.classes)
     if others is not None:
@@ -305,7 +306,7 @@ def numbers(about: Mapping[str, Any], name: str, unit: str, digits: int) -> tupl
     """A metric with its unit and its interval, empty where it has none; of one that says nothing of so few classes why
     it does not."""
     if about[name] is None:
-        return "-", f"always 100 % with {len(about['classes'])} classes"
+        return "-", f"always 100 % with {count_of(len(about['classes']), 'class')}"
     interval = about["intervals"].get(name, ())
     return f"{about[name]:.{digits}f}{unit}", " to ".join(f"{end:.{digits}f}" for end in interval)
 
@@ -420,7 +421,7 @@ def as_html(found: Sequence[Judgement]) -> str:
 
 def make_parser() -> Parser:
     """The flags of this script."""
-    parser = Parser((__doc__ or "").split("\n")[0])
+    parser = Parser.of_script(__doc__)
     add = parser.add_argument
     add("networks", nargs="+", metavar=NETWORK, help="run folder, checkpoint, export, torchvision:NAME or timm:NAME")
     add("--teacher", metavar="T", help="compare with this network: agreement, KL, CKA of the last maps")

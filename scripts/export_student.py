@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from errors import UserError, run_script, starting
+from errors import UserError, count_of, run_script, starting
 
 with starting():
     import torch
@@ -47,7 +47,7 @@ with starting():
     from models.checkpoints import read_checkpoint
     from models.cost import count_parameters, measure_latency
     from models.wrappers import describe_wrapper, merge_branches
-    from setting import below_one, count
+    from setting import below_one, count, file_to_write, what_hinders
 
 #: How many images both networks are compared on, and how far their logits may differ, relative to the largest.
 COMPARED_IMAGES = 1000
@@ -157,8 +157,8 @@ def _files(out: Path, formats: list[str] | None, source: Path, int8: bool) -> di
         print("--int8 quantises the ONNX file, which is written too")
         formats = [*formats, "onnx"]
     files = {kind: out.with_suffix(f".{kind}") if len(formats) > 1 or suffix in FORMATS else out for kind in formats}
-    if not out.parent.is_dir():
-        raise UserError(f"--out: there is no folder {out.parent}")
+    if reason := what_hinders(out.parent):  # where CKPT is
+        raise UserError(f"--out: {reason}")
     for file in files.values():
         if file.is_dir() or file.resolve() == source.resolve():
             raise UserError(f"--out: {file} is a folder or CKPT itself; name another file")
@@ -222,7 +222,7 @@ def _accuracy(record: dict, source: Path) -> str:
     }
     chosen = f" ({protocols[source.stem]})" if source.stem in protocols else ""
     epoch = f"; epoch {record['epoch']}{chosen}" if record.get("epoch") else ""
-    tried = f"; trained for {record['max_steps']} steps only" if record.get("max_steps") else ""
+    tried = f"; trained for {count_of(record['max_steps'], 'step')} only" if record.get("max_steps") else ""
     return f"{record['accuracy']:.2f} % top-1 on the test images, float32, one centre crop{epoch}{tried}"
 
 
@@ -278,10 +278,10 @@ def model_card(
 
 def make_parser() -> Parser:
     """The flags of this script."""
-    parser = Parser((__doc__ or "").split("\n")[0])
+    parser = Parser.of_script(__doc__)
     add = parser.add_argument
     add("checkpoint", metavar="CKPT", help="best.pth or last.pth of a run, or an official NORM student")
-    add("--out", type=Path, metavar="FILE", help="default: <CKPT>_exported.pth next to it")
+    add("--out", type=file_to_write, metavar="FILE", help="default: <CKPT>_exported.pth next to it")
     add("--model_s", metavar="NAME", help="for official files whose weights fit several models")
     add("--ema", action="store_true", help="the moving average of the weights, of a run with --ema_decay")
     add("--ft", choices=("default", "plain"), help="transform of an official file (default)")

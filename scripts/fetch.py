@@ -23,7 +23,7 @@ KINDS = {"cifar": (CIFAR_TEACHERS, cifar_teacher), "imagenet": (IMAGENET_TEACHER
 
 
 def main(argv=None) -> list[Path]:
-    parser = Parser((__doc__ or "").split("\n")[0])
+    parser = Parser.of_script(__doc__)
     parser.add_argument("kind", choices=KINDS, help="RepDistiller's for CIFAR-100, or torchvision's for ImageNet")
     parser.add_argument("names", nargs="*", metavar="NAME", help="networks; of torchvision's also NAME@WEIGHTS")
     args = parser.parse_args(argv)

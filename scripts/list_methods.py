@@ -55,7 +55,7 @@ def table(dataset: str, teacher: str, student: str) -> str:
 
 
 def main(argv=None) -> None:
-    parser = Parser((__doc__ or "").split("\n")[0])
+    parser = Parser.of_script(__doc__)
     parser.add_argument("--dataset", default="cifar100")
     parser.add_argument("--model_t", default="resnet32x4")
     parser.add_argument("--model_s", default="resnet8x4")

@@ -26,6 +26,7 @@ from helper.run_folder import write_text
 from models import build_model
 from models.backbone import Backbone, FinalConv
 from models.cost import count_parameters
+from setting import file_to_write
 
 CLASSES, IMAGES, STEPS = 7, 4, 2
 #: Image sizes that are tried in turn: some networks read only one.
@@ -198,12 +199,12 @@ def read_rows(page: Path | None) -> dict[tuple[str, str], str]:
 
 
 def main(argv=None) -> None:
-    parser = Parser((__doc__ or "").split("\n")[0])
+    parser = Parser.of_script(__doc__)
     parser.add_argument(
         "names", nargs="*", metavar="NAME", help="networks to try; default: the smallest of each family"
     )
     parser.add_argument(
-        "--out", type=Path, metavar="FILE", help="the page of the table: rows of other networks that it has are kept"
+        "--out", type=file_to_write, metavar="FILE", help="the page of the table; its rows of other networks are kept"
     )
     args = parser.parse_args(argv)
     warnings.simplefilter("ignore")

@@ -29,7 +29,7 @@ with starting():
         write_page,
     )
     from helper.tables.rows import Row, read_rows
-    from setting import file_to_write
+    from setting import file_to_write, folder_to_write
 
 #: A space at which no browser begins a new line, as it would within the narrow cells of a table.
 UNBROKEN = "\N{NO-BREAK SPACE}"
@@ -89,13 +89,13 @@ def update_documents(root: Path = ROOT) -> list[Path]:
 
 def make_parser() -> Parser:
     """The flags of this script."""
-    parser = Parser((__doc__ or "").split("\n")[0])
+    parser = Parser.of_script(__doc__)
     add = parser.add_argument
     add("folders", nargs="*", type=Path, metavar="RUN", help="run folders, or folders of them")
     add("--csv", type=file_to_write, metavar="FILE", help="one line per run, unrounded")
     add("--html", type=file_to_write, metavar="FILE", help="one page with everything: tables, settings, figures")
     add("--grid", action="store_true", help="print methods as rows and pairs as columns")
-    add("--figures", type=Path, metavar="DIR", help="learning curves, accuracy against N and against cost, as SVG")
+    add("--figures", type=folder_to_write, metavar="DIR", help="learning curves, accuracy against N and cost, as SVG")
     add("--networks", action="store_true", help="for --html and --figures: t-SNE and correlations of logits")
     add("--update_docs", action="store_true", help="make the tables of README.md and docs/ anew from results/")
     return parser

@@ -17,13 +17,23 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from errors import UserError, run_script, starting
+from errors import UserError, count_of, run_script, starting
 
 with starting():
     from helper.command_line import Parser
     from helper.run_folder import write_text
     from helper.settings import SETTINGS
-    from helper.tables.jobs import LOGS, Speeds, command_line, find_places, format_seconds, ready, run_jobs, submit
+    from helper.tables.jobs import (
+        LOGS,
+        Speeds,
+        command_line,
+        find_places,
+        format_seconds,
+        read_parameters,
+        ready,
+        run_jobs,
+        submit,
+    )
     from helper.tables.plan import (
         IMAGENET_TABLES,
         TABLES,
@@ -36,7 +46,7 @@ with starting():
         teachers_of,
     )
     from models import find_builder
-    from setting import count
+    from setting import count, file_to_write, must_be
 
 
 def pairs(text: str) -> list[tuple[str, str]]:
@@ -54,9 +64,16 @@ def pairs(text: str) -> list[tuple[str, str]]:
     return found
 
 
+@must_be("numbers of GPUs like 0,1")
 def gpus(text: str) -> list[int]:
     """0,1 -> numbers of GPUs, read from a flag."""
     return [int(part) for part in text.split(",")]
+
+
+@must_be("flags with every quotation mark closed")
+def flags(text: str) -> list[str]:
+    """'--epochs 30' -> the words that a shell would pass on, read from a flag."""
+    return shlex.split(text)
 
 
 def read_rows(methods: str | None, variants: str | None) -> list[Variant]:
@@ -94,21 +111,21 @@ def show(plan: Plan, jobs: Sequence[Job], speeds: Speeds, places: int) -> None:
     for title, reason in plan.inapplicable:
         print(f"{'does not apply':<24} {title}: {reason}")
     print(
-        f"{len(jobs)} runs: {', '.join(f'{n} {state}' for state, n in by_state(jobs))}; left about "
+        f"{count_of(len(jobs), 'run')}: {', '.join(f'{n} {state}' for state, n in by_state(jobs))}; left about "
         f"{format_seconds(total / places)} with {places} at a time"
-        + (f", and {unknown} runs like which none was measured yet" if unknown else "")
+        + (f", and {count_of(unknown, 'run')} like which none was measured yet" if unknown else "")
     )
 
 
 def write_job_list(path: Path, jobs: Sequence[Job]) -> None:
     """One command per line, teachers first."""
     write_text(path, "".join(f"{shlex.join(command_line(job))}\n" for job in jobs))
-    print(f"job list: {path}, {len(jobs)} commands")
+    print(f"job list: {path}, {count_of(len(jobs), 'command')}")
 
 
 def make_parser() -> Parser:
     """The flags of this script."""
-    parser = Parser((__doc__ or "").rsplit("\n\n", 1)[0])
+    parser = Parser.of_script(__doc__, paragraphs=2)
     add = parser.add_argument
     add("--table", choices=TABLES, help="of the NORM paper: 1, 2: CIFAR-100; 3, 6: ImageNet")
     add(
@@ -121,12 +138,12 @@ def make_parser() -> Parser:
     add("--variants", metavar="'M FLAGS; M FLAGS'", help="rows with flags of their own, like 'norm -c 0; norm -s 1'")
     add("--trials", type=count, default=3, metavar="K", help="seeds of every row and of the baseline (3)")
     add("--save_dir", default="save", metavar="ROOT", help="where run folders and models/ are (save)")
-    add("--teacher_flags", type=shlex.split, default=[], metavar="'FLAGS'", help="for teachers only: '--epochs 30'")
-    add("--student_flags", type=shlex.split, default=[], metavar="'FLAGS'", help="for distilled students only")
+    add("--teacher_flags", type=flags, default=[], metavar="'FLAGS'", help="for teachers only: '--epochs 30'")
+    add("--student_flags", type=flags, default=[], metavar="'FLAGS'", help="for distilled students only")
     add("--dry_run", action="store_true", help="only list")
     add("--gpus", type=gpus, metavar="N,N", help="GPUs to train on; default: those that are free")
     add("--jobs", type=count, default=1, metavar="K", help="runs at a time on each GPU, or on the CPU (1)")
-    add("--job_list", type=Path, metavar="FILE", help="write the missing runs' commands, one a line, and stop")
+    add("--job_list", type=file_to_write, metavar="FILE", help="write the missing runs' commands, one a line, and stop")
     add(
         "--slurm", nargs="*", metavar="NAME=VALUE", help="submit through submitit, with its parameters: timeout_min=600"
     )
@@ -147,6 +164,7 @@ def main(argv=None) -> None:
     argv = list(sys.argv[1:] if argv is None else argv)
     end = argv.index("--") if "--" in argv else len(argv)
     args = parse(make_parser(), argv[:end])
+    read_parameters(args.slurm or ())  # a dry run says too what is wrong with them
     chosen, rows = choose_pairs(args), read_rows(args.methods, args.variants)
     dataset = None if args.table is None else "imagenet" if args.table in IMAGENET_TABLES else "cifar100"
     plan = Plan(args.save_dir, dataset, argv[end + 1 :], args.teacher_flags, args.student_flags)
@@ -157,7 +175,6 @@ def main(argv=None) -> None:
     if args.job_list:
         write_job_list(args.job_list, ready(jobs))
     elif args.slurm is not None and not args.dry_run:
-        logs.mkdir(parents=True, exist_ok=True)
         for job, handle in submit(ready(jobs), logs, args.slurm, args.cluster):
             print(f"submitted {handle.job_id}: {job.title}")
     elif not args.dry_run:

@@ -185,7 +185,7 @@ def graphs(monkeypatch):
     """What torch.compile has made a graph of, one entry per compilation; graphs are run as they are."""
     made = []
 
-    def backend(graph, _):
+    def backend(graph, _, **options):
         made.append(graph)
         return graph.forward
 

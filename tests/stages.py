@@ -3,13 +3,21 @@
 from collections.abc import Callable
 from contextlib import nullcontext
 
+import torch
 from torch import Tensor
 
-from dataset import Batch
+from dataset import Augmentation, Batch, ImageData, Images
 from distiller_zoo import Progress
 from helper import loops
 from helper.loops import Training
 from models.backbone import Output
+
+
+def few_images(classes: int, n: int = 24) -> ImageData:
+    """Random images of so many classes; those that are trained on are those of the test."""
+    pixels = torch.randint(0, 256, (n, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    images, names = Images(pixels, torch.arange(n) % classes), [str(number) for number in range(classes)]
+    return ImageData("fake", images, images, names, (0.5,) * 3, (0.25,) * 3, Augmentation())
 
 
 class StageRun:
@@ -30,7 +38,7 @@ class StageRun:
         self.training.begin_epoch(self.progress, self.epochs_over, None)
 
     def finish_step(self, number: int) -> None:
-        self.training.finish_step(number)
+        self.training.finish_step()
 
     def end_steps(self) -> None:
         self.means = self.training.end_epoch()

@@ -35,6 +35,10 @@ CASES = {
     "unknown model": (TEACHER + "--model resnet", "--model: unknown model 'resnet'"),
     "no model": (TEACHER, "--model NAME"),
     "missing checkpoint": (STUDENT + "--path_t {place}/none.pth", "none.pth does not exist"),
+    "a teacher to download": (
+        STUDENT + "--path_t {place}/resnet32x4_vanilla/ckpt_epoch_240.pth",
+        "scripts/fetch.py cifar resnet32x4 downloads",
+    ),
     "path_t is a folder": (STUDENT + "--path_t {place}/empty", "--path_t: {place}/empty is a folder"),
     "truncated checkpoint": (STUDENT + "--path_t {place}/truncated.pth", "truncated.pth cannot be read"),
     "a web page": (STUDENT + "--path_t {place}/page.pth", "page.pth cannot be read"),

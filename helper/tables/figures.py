@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from dataset import Loader
-from errors import UserError, first_line
+from errors import UserError, count_of, first_line
 from helper.configuration import row_key
 from helper.export import RecordedData
 from helper.fast import Fast
@@ -146,7 +146,7 @@ def names_of(rows: Sequence[Row]) -> list[str]:
         networks = row.pair if row.config["model_t"] else row.config["model_s"]
         names.append(row.label if taught == {networks} else f"{networks}: {row.label}")
     if len({row.epochs for row in rows}) > 1:
-        names = [f"{name}, {row.epochs} epoch{'s' * (row.epochs != 1)}" for name, row in zip(names, rows, strict=True)]
+        names = [f"{name}, {count_of(row.epochs, 'epoch')}" for name, row in zip(names, rows, strict=True)]
     return names
 
 
@@ -259,9 +259,11 @@ def of_networks(rows: Sequence[Row]) -> dict[str, str]:
         folder = row.records[0].folder
         try:
             outputs = read_outputs(row)
-            drawn[f"tsne_{folder.name}"] = feature_map(outputs, name)
+            # Folders of two places may have one name.
+            of_run = folder.name if f"tsne_{folder.name}" not in drawn else f"{folder.parent.name}_{folder.name}"
+            drawn[f"tsne_{of_run}"] = feature_map(outputs, name)
             if "teacher_logits" in outputs:
-                drawn[f"correlation_{folder.name}"] = correlation_difference(outputs, name)
+                drawn[f"correlation_{of_run}"] = correlation_difference(outputs, name)
         except UserError as error:
             print(f"{folder}: no pictures of its network: {error}", file=sys.stderr)
     return drawn
@@ -298,7 +300,9 @@ def feature_map(outputs: Mapping[str, Any], title: str) -> str:
     each = max(EMBEDDED_IMAGES // len(classes), 1)
     index = torch.cat([(targets == number).nonzero().flatten()[:each] for number in range(len(classes))])
     if len(index) < 10:
-        raise UserError(f"RUN: {len(index)} test images are too few for a t-SNE")
+        raise UserError(f"RUN: {count_of(len(index), 'test image')}, too few for a t-SNE")
+    if not outputs["pooled"].isfinite().all():
+        raise UserError("RUN: its features are not finite; it diverged")
     perplexity = min(30, (len(index) - 1) / 3)
     points = TSNE(perplexity=perplexity, init="pca", random_state=0).fit_transform(outputs["pooled"][index].numpy())
     names = class_names(classes) if len(classes) <= NAMED_CLASSES else []

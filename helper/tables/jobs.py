@@ -271,15 +271,15 @@ def submit(jobs: Sequence[Job], folder: Path, settings: Sequence[str], cluster: 
         import submitit
     except ImportError:
         raise UserError("--slurm: submitit is not installed; pip install -r requirements-extras.txt") from None
-    parameters = dict(map(_read_parameter, settings))
-    processes = int(parameters.get("gpus_per_node", 1))
-    if int(parameters.get("tasks_per_node", 1)) * int(parameters.get("nodes", 1)) > 1:
-        raise UserError("--slurm: every task would train the whole run; give one task, and gpus_per_node for its GPUs")
+    parameters = read_parameters(settings)
+    processes = parameters.get("gpus_per_node", 1)
     try:
         executor = submitit.AutoExecutor(folder=folder, cluster=cluster)
         executor.update_parameters(**parameters)
     except (RuntimeError, NameError, TypeError, ValueError) as error:
         raise UserError(f"--slurm: {error}") from None
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     submitted: dict[str, tuple[Job, Any]] = {}
     additional = parameters.get("slurm_additional_parameters", {})
     for job in jobs:
@@ -294,6 +294,17 @@ def submit(jobs: Sequence[Job], folder: Path, settings: Sequence[str], cluster: 
         command = submitit.helpers.CommandFunction(command_line(job, processes), verbose=False)
         submitted[job.key] = job, executor.submit(command)
     return list(submitted.values())
+
+
+def read_parameters(settings: Sequence[str]) -> dict[str, Any]:
+    """submitit's parameters by name; raises `UserError` for what is none, and for several tasks of a run."""
+    parameters = dict(map(_read_parameter, settings))
+    for name in ("gpus_per_node", "tasks_per_node", "nodes"):
+        if not isinstance(parameters.get(name, 1), int):
+            raise UserError(f"--slurm: {name} must be a whole number, not {parameters[name]}")
+    if parameters.get("tasks_per_node", 1) * parameters.get("nodes", 1) > 1:
+        raise UserError("--slurm: every task would train the whole run; give one task, and gpus_per_node for its GPUs")
+    return parameters
 
 
 def _read_parameter(text: str) -> tuple[str, Any]:

@@ -13,11 +13,23 @@ from typing import Any, NamedTuple
 from jinja2 import Environment, FileSystemLoader
 from markupsafe import Markup
 
-from errors import UserError
+from errors import UserError, count_of
 from helper.distributed import is_main
 from helper.run_folder import write_text
 from helper.tables import figures
-from helper.tables.rows import ACCURACIES, FIDELITIES, Left, Record, Row, command_of, read_rows, spread, welch, written
+from helper.tables.rows import (
+    ACCURACIES,
+    FIDELITIES,
+    Left,
+    Record,
+    Row,
+    command_of,
+    flags_of,
+    read_rows,
+    spread,
+    welch,
+    written,
+)
 from models import build_model
 from models.cost import measure_latency
 
@@ -29,6 +41,7 @@ HEADER = (
     "student",
     "method",
     "epochs",
+    "held out, last",
     *ACCURACIES.values(),
     "seeds",
     "protocol",
@@ -77,7 +90,8 @@ def list_cells(row: Row) -> list[str]:
     names = [config["dataset"], config["model_t"] or "-", config["model_s"], row.label, str(row.epochs)]
     accuracies = [spread(row.values(name)) for name in ACCURACIES]
     published = ["-", "-"] if paper is None else [f"{paper.accuracy:.2f}", row.verdict]
-    return [*names, *accuracies, str(len(row.records)), row.protocol, row.unreadable, *published]
+    held_out = spread(row.held_out) if row.held_out else "-"
+    return [*names, held_out, *accuracies, str(len(row.records)), row.protocol, row.unreadable, *published]
 
 
 def make_table(rows: Sequence[Row], in_common: bool = False) -> str:
@@ -126,8 +140,12 @@ def make_report(rows: Sequence[Row]) -> str:
 
 
 def _commands(rows: Sequence[Row]) -> str:
-    """The settings of every row as an indented line."""
-    return "\n".join(f"    {command_of(row.records[0])}" for row in rows)
+    """The settings of every row as an indented line; what all of several rows share is said once, in front."""
+    commands = [flags_of(row.records[0]) for row in rows]
+    shared = [flag for flag in commands[0][1:] if len(rows) > 1 and all(flag in command for command in commands)]
+    lines = [f"all rows: {' '.join(shared)}"] if shared else []
+    lines += [" ".join(flag for flag in command if flag not in shared) for command in commands]
+    return "\n".join(f"    {line}" for line in lines)
 
 
 def summary(folders: Iterable[Path]) -> str:
@@ -207,7 +225,7 @@ def cell_lines(row: Row | None) -> list[str]:
         return [NOT_RUN]
     seeds = len(row.records)
     lines = [f"{title} {spread(row.values(name))}" for name, title in ACCURACIES.items()]
-    lines.append(f"{seeds} seed{'s' if seeds > 1 else ''}")
+    lines.append(count_of(seeds, "seed"))
     if row.published is not None:
         lines.append(f"paper {row.published.accuracy:.2f}: {row.verdict}")
     return lines
@@ -216,7 +234,7 @@ def cell_lines(row: Row | None) -> list[str]:
 def title_of(setting: tuple[str, int, str]) -> str:
     """Data set, epochs and protocol of a table."""
     dataset, epochs, protocol = setting
-    return f"{dataset}, {epochs} epoch{'s' if epochs != 1 else ''}; {protocol}"
+    return f"{dataset}, {count_of(epochs, 'epoch')}; {protocol}"
 
 
 def grid_markdown(grid: Grid) -> str:
@@ -262,6 +280,16 @@ def _csv_cells(row: Row, record: Record) -> list[Any]:
 # HTML.
 
 
+#: What the legend draws for a mark of `figures.MARKERS`, in the middle of a line of 26 x 10.
+MARKS = {
+    "o": "M10 5a3 3 0 1 0 6 0a3 3 0 1 0-6 0z",
+    "s": "M10 2h6v6h-6z",
+    "D": "M13 1l4 4l-4 4l-4-4z",
+    "^": "M13 1l4 7h-8z",
+    "v": "M13 9l-4-7h8z",
+}
+
+
 class Interval(NamedTuple):
     """Mean and standard deviation of a row on the axis of its table, in percent of the axis' length."""
 
@@ -284,7 +312,8 @@ def as_html(rows: Sequence[Row], pictures: Mapping[str, str]) -> str:
         _section(number, title, of_title) for number, (title, of_title) in enumerate(figures.groups(rows).items(), 1)
     ]
     names = [(name.replace("_", " "), Markup(svg)) for name, svg in pictures.items()]
-    return render(TEMPLATE, sections=sections, pictures=names, titles=ACCURACIES, note=NOTE)
+    known = {"titles": ACCURACIES, "note": NOTE, "marks": MARKS, "count_of": count_of}
+    return render(TEMPLATE, sections=sections, pictures=names, **known)
 
 
 def _section(number: int, title: str, rows: Sequence[Row]) -> dict[str, Any]:

@@ -26,6 +26,8 @@ from setting import FILLED_IN, Setting, as_text
 
 #: The accuracies of `result.json` and their titles. "Best" is chosen as the protocol says.
 ACCURACIES = {"accuracy_last": "last", "accuracy_best": "best", "accuracy_mean_last_five": "mean of last five"}
+#: Of an epoch: the accuracy on the training images that were held out (`--holdout`), by which settings are chosen.
+HELD_OUT = "holdout_accuracy"
 #: What `scripts/evaluate.py --teacher T --json` measures of a student and its teacher; kept next to `result.json`.
 FIDELITY = "fidelity.json"
 #: Its entries that tables show: title, greatest value, decimals.
@@ -154,9 +156,9 @@ def read_record(folder: Path) -> Record:
     path = folder / EPOCHS
     for line in _text(path).splitlines() if path.exists() else ():
         epoch = _json(line, path)
-        for name in ("test_accuracy", "images_per_s", "data_wait_s", "compute_s"):
+        for name in ("test_accuracy", HELD_OUT, "images_per_s", "data_wait_s", "compute_s"):
             if name in epoch:
-                _check(epoch, name, path, most=100 if name == "test_accuracy" else 2**53)
+                _check(epoch, name, path, most=100 if name.endswith("_accuracy") else 2**53)
         epochs.append(epoch)
     return Record(folder, _completed(stored, folder), result, epochs, frozenset(stored), _read_fidelity(folder))
 
@@ -209,6 +211,13 @@ class Row(NamedTuple):
     def values(self, accuracy: str) -> list[float]:
         """One accuracy (%) of every run."""
         return [record.result[accuracy] for record in self.records]
+
+    @property
+    def held_out(self) -> list[float]:
+        """Accuracy (%) on the held-out images after the last epoch of every run that has some."""
+        return [
+            record.epochs[-1][HELD_OUT] for record in self.records if record.epochs and HELD_OUT in record.epochs[-1]
+        ]
 
     def fidelities(self, name: str) -> list[float]:
         """One entry of `FIDELITIES` of every run that has it."""
@@ -409,7 +418,13 @@ def spread(values: Sequence[float], decimals: int = 2) -> str:
 
 
 def command_of(record: Record) -> str:
-    """The flags that tell a run's row from others: networks, method, its hyper-parameters, length, what is unusual."""
+    """The flags that tell a run's row from others, as one line."""
+    return " ".join(flags_of(record))
+
+
+def flags_of(record: Record) -> list[str]:
+    """The flags that tell a run's row from others, each with its value: method and networks, which are one text, then
+    its hyper-parameters, length, what is unusual."""
     config = record.config
     known, method = settings_of(config["distill"]), find_distiller(config["distill"])
     of_teacher = {"model_t": config["model_t"], "path_t": ""} if config["model_t"] else {}
@@ -425,7 +440,7 @@ def command_of(record: Record) -> str:
     flags = [flag for flag in method.flags if _has_effect(method, config, flag)]
     networks = f"--model_t {config['model_t']} " if config["model_t"] else ""
     shown = [one.written(config[one.argument]) for one in (*flags, *always, *unusual) if one.argument in record.stored]
-    return " ".join(filter(None, (f"--distill {config['distill']} {networks}--model_s {config['model_s']}", *shown)))
+    return [f"--distill {config['distill']} {networks}--model_s {config['model_s']}", *filter(None, shown)]
 
 
 def _has_effect(method: type[Distiller], config: Mapping[str, Any], flag: Setting) -> bool:

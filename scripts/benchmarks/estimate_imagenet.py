@@ -26,7 +26,7 @@ from models import build_model
 from models.backbone import Backbone, evaluating, probe_shapes
 from models.cost import count_multiply_adds
 from scripts.benchmarks.parts import report
-from setting import number
+from setting import file_to_write, number
 
 IMAGES, EPOCHS, SIZE, BATCH, N = 1_281_167, 100, 224, 256, 8
 
@@ -83,11 +83,11 @@ def table(records: list[dict]) -> str:
 
 
 def main(argv=None) -> list[dict]:
-    parser = Parser((__doc__ or "").split("\n")[0])
+    parser = Parser.of_script(__doc__)
     parser.add_argument("--flops_per_s", type=number, default=9.89e14, help="bfloat16 operations per second (9.89e14)")
     parser.add_argument("--bytes_per_s", type=number, default=3.35e12, help="of the memory (3.35e12)")
     parser.add_argument("--shares", type=_shares, default=[0.1, 0.4], metavar="X,X", help="of the floor (0.1,0.4)")
-    parser.add_argument("--json", metavar="FILE", help="write the records there")
+    parser.add_argument("--json", type=file_to_write, metavar="FILE", help="write the records there")
     args = parser.parse_args(argv)
 
     return report((estimate(pair, args) for pair in IMAGENET_PAIRS), table, args.json)

@@ -30,12 +30,13 @@ from helper.distributed import find_device
 from helper.fast import keep_freed_memory
 from helper.settings import count_cores
 from scripts.benchmarks.parts import machine_name, report, wait_for
-from setting import count
+from setting import count, file_to_write, must_be
 
 #: Batches before the clock starts: workers have started then, and memory has its size.
 WARM_UP = 4
 
 
+@must_be("numbers of workers like 0,1,2")
 def _numbers(text: str) -> list[int]:
     return [int(part) for part in text.split(",")]
 
@@ -124,7 +125,7 @@ def table(records: list[dict]) -> str:
 
 
 def main(argv=None) -> list[dict]:
-    parser = Parser((__doc__ or "").split("\n")[0])
+    parser = Parser.of_script(__doc__)
     parser.add_argument("path", metavar="FOLDER")
     parser.add_argument("--workers", type=_numbers, default=[0, 1, 2], metavar="N,...", help="0,1,2 by default")
     parser.add_argument("--images", type=count, default=3000, help="training images of an epoch, at most (3000)")
@@ -132,7 +133,7 @@ def main(argv=None) -> list[dict]:
     parser.add_argument("--batch_size", type=count, default=64)
     parser.add_argument("--image_size", type=count, default=224)
     parser.add_argument("--device", type=find_device, default="auto")
-    parser.add_argument("--json", metavar="FILE", help="write the records there")
+    parser.add_argument("--json", type=file_to_write, metavar="FILE", help="write the records there")
     args = parser.parse_args(argv)
     keep_freed_memory(args.device)
     threads = torch.get_num_threads()

@@ -25,7 +25,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from errors import UserError, run_script
+from errors import UserError, count_of, run_script
 
 #: Operations that only make memory, or change how it is seen.
 _EMPTY = ("empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided", "as_strided_", "_unsafe_view")
@@ -134,7 +134,7 @@ def count_script(path: str, arguments: list[str]) -> Counts:
         hook.remove()
         sys.argv, sys.path = before
     if len(found) < STEPS:
-        raise UserError(f"{path}: it ended after {len(found)} steps of an optimizer; {STEPS} are needed")
+        raise UserError(f"{path}: it ended after {count_of(len(found), 'step')} of an optimizer; {STEPS} are needed")
     return found[-1]
 
 

@@ -29,7 +29,7 @@ from models import build_model
 from models.backbone import Output
 from scripts.benchmarks import plain_losses
 from scripts.benchmarks.parts import peak_memory, report, wait_for
-from setting import count
+from setting import count, file_to_write
 
 IMAGES, CLASSES, SIZE, N, NEGATIVES = 50_000, 100, 32, 8, 16_384
 
@@ -165,13 +165,13 @@ def table(records: list[dict]) -> str:
 
 
 def main(argv=None) -> list[dict]:
-    parser = Parser((__doc__ or "").split("\n")[0])
+    parser = Parser.of_script(__doc__)
     parser.add_argument("--pair", type=pairs, default="resnet32x4:resnet8x4", metavar="T:S")
     parser.add_argument("--batch_size", type=count, default=64)
     parser.add_argument("--rounds", type=count, default=9, help="alternating rounds (9)")
     parser.add_argument("--losses", metavar="NAME,...", help="all by default")
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--json", metavar="FILE", help="write the records there")
+    parser.add_argument("--json", type=file_to_write, metavar="FILE", help="write the records there")
     args = parser.parse_args(argv)
     device, (pair,) = find_device(args.device), args.pair
     torch.manual_seed(0)

@@ -62,7 +62,7 @@ def table(records: list[dict]) -> str:
 
 def main(argv=None) -> list[dict]:
     usual = "timm:vit_small_patch16_224:timm:vit_tiny_patch16_224"
-    parser = pair_parser((__doc__ or "").split("\n")[0], usual)
+    parser = pair_parser(__doc__, usual)
     parser.add_argument("--n", type=counts, default="1,16", metavar="N,N")
     args = parser.parse_args(argv)
     args.fast, data = choose(args.device), load_data("digits", None, args.image_size)

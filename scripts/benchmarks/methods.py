@@ -34,7 +34,7 @@ from helper.teacher import FrozenTeacher
 from models import build_model
 from models.backbone import Output
 from scripts.benchmarks.parts import recipe_method, report, wait_for
-from setting import count
+from setting import count, file_to_write
 
 IMAGES, CLASSES, SIZE = 50_000, 100, 32
 
@@ -64,6 +64,7 @@ class Stepper:
         index = torch.arange(batch_size, device=device)
         images = torch.randn(views * batch_size, 3, SIZE, SIZE, device=device)
         self.guard, self.meter = Guard(), EpochMeter(device)
+        self.number = torch.ones((), device=device)
         self.batch = Batch(fast.lay_out(images), targets.to(device)[index], index)
 
     def step(self) -> None:
@@ -76,7 +77,7 @@ class Stepper:
         losses, logits = forward_backward(
             self.method, self.stage, self.batch, output, Progress(120, 240), self.context()
         )
-        self.guard.judge(losses, parameters_of(self.optimizer), 1)
+        self.guard.judge(losses, parameters_of(self.optimizer), self.number)
         self.optimizer.step()
         self.meter.update(losses, logits, self.batch.targets)
 
@@ -173,13 +174,13 @@ def both_tables(records: list[dict]) -> str:
 
 
 def main(argv=None) -> list[dict]:
-    parser = Parser((__doc__ or "").split("\n")[0])
+    parser = Parser.of_script(__doc__)
     parser.add_argument("--pairs", type=pairs, default="resnet32x4:resnet8x4,wrn_40_2:ShuffleV1", metavar="T:S,...")
     parser.add_argument("--methods", default=",".join(DISTILLERS), metavar="NAME,...", help="all by default")
     parser.add_argument("--batch_size", type=count, default=64)
     parser.add_argument("--steps", type=count, default=5, help="timed steps of each (5)")
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--json", metavar="FILE", help="write the records there")
+    parser.add_argument("--json", type=file_to_write, metavar="FILE", help="write the records there")
     args = parser.parse_args(argv)
     device = find_device(args.device)
     keep_freed_memory(device)

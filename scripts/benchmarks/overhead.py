@@ -82,7 +82,7 @@ def table(records: list[dict]) -> str:
 
 def main(argv=None) -> list[dict]:
     usual = "timm:vit_small_patch16_224:torchvision:resnet18"
-    parser = pair_parser((__doc__ or "").split("\n")[0], usual)
+    parser = pair_parser(__doc__, usual)
     parser.add_argument("--n", type=count, default=8)
     parser.add_argument("--steps", type=count, default=3, help="steps of a round (3)")
     parser.add_argument("--rounds", type=count, default=3, help="alternating rounds (3)")

@@ -24,7 +24,7 @@ from helper.distributed import find_device
 from helper.recipes import recipe_of
 from helper.run_folder import write_text
 from models.backbone import Backbone
-from setting import count
+from setting import count, file_to_write
 
 
 class PlainImages(Dataset):
@@ -69,14 +69,14 @@ def recipe_method(
     return method(student, teacher, task, **(recipe | others))
 
 
-def pair_parser(summary: str, usual: str) -> Parser:
+def pair_parser(docstring: str | None, usual: str) -> Parser:
     """The flags of a benchmark of steps of pairs, by default of the `usual` ones, on digits of any size."""
-    parser = Parser(summary)
+    parser = Parser.of_script(docstring)
     parser.add_argument("--pairs", type=pairs, default=usual, metavar="T:S,...", help=usual)
     parser.add_argument("--image_size", type=count, default=224, help="pixels on a side (224)")
     parser.add_argument("--batch_size", type=count, default=32)
     parser.add_argument("--device", type=find_device, default="auto")
-    parser.add_argument("--json", metavar="FILE", help="write the records there")
+    parser.add_argument("--json", type=file_to_write, metavar="FILE", help="write the records there")
     return parser
 
 

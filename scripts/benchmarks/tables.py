@@ -48,7 +48,7 @@ def fill(page: str) -> str:
 
 
 def main(argv=None) -> None:
-    Parser((__doc__ or "").split("\n")[0]).parse_args(argv)
+    Parser.of_script(__doc__).parse_args(argv)
     write_text(PAGE, fill(PAGE.read_text(encoding="utf-8")))
 
 

@@ -37,7 +37,7 @@ def test_a_class_without_test_images_keeps_its_number(folder, capsys):
     shutil.rmtree(folder / "val" / "cat")
     data = load(folder)
     assert data.classes == ["cat", "dog"] and data.test.targets.tolist() == [1] * 5
-    assert "has no images of 1 classes: cat" in capsys.readouterr().out
+    assert "has no images of 1 class: cat" in capsys.readouterr().out
 
 
 def test_endings_are_read_in_any_case_and_others_counted(folder, capsys):

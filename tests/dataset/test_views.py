@@ -113,10 +113,10 @@ def images_seen(name: str, epochs_over: int, seed: int = 0, state=None) -> tuple
     training.begin_epoch(Progress(epochs_over, 240), epochs_over, state)
     first = state["steps"] if state else 0
     for number, batch in enumerate(training.loader.batches(epochs_over + 1, first), first + 1):
-        training.set_learning_rate(number - 1)
+        training.go_to(number - 1)
         training.begin_step()
         training.add_gradients(batch, batch, frozen(batch.images, method.teacher_preact), True)
-        training.finish_step(number)
+        training.finish_step()
         states.append(training.state(number))
     return seen, states
 

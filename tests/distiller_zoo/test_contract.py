@@ -7,7 +7,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from distiller_zoo import DISTILLERS, Progress, refuse_without_effect
+from distiller_zoo import DISTILLERS, Distiller, Progress, refuse_without_effect
+from distiller_zoo.base import RENAMED
 from errors import UserError
 from helper.loops import set_modes
 from models.backbone import Output
@@ -254,3 +255,11 @@ def test_conditions_name_flags_of_the_method_and_hold_at_its_weights(name):
         for condition in conditions:
             assert {flag.argument for flag in condition.flags} <= arguments
             assert condition.holds(*(largest[flag.argument] for flag in condition.flags)), condition.remedy
+
+
+@pytest.mark.parametrize("old", RENAMED)
+def test_a_name_of_an_earlier_contract_is_refused_with_todays(old):
+    """Under it nothing would read what is set."""
+    with pytest.raises(UserError, match=rf"{old} of Mine is called {RENAMED[old]} now"):
+        type("Mine", (Distiller,), {old: True})
+    assert hasattr(Distiller, RENAMED[old]) and not hasattr(Distiller, old)

@@ -173,8 +173,10 @@ def test_what_cannot_be_cached_is_refused(teacher_run, tmp_path):
     assert "has 10 classes" in refusal(*cache, "--cache_top_k", "10", teacher_run=teacher_run)
     assert "without --cache_teacher" in refusal("--cache_top_k", "3", teacher_run=teacher_run)
     (tmp_path / "file").write_text("")
-    assert "cannot be made" in refusal("--cache_teacher", str(tmp_path / "file"), *cache[2:], teacher_run=teacher_run)
-    assert not any((tmp_path / "save").glob("*"))
+    at_file = ("--cache_teacher", str(tmp_path / "file" / "x"), *cache[2:])
+    assert "file is a file; name a folder" in refusal(*at_file, teacher_run=teacher_run)
+    assert "compares images of a batch" in refusal(*cache, "--batch_size", "1", distill="rkd", teacher_run=teacher_run)
+    assert not any((tmp_path / "save").glob("*")) and not (tmp_path / "cache").exists()
 
 
 def test_a_killed_writer_leaves_no_row_that_counts(tmp_path):

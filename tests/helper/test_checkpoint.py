@@ -8,7 +8,7 @@ import torch
 import train_cifar_student
 from dataset import load_data
 from distiller_zoo import DISTILLERS, Distiller, Task
-from helper.checkpoint import data_record, network_of, upgrade
+from helper.checkpoint import check_progress, data_record, network_of, upgrade
 from helper.networks import read_network, read_teacher
 from models import build_model, model_dict
 from models.checkpoints import weights_digest
@@ -134,3 +134,24 @@ def test_a_network_of_the_wrong_name_is_refused(teacher_run):
 
     with pytest.raises(UserError, match=f"holds another architecture, {TEACHER}, than --model_t resnet20"):
         read_network(str(teacher_run / "last.pth"), "resnet20", "--path_t", "--model_t")
+
+
+@pytest.mark.parametrize(
+    ("entry", "value", "message"),
+    [
+        (("config",), [], "its config is no table of settings"),
+        (("records", 0, "learning_rate"), "0.1", "an accuracy or a learning rate is no number"),
+        (("records", 0, "test_accuracy"), None, "an accuracy or a learning rate is no number"),
+    ],
+)
+def test_progress_of_another_kind_is_refused(entry, value, message):
+    training = dict.fromkeys(("stage_number", "stage_step", "step", "epochs_over", "skipped_steps"), 0)
+    training |= {"epoch": 1, "seconds": 1.0, "epoch_state": None, "config": {"epochs": 2}}
+    training["records"] = [{"test_accuracy": 50.0, "learning_rate": 0.1}]
+    check_progress(training, in_main_stage=True)
+    holder = training
+    for key in entry[:-1]:
+        holder = holder[key]
+    holder[entry[-1]] = value
+    with pytest.raises(ValueError, match=message):
+        check_progress(training, in_main_stage=True)

@@ -71,6 +71,17 @@ def test_the_official_command_line_is_understood():
     assert (long.gamma, long.co_sponge, long.beta1, long.kd_T, long.distill) == (0.1, 4, 0.5, 2.0, "norm")
 
 
+def test_a_folder_is_split_as_for_the_teacher_unless_it_is_another_one():
+    teacher = {"path_t": "t.pth", "model_t": "resnet20", "dataset": "folder", "data": "/photographs", "split": 0.2}
+
+    def split(**given):
+        return resolve({"distill": "kd", "model_s": "resnet8"} | given, of_teacher=teacher)["split"]
+
+    assert resolve({"distill": "kd", "model_s": "resnet8"}, of_teacher=teacher).origins["split"] == "teacher's record"
+    assert (split(), split(data="/photographs"), split(split=0.3)) == (0.2, 0.2, 0.3)
+    assert (split(data="/elsewhere"), split(dataset="digits"), split(labels="none", data="/photographs")) == (0, 0, 0)
+
+
 def test_the_crd_weight_is_a_flag_of_its_own():
     config = parse_student(
         *["--distill", "norm_crd", "--model_s", "resnet8", "-c", "2.5", "--crd_weight", "0.3", "--nce_k", "64"]
@@ -141,21 +152,22 @@ def test_trials_of_a_sweep_count_from_the_named_one(seed, seeds):
             "--mixup: --distill crd cannot learn from mixed images: its",
         ),
         ("--model_s resnet8 --distill sskd --cutmix 1", "--cutmix: --distill sskd cannot learn from mixed images"),
-        ("--model_s resnet8 --mixup 0.001", "--mixup: must be 0 or from 0.01 to 100"),
+        ("--model_s resnet8 --mixup 0.001", "--mixup: must be 0, or a number from 0.01 to 100"),
         ("--model_s resnet8 --label_smoothing 0.1 -r 0", "--label_smoothing: has no effect with -r/--gamma 0"),
         (
             "--model_s resnet8 --class_weights balanced --balanced_sampling",
             "--balanced_sampling: --class_weights",
         ),
         ("--model_s resnet8 --hint_depth 2", "unrecognized arguments: --hint_depth 2"),
-        ("--model_s resnet8 -s 0", "-s/--co_sponge: must be 1 to 2147483647, not 0"),
+        ("--model_s resnet8 -s 0", "-s/--co_sponge: must be a whole number from 1 to 2147483647, not 0"),
         ("--model_s resnet8 -r -1", "must be a number from 0 to 1e+30"),
         ("--model_s resnet8 -r nan", "must be a number from 0 to 1e+30"),
         ("--model_s resnet8 --weight_decay 1e45", "must be a number from 0 to 1e+30"),
-        ("--model_s resnet8 --kd_T 0", "must be above 0"),
-        ("--model_s resnet8 -r much", "-r/--gamma: invalid number value"),
+        ("--model_s resnet8 --kd_T 0", "must be a number above 0"),
+        ("--model_s resnet8 -r much", "-r/--gamma: must be a number from 0 to 1e+30, not much"),
         ("--model_s resnet8 --lr_decay_epochs 1,x", "must be epochs like"),
         ("--modle resnet8", "did you mean --model_s?"),
+        ("--lr 0.1 --wandb --amp --lr=1", "--lr 0.1 --wandb --amp --lr=1; did you mean --learning_rate, --precision?"),
         ("--model_s resnet8 --trial 1-2", "--trial: 1-2 ends like the folder of a second run"),
         ("--model_s resnet8 --trial ../1", "--trial: must be a name of letters"),
         ("--model_s resnet8 --seed 99999999999999999999", "--seed: must be a whole number"),

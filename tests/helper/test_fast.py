@@ -2,7 +2,6 @@
 
 import copy
 import functools
-import json
 import os
 import platform
 import subprocess
@@ -15,12 +14,12 @@ import train_cifar_student
 from dataset import load_data
 from distiller_zoo import Progress, Task, find_distiller
 from errors import UserError
-from helper import fast, loops, settings
+from helper import fast, inputs, loops, settings
 from helper.command_line import parse, resolve, teacher_parser
 from models import build_model
 from scripts import export_student
 from tests.conftest import ROOT, killed, make_batch
-from tests.run_folders import load, metrics, same_state, weights
+from tests.run_folders import config_of, load, metrics, same_state, weights
 
 FLAGS = ("--batch_size", "8", "--max_steps", "4")
 
@@ -36,11 +35,13 @@ def test_auto_is_what_the_device_supports_and_a_flag_wins(monkeypatch):
     off = configure()
     assert fast.Fast.of(off) == fast.Fast() and off.origins["precision"] == "default"
     monkeypatch.setattr(settings, "computes_bfloat16", lambda device: True)
-    auto = configure("--fast", "auto")
-    assert fast.Fast.of(auto) == fast.Fast("bfloat16", True, True, True, "off")
+    for has_units, mode in ((False, "off"), (True, "auto")):
+        monkeypatch.setattr(settings, "has_matrix_units", lambda device, has_units=has_units: has_units)
+        auto = configure("--fast", "auto")
+        assert fast.Fast.of(auto) == fast.Fast("bfloat16", True, True, True, mode)
     assert auto.origins["precision"] == "--fast auto"
     some = configure("--fast", "auto", "--precision", "float32", "--no-channels_last")
-    assert fast.Fast.of(some) == fast.Fast("float32", False, True, True)
+    assert fast.Fast.of(some) == fast.Fast("float32", False, True, True, "auto")
     assert configure("--fold_teacher").fold_teacher and not configure("--fold_teacher").channels_last
     monkeypatch.setattr(settings, "computes_bfloat16", lambda device: False)
     assert configure("--fast", "auto").precision == "float32"
@@ -75,7 +76,7 @@ def test_a_fast_run_goes_on_as_it_was(distil):
     cut = next(path for path in whole.parent.iterdir() if path.name.endswith("trialcut"))
     train_cifar_student.main(["--resume", str(cut)])
     assert same_state(weights(whole), weights(cut))
-    assert json.loads((cut / "config.json").read_text())["fast"] == "auto"
+    assert config_of(cut)["fast"] == "auto"
 
 
 def test_deterministic_chooses_the_kernels_of_this_run_and_changes_nothing_on_a_cpu(distil, monkeypatch):
@@ -173,12 +174,13 @@ assert new_pages < 0.1 * 2**27 / resource.getpagesize(), new_pages
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Guards may run slower:RuntimeWarning")  # of Python 3.13.0
-def test_a_compiled_run_is_the_same_and_compiles_each_pass_once(distil, graphs):
+@pytest.mark.parametrize(("mode", "number"), [("default", 2), ("reduce-overhead", 3)])
+def test_a_compiled_run_is_the_same_and_compiles_each_part_once(distil, graphs, mode, number):
     flags = ("--batch_size", "12", "--epochs", "3")  # the last batch is shorter, NORM's weight changes with the epoch
     plain = distil(*flags)
     assert not graphs
-    compiled = distil(*flags, "--compile", "default", "--trial", "compiled", "--seed", "1")
-    assert len(graphs) == 2, "the teacher's pass and the student's"
+    compiled = distil(*flags, "--compile", mode, "--trial", "compiled", "--seed", "1")
+    assert len(graphs) == number, "the teacher's pass, the student's, and what follows them"
     for expected, line in zip(metrics(plain), metrics(compiled), strict=True):
         assert line["loss"] == pytest.approx(expected["loss"], rel=1e-3)
     states = [weights(run) for run in (plain, compiled)]
@@ -226,7 +228,7 @@ def test_the_rate_of_a_compiled_run_is_one_tensor(monkeypatch, optimizer):
         training = loops.Training(twin.main_stage(2), twin, data, config, torch.device("cpu"))
         training.progress, (group,), seen = Progress(0, 2), training.optimizer.param_groups, []
         for number in range(2):
-            training.set_learning_rate(number)
+            training.go_to(number)
             for parameter in group["params"]:
                 parameter.grad = torch.ones_like(parameter)
             training.optimizer.step()
@@ -237,15 +239,43 @@ def test_the_rate_of_a_compiled_run_is_one_tensor(monkeypatch, optimizer):
     assert torch.allclose(*weights_after, atol=1e-6) and not torch.equal(weights_after[0], next(method.parameters()))
 
 
-def test_a_compiler_that_fails_is_one_line(distil, monkeypatch):
+@pytest.mark.slow
+def test_only_a_long_run_is_compiled_by_auto(distil, graphs, monkeypatch):
+    flags = ("--batch_size", "12", "--epochs", "3", "--compile", "auto")
+    short = distil(*flags)
+    assert not graphs and config_of(short)["compile"] == "off"
+    monkeypatch.setattr(inputs, "LONG_RUN", 8)  # 3 epochs of 32 images
+    assert config_of(distil(*flags, "--trial", "2", "--max_steps", "2"))["compile"] == "off"
+    assert not graphs
+    assert config_of(distil(*flags, "--trial", "3"))["compile"] == "auto"
+    assert len(graphs) == 2, "the teacher's pass and the student's"
+    assert torch._inductor.config.cpp.vec_isa_ok, "programs would be started to try what the compiler makes"
+
+
+@pytest.fixture
+def no_compiler(monkeypatch):
     def fail(graph, inputs):
         raise OSError("no compiler\nhere")
 
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=fail))
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.slow
+def test_auto_goes_without_a_compiler_that_fails(distil, no_compiler, monkeypatch, capsys):
+    plain = distil(*FLAGS)
+    monkeypatch.setattr(inputs, "LONG_RUN", 1)
+    run = distil(*FLAGS, "--compile", "auto", "--trial", "2", "--seed", "1")
+    assert capsys.readouterr().err.count("--compile auto: OSError no compiler; nothing is compiled\n") == 2
+    for expected, line in zip(metrics(plain), metrics(run), strict=True):
+        assert line["loss"] == pytest.approx(expected["loss"], rel=1e-4)
+
+
+def test_a_compiler_that_fails_is_one_line(distil, no_compiler):
     with pytest.raises(UserError, match=r"^--compile default: .*no compiler.* --compile off") as caught:
         distil(*FLAGS, "--compile", "default")
     assert "\n" not in str(caught.value)
-    torch._dynamo.reset()
 
 
 def test_replayed_graphs_begin_a_step_and_the_teachers_outputs_outlive_it(monkeypatch, distil):

@@ -6,16 +6,19 @@ import pytest
 import torch
 
 import train_cifar_student
+import train_teacher
 from dataset import Augmentation, ImageData, Images
 from helper import networks
 from helper.networks import Network
 from helper.teacher import as_it_was_trained
 from models import build_model
-from scripts import export_student
+from scripts import evaluate, export_student
 from tests.conftest import message_of
+from tests.drawn import write_images
 from tests.run_folders import metrics
 
 pytest.importorskip("timm")
+IMAGES = {"known": ("cat", "dog"), "others": ("bus", "car")}
 SHORT = ("--model_s", "resnet8", "--dataset", "digits", "--batch_size", "8", "--max_steps", "1", "--epochs", "1")
 
 
@@ -74,6 +77,24 @@ def test_the_classes_of_a_file_are_recorded_and_the_file_is_no_longer_needed(dis
     names.write_text("\n".join(map(str, range(1, 11))))
     argv = ["--resume", str(run), "--teacher_classes", str(names)]
     assert "teacher_classes 0,1,2" in message_of(train_cifar_student.main, argv)
+
+
+@pytest.mark.slow
+def test_classes_that_match_by_position_alone_are_said_wherever_weights_meet_data(tmp_path, capsys):
+    """Of a teacher, of initial weights, and of what is judged."""
+    known, others = (write_images(tmp_path / name, classes) for name, classes in IMAGES.items())
+    step = ["--image_size", "8", "--max_steps", "1", "--save_dir", str(tmp_path / "save")]
+    train_teacher.main(["--model", "resnet8", "--data", str(known), *step])
+    weights = str(next((tmp_path / "save").iterdir()) / "last.pth")
+    assert "by position" not in capsys.readouterr().out
+    line = "0 of the data's 2 class names are the weights': classes match by position (cat for bus, dog for car)"
+    given = ["--path_t", weights, "--init", weights, "--model_s", "resnet8", "--data", str(others)]
+    train_cifar_student.main(["--distill", "kd", "--allow_teacher_gap", *given, *step])
+    printed = capsys.readouterr().out
+    assert f"teacher resnet8: {line}" in printed and printed.count(line) == 2
+    evaluate.main([weights, "--teacher", weights, "--data", str(others)])
+    printed = capsys.readouterr().out
+    assert f"note: {line}" in printed and f"note: teacher: {line}" in printed
 
 
 @pytest.mark.parametrize("names", [["a", "b"], ["a, an a", "b"], ["a; or, an a", "b"]])

@@ -7,18 +7,20 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from crd.negatives import NegativeSampler
-from dataset import Augmentation, ImageData, Images, views
+from dataset import ImageData, Images, views
 from distiller_zoo import DISTILLERS, Progress
 from helper.command_line import resolve
 from helper.loops import Training, compute_step, step
+from helper.optim import Average
 from helper.teacher import FrozenTeacher
 from tests.conftest import pair_networks
 from tests.distiller_zoo.test_every_pair import BATCH, CLASSES, build, with_statistics
-from tests.stages import Shown, StageRun, train_epoch
+from tests.stages import Shown, StageRun, few_images, train_epoch
 
 CONFIG = resolve(
     {"distill": "ce", "model_s": "resnet8", "batch_size": BATCH, "learning_rate": 0.01, "lr_decay_epochs": (150,)}
 )
+CLIPPED = CONFIG.replace("a test", clip_grad=1.0)
 
 CUDA = torch.device("cuda:0")
 
@@ -44,11 +46,7 @@ class FakeGpu(FakeTensorMode):
 
 @pytest.fixture(scope="module")
 def data() -> ImageData:
-    generator = torch.Generator().manual_seed(0)
-    pixels = torch.randint(0, 256, (24, 3, 32, 32), dtype=torch.uint8, generator=generator)
-    images = Images(pixels, torch.arange(24) % CLASSES)
-    names = [str(number) for number in range(CLASSES)]
-    return ImageData("fake", images, images, names, (0.5,) * 3, (0.25,) * 3, Augmentation())
+    return few_images(CLASSES)
 
 
 @pytest.fixture
@@ -81,7 +79,7 @@ def test_a_step_leaves_nothing_on_the_cpu_and_reads_nothing(name, data, no_backw
     images = Images(*(gpu.place(each, torch.device("cpu")) for each in data.train))
     with gpu:
         for stage in stages:
-            training = Training(stage, method, data._replace(train=images), CONFIG, CUDA)
+            training = Training(stage, method, data._replace(train=images), CLIPPED, CUDA, average=Average(method, 0.9))
             run = StageRun(training, Progress(stage.epochs // 2, stage.epochs), 0, 2)
             run.begin_epoch()
             for number, batch in enumerate(itertools.islice(training.loader.batches(0), 2), 1):
@@ -109,23 +107,25 @@ def test_two_steps_give_the_cpus_losses(name, data):
             assert draws_there or on_gpu[key] == pytest.approx(on_cpu[key], rel=0.03, abs=1e-3), key
 
 
-def trained_on_one_batch(name: str, data: ImageData, captured: bool) -> dict[str, torch.Tensor]:
-    """The weights behind four steps on one batch, at a rate that changes; the last three replayed where `captured`."""
+def trained_on_one_batch(name: str, optimizer: str, data: ImageData, captured: bool) -> dict[str, torch.Tensor]:
+    """Four steps on one batch, at a rate that changes, the last three replayed where `captured` -> the weights, their
+    average, what the guard has kept, and the means."""
     torch.manual_seed(0)
     network, student = pair_networks("resnet20", "resnet8", CLASSES)
     with_statistics(network)
     method, teacher = build(name, network, student).to(CUDA), Shown(FrozenTeacher(network).to(CUDA))
-    config = CONFIG.replace("a test", compile="default", fused_optimizer=True)  # its rate is a tensor
+    config = CLIPPED.replace("a test", compile="default", fused_optimizer=True)  # its rate is a tensor
+    config = config.replace("a test", optimizer=optimizer, lr_decay="one_cycle", learning_rate=0.001)
     *_, stage = method.stages(240)
-    training = Training(stage, method, data, config, CUDA)
+    training = Training(stage, method, data, config, CUDA, average=Average(method, 0.9))
     run = StageRun(training, Progress(120, 240), 0, None)
     run.begin_epoch()
     batch = next(training.loader.batches(0))
     side, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
     for number in range(4):
-        training.optimizer.param_groups[0]["lr"].fill_(0.01 / (number + 1))
+        training.go_to(number)
         if captured and number == 1:
-            with torch.cuda.graph(graph):
+            with torch.cuda.graph(graph):  # teacher, student, losses, guard, clipping, optimizer, average and meter
                 compute_step([run], batch, teacher, 1)
         if captured and number:
             graph.replay()
@@ -134,13 +134,18 @@ def trained_on_one_batch(name: str, data: ImageData, captured: bool) -> dict[str
         with torch.cuda.stream(side):
             compute_step([run], batch, teacher, 1)
         torch.cuda.current_stream().wait_stream(side)
-    return method.state_dict()
+    found = method.state_dict() | {
+        f"average of {key}": value for key, value in training.average.module.state_dict().items()
+    }
+    found |= {f"seen {number}": value for number, value in enumerate(training.guard.kept)}
+    means = training.end_epoch()
+    return found | {key: torch.tensor(value) for key, value in means.items() if not key.endswith("_s")}
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
-@pytest.mark.parametrize("name", ["kd", "norm"])
-def test_a_step_can_be_captured_and_replayed(name, data, monkeypatch):
+@pytest.mark.parametrize(("name", "optimizer"), [("kd", "sgd"), ("norm", "sgd"), ("norm", "adamw")])
+def test_a_step_can_be_captured_and_replayed(name, optimizer, data, monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)  # what is captured is the eager step
-    expected, found = (trained_on_one_batch(name, data, captured) for captured in (False, True))
+    expected, found = (trained_on_one_batch(name, optimizer, data, captured) for captured in (False, True))
     for key, value in expected.items():
         assert torch.allclose(value, found[key], rtol=1e-3, atol=1e-5), key

@@ -168,7 +168,7 @@ def test_nothing_waits_for_the_device_until_it_is_asked():
     with Waits():
         for number, value in enumerate([1.0, 1.0, torch.nan, 1.0, torch.inf], 1):
             weight.grad = torch.full((3,), value)
-            assert guard.judge({"ce": torch.tensor(2.0)}, [weight], number)
+            assert guard.judge({"ce": torch.tensor(2.0)}, [weight], torch.tensor(float(number)))
     with pytest.raises(UserError, match="the gradient is nan in epoch 1/1 step 3"):
         guard.look()
 
@@ -238,9 +238,18 @@ def test_steps_of_one_epoch_may_have_other_terms():
     parameter.grad = torch.ones(2)
     guard = Guard()
     guard.begin_epoch("epoch 1/1", has_own_rate=False)
-    assert guard.judge({"ce": torch.tensor(1.0), "semckd": torch.tensor(1.0)}, [parameter], 1)
-    assert guard.judge({"ce": torch.tensor(1.0)}, [parameter], 2)
+    two, one = {"ce": torch.tensor(1.0), "semckd": torch.tensor(1.0)}, {"ce": torch.tensor(1.0)}
+
+    def judge(*losses):
+        for number, terms in enumerate(losses, 1):
+            assert guard.judge(terms, [parameter], torch.tensor(float(number)))
+
+    judge(two, one)
     guard.look()
-    assert guard.judge({"ce": torch.tensor(torch.nan)}, [parameter], 3)
-    with pytest.raises(UserError, match="loss_ce is nan in epoch 1/1 step 3"):
-        guard.judge({"ce": torch.tensor(1.0), "semckd": torch.tensor(1.0)}, [parameter], 4)
+    bad = torch.tensor(torch.nan)
+    for third, fourth in (({"ce": bad}, two), ({"ce": bad}, two | {"ce": bad}), (two | {"ce": bad}, one)):
+        judge(two, one, third, fourth)
+        with pytest.raises(UserError, match="loss_ce is nan in epoch 1/1 step 3"):
+            guard.look()
+        guard.begin_epoch("epoch 1/1", has_own_rate=False)
+        guard.look()

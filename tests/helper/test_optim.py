@@ -68,7 +68,8 @@ def test_no_schedule_falls_below_its_floor():
 
 @pytest.mark.parametrize("name", ["lamb", "adan", "adamw", "sgd"])
 def test_an_optimizer_is_taken_up_where_it_was(name):
-    config = SimpleNamespace(optimizer=name, momentum=0.9, nesterov=False, weight_decay=0.1, fused_optimizer=False)
+    config = SimpleNamespace(optimizer=name, momentum=0.9, nesterov=False, weight_decay=0.1, compile="off")
+    config.fused_optimizer = False
     config.decay_norms = False
     gradients = torch.randn(5, 4, 3)
 

@@ -53,6 +53,17 @@ def test_every_method_runs_and_leaves_a_complete_folder(distil, distill, flags, 
     assert state(run)["config"]["seed"] == 1
 
 
+def test_the_terminal_shows_what_is_no_default_then_defaults_and_at_the_end_the_checkpoints(distil, capsys):
+    run = distil(*SHORT)
+    printed, log = capsys.readouterr().out.splitlines(), (run / "log.txt").read_text().splitlines()
+    assert printed[0].startswith("run folder: ") and "(default)" not in "\n".join(printed)
+    first = next(number for number, line in enumerate(printed) if line.startswith("  defaults: accept_changes False, "))
+    assert any(line.startswith("  batch_size ") and line.endswith("(command line)") for line in printed[:first])
+    assert max(map(len, printed[first : first + 3])) <= 120 and " weight_decay " not in printed[first]
+    assert any(line.split() == ["accept_changes", "False", "(default)"] for line in log), "all, one by one"
+    assert printed[-1] == log[-1] == f"checkpoints: {run / 'last.pth'} and best.pth"
+
+
 def test_max_steps_may_fall_into_a_later_epoch(distil):
     run = distil("--batch_size", "8", "--max_steps", "6")
     assert [record["step"] for record in metrics(run)] == [4, 6]

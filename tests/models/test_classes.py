@@ -20,7 +20,7 @@ DIFFER = {
     "another order": (
         ["bird", "cat", "airplane", "automobile"],
         CIFAR,
-        "4 of 4 classes of the data are others in the weights: class 0 is airplane in the data and bird in the weights",
+        "the weights have another place for 4 of 4 classes: class 0 is airplane in the data and bird in the weights",
     ),
     "two exchanged": (CIFAR, ["airplane", "bird", "automobile", "cat"], "2 of 4 classes"),
     "a part": (CIFAR, CIFAR[1:], "3 of 3 classes"),

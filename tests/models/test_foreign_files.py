@@ -70,10 +70,11 @@ WRAPPED = {
         lambda w: {"state_dict": prefixed("student.", w) | prefixed("teacher.", wide())},
         "of its entries those below student. are taken; left out are teacher.*",
     ),
-    "parallel within": (lambda w: prefixed("backbone.module.", w), "the prefix backbone. of all its keys"),
+    "parallel within": (lambda w: prefixed("backbone.module.", w), "the prefixes backbone. and module. of all its"),
+    "compiled within": (lambda w: prefixed("a.module._orig_mod.", w), "a. and module. and _orig_mod. of all its"),
     "two prefixes": (lambda w: prefixed("model.backbone.", w), "the prefix model.backbone. of all its keys"),
     "profiled": (lambda w: {"model": with_profile(w)}, "2 counters"),
-    "old": (lambda w: {"model": without_counters(w)}, "9 missing num_batches_tracked are filled in"),
+    "old": (lambda w: {"model": without_counters(w)}, "9 missing entries num_batches_tracked filled in"),
     "averaged": (lambda w: {"model_ema": w}, "its entry model_ema"),
 }
 
@@ -89,6 +90,15 @@ def test_weights_are_found_wherever_they_are(tmp_path, weights, kind):
     assert weights_digest(built.state_dict()) == weights_digest(weights), "however they are wrapped"
     said = [*found.notes, *notes]
     assert len(said) == (note is not None) and (note is None or note in said[0])
+
+
+def test_of_two_keys_that_a_wrapper_tells_apart_none_is_lost(weights):
+    both = prefixed("a.", weights) | {"a.module.fc.bias": torch.full_like(weights["fc.bias"], 7.0)}
+    with pytest.raises(UserError, match=r"unexpected a\."):
+        build_with("resnet8", both, "file")
+    part = {"criterion.weight": torch.ones(4)} | prefixed("student.module.", weights)
+    _, notes = build_with("resnet8", part, "file")
+    assert "the prefix module. of its keys is left out" in notes, "where a part is taken too"
 
 
 def test_of_two_parts_that_fit_none_is_chosen(weights):
@@ -238,5 +248,6 @@ def test_weights_without_the_classifier_are_an_encoder(name, classifier):
     encoder, notes = build_with(name, trunk, "file")
     assert encoder.num_classes == 0 and "it holds no classifier, so it is an encoder" in notes
     assert build_with(name, weights, "file")[0].num_classes == 10
+    assert build_with(name, build_model(name, 0).state_dict(), "file")[0].num_classes == 0
     with pytest.raises(UserError, match="another architecture"):
         build_with(name, dict(list(trunk.items())[1:]), "file")

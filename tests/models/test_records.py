@@ -75,6 +75,7 @@ def test_a_sound_record_stays_as_it_is(exported):
         ({"std": [0.2, 0.0, 0.2]}, "its std is not three numbers above 0"),
         ({"mean": [math.nan] * 3}, "its mean is not three finite numbers"),
         ({"image_size": True}, "its image_size is not pixels"),
+        ({"split": 1.0}, "its split is not a share"),
         ({"classes": ["a", 1, "c"]}, "its classes is not a list of names"),
         ({"classes": ["a", "b"]}, "it names 2 classes of 3"),
         ({"accuracy": 930.0}, "its accuracy is not a percentage"),

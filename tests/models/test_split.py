@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from errors import UserError
-from models import build_model, published
+from models import build_model, published, timm_split
 from models.split import PROBE_SIZES, probe
 
 
@@ -39,3 +39,24 @@ def test_published_encoders_without_a_classifier_are_read(monkeypatch, classes, 
     monkeypatch.setattr(published, "build_pretrained", lambda name: build_model(name, classes))
     network, record = published.read_timm("test_resnet")
     assert network.num_classes == classes and record["dataset"] == dataset
+
+
+def test_weights_of_a_hub_are_read_where_they_are_kept_and_a_hub_that_is_away_is_asked_once(tmp_path, monkeypatch):
+    """The hub's own library would try six times for each name of a file."""
+    timm, hub = pytest.importorskip("timm"), pytest.importorskip("huggingface_hub")
+    asked, kept = [], {}
+
+    def is_away(url, timeout):
+        asked.append((url, timeout))
+        raise OSError("no route to it")
+
+    monkeypatch.setattr(hub, "get_hf_file_metadata", is_away)
+    monkeypatch.setattr(hub, "try_to_load_from_cache", lambda name, file, revision: kept.get((name, file)))
+    with pytest.raises(UserError, match=r"cannot be downloaded \(no route to it\); give a file .* timm:resnet10t"):
+        timm_split.build_pretrained("resnet10t.c3_in1k")
+    assert len(asked) == 1 and asked[0][0].endswith("timm/resnet10t.c3_in1k/resolve/main/model.safetensors")
+    network = timm.create_model("resnet10t")
+    torch.save(network.state_dict(), tmp_path / "kept.bin")
+    kept["timm/resnet10t.c3_in1k", "pytorch_model.bin"] = str(tmp_path / "kept.bin")
+    built = timm_split.build_pretrained("resnet10t.c3_in1k")
+    assert torch.equal(built.fc.weight, network.fc.weight) and len(asked) == 1

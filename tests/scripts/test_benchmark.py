@@ -30,7 +30,7 @@ RECORD = {
     "launches_fast",
     "flops",
 }
-SMALL = ["--pairs", "resnet14:resnet8", "--batch_size", "8", "--steps", "1"]
+SMALL = ["--pairs", "resnet14:resnet8", "--batch_size", "8", "--steps", "1", "--compile", "off"]
 
 
 @pytest.mark.slow

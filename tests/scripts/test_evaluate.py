@@ -224,8 +224,13 @@ def test_faults_are_named(distil, tmp_path, monkeypatch):
     torch.save(build_model("resnet8", 7).state_dict(), bare)
     assert "does not say what it was trained on" in message_of(evaluate.main, [str(bare), "--model", "resnet8"])
     argv = [str(bare), "--model", "resnet8", "--dataset", "digits"]
+    torch.save(build_model("resnet8", 0).state_dict(), encoder := tmp_path / "encoder.pth")
+    said = message_of(evaluate.main, [str(encoder), *argv[1:]])
+    assert said.startswith(f"NETWORK: {encoder} has no classifier: it is an encoder") and "--init" in said
     assert "7 classes, the data 10" in message_of(evaluate.main, argv)
-    assert "argument --split: must be 0 or more and below 1" in message_of(evaluate.main, [exported, "--split", "1.5"])
+    assert "argument --split: must be a number, 0 or more and" in message_of(
+        evaluate.main, [exported, "--split", "1.5"]
+    )
 
 
 @pytest.mark.slow

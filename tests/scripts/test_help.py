@@ -1,27 +1,79 @@
-"""What `--help` says of the flags of scripts that train nothing; those of runs are rows of the table of settings."""
+"""The flags of scripts that train nothing, in `--help` and where a value is wrong; a run's are rows of a table."""
 
 import importlib
+import os
+from argparse import ArgumentTypeError
 
 import pytest
 
+from errors import UserError
 from helper.command_line import Parser
+from helper.settings import all_settings
+from setting import file_to_write, folder_to_write
 
 SCRIPTS = ("compare", "evaluate", "export_student", "fetch", "predict", "report", "reproduce")
+OTHERS = ("benchmark", "draw_norm", "enlarge_images", "list_methods", "list_networks")
+BENCHMARKS = tuple(f"benchmarks.{name}" for name in ("estimate_imagenet", "input", "losses", "memory", "methods"))
+
+
+@pytest.fixture
+def arguments_of(monkeypatch):
+    """The arguments of a script, as they are given to its parser: names and options."""
+
+    def read(script):
+        arguments, add = [], Parser.add_argument
+
+        def note(parser, *names, **options):
+            arguments.append((names, options))
+            return add(parser, *names, **options)
+
+        monkeypatch.setattr(Parser, "add_argument", note)
+        with pytest.raises(SystemExit):
+            importlib.import_module(f"scripts.{script}").main(["--help"])
+        return arguments
+
+    return read
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
-def test_every_argument_has_a_text_and_its_default(name, monkeypatch):
-    arguments, add = [], Parser.add_argument
-
-    def note(parser, *names, **options):
-        arguments.append((names, options))
-        return add(parser, *names, **options)
-
-    monkeypatch.setattr(Parser, "add_argument", note)
-    with pytest.raises(SystemExit):
-        importlib.import_module(f"scripts.{name}").main(["--help"])
+def test_every_argument_has_a_text_and_its_default(name, arguments_of):
+    arguments = arguments_of(name)
     assert len(arguments) > 1
     for names, options in arguments:
         text, default = options.get("help", ""), options.get("default")
         assert text, names
         assert default in (None, []) or "-h" in names or str(default) in text, (names, text)
+
+
+def refusal(read, text) -> str:
+    """What is wrong with a flag's value; argparse itself would say `invalid count value`, our function's name."""
+    try:
+        read(text)
+    except (ArgumentTypeError, UserError) as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize("name", (*SCRIPTS, *OTHERS, *BENCHMARKS))
+def test_every_flag_says_what_it_must_be_and_what_hinders_its_file(name, arguments_of, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+    can_write = os.access
+    for names, options in arguments_of(name):
+        read = options.get("type")
+        for text in ("x", "", "'", "1.5x", "9" * 5000, "nan") if read else ():
+            refusal(read, text)
+        if options.get("metavar") in ("FILE", "DIR", "TARGET"):
+            assert read in (file_to_write, folder_to_write), names
+            missing = "nodir/x" if read is file_to_write else "file/x"
+            assert refusal(read, missing) and refusal(read, "." if read is file_to_write else "file")
+            assert refusal(read, "new") == ""
+            monkeypatch.setattr(os, "access", lambda *arguments: False)
+            assert "is not writable; name another place" in refusal(read, "new")
+            monkeypatch.setattr(os, "access", can_write)
+
+
+def test_every_flag_of_a_run_says_what_it_must_be():
+    for setting in all_settings().values():
+        for text in ("x", "", "'", "1.5x", "9" * 5000, "nan") if setting.is_flag else ():
+            refusal(setting.type, text)

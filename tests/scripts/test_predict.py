@@ -47,7 +47,7 @@ def test_a_folder_is_read_and_what_is_broken_is_named(images, capsys):
         ["all/inner/c.jpg:", "bright"],
     ]
     assert "skipped: IMAGE: all/broken.png cannot be read" in printed.err and "1 of the images" in printed.err
-    assert "left out 1 files below all that are no images by their names: notes.txt" in printed.err
+    assert "left out 1 file below all, by name no images: notes.txt" in printed.err
 
 
 def test_patterns_and_a_list_on_standard_input(images, capsys, monkeypatch):
@@ -98,4 +98,4 @@ def test_faults_are_named(images, tmp_path):
     both = ["model.onnx", "all/a.png", "--csv", "-", "--json", "-"]
     assert "only one of --csv and --json" in message_of(predict.main, both)
     place = ["model.onnx", "all/a.png", "--csv", "none/out.csv"]
-    assert "none/out.csv cannot be written" in message_of(predict.main, place)
+    assert "argument --csv: there is no folder none; make it" in message_of(predict.main, place)

@@ -13,6 +13,7 @@ from tests.conftest import ROOT, message_of
 from tests.run_folders import pretend
 
 SHORT = ("--max_steps", "2", "--batch_size", "16")
+NO_CLUSTER = ("--slurm", "nonsense=1", "--cluster", "local")
 
 
 @pytest.fixture
@@ -29,6 +30,9 @@ def test_a_dry_run_only_lists(command, capsys):
     printed = capsys.readouterr().out
     assert "1 missing" in printed and "resnet14 -> resnet8: norm -c 0 -s 2" in printed
     assert "4 runs: 0 finished, 0 begun, 4 missing" in printed
+    for given, fault in (("nodes=two", "nodes must be a whole number"), ("nodes", "must be NAME=VALUE")):
+        assert fault in message_of(reproduce.main, [*flags, "--dry_run", "--slurm", given, *extra])
+    assert message_of(reproduce.main, [*flags, *NO_CLUSTER, *extra]).startswith("--slurm: ")
     assert not save_dir.exists()
 
 
@@ -39,7 +43,8 @@ def test_a_job_list_holds_the_commands(command, tmp_path):
     assert len(lines) == 4 and all(Path(line[1]).exists() for line in lines)
     assert Path(lines[0][1]).name == "train_teacher.py" and lines[-1][2:4] == ["--distill", "norm"]
     absent = str(tmp_path / "none" / "jobs.txt")
-    assert f"{absent} cannot be written" in message_of(reproduce.main, [*flags, "--job_list", absent, *extra])
+    message = message_of(reproduce.main, [*flags, "--job_list", absent, *extra])
+    assert message.startswith(f"argument --job_list: there is no folder {tmp_path}/none; make it")
 
 
 def test_what_is_trained_is_tabulated_and_a_failure_is_the_exit_code(command, capsys, monkeypatch):

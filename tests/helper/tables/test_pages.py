@@ -10,6 +10,8 @@ import pytest
 from scipy.stats import ttest_ind
 
 from helper.tables import pages
+from helper.tables.figures import MARKERS
+from helper.tables.pages import MARKS
 from helper.tables.rows import read_rows
 from tests.browser import check_page, needs_chromium
 from tests.run_folders import make_run
@@ -40,6 +42,11 @@ def test_the_report_has_a_line_per_row_and_its_settings(runs):
     assert "| norm -s 2 | 3 | 52.00 | 55.00 | 52.33 | 1 |" in report
     assert "| paper |" not in report, "no column without a value"
     assert "    --distill kd --model_t resnet20 --model_s resnet8 -r 0.1 -a 0.9" in report
+    settings = [line for line in report.splitlines() if line.startswith("    ")]
+    assert settings[0] == "    all rows: --batch_size 64 --learning_rate 0.05"
+    assert len(settings) == 6 and not any("--batch_size" in line for line in settings[1:])
+    alone = pages.make_report(rows_of(runs[:3]))
+    assert "all rows" not in alone and "--batch_size 64" in alone, "of one row everything"
 
 
 def test_the_comparison_tests_against_the_baseline_and_kd_and_shows_fidelity(tmp_path):
@@ -82,6 +89,18 @@ def test_the_protocol_makes_a_row_of_its_own(tmp_path):
     runs = [make_run(tmp_path, "kd", 1, [50.0]), make_run(tmp_path, "kd", 2, [52.0], holdout=100)]
     table = pages.make_table(rows_of(runs))
     assert "best on test" in table and "best on 100 held-out" in table
+
+
+def test_accuracies_on_held_out_images_have_a_column(runs, tmp_path):
+    assert "held out" not in pages.make_table(rows_of(runs))
+    run = make_run(tmp_path, "kd", 1, [50.0, 52.0], holdout=100)
+    path = run / "metrics.jsonl"
+    lines = [json.loads(line) | {"holdout_accuracy": 60.0 + n} for n, line in enumerate(path.read_text().splitlines())]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    header, _, kd = (line.split(" | ") for line in pages.make_table(rows_of([run])).splitlines())
+    assert kd[header.index("held out, last")] == "61.00"
+    path.write_text(json.dumps(lines[0] | {"holdout_accuracy": "61"}))
+    assert "holdout_accuracy is 61" in pages.summary([*runs, run])
 
 
 def test_the_grid_has_methods_as_rows_and_pairs_as_columns(runs, tmp_path):
@@ -204,6 +223,14 @@ def test_every_curve_has_a_switch(runs, tmp_path):
         for switch in switches:
             assert text.count(f'id="{prefix}-curve-{switch}"') == 1
             assert f"#{prefix}-on-{switch}:not(:checked)" in text
+
+
+def test_the_legend_tells_lines_apart_that_have_marks(tmp_path):
+    runs = [make_run(tmp_path, "kd", 1, [50.0, 60.0], kd_T=float(number)) for number in range(1, 52)]
+    text = pages.as_html(rows_of(runs), {})
+    drawn = re.findall(r'checked><svg viewBox="0 0 26 10">(.*?)</svg>', text)
+    assert len(drawn) == len(set(drawn)) == 51 and MARKS.keys() == set(MARKERS)
+    assert "<p>2 epochs;" in text
 
 
 def test_names_are_never_markup(tmp_path):
