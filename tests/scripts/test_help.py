@@ -13,7 +13,8 @@ from setting import file_to_write, folder_to_write
 
 SCRIPTS = ("compare", "evaluate", "export_student", "fetch", "predict", "report", "reproduce")
 OTHERS = ("benchmark", "draw_norm", "enlarge_images", "list_methods", "list_networks")
-BENCHMARKS = tuple(f"benchmarks.{name}" for name in ("estimate_imagenet", "input", "losses", "memory", "methods"))
+MEASURED = ("augmentation", "estimate_imagenet", "input", "losses", "memory", "methods")
+BENCHMARKS = tuple(f"benchmarks.{name}" for name in MEASURED)
 
 
 @pytest.fixture
