@@ -115,9 +115,11 @@ class Average:
         averaged = [pair for pair in pairs if pair[0].is_floating_point() and self.has_steps]
         copied = [pair for pair in pairs if not (pair[0].is_floating_point() and self.has_steps)]
         if averaged:
-            torch._foreach_lerp_(*zip(*averaged, strict=True), 1 - self._decay)  # pyright: ignore[reportPrivateImportUsage]
+            own, new = map(list, zip(*averaged, strict=True))
+            torch._foreach_lerp_(own, new, 1 - self._decay)  # pyright: ignore[reportPrivateImportUsage]
         if copied:
-            torch._foreach_copy_(*zip(*copied, strict=True))  # pyright: ignore[reportPrivateImportUsage]
+            own, new = map(list, zip(*copied, strict=True))
+            torch._foreach_copy_(own, new)  # pyright: ignore[reportPrivateImportUsage]
         self.has_steps = True
 
 
