@@ -88,7 +88,12 @@ def acquire(lock: FileLock, timeout: float = 0.0) -> None:
         warnings.simplefilter("always")
         lock.acquire(timeout=timeout)
     if caught:
-        print(f"warning: the file system of {lock.lock_file} has no locks; the file itself is taken as one")
+        _warn_of_locks(os.path.dirname(lock.lock_file))
+
+
+@functools.cache
+def _warn_of_locks(folder: str) -> None:
+    print(f"warning: the file system of {folder} has no locks; files are taken as locks")
 
 
 def is_taken(path: Path) -> bool:
