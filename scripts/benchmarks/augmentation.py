@@ -25,7 +25,7 @@ from helper.fast import keep_freed_memory
 from helper.recipes import RECIPES, recipe_of
 from scripts.benchmark import Contender, choose
 from scripts.benchmarks.parts import machine_name, report, wait_for
-from setting import count
+from setting import count, file_to_write
 
 
 def cases(pair: tuple[str, str], usual: Augmentation) -> Iterator[tuple[str, Augmentation, str]]:
@@ -101,7 +101,7 @@ def table(records: list[dict]) -> str:
 
 
 def main(argv=None) -> list[dict]:
-    parser = Parser((__doc__ or "").split("\n")[0])
+    parser = Parser.of_script(__doc__)
     parser.add_argument(
         "--pairs", type=pairs, default="resnet32x4:resnet8x4", metavar="T:S,...", help="resnet32x4:resnet8x4"
     )
@@ -111,7 +111,7 @@ def main(argv=None) -> list[dict]:
     parser.add_argument("--dataset", default="digits", help="images to train on (digits)")
     parser.add_argument("--data", metavar="PATH")
     parser.add_argument("--device", type=find_device, default="auto")
-    parser.add_argument("--json", metavar="FILE", help="write the records there")
+    parser.add_argument("--json", type=file_to_write, metavar="FILE", help="write the records there")
     args = parser.parse_args(argv)
     keep_freed_memory(args.device)
     data = load_data(args.dataset, args.data)

@@ -14,7 +14,7 @@ from errors import UserError, run_script
 from helper.command_line import Parser
 from helper.run_folder import write_text
 from scripts import benchmark
-from scripts.benchmarks import estimate_imagenet, input, losses, memory, methods, overhead
+from scripts.benchmarks import augmentation, estimate_imagenet, input, losses, memory, methods, overhead
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 PAGE, RECORDS = ROOT / "docs" / "benchmarks.md", ROOT / "docs" / "benchmarks"
@@ -25,6 +25,7 @@ TABLES = {
     "losses": losses.table,
     "step": benchmark.table,
     "input": input.table,
+    "augmentation": augmentation.table,
     "estimate": estimate_imagenet.table,
     "overhead": overhead.table,
     "memory": memory.table,

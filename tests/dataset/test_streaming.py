@@ -12,7 +12,7 @@ import train_imagenet_student
 import train_teacher
 from dataset import Augmentation, Loader, hold_out, load_data, read_normalised, sources
 from dataset.decoding import Centre, Place, RandomCrops, read_views
-from dataset.streaming import fill_gaps
+from dataset.streaming import AHEAD, fill_gaps
 from errors import UserError
 from helper.loops import evaluate
 from tests.conftest import message_of
@@ -48,6 +48,13 @@ def same(a, b) -> bool:
         torch.equal(x.images, y.images) and torch.equal(x.targets, y.targets) and torch.equal(x.index, y.index)
         for x, y in zip(a, b, strict=True)
     )
+
+
+def test_statistics_are_of_all_batches_that_workers_read(folder, monkeypatch):
+    """Their memory is used again for later batches."""
+    monkeypatch.setattr(sources, "BATCH", 1)
+    alone, shared = (load_data("folder", str(folder), 32, workers, stream=True) for workers in (0, 2))
+    assert len(alone.train.targets) > 3 + AHEAD and (shared.mean, shared.std) == (alone.mean, alone.std)
 
 
 def test_what_an_epoch_shows_does_not_depend_on_the_workers_nor_on_where_it_begins(folder):

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from dataset import VIEWS, Augmentation, ImageData, Images, Loader
-from dataset.images import Draws, augment, draw_augmentation
+from dataset.images import ONE_BY_ONE, Draws, augment, draw_augmentation
 from dataset.views import rotations, weak_strong
 from distiller_zoo import DISTILLERS, Progress, Task
 from helper.command_line import resolve
@@ -45,6 +45,18 @@ def test_rotations_share_the_flip_and_have_their_own_crops():
     for turn, (view, own) in enumerate(zip(views, draws, strict=True)):
         back = torch.rot90(view, -turn, (2, 3))
         assert torch.equal(back, augment(pixels, Draws(own.top, own.left, draws[0].flip), PAD))
+
+
+@pytest.mark.parametrize("size", [32, 80])
+@pytest.mark.parametrize("pad", [0, 2])
+def test_small_and_large_images_are_mirrored_alike_and_the_held_ones_left_alone(size, pad):
+    assert 3 * 32**2 < ONE_BY_ONE < 3 * 80**2
+    pixels, (draws,) = pictures(6, size), draw(6, 1, pad=pad)
+    before, padded = pixels.clone(), torch.nn.functional.pad(pixels, [pad] * 4)
+    for image, ours, top, left, flip in zip(padded, augment(pixels, draws, pad), *draws, strict=True):
+        crop = image[:, top : top + size, left : left + size]
+        assert torch.equal(ours, crop.flip(2) if flip else crop)
+    assert torch.equal(pixels, before) and 0 < draws.flip.sum() < 6
 
 
 def test_the_crops_of_each_view_are_uniform_and_independent():

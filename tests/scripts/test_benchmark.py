@@ -6,10 +6,11 @@ import math
 import pytest
 import torch
 
-from dataset import Batch, load_data
+from dataset import POLICIES, Batch, load_data
 from helper.fast import Fast
+from helper.recipes import RECIPES
 from scripts import benchmark
-from scripts.benchmarks import estimate_imagenet, losses, memory, methods, overhead, tables
+from scripts.benchmarks import augmentation, estimate_imagenet, losses, memory, methods, overhead, tables
 from tests.conftest import message_of
 
 RECORD = {
@@ -129,6 +130,17 @@ def test_the_page_shows_its_records():
     page = tables.PAGE.read_text(encoding="utf-8")
     assert tables.fill(page) == page, "run python scripts/benchmarks/tables.py"
     assert "| resnet32x4 -> resnet8x4 |" in page
+
+
+@pytest.mark.slow
+def test_the_augmentation_of_every_recipe_is_timed_next_to_a_step(capsys):
+    flags = ["--pairs", "resnet14:resnet8", "--batch_size", "4", "--batches", "1", "--rounds", "1"]
+    records = augmentation.main(flags)
+    names = {record["augmentation"] for record in records}
+    assert names >= {f"--recipe {name}" for name in RECIPES}
+    assert names >= {f"--augment {name}" for name in POLICIES if name not in ("standard", "none")}
+    assert all(record["share"] == record["batch_s"] / record["step_s"] > 0 for record in records)
+    assert "| `--recipe a3` |" in capsys.readouterr().out
 
 
 @pytest.mark.slow
