@@ -10,6 +10,7 @@ import signal
 import statistics
 import subprocess
 import sys
+import tempfile
 import threading
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -273,13 +274,19 @@ def submit(jobs: Sequence[Job], folder: Path, settings: Sequence[str], cluster: 
         raise UserError("--slurm: submitit is not installed; pip install -r requirements-extras.txt") from None
     parameters = read_parameters(settings)
     processes = parameters.get("gpus_per_node", 1)
-    try:
-        executor = submitit.AutoExecutor(folder=folder, cluster=cluster)
+
+    def make_executor(place: str | Path) -> Any:
+        executor = submitit.AutoExecutor(folder=place, cluster=cluster)
         executor.update_parameters(**parameters)
+        return executor
+
+    try:
+        with tempfile.TemporaryDirectory() as place:  # it makes its folder before it looks at the parameters
+            make_executor(place)
+        with writing(folder):
+            executor = make_executor(folder)
     except (RuntimeError, NameError, TypeError, ValueError) as error:
         raise UserError(f"--slurm: {error}") from None
-    with writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
     submitted: dict[str, tuple[Job, Any]] = {}
     additional = parameters.get("slurm_additional_parameters", {})
     for job in jobs:
