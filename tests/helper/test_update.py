@@ -17,7 +17,7 @@ GIVEN = {"distill": "ce", "model_s": "resnet8", "batch_size": BATCH, "epochs": 3
 
 
 def trained(name, mode, **settings):
-    """Three epochs of every stage, whose last batch is shorter -> the means of each epoch, by how much everything that a
+    """Three epochs of every stage, whose last batch is shorter -> the means of each epoch, how far everything that a
     step changes has moved, and where the sums of the epochs are."""
     torch.manual_seed(0)
     network, student = pair_networks("resnet14", "resnet8", CLASSES)
