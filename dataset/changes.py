@@ -7,7 +7,7 @@ import numpy
 import torch
 from torch import Tensor
 
-from dataset import policies
+import dataset.policies as policies
 from dataset.policies import Numbers, Step
 from dataset.seeds import epoch_seed, torch_numbers
 

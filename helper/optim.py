@@ -115,9 +115,11 @@ class Average:
         averaged = [pair for pair in pairs if pair[0].is_floating_point() and self.has_steps]
         copied = [pair for pair in pairs if not (pair[0].is_floating_point() and self.has_steps)]
         if averaged:
-            torch._foreach_lerp_(*zip(*averaged, strict=True), 1 - self._decay)  # pyright: ignore[reportPrivateImportUsage]
+            own, new = map(list, zip(*averaged, strict=True))
+            torch._foreach_lerp_(own, new, 1 - self._decay)  # pyright: ignore[reportPrivateImportUsage]
         if copied:
-            torch._foreach_copy_(*zip(*copied, strict=True))  # pyright: ignore[reportPrivateImportUsage]
+            own, new = map(list, zip(*copied, strict=True))
+            torch._foreach_copy_(own, new)  # pyright: ignore[reportPrivateImportUsage]
         self.has_steps = True
 
 
@@ -242,7 +244,7 @@ class Guard:
     def begin_epoch(self, title: str, has_own_rate: bool) -> None:
         """What messages say of where the run is, and which learning rate is too high."""
         self._place, self._flag = title, "--init_learning_rate" if has_own_rate else "--learning_rate"
-        for seen in self._seen.values():  # in their places, where a captured step writes
+        for seen in self._seen.values():  # in place, where a captured step writes
             seen.zero_()
 
     def begin_step(self, module: nn.Module) -> None:

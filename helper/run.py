@@ -599,7 +599,7 @@ class Run:
     def _finish(self) -> None:
         if self._started is None and (self.folder.path / RESULT).exists():  # resumed, with nothing left to do
             self.result = self.folder.read_json(RESULT)
-            self._conclude()
+            self._conclude(self.result)
             return
         self.result = {
             **(self._accuracies() if self.data.labelled else self._without_labels()),
@@ -623,9 +623,9 @@ class Run:
             self.folder.log(f"stopped early: no better {measured} in {count_of(self.config.patience, 'epoch')}")
         self.folder.append_outcome(run_key(self.config), self.result)
         self.folder.write_json(RESULT, self.result)
-        self._conclude()
+        self._conclude(self.result)
 
-    def _conclude(self) -> None:
+    def _conclude(self, result: dict) -> None:
         """Say what the run has ended with, and where it is."""
-        self.folder.log(format_result(self.result))
+        self.folder.log(format_result(result))
         self.folder.log(f"checkpoints: {self.folder.path / LAST} and {BEST}")

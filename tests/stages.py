@@ -14,7 +14,7 @@ from models.backbone import Output
 
 
 def few_images(classes: int, n: int = 24) -> ImageData:
-    """Random images of so many classes; those that are trained on are those of the test."""
+    """Random images of some classes; those that are trained on are those of the test."""
     pixels = torch.randint(0, 256, (n, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     images, names = Images(pixels, torch.arange(n) % classes), [str(number) for number in range(classes)]
     return ImageData("fake", images, images, names, (0.5,) * 3, (0.25,) * 3, Augmentation())

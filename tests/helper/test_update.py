@@ -17,13 +17,14 @@ GIVEN = {"distill": "ce", "model_s": "resnet8", "batch_size": BATCH, "epochs": 3
 
 
 def trained(name, mode, **settings):
-    """Three epochs of every stage, whose last batch is shorter -> the means of each epoch, everything that a step
-    changes, and where the sums of the epochs are."""
+    """Three epochs of every stage, whose last batch is shorter -> the means of each epoch, by how much everything that a
+    step changes has moved, and where the sums of the epochs are."""
     torch.manual_seed(0)
     network, student = pair_networks("resnet14", "resnet8", CLASSES)
     method, teacher = build(name, with_statistics(network), student), Shown(FrozenTeacher(network))
     config = resolve(GIVEN | {"lr_decay": "one_cycle"} | settings).replace("a test", compile=mode)
-    means, state, places = [], {}, set()
+    means, moved, places = [], {}, set()
+    start = {key: value.clone() for key, value in method.state_dict().items()}
     for number, stage in enumerate(method.stages(3)):
         training = loops.Training(stage, method, few_images(CLASSES, 14), config, CPU, None, Average(method, 0.5))
         for epoch in range(3):
@@ -34,8 +35,9 @@ def trained(name, mode, **settings):
             run.end_steps()
             means.append({key: value for key, value in run.means.items() if not key.endswith("_s")})
             places.add((number, *(value.data_ptr() for value in training.meter.kept)))
-        state |= {f"{number} average {key}": value for key, value in training.average.module.state_dict().items()}
-    return means, state | method.state_dict(), places
+        average = training.average.module.state_dict()
+        moved |= {f"average {number}.{key}": value - start[key] for key, value in average.items()}
+    return means, moved | {key: value - start[key] for key, value in method.state_dict().items()}, places
 
 
 @pytest.mark.filterwarnings("ignore:Guards may run slower:RuntimeWarning")  # of Python 3.13.0
@@ -65,8 +67,8 @@ def test_an_update_is_one_graph_for_each_stage(monkeypatch, graphs, name, settin
     assert all(options["fullgraph"] for options in asked)
     for epoch, same in zip(found, expected, strict=True):
         assert epoch == pytest.approx(same, rel=1e-3)
-    for key, value in plain.items():
-        assert torch.allclose(value, captured[key], atol=1e-4), key
+    for key, moved in plain.items():  # adamw enlarges what rounding does to the smallest gradients
+        assert (moved - captured[key]).double().norm() <= 0.02 * moved.double().norm() + 1e-6, key
 
 
 @pytest.mark.parametrize("settings", [{"optimizer": "lamb"}, {"max_bad_steps": 1}])

@@ -2,6 +2,7 @@
 
 import importlib
 import os
+import re
 from argparse import ArgumentTypeError
 
 import pytest
@@ -10,6 +11,7 @@ from errors import UserError
 from helper.command_line import Parser
 from helper.settings import all_settings
 from setting import file_to_write, folder_to_write
+from tests.conftest import ROOT
 
 SCRIPTS = ("compare", "evaluate", "export_student", "fetch", "predict", "report", "reproduce")
 OTHERS = ("benchmark", "draw_norm", "enlarge_images", "list_methods", "list_networks")
@@ -55,7 +57,7 @@ def refusal(read, text) -> str:
     return ""
 
 
-@pytest.mark.parametrize("name", (*SCRIPTS, *OTHERS, *BENCHMARKS))
+@pytest.mark.parametrize("name", ALL)
 def test_every_flag_says_what_it_must_be_and_what_hinders_its_file(name, arguments_of, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").touch()
