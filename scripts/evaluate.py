@@ -328,11 +328,11 @@ def as_text(about: Mapping[str, Any]) -> str:
     lines = [f"{about['network']}: {about['model']} on {about['test_images']} test images of {about['dataset']}{lost}"]
     lines += [f"  images              {about['test_transform']}"] if "test_transform" in about else []
     lines += [_line(about, name, *title) for name, title in titles().items()]
-    lowest = [f"{name} {one['accuracy']:.1f} %" for name, one in by_accuracy(about)]
+    lowest = [f"{name}: {one['accuracy']:.1f} %" for name, one in by_accuracy(about)]
     lines.append(f"  per class           {', '.join(lowest[:10])}{', ... (lowest 10)' if len(lowest) > 10 else ''}")
     confused = confusions(about)[:5]
     lines.append(
-        f"  most confused       {', '.join(f'{true} as {found} {n}' for n, true, found in confused) or 'none'}"
+        f"  most confused       {', '.join(f'{true} as {found} ({n})' for n, true, found in confused) or 'none'}"
     )
     if "teacher" in about:
         accuracy = f", {about['teacher']['accuracy']:.2f} %" if "accuracy" in about["teacher"] else ""

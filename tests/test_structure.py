@@ -144,6 +144,7 @@ RECORDS = {
     ("helper.networks", "settings_as_teacher"): "a network's fields, as the settings that they decide",
     ("helper.networks", "network_in"): "entries of a file's record",
     ("helper.tables.plan", "_job"): "values that a plan gives to a run",
+    ("scripts.benchmarks.augmentation", "cases"): "values that a benchmark gives to a run",
 }
 
 

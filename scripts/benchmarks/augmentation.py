@@ -16,31 +16,29 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
-from dataset import Augmentation, Batch, ImageData, Loader, load_data
+from dataset import POLICIES, Augmentation, Batch, ImageData, Loader, load_data
 from distiller_zoo import DISTILLERS
 from errors import run_script
-from helper.command_line import Parser, pairs
+from helper.command_line import Parser, pairs, resolve
 from helper.distributed import find_device
 from helper.fast import keep_freed_memory
-from helper.recipes import RECIPES, recipe_of
+from helper.loops import augmentation_of
+from helper.recipes import RECIPES
 from scripts.benchmark import Contender, choose
 from scripts.benchmarks.parts import machine_name, report, wait_for
 from setting import count, file_to_write
 
 
-def cases(pair: tuple[str, str], usual: Augmentation) -> Iterator[tuple[str, Augmentation, str]]:
+def cases(pair: tuple[str, str], data: ImageData) -> Iterator[tuple[str, Augmentation, str]]:
     """(what is measured, the augmentation, the views) of every recipe, of methods with views, and of every change."""
-    for recipe in RECIPES:
-        values = recipe_of("cifar100", *pair, "norm", {"recipe": recipe})
-        flags = {"augment": "policy", "mixup": "mixup", "cutmix": "cutmix"}
-        given = {field: values[flag][0] for flag, field in flags.items() if flag in values}
-        yield f"--recipe {recipe}", usual._replace(**given), "plain"
-    for method in ("sskd", "mlkd"):
-        yield f"--distill {method}", usual, DISTILLERS[method].views
-    for policy in ("randaugment", "trivialaugment", "autoaugment"):
-        yield f"--augment {policy}", usual._replace(policy=policy), "plain"
-    yield "--colour_jitter 0.4", usual._replace(colour_jitter=0.4), "plain"
-    yield "--random_erasing 0.5", usual._replace(random_erasing=0.5), "plain"
+    flags = [{"recipe": recipe} for recipe in RECIPES] + [{"distill": "sskd"}, {"distill": "mlkd"}]
+    flags += [{"augment": policy} for policy in POLICIES if policy not in ("standard", "none")]
+    flags += [{"colour_jitter": 0.4}, {"random_erasing": 0.5}]
+    for given in flags:
+        ((flag, value),) = given.items()
+        usual = {"distill": "norm", "model_s": pair[1], "dataset": "cifar100"}
+        config = resolve(usual | given, of_teacher={"model_t": pair[0], "path_t": ""})
+        yield f"--{flag} {value}", augmentation_of(config, data), DISTILLERS[config.distill].views
 
 
 def seconds(run: Callable[[], object], args: Namespace) -> float:
@@ -62,7 +60,7 @@ def measure(pair: tuple[str, str], data: ImageData, args: Namespace) -> Iterator
     """One record for each augmentation."""
     fast = choose(args.device)
     contender = Contender(pair, 8, data, args, "auto", fast)
-    known = list(cases(pair, data.augmentation))
+    known = list(cases(pair, data))
     loaders = {
         name: Loader(data.train, data, args.batch_size, args.device, augmentation, views=views)
         for name, augmentation, views in known

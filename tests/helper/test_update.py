@@ -17,8 +17,8 @@ GIVEN = {"distill": "ce", "model_s": "resnet8", "batch_size": BATCH, "epochs": 3
 
 
 def trained(name, mode, **settings):
-    """Three epochs of every stage, whose last batch is shorter -> the means of each epoch, by how much everything that
-    a step changes has moved, and where the sums of the epochs are."""
+    """Three epochs of every stage, whose last batch is shorter -> the means of each epoch, how far everything that a
+    step changes has moved, and where the sums of the epochs are."""
     torch.manual_seed(0)
     network, student = pair_networks("resnet14", "resnet8", CLASSES)
     method, teacher = build(name, with_statistics(network), student), Shown(FrozenTeacher(network))
@@ -40,14 +40,15 @@ def trained(name, mode, **settings):
     return means, moved | {key: value - start[key] for key, value in method.state_dict().items()}, places
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Guards may run slower:RuntimeWarning")  # of Python 3.13.0
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, while it traces
 @pytest.mark.parametrize(
     ("name", "settings"),
     [
-        ("kd", {}),
+        ("kd", {"optimizer": "adamw", "clip_grad": 1.0}),
         ("semckd", {"nesterov": True, "decay_norms": False}),  # a shorter batch has other terms
-        ("factor", {"optimizer": "adamw", "clip_grad": 1.0}),  # a stage without a student
+        ("factor", {}),  # a stage without a student
     ],
 )
 def test_an_update_is_one_graph_for_each_stage(monkeypatch, graphs, name, settings):
@@ -68,7 +69,7 @@ def test_an_update_is_one_graph_for_each_stage(monkeypatch, graphs, name, settin
     for epoch, same in zip(found, expected, strict=True):
         assert epoch == pytest.approx(same, rel=1e-3)
     for key, moved in plain.items():  # adamw enlarges what rounding does to the smallest gradients
-        assert (moved - captured[key]).double().norm() <= 0.02 * moved.double().norm() + 1e-6, key
+        assert (moved - captured[key]).double().norm() <= 0.1 * moved.double().norm() + 1e-6, key
 
 
 @pytest.mark.parametrize("settings", [{"optimizer": "lamb"}, {"max_bad_steps": 1}])

@@ -240,6 +240,7 @@ def test_json_on_standard_output_is_alone_there(distil, capsys):
     (about,) = evaluate.main([str(run), "--json", "-"])
     printed = capsys.readouterr()
     assert json.loads(printed.out) == about and "balanced accuracy" in printed.err
+    assert re.search(r"per class +\d: \d", printed.err) and re.search(r"most confused +\d as \d \(\d", printed.err)
 
 
 def test_another_split_of_the_runs_own_folder_is_said(tmp_path):
