@@ -14,9 +14,12 @@ from setting import file_to_write, folder_to_write
 from tests.conftest import ROOT
 
 SCRIPTS = ("compare", "evaluate", "export_student", "fetch", "predict", "report", "reproduce")
-OTHERS = ("benchmark", "draw_norm", "enlarge_images", "list_methods", "list_networks")
-MEASURED = ("augmentation", "estimate_imagenet", "input", "losses", "memory", "methods")
-BENCHMARKS = tuple(f"benchmarks.{name}" for name in MEASURED)
+#: Every script of Python with flags.
+ALL = sorted(
+    ".".join(path.relative_to(ROOT / "scripts").with_suffix("").parts)
+    for path in (ROOT / "scripts").rglob("*.py")
+    if {"def main(argv=None)", "__doc__"} <= set(re.findall(r"def main\(argv=None\)|__doc__", path.read_text()))
+)
 
 
 @pytest.fixture
