@@ -25,7 +25,7 @@ MAGNITUDES, AUTOAUGMENT_MAGNITUDES = 31, 10
 ERASED, ERASED_RATIO, ERASING_TRIES = (0.02, 0.33), (0.3, 3.3), 10
 #: Numbers that all of an image's draws take at most: a policy's, the jitter's, the erasing's.
 NUMBERS = 8 + 6 + 2 * ERASING_TRIES + 3
-#: Images of at most this many pixels are changed together; for larger ones calls cost nothing, and grey levels of
+#: Images of at most this many pixels are changed together. For larger ones calls cost nothing, and grey levels of
 #: images above 2^16 pixels have no exact sum in single precision.
 TOGETHER = 128**2
 #: Number of tables that are held, of what an operation does to each value and of where it takes each pixel from.
