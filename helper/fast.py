@@ -194,7 +194,7 @@ class Fast(NamedTuple):
 
     def captured(self, update: Callable) -> Callable:
         """What follows the passes of a step and changes weights, as this run computes it: without numbers on the host,
-        a CUDA graph can hold it behind theirs. Of a compiler alone it gains nothing, so it is else itself."""
+        a CUDA graph can hold it behind theirs. Without such graphs it is itself, with torch's fused kernels."""
         if self.compile != "reduce-overhead":
             return update
         return torch.compile(update, fullgraph=True, dynamic=False, mode=self.compile)

@@ -73,13 +73,14 @@ def test_a_step_leaves_nothing_on_the_cpu_and_reads_nothing(name, data, no_backw
     network, student = pair_networks("resnet20", "resnet8", CLASSES)
     method, teacher = build(name, network, student), FrozenTeacher(network)
     no_backward(method)
-    stages, gpu = method.stages(240), FakeGpu()
-    gpu.move(method)
-    gpu.move(teacher)
+    stages, gpu, average = method.stages(240), FakeGpu(), Average(method, 0.9)
+    for module in (method, teacher, average.module):
+        gpu.move(module)
     images = Images(*(gpu.place(each, torch.device("cpu")) for each in data.train))
     with gpu:
         for stage in stages:
-            training = Training(stage, method, data._replace(train=images), CLIPPED, CUDA, average=Average(method, 0.9))
+            config = CONFIG if stage.holdout else CLIPPED  # a search looks ahead of a step, without clipping
+            training = Training(stage, method, data._replace(train=images), config, CUDA, average=average)
             run = StageRun(training, Progress(stage.epochs // 2, stage.epochs), 0, 2)
             run.begin_epoch()
             for number, batch in enumerate(itertools.islice(training.loader.batches(0), 2), 1):
