@@ -174,6 +174,7 @@ assert new_pages < 0.1 * 2**27 / resource.getpagesize(), new_pages
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Guards may run slower:RuntimeWarning")  # of Python 3.13.0
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, while it traces
 @pytest.mark.parametrize(("mode", "number"), [("default", 2), ("reduce-overhead", 3)])
 def test_a_compiled_run_is_the_same_and_compiles_each_part_once(distil, graphs, mode, number):
     flags = ("--batch_size", "12", "--epochs", "3")  # the last batch is shorter, NORM's weight changes with the epoch
