@@ -106,7 +106,7 @@ def test_what_does_not_fit_is_refused(pair, save_dir):
 
     assert "--path_t names one teacher" in refused(pair[:1], "--teacher_weights", "1,1")
     assert "--teacher_weights: 2 networks need 2 weights" in refused(pair, "--teacher_weights", "1,1,1")
-    assert "it names 1 networks, --path_t 2" in refused(pair, "--model_t", "resnet14")
+    assert "it names 1 network, --path_t 2" in refused(pair, "--model_t", "resnet14")
     assert "3 sizes for 2 teachers" in refused(pair, "--teacher_image_size", "32,48,64")
     assert "must be a weight for each teacher" in refused(pair, "--teacher_weights", "0,0")
     assert not save_dir.exists() or not list(save_dir.iterdir())

@@ -177,7 +177,7 @@ def test_patience_waits_for_a_lower_matching_loss(learn, images, monkeypatch):
     monkeypatch.setattr(run_module, "matching_loss", lambda *_: next(losses))
     flags = ("--epochs", "4", "--patience", "1", "--data_probe", str(images / "probe"))
     run = learn("--holdout", "8", *flags, distill="kd")
-    assert "stopped early: no better holdout matching loss in 1 epochs" in (run / "log.txt").read_text()
+    assert "stopped early: no better holdout matching loss in 1 epoch" in (run / "log.txt").read_text()
     probe = [value for one in metrics(run) for name, value in one.items() if name in ("probe_accuracy", "knn_accuracy")]
     assert len(metrics(run)) == 2 and len(probe) == 4 and all(0 <= value <= 100 for value in probe)
 
