@@ -20,7 +20,7 @@ PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": t
 #: Whether torch.compile is used, and in which mode: reduce-overhead replays CUDA graphs, auto is the default mode in
 #: runs of LONG_RUN steps or more, and goes without where the compiler fails.
 COMPILE = ("off", "auto", "default", "reduce-overhead")
-#: Steps of training that take much longer than the compiler: it takes one to three minutes, seconds the next time.
+#: Steps of training that take much longer than the compiler: it takes one to three minutes, less the next time.
 LONG_RUN = 5000
 #: Parameters of glibc's allocator, as mallopt(3) numbers them.
 _TRIM_THRESHOLD, _MMAP_MAX = -1, -4

@@ -20,7 +20,6 @@ import shlex
 import statistics
 import subprocess
 import sys
-import time
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -54,6 +53,7 @@ from scripts.benchmarks.parts import (
     plain_batches,
     recipe_method,
     report,
+    seconds_of,
     wait_for,
 )
 from scripts.benchmarks.plain_losses import PlainTransform
@@ -115,12 +115,12 @@ class Contender:
 
     def seconds(self, batches: Iterator[Batch], steps: int) -> float:
         """Time of `steps` steps, waiting for their batches included."""
-        wait_for(self.device)
-        start = time.perf_counter()
-        for batch in itertools.islice(batches, steps):
-            self.step(batch)
-        wait_for(self.device)
-        return time.perf_counter() - start
+
+        def run() -> None:
+            for batch in itertools.islice(batches, steps):
+                self.step(batch)
+
+        return seconds_of(run, self.device)
 
 
 def _endless(loader: Loader) -> Iterator[Batch]:
@@ -220,12 +220,7 @@ def measure_trials(pair: tuple[str, str], n: int, data: ImageData, args: Namespa
         way()
     for _ in range(args.rounds):
         for way, measured in times.items():
-            wait_for(args.device)
-            start = time.perf_counter()
-            for _ in range(args.steps):
-                way()
-            wait_for(args.device)
-            measured.append((time.perf_counter() - start) / args.steps)
+            measured.append(seconds_of(lambda way=way: [way() for _ in range(args.steps)], args.device) / args.steps)
     seconds = {way: statistics.median(measured) for way, measured in times.items()}
     return {
         "trials": args.trials,
@@ -248,12 +243,7 @@ def _bytes_of_a_step(contender: Contender, batch: Batch) -> int:
 def loader_rate(data: ImageData, args: Namespace) -> float:
     """Images per second of the fast path's input alone, over one epoch."""
     loader = Loader(data.train, data, args.batch_size, args.device, data.augmentation)
-    wait_for(args.device)
-    start = time.perf_counter()
-    for _ in loader.batches(1):
-        pass
-    wait_for(args.device)
-    return len(data.train.targets) / (time.perf_counter() - start)
+    return len(data.train.targets) / seconds_of(lambda: all(True for _ in loader.batches(1)), args.device)
 
 
 def profile(pair: tuple[str, str], n: int, data: ImageData, args: Namespace) -> None:

@@ -9,9 +9,8 @@ medians are compared. Batches are made before a step, not during it.
 import itertools
 import statistics
 import sys
-import time
 from argparse import Namespace
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
@@ -25,7 +24,7 @@ from helper.fast import keep_freed_memory
 from helper.loops import augmentation_of
 from helper.recipes import RECIPES
 from scripts.benchmark import Contender, choose
-from scripts.benchmarks.parts import machine_name, report, wait_for
+from scripts.benchmarks.parts import machine_name, report, seconds_of
 from setting import count, file_to_write
 
 
@@ -39,15 +38,6 @@ def cases(pair: tuple[str, str], data: ImageData) -> Iterator[tuple[str, Augment
         usual = {"distill": "norm", "model_s": pair[1], "dataset": "cifar100"}
         config = resolve(usual | given, of_teacher={"model_t": pair[0], "path_t": ""})
         yield f"--{flag} {value}", augmentation_of(config, data), DISTILLERS[config.distill].views
-
-
-def seconds(run: Callable[[], object], args: Namespace) -> float:
-    """How long it takes, with all that the device was given."""
-    wait_for(args.device)
-    start = time.perf_counter()
-    run()
-    wait_for(args.device)
-    return time.perf_counter() - start
 
 
 def whole(batch: Batch) -> Batch:
@@ -72,9 +62,9 @@ def measure(pair: tuple[str, str], data: ImageData, args: Namespace) -> Iterator
     for number in range(args.rounds + 1):  # the first is for threads, caches and tables
         for name, loader in loaders.items():
             made = itertools.islice(loader.batches(number), args.batches)
-            batches[name].append(seconds(lambda made=made: [None for _ in made], args) / args.batches)
+            batches[name].append(seconds_of(lambda made=made: [None for _ in made], args.device) / args.batches)
         for size, batch in of_size.items():
-            steps[size].append(seconds(lambda batch=batch: contender.step(batch), args))
+            steps[size].append(seconds_of(lambda batch=batch: contender.step(batch), args.device))
     for name, batch in held.items():
         taken, step = (statistics.median(times[1:]) for times in (batches[name], steps[len(batch.images)]))
         yield {

@@ -11,7 +11,6 @@ import itertools
 import statistics
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -33,7 +32,7 @@ from helper.optim import Guard, parameters_of
 from helper.teacher import FrozenTeacher
 from models import build_model
 from models.backbone import Output
-from scripts.benchmarks.parts import recipe_method, report, wait_for
+from scripts.benchmarks.parts import recipe_method, report, seconds_of
 from setting import count, file_to_write
 
 IMAGES, CLASSES, SIZE = 50_000, 100, 32
@@ -83,11 +82,7 @@ class Stepper:
 
     def seconds(self) -> float:
         """Time of one step."""
-        wait_for(self.batch.images.device)
-        start = time.perf_counter()
-        self.step()
-        wait_for(self.batch.images.device)
-        return time.perf_counter() - start
+        return seconds_of(self.step, self.batch.images.device)
 
 
 def read_from_disk(stepper: Stepper, folder: str) -> Callable[..., Output] | None:

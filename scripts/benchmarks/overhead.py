@@ -7,10 +7,8 @@ All in the fast path. The student's own step is one with labels alone: cross ent
 alternate, so that what else the machine does falls on all of them.
 """
 
-import itertools
 import statistics
 import sys
-import time
 from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
@@ -25,7 +23,7 @@ from errors import run_script
 from helper.loops import forward_backward, set_modes
 from models import build_model
 from scripts.benchmark import PROGRESS, Contender, choose
-from scripts.benchmarks.parts import describe_step, pair_parser, report, wait_for
+from scripts.benchmarks.parts import describe_step, pair_parser, report, seconds_of
 from setting import count
 
 
@@ -59,12 +57,9 @@ def measure(pair: tuple[str, str], data: ImageData, args: Namespace) -> dict:
     times: dict[str, list[float]] = {name: [] for name in ways}
     for number in range(args.rounds + 1):  # the first is for threads, caches and a compiler
         for name, run in ways.items():
-            wait_for(args.device)
-            start = time.perf_counter()
-            for _ in itertools.repeat(None, args.steps if number else 1):
-                run(batch)
-            wait_for(args.device)
-            times[name] += [(time.perf_counter() - start) / args.steps] if number else []
+            steps = args.steps if number else 1
+            taken = seconds_of(lambda run=run, steps=steps: [run(batch) for _ in range(steps)], args.device)
+            times[name] += [taken / steps] if number else []
     found = {name: statistics.median(each) for name, each in times.items()}
     ratio = found["step_s"] / (found["teacher_s"] + found["student_s"])
     return describe_step(pair, args.n, data, args) | {"ratio": ratio} | found

@@ -104,6 +104,15 @@ def wait_for(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
+def seconds_of(run: Callable[[], object], device: torch.device) -> float:
+    """How long it takes, with all that the device was given."""
+    wait_for(device)
+    start = time.perf_counter()
+    run()
+    wait_for(device)
+    return time.perf_counter() - start
+
+
 def peak_memory(step: Callable[[], None], device: torch.device) -> int:
     """Bytes that a step holds at most beyond what was held before it."""
     if device.type == "cuda":
@@ -171,14 +180,7 @@ def count_bytes(networks: list[nn.Module], run: Callable[[], None]) -> int:
 
 
 def _best_seconds(run: Callable[[], object], device: torch.device, repetitions: int = 5) -> float:
-    seconds = []
-    for _ in range(repetitions):
-        wait_for(device)
-        start = time.perf_counter()
-        run()
-        wait_for(device)
-        seconds.append(time.perf_counter() - start)
-    return min(seconds)
+    return min(seconds_of(run, device) for _ in range(repetitions))
 
 
 def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
