@@ -18,7 +18,8 @@ from dataset.decoding import (
     BrokenImage,
     Centre,
     RandomCrops,
-    draw_crop,
+    crop_of,
+    draw_tries,
     endings,
     read_views,
 )
@@ -37,8 +38,10 @@ WHOLE = Centre(32)
 
 
 def shown(content: bytes, crop=WHOLE, sample: int = 0) -> numpy.ndarray:
-    (pixels,) = read_views(lambda: content, crop, sample)
-    return pixels
+    """What is shown of an image: bytes (size, size, 3), as Pillow has them."""
+    (part,) = crop.of([sample])
+    (pixels,) = read_views(lambda: content, part)
+    return pixels.transpose(1, 2, 0)
 
 
 def photograph(width: int, height: int, texture: float = 10) -> Image.Image:
@@ -57,16 +60,17 @@ def test_random_crops_are_torchvisions():
     for seed, (width, height) in enumerate(sizes):
         torch.manual_seed(seed)
         top, left, down, across = RandomResizedCrop.get_params(torch.empty(3, height, width), [0.08, 1.0], list(RATIO))
-        assert draw_crop(width, height, (0.08, 1.0), seed) == (left, top, left + across, top + down), (width, height)
+        (tries,) = draw_tries((0.08, 1.0), [seed])
+        assert crop_of(width, height, tries) == (left, top, left + across, top + down), (width, height)
 
 
 def test_a_random_crop_is_cut_out_before_it_is_resized():
     image, crop = photograph(90, 70), RandomCrops(32, 3, 5, 2, (0.08, 1.0))
-    views = read_views(lambda: encoded(image), crop, sample=7)
-    for view, pixels in enumerate(views):
-        box = draw_crop(90, 70, (0.08, 1.0), epoch_seed(3, 5, 7, view, stream="crops"))
-        expected = image.crop(box).resize((32, 32), Image.BILINEAR)
-        assert numpy.array_equal(pixels, numpy.asarray(expected))
+    _, part, _ = crop.of([4, 7, 4])
+    for view, pixels in enumerate(read_views(lambda: encoded(image), part)):
+        (tries,) = draw_tries((0.08, 1.0), [epoch_seed(3, 5, 7, view, stream="crops")])
+        expected = image.crop(crop_of(90, 70, tries)).resize((32, 32), Image.BILINEAR)
+        assert numpy.array_equal(pixels.transpose(1, 2, 0), numpy.asarray(expected))
 
 
 @pytest.mark.parametrize(("width", "height"), [(50, 40), (41, 77), (64, 64), (33, 100), (45, 40), (256, 256)])
