@@ -78,7 +78,7 @@ class Place(NamedTuple):
     def read(self) -> bytes:
         """The encoded image; raises `BrokenImage`."""
         try:
-            with open(self.path, "rb") as file:
+            with open(self.path, "rb", buffering=0) as file:
                 if self.size is None and os.fstat(file.fileno()).st_size > MAX_BYTES:
                     raise BrokenImage(f"the file is larger than {MAX_BYTES // 2**20} MiB")
                 if self.offset:
@@ -194,15 +194,13 @@ def crop_of(width: int, height: int, tries: Sequence[Try]) -> Box:
 def read_views(read: Callable[[], bytes], part: ShownPart) -> list[numpy.ndarray]:
     """What is shown of an image whose bytes `read()` gives: bytes (3, size, size), read-only, for each view.
 
-    Raises `BrokenImage`.
+    Pillow may warn of odd metadata. Raises `BrokenImage`.
     """
     content = read()
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow's on odd metadata
-            with Image.open(io.BytesIO(content), formats=formats()) as image:
-                _check_size(image)
-                return _views(image, part)
+        with Image.open(io.BytesIO(content), formats=formats()) as image:
+            _check_size(image)
+            return _views(image, part)
     except BrokenImage:
         raise
     except UnidentifiedImageError:

@@ -3,6 +3,7 @@
 import glob
 import os
 import sys
+import warnings
 from collections.abc import Iterable, Iterator
 
 import torch
@@ -27,7 +28,8 @@ def read_normalised(path: str | os.PathLike, record: dict, flag: str = "IMAGE") 
     size = record.get("source_size") or record["image_size"]
     crop = Centre(size - 2 * max(margin, 0), max(-margin, 0), background)
     try:
-        (pixels,) = read_views(Place(os.fsencode(path)).read, crop)
+        with warnings.catch_warnings(action="ignore"):  # Pillow's on odd metadata
+            (pixels,) = read_views(Place(os.fsencode(path)).read, crop)
     except BrokenImage as error:
         raise UserError(f"{flag}: {path} cannot be read as an image ({error}); repair or remove it") from None
     image = torch.nn.functional.pad(torch.tensor(pixels), [max(margin, 0)] * 4)

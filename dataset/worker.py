@@ -5,6 +5,7 @@ import os
 import queue
 import threading
 import traceback
+import warnings
 from collections.abc import Sequence
 from multiprocessing.connection import Connection
 from typing import Protocol
@@ -29,12 +30,13 @@ def fill(
     What is random of an image depends on its key, one for each place.
     """
     broken = {}
-    for row, (place, key, part) in enumerate(zip(places, keys, crop.of(keys), strict=True)):
-        try:
-            for view, pixels in enumerate(read_views(place.read, part)):
-                rows[view, row] = pixels if changes is None else changes.of_array(pixels, key)
-        except BrokenImage as error:
-            broken[row] = str(error)
+    with warnings.catch_warnings(action="ignore"):  # Pillow's on odd metadata
+        for row, (place, key, part) in enumerate(zip(places, keys, crop.of(keys), strict=True)):
+            try:
+                for view, pixels in enumerate(read_views(place.read, part)):
+                    rows[view, row] = pixels if changes is None else changes.of_array(pixels, key)
+            except BrokenImage as error:
+                broken[row] = str(error)
     return broken
 
 

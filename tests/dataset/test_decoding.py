@@ -1,6 +1,7 @@
 """An encoded image becomes a square: what is shown of it, of which kinds of files, and what is refused."""
 
 import io
+import os
 import struct
 import subprocess
 import zlib
@@ -17,12 +18,14 @@ from dataset.decoding import (
     RATIO,
     BrokenImage,
     Centre,
+    Place,
     RandomCrops,
     crop_of,
     draw_tries,
     endings,
     read_views,
 )
+from dataset.worker import fill
 from errors import UserError
 from tests.dataset.image_folders import write_images
 from tests.dataset.test_streaming import CPU
@@ -52,6 +55,18 @@ def photograph(width: int, height: int, texture: float = 10) -> Image.Image:
     )
     noisy = numpy.asarray(rough) + random.normal(0, texture, (height, width, 1))
     return Image.fromarray(noisy.clip(0, 255).astype(numpy.uint8))
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_warning_of_odd_metadata_leaves_an_image_whole(tmp_path):
+    odd = b"Exif\0\0II*\0\x08\0\0\0\x05\0"
+    (path := tmp_path / "odd.jpg").write_bytes(encoded(photograph(40, 40), "JPEG", exif=odd))
+    with pytest.warns(UserWarning, match="EXIF"), Image.open(path) as image:
+        image.getexif()
+    rows = numpy.zeros((1, 1, 3, 32, 32), numpy.uint8)
+    assert fill(rows, [Place(os.fsencode(path))], [0], WHOLE) == {} and rows.any()
+    record = {"image_size": 32, "mean": (0.5,) * 3, "std": (0.5,) * 3}
+    assert read_normalised(path, record).shape == (3, 32, 32)
 
 
 @pytest.mark.slow
