@@ -175,7 +175,8 @@ class StreamedImages:
         changes: Change | None = None,
     ) -> Iterator[tuple[Tensor, Tensor, dict[int, str]]]:
         """(indices (B,), bytes (views, B, 3, H, W), why each broken row could not be read) of every batch."""
-        crop = crops or self._centre
+        # Crops know no images: what is under transparency is said by those that are read.
+        crop = self._centre if crops is None else crops._replace(background=self.reading.background)
         pairs = zip(parts, keys, strict=True)
         requests = ((part, [self._place(sample) for sample in part.tolist()], key.tolist()) for part, key in pairs)
         if self.reading.pool is None or not self.reading.num_workers:
