@@ -45,7 +45,7 @@ from helper.loops import (
 from helper.metrics import best_epoch, best_without_labels, probe, summarise_without_labels
 from helper.networks import Network, classes_taught, start_from
 from helper.optim import Average, Guard, parameters_of, restore_optimizer
-from helper.run_folder import BEST, CONFIG, LAST, RESULT, FolderElsewhere, RunFolder
+from helper.run_folder import BEST, CONFIG, FIDELITY, LAST, RESULT, FolderElsewhere, RunFolder
 from helper.teacher import Teacher, check_apart
 from models import build_model
 from models.backbone import Backbone, probe_shapes
@@ -154,6 +154,9 @@ def _record_changes(run: "Run") -> None:
     changed = {name: value for name, value in now.items() if name not in stored or stored[name] != value}
     if not run.is_over:
         folder.remove(RESULT)  # of a shorter run: it is not finished any more
+        if (folder.path / FIDELITY).exists():
+            folder.remove(FIDELITY)
+            folder.log(f"{FIDELITY} is removed: it was measured before this training")
     for name, value in sorted(changed.items()):
         folder.log(f"  {name:<18} {value!s:<24} (was {stored.get(name, 'unknown')})")
     if changed:

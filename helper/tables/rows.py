@@ -19,7 +19,7 @@ from helper import command_line
 from helper.configuration import read_stored, row_key, run_key
 from helper.log import describe_protocol
 from helper.recipes import recipe_of
-from helper.run_folder import CONFIG, EPOCHS, RESULT
+from helper.run_folder import CONFIG, EPOCHS, FIDELITY, RESULT
 from helper.settings import FOUND, INITIAL, SPEED, TRAINING, settings_of
 from helper.tables.published import PUBLISHED, Published, judge
 from setting import FILLED_IN, Setting, as_text
@@ -28,9 +28,7 @@ from setting import FILLED_IN, Setting, as_text
 ACCURACIES = {"accuracy_last": "last", "accuracy_best": "best", "accuracy_mean_last_five": "mean of last five"}
 #: Of an epoch: the accuracy on the training images that were held out (`--holdout`), by which settings are chosen.
 HELD_OUT = "holdout_accuracy"
-#: What `scripts/evaluate.py --teacher T --json` measures of a student and its teacher; kept next to `result.json`.
-FIDELITY = "fidelity.json"
-#: Its entries that tables show: title, greatest value, decimals.
+#: Entries of `fidelity.json` that tables show: title, greatest value, decimals.
 FIDELITIES = {
     "agreement": ("agreement (%)", 100.0, 2),
     "kl": ("KL", 2.0**53, 3),
