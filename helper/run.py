@@ -91,6 +91,8 @@ def _with_found(
 ) -> Configuration:
     """The run with what was found out of its data, its teacher and its class weights."""
     found = {"data_digest": inputs.identity["digest"], "mean": inputs.data.mean, "std": inputs.data.std}
+    if config.get("data_digest") and not config.accepts_changes:  # `check_found` refuses other data
+        found["data_digest"] = config.data_digest
     config = config.replace("the data", **found)
     if weights is not None:
         config = config.replace("the class weights", weights_digest=weights_digest({"weights": weights}))
