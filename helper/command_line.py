@@ -394,6 +394,7 @@ def resolve(
     )
     merged = {name: pair for layer in layers for name, pair in layer.items()}
     _scale_epochs(merged, known, {*given, *stored}, recipe)
+    _leave_without_effect(merged, known, {*given, *stored})
     _derive(merged, known)
     if merged["labels"][0] == "none":
         _without_labels(merged)
@@ -505,6 +506,16 @@ def _scale_epochs(merged: dict, known: Mapping[str, Setting], chosen: set[str], 
         scaled = scaled if isinstance(value, tuple) else scaled[0]
         if scaled != value:
             merged[name] = (scaled, f"{source}, scaled")
+
+
+def _leave_without_effect(merged: dict, known: Mapping[str, Setting], chosen: set[str]) -> None:
+    """Give settings that a recipe has for another choice their defaults: SGD's with --optimizer adamw, say."""
+    for name, setting in known.items():
+        if setting.works_with is None or setting.default is FILLED_IN or name in chosen:
+            continue
+        other, value = setting.works_with
+        if merged[other][0] != value and merged[name][0] != setting.default:
+            merged[name] = (setting.default, f"its value is for --{other} {value}")
 
 
 def _derive(merged: dict, known: Mapping[str, Setting]) -> None:
