@@ -149,6 +149,8 @@ def imagenet(folder: str | None, image_size: int, reading: Reading) -> ImageData
     cut, split = round(image_size / TEST_CUT), 0
     shards = [] if not reading.labelled or _has_classes(folder) else find_shards(folder)
     if shards:
+        if reading.split:
+            raise UserError(f"--split: {printable(folder)} has shards of test images already; leave --split out")
         (train, test), classes = _sharded(shards, image_size, cut, reading)
     else:
         train, test, classes, split = _from_folder(folder, image_size, cut, reading)

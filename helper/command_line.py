@@ -411,12 +411,13 @@ def _refuse_without_effect(given: Mapping[str, Any], values: Mapping[str, Any]) 
     """Raise `UserError` for a given setting that has no effect with what others are."""
     refuse_without_effect(find_distiller(values["distill"]), values, given)
     for setting in settings.SETTINGS:
-        if setting.works_with is not None and given.get(setting.argument):
-            other, value = setting.works_with
-            if values[other] != value:
+        value = given.get(setting.argument)
+        if setting.works_with is not None and value and value != setting.default:
+            other, known = setting.works_with
+            if values[other] not in known:
                 raise UserError(
                     f"--{setting.argument}: has no effect with --{other} {values[other]}; leave it out, or take "
-                    f"--{other} {value}"
+                    f"--{other} {' or '.join(known)}"
                 )
 
 
@@ -513,9 +514,9 @@ def _leave_without_effect(merged: dict, known: Mapping[str, Setting], chosen: se
     for name, setting in known.items():
         if setting.works_with is None or setting.default is FILLED_IN or name in chosen:
             continue
-        other, value = setting.works_with
-        if merged[other][0] != value and merged[name][0] != setting.default:
-            merged[name] = (setting.default, f"its value is for --{other} {value}")
+        other, values = setting.works_with
+        if merged[other][0] not in values and merged[name][0] != setting.default:
+            merged[name] = (setting.default, f"its value is for --{other} {' or '.join(values)}")
 
 
 def _derive(merged: dict, known: Mapping[str, Setting]) -> None:
