@@ -20,7 +20,7 @@ from helper.configuration import read_stored, row_key, run_key
 from helper.log import describe_protocol
 from helper.recipes import recipe_of
 from helper.run_folder import CONFIG, EPOCHS, FIDELITY, RESULT
-from helper.settings import FOUND, INITIAL, SPEED, TRAINING, settings_of
+from helper.settings import AUGMENTATION, DATA, FOUND, INITIAL, SPEED, TRAINING, settings_of
 from helper.tables.published import PUBLISHED, Published, judge
 from setting import FILLED_IN, Setting, as_text
 
@@ -432,12 +432,14 @@ def flags_of(record: Record) -> list[str]:
     unusual = [
         one
         for one in known.values()
-        if one.group in (TRAINING, SPEED, INITIAL) and one.tells_apart == "row" and one not in always
+        if one.group in (DATA, TRAINING, AUGMENTATION, SPEED, INITIAL) and one.tells_apart == "row" and one not in always
+        if not (one.group == DATA and one.is_path)  # columns name the data
         if config.get(one.argument) not in (None, usual.get(one.argument))
     ]
     flags = [flag for flag in method.flags if _has_effect(method, config, flag)]
     networks = f"--model_t {config['model_t']} " if config["model_t"] else ""
-    shown = [one.written(config[one.argument]) for one in (*flags, *always, *unusual) if one.argument in record.stored]
+    shown = [one.written(config[one.argument]) for one in (*flags, *always) if one.argument in record.stored]
+    shown += [_written(one, config[one.argument]) for one in unusual if one.argument in record.stored]
     return [f"--distill {config['distill']} {networks}--model_s {config['model_s']}", *filter(None, shown)]
 
 
