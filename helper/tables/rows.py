@@ -429,10 +429,11 @@ def flags_of(record: Record) -> list[str]:
     given = {name: config[name] for name in ("distill", "model_s")} | {"dataset": config["dataset"]}
     usual = command_line.resolve(given | {"epochs": config["epochs"]}, of_teacher=of_teacher)
     always = [known["epochs"], known["batch_size"], known["learning_rate"]]
+    groups = (DATA, TRAINING, AUGMENTATION, SPEED, INITIAL)
     unusual = [
         one
         for one in known.values()
-        if one.group in (DATA, TRAINING, AUGMENTATION, SPEED, INITIAL) and one.tells_apart == "row" and one not in always
+        if one.group in groups and one.tells_apart == "row" and one not in always
         if not (one.group == DATA and one.is_path)  # columns name the data
         if config.get(one.argument) not in (None, usual.get(one.argument))
     ]
