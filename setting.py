@@ -206,7 +206,8 @@ class Setting(NamedTuple):
     is_path: bool = False  # stored absolute: a run may be resumed from another folder
     decides_outputs: bool = False  # of the teacher for the images of an epoch: a cache of them is checked by it
     needs_labels: bool = False  # another value than the default has no effect, or no meaning, without labels
-    works_with: tuple[str, str] | None = None  # (setting, value): given with another value it would have no effect
+    #: (setting, its values): given with another one it would have no effect.
+    works_with: tuple[str, tuple[str, ...]] | None = None
     called: tuple[str, ...] = ()  # what other toolboxes call it; suggested to who gives that
     instead_of: str = ""  # a digest: where it is known the setting of this name, a path, tells nothing apart
 

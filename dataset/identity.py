@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from dataset.images import ImageData, Images
 from dataset.streaming import StreamedImages
@@ -16,9 +16,13 @@ def data_digest(data: ImageData) -> str:
 
     Where the folder is does not matter. To be called before a part is held out or moved to a device.
     """
+    return _digest_of(data.classes, data.train, data.test)
+
+
+def _digest_of(classes: Sequence[str], *splits: Images | StreamedImages) -> str:
     digest = hashlib.blake2b(digest_size=16)
-    digest.update(json.dumps(data.classes).encode())
-    for split in (data.train, data.test):
+    digest.update(json.dumps(list(classes)).encode())
+    for split in splits:
         digest.update(split.targets.cpu().numpy().tobytes())
         if isinstance(split, Images):
             digest.update(split.pixels.cpu().contiguous().numpy())
@@ -35,7 +39,10 @@ def _add_files(digest, split: StreamedImages) -> None:
 
 
 def data_identity(data: ImageData) -> dict:
-    """What a run's record holds of its data: classes, numbers of images, digest, normalisation."""
+    """What a run's record holds of its data: classes, numbers of images, digest, normalisation; of images that may be
+    held in memory or streamed, as there is room, also the digest of their files."""
+    files = (data.train_files, data.test_files)
+    of_files = {} if None in files else {"files_digest": _digest_of(data.classes, *filter(None, files))}
     return {
         "classes": list(data.classes),
         "train_images": len(data.train.targets),
@@ -43,6 +50,7 @@ def data_identity(data: ImageData) -> dict:
         "digest": data_digest(data),
         "mean": list(data.mean),
         "std": list(data.std),
+        **of_files,
     }
 
 
@@ -56,6 +64,9 @@ def data_changes(recorded: Mapping, now: Mapping) -> list[str]:
     for name, title in (("train_images", "training images"), ("test_images", "test images")):
         if recorded.get(name, now[name]) != now[name]:
             changes.append(f"the number of its {title} ({recorded[name]} -> {now[name]})")
-    if not changes and recorded.get("digest", now["digest"]) != now["digest"]:
+    # Of images that were in memory and are streamed now, or were streamed, only the files can be compared.
+    was, is_now = (identity.get("digest") == identity.get("files_digest") for identity in (recorded, now))
+    compared = "files_digest" if was != is_now and {"files_digest"} <= recorded.keys() & now.keys() else "digest"
+    if not changes and recorded.get(compared, now[compared]) != now[compared]:
         changes.append("its images (other names, sizes or pixels)")
     return changes

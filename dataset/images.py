@@ -127,6 +127,7 @@ class ImageData(NamedTuple):
     split: int = 0  # number of training images that became the test split, where the folder had none
     unreadable: Mapping[str, str] = MappingProxyType({})  # why, by name, of test images that were left out of memory
     labelled: bool = True  # else every target is 0, and there are no test images
+    train_files: StreamedImages | None = None  # the files of the training images, where they may be held in memory
     test_files: StreamedImages | None = None  # the files of the test images, where they are image files
     resized: int | None = None  # pixels on a side that batches are resized to; None: as they are held
 

@@ -131,7 +131,7 @@ def image_folder(folder: str | None, image_size: int, reading: Reading) -> Image
         )
     train, test, classes, split = _from_folder(folder, image_size, 0, reading)
     unreadable: dict[str, str] = {}
-    files = test
+    files = {"train_files": train, "test_files": test}
     if _is_streamed(folder, image_size, len(train.targets) + len(test.targets), reading):
         mean, std = reading.normalisation or channel_statistics(_sample(train))
     else:
@@ -139,7 +139,7 @@ def image_folder(folder: str | None, image_size: int, reading: Reading) -> Image
         test, unreadable = _in_memory(test, classes)
         mean, std = reading.normalisation or channel_statistics(train.pixels)
     data = ImageData("folder", train, test, classes, mean, std, Augmentation())
-    return data._replace(background=reading.background, split=split, unreadable=unreadable, test_files=files)
+    return data._replace(background=reading.background, split=split, unreadable=unreadable, **files)
 
 
 def imagenet(folder: str | None, image_size: int, reading: Reading) -> ImageData:
@@ -149,6 +149,8 @@ def imagenet(folder: str | None, image_size: int, reading: Reading) -> ImageData
     cut, split = round(image_size / TEST_CUT), 0
     shards = [] if not reading.labelled or _has_classes(folder) else find_shards(folder)
     if shards:
+        if reading.split:
+            raise UserError(f"--split: {printable(folder)} has shards of test images already; leave --split out")
         (train, test), classes = _sharded(shards, image_size, cut, reading)
     else:
         train, test, classes, split = _from_folder(folder, image_size, cut, reading)

@@ -175,7 +175,8 @@ class StreamedImages:
         changes: Change | None = None,
     ) -> Iterator[tuple[Tensor, Tensor, dict[int, str]]]:
         """(indices (B,), bytes (views, B, 3, H, W), why each broken row could not be read) of every batch."""
-        crop = crops or self._centre
+        # Crops know no images: what is under transparency is said by those that are read.
+        crop = self._centre if crops is None else crops._replace(background=self.reading.background)
         pairs = zip(parts, keys, strict=True)
         place_of, numbers = self.source.place_of, self._numbers
         requests = (

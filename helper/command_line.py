@@ -394,6 +394,7 @@ def resolve(
     )
     merged = {name: pair for layer in layers for name, pair in layer.items()}
     _scale_epochs(merged, known, {*given, *stored}, recipe)
+    _leave_without_effect(merged, known, {*given, *stored})
     _derive(merged, known)
     if merged["labels"][0] == "none":
         _without_labels(merged)
@@ -410,12 +411,13 @@ def _refuse_without_effect(given: Mapping[str, Any], values: Mapping[str, Any]) 
     """Raise `UserError` for a given setting that has no effect with what others are."""
     refuse_without_effect(find_distiller(values["distill"]), values, given)
     for setting in settings.SETTINGS:
-        if setting.works_with is not None and given.get(setting.argument):
-            other, value = setting.works_with
-            if values[other] != value:
+        value = given.get(setting.argument)
+        if setting.works_with is not None and value and value != setting.default:
+            other, known = setting.works_with
+            if values[other] not in known:
                 raise UserError(
                     f"--{setting.argument}: has no effect with --{other} {values[other]}; leave it out, or take "
-                    f"--{other} {value}"
+                    f"--{other} {' or '.join(known)}"
                 )
 
 
@@ -505,6 +507,16 @@ def _scale_epochs(merged: dict, known: Mapping[str, Setting], chosen: set[str], 
         scaled = scaled if isinstance(value, tuple) else scaled[0]
         if scaled != value:
             merged[name] = (scaled, f"{source}, scaled")
+
+
+def _leave_without_effect(merged: dict, known: Mapping[str, Setting], chosen: set[str]) -> None:
+    """Give settings that a recipe has for another choice their defaults: SGD's with --optimizer adamw, say."""
+    for name, setting in known.items():
+        if setting.works_with is None or setting.default is FILLED_IN or name in chosen:
+            continue
+        other, values = setting.works_with
+        if merged[other][0] not in values and merged[name][0] != setting.default:
+            merged[name] = (setting.default, f"its value is for --{other} {' or '.join(values)}")
 
 
 def _derive(merged: dict, known: Mapping[str, Setting]) -> None:

@@ -45,7 +45,7 @@ from helper.loops import (
 from helper.metrics import best_epoch, best_without_labels, probe, summarise_without_labels
 from helper.networks import Network, classes_taught, start_from
 from helper.optim import Average, Guard, parameters_of, restore_optimizer
-from helper.run_folder import BEST, CONFIG, LAST, RESULT, FolderElsewhere, RunFolder
+from helper.run_folder import BEST, CONFIG, FIDELITY, LAST, RESULT, FolderElsewhere, RunFolder
 from helper.teacher import Teacher, check_apart
 from models import build_model
 from models.backbone import Backbone, probe_shapes
@@ -91,6 +91,8 @@ def _with_found(
 ) -> Configuration:
     """The run with what was found out of its data, its teacher and its class weights."""
     found = {"data_digest": inputs.identity["digest"], "mean": inputs.data.mean, "std": inputs.data.std}
+    if config.get("data_digest") and not config.accepts_changes:  # `check_found` refuses other data
+        found["data_digest"] = config.data_digest
     config = config.replace("the data", **found)
     if weights is not None:
         config = config.replace("the class weights", weights_digest=weights_digest({"weights": weights}))
@@ -154,6 +156,9 @@ def _record_changes(run: "Run") -> None:
     changed = {name: value for name, value in now.items() if name not in stored or stored[name] != value}
     if not run.is_over:
         folder.remove(RESULT)  # of a shorter run: it is not finished any more
+        if (folder.path / FIDELITY).exists():
+            folder.remove(FIDELITY)
+            folder.log(f"{FIDELITY} is removed: it was measured before this training")
     for name, value in sorted(changed.items()):
         folder.log(f"  {name:<18} {value!s:<24} (was {stored.get(name, 'unknown')})")
     if changed:

@@ -22,6 +22,8 @@ from models.files import DamagedFile, read_checkpoint
 
 CONFIG, EPOCHS, RESULT, LOG = "config.json", "metrics.jsonl", "result.json", "log.txt"
 LAST, BEST = "last.pth", "best.pth"
+#: What `scripts/evaluate.py --teacher T --fidelity` measures of a student and its teacher; kept next to `result.json`.
+FIDELITY = "fidelity.json"
 LOCK, PART = ".lock", ".part"
 #: The checkpoint before the last, which is taken where the last is damaged.
 PREVIOUS = "last.previous.pth"

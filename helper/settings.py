@@ -7,7 +7,7 @@ import os
 from argparse import ArgumentTypeError
 from typing import Any
 
-from dataset import BALANCED, DATASETS, POLICIES
+from dataset import BALANCED, DATASETS, OF_IMAGE_FILES, POLICIES
 from distiller_zoo import DISTILLERS, find_distiller
 from errors import UserError
 from helper.fast import COMPILE, LONG_RUN, PRECISIONS, computes_bfloat16, has_matrix_units
@@ -94,7 +94,7 @@ def count_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-OF_SGD = ("optimizer", "sgd")
+OF_SGD, OF_FILES = ("optimizer", ("sgd",)), ("dataset", OF_IMAGE_FILES)
 #: Of a setting that says how the process computes and not what: a resumed run may change it, and no table shows it.
 OF_PROCESS: dict[str, Any] = {"resume": "free", "tells_apart": "none", "shared": True}
 
@@ -273,6 +273,7 @@ SETTINGS: tuple[Setting, ...] = (
             "share of the training images, the same for all seeds, that becomes the test split of a folder without one",
             metavar="SHARE",
             shared=True,
+            works_with=OF_FILES,
             decides_outputs=True,
             needs_labels=True,
             called=("val_split",),
@@ -284,6 +285,7 @@ SETTINGS: tuple[Setting, ...] = (
             "colour under transparent images of a folder, red,green,blue",
             metavar="R,G,B",
             shared=True,
+            works_with=OF_FILES,
             decides_outputs=True,
         ),
         Setting(
@@ -416,7 +418,7 @@ SETTINGS: tuple[Setting, ...] = (
             "milestones of the step schedule: the learning rate falls after these epochs",
             full_run="recipe",
             metavar="E,E,...",
-            works_with=("lr_decay", "step"),
+            works_with=("lr_decay", ("step",)),
             called=("milestones",),
         ),
         Setting(("--lr_decay_rate",), number, FILLED_IN, "factor of the step schedule"),

@@ -32,9 +32,9 @@ with starting():
     from helper.log import progress_bar
     from helper.metrics import METRICS, RESAMPLES, MinibatchCKA, divergences, fidelity, judge
     from helper.networks import Network, classes_of_logits, network_in, read_network
-    from helper.run_folder import LAST, RESULT
+    from helper.run_folder import FIDELITY, LAST, RESULT
     from helper.tables.pages import render, write_page
-    from helper.tables.rows import FIDELITY
+    from helper.tables.rows import read_result
     from helper.teacher import Teacher, own_test, shown_as
     from models.backbone import Output
     from models.checkpoints import read_checkpoint
@@ -144,20 +144,29 @@ def split_note(judged: Judged, wanted: RecordedData) -> Sequence[str]:
     return [f"--split {wanted.split:g}: its run had --split {own:g}, so it was trained on some of these test images"]
 
 
-def by_data(judged: Sequence[Judged], args) -> Iterator[tuple[ImageData, str, list[Judged]]]:
-    """The networks that are shown the same images, these images, and how, where that is the weights' own test."""
+def teachers_size(judged: Judged, source: Network | None) -> int | None:
+    """The size in which the run of a network showed this teacher its images; None: the teacher's own."""
+    is_its_own = source is not None and judged.record.get("teacher_digest") == source.digest
+    return judged.record.get("teacher_image_size") if is_its_own else None
+
+
+def by_data(
+    judged: Sequence[Judged], args, source: Network | None
+) -> Iterator[tuple[ImageData, str, int | None, list[Judged]]]:
+    """The networks that are shown the same images, these images, how, where that is the weights' own test, and the
+    `teachers_size`."""
     loaded: dict[RecordedData, ImageData] = {}
-    groups: dict[tuple[RecordedData, Preprocessing | None], list[Judged]] = {}
+    groups: dict[tuple[RecordedData, Preprocessing | None, int | None], list[Judged]] = {}
     for one in judged:
         wanted = data_for(one, args)
         if wanted not in loaded:
             loaded[wanted] = wanted.load()
         one = one._replace(notes=[*one.notes, *split_note(one, wanted)])
         own = own_test(one.source, one.record, loaded[wanted]) if args.image_size is None else None
-        groups.setdefault((wanted, own), []).append(one)
-    for (wanted, own), members in groups.items():
+        groups.setdefault((wanted, own, teachers_size(one, source)), []).append(one)
+    for (wanted, own, size), members in groups.items():
         data, how = (loaded[wanted], "") if own is None else shown_as(own, loaded[wanted])
-        yield data, how, members
+        yield data, how, size, members
 
 
 def check_classes(judged: Judged, data: ImageData) -> str:
@@ -449,20 +458,34 @@ def make_parser() -> Parser:
     return parser
 
 
+def check_end_of_run(judged: Judged) -> None:
+    """Raise `UserError` unless these are the weights that a finished run has ended with, whose accuracy tables show."""
+    if judged.folder is None:
+        raise UserError(f"--fidelity: {judged.source} is in no run folder; leave the flag out, or name a run folder")
+    try:
+        digest = read_result(judged.folder).get("digest")
+    except UserError as error:
+        raise UserError(f"--fidelity: {judged.folder}: {error}; tables show finished runs") from None
+    if digest not in (None, judged.record["digest"]):
+        raise UserError(
+            f"--fidelity: {judged.source} are not the weights that its run ended with, whose accuracy tables show; "
+            f"name {judged.folder}, without --ema"
+        )
+
+
 def judge_all(args) -> list[Judgement]:
     """Judge every network, those that want the same data together; prints each one's numbers."""
     device = find_device(args.device)
     judged = [read_judged(source, args.model, device, args.ema) for source in args.networks]
     for one in judged if args.fidelity else ():
-        if one.folder is None:
-            raise UserError(f"--fidelity: {one.source} is in no run folder; leave the flag out, or name a run folder")
+        check_end_of_run(one)
     source = args.teacher and read_network(file_of(args.teacher), None, "--teacher", "--teacher")
     found = []
-    for data, how, members in by_data(judged, args):
+    for data, how, size, members in by_data(judged, args, source):
         of_teacher = check_teachers_classes(source, data) if source else ""
         unknown = [list(filter(None, (check_classes(one, data), of_teacher))) for one in members]
         members = [one._replace(notes=[*one.notes, *more]) for one, more in zip(members, unknown, strict=True)]
-        teacher = Teacher(source, data, None, Fast(), device) if source else None
+        teacher = Teacher(source, data, size, Fast(), device) if source else None
         seen = [Seen(one) for one in members]
         tested = test(seen, teacher, data, device, args.batch_size)
         for one in seen:

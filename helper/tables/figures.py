@@ -23,7 +23,7 @@ from errors import UserError, count_of, first_line
 from helper.configuration import row_key
 from helper.export import RecordedData
 from helper.fast import Fast
-from helper.networks import read_network, read_teacher
+from helper.networks import read_at_classes, read_network, read_teacher
 from helper.run_folder import LAST
 from helper.tables.rows import Row
 from helper.teacher import Teacher
@@ -279,6 +279,8 @@ def read_outputs(row: Row) -> dict[str, Any]:
     if config["path_t"]:
         how = config.get("ema", False), config.get("teacher_weights")
         source = read_teacher(config["path_t"], config["model_t"], *how)
+        if config.get("teacher_classes") is not None:
+            source = read_at_classes(source, config["teacher_classes"])
         teacher = Teacher(source, data, config.get("teacher_image_size"), Fast(), device)
     parts: dict[str, list[Tensor]] = defaultdict(list)
     for batch in Loader(data.test, data, 256, device).batches():
@@ -316,7 +318,13 @@ def feature_map(outputs: Mapping[str, Any], title: str) -> str:
 
 
 def correlation_difference(outputs: Mapping[str, Any], title: str) -> str:
-    """|difference| of the correlation matrices (K, K) of student's and teacher's logits over the test images."""
+    """|difference| of the correlation matrices (K, K) of student's and teacher's logits over the test images.
+
+    Raises `UserError` where the teacher has another number of classes.
+    """
+    known, taught = (outputs[name].shape[1] for name in ("logits", "teacher_logits"))
+    if known != taught:
+        raise UserError(f"RUN: the teacher has {count_of(taught, 'class')}, the student {known}: no correlations")
     student, teacher = (torch.corrcoef(outputs[name].double().T) for name in ("logits", "teacher_logits"))
     difference, classes = (student - teacher).abs(), class_names(outputs["classes"])
 

@@ -115,7 +115,8 @@ def make_comparison(rows: Sequence[Row]) -> str:
     lines = [[*header, *(title for title, _, _ in fidelities.values())]]
     for row in rows:
         alike = [one for one in rows if (one.config["model_s"], one.setting) == (row.config["model_s"], row.setting)]
-        against = [_lead(row, [one for one in alike if one.label == name]) for name in REFERENCES]
+        comparable = [one for one in alike if _is_taught_alike(row, one)]
+        against = [_lead(row, [one for one in comparable if one.label == name]) for name in REFERENCES]
         measured = [
             spread(values, decimals) if (values := row.fidelities(name)) else "-"
             for name, (_, _, decimals) in fidelities.items()
@@ -123,6 +124,12 @@ def make_comparison(rows: Sequence[Row]) -> str:
         accuracy = spread(row.values("accuracy_last"))
         lines.append([row.config["model_s"], row.label, str(len(row.records)), accuracy, *against, *measured])
     return f"{markdown_table(lines)}\n\n{COMPARISON_NOTE}\n\n{_commands(rows)}\n"
+
+
+def _is_taught_alike(row: Row, reference: Row) -> bool:
+    """Whether both have the same teacher, or one of them has none."""
+    teachers = [(one.config["model_t"], one.config["teacher_digest"]) for one in (row, reference)]
+    return teachers[0] == teachers[1] or any(name is None for name, _ in teachers)
 
 
 def _lead(row: Row, references: Sequence[Row]) -> str:

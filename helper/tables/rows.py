@@ -19,8 +19,8 @@ from helper import command_line
 from helper.configuration import read_stored, row_key, run_key
 from helper.log import describe_protocol
 from helper.recipes import recipe_of
-from helper.run_folder import CONFIG, EPOCHS, RESULT
-from helper.settings import FOUND, INITIAL, SPEED, TRAINING, settings_of
+from helper.run_folder import CONFIG, EPOCHS, FIDELITY, RESULT
+from helper.settings import AUGMENTATION, DATA, FOUND, INITIAL, SPEED, TRAINING, settings_of
 from helper.tables.published import PUBLISHED, Published, judge
 from setting import FILLED_IN, Setting, as_text
 
@@ -28,9 +28,7 @@ from setting import FILLED_IN, Setting, as_text
 ACCURACIES = {"accuracy_last": "last", "accuracy_best": "best", "accuracy_mean_last_five": "mean of last five"}
 #: Of an epoch: the accuracy on the training images that were held out (`--holdout`), by which settings are chosen.
 HELD_OUT = "holdout_accuracy"
-#: What `scripts/evaluate.py --teacher T --json` measures of a student and its teacher; kept next to `result.json`.
-FIDELITY = "fidelity.json"
-#: Its entries that tables show: title, greatest value, decimals.
+#: Entries of `fidelity.json` that tables show: title, greatest value, decimals.
 FIDELITIES = {
     "agreement": ("agreement (%)", 100.0, 2),
     "kl": ("KL", 2.0**53, 3),
@@ -431,15 +429,18 @@ def flags_of(record: Record) -> list[str]:
     given = {name: config[name] for name in ("distill", "model_s")} | {"dataset": config["dataset"]}
     usual = command_line.resolve(given | {"epochs": config["epochs"]}, of_teacher=of_teacher)
     always = [known["epochs"], known["batch_size"], known["learning_rate"]]
+    groups = (DATA, TRAINING, AUGMENTATION, SPEED, INITIAL)
     unusual = [
         one
         for one in known.values()
-        if one.group in (TRAINING, SPEED, INITIAL) and one.tells_apart == "row" and one not in always
+        if one.group in groups and one.tells_apart == "row" and one not in always
+        if not (one.group == DATA and one.is_path)  # columns name the data
         if config.get(one.argument) not in (None, usual.get(one.argument))
     ]
     flags = [flag for flag in method.flags if _has_effect(method, config, flag)]
     networks = f"--model_t {config['model_t']} " if config["model_t"] else ""
-    shown = [one.written(config[one.argument]) for one in (*flags, *always, *unusual) if one.argument in record.stored]
+    shown = [one.written(config[one.argument]) for one in (*flags, *always) if one.argument in record.stored]
+    shown += [_written(one, config[one.argument]) for one in unusual if one.argument in record.stored]
     return [f"--distill {config['distill']} {networks}--model_s {config['model_s']}", *filter(None, shown)]
 
 

@@ -220,15 +220,17 @@ def test_a_recorded_normalisation_is_used_and_none_computed(folder, monkeypatch)
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_change_of_the_data_is_noticed(folder, stream, tmp_path):
-    def now(path=folder):
+    def now(path=folder, stream=stream):
         return data_identity(load(path, stream=stream))
 
-    first = now()
+    first, held_otherwise = now(), now(stream=not stream)
+    assert first["digest"] != held_otherwise["digest"] and not data_changes(first, held_otherwise)
     shutil.copytree(folder, tmp_path / "moved")
     assert not data_changes(first, now()) and not data_changes(first, now(tmp_path / "moved"))
     assert not data_changes({}, first), "records of older versions say nothing"
     Image.fromarray(numpy.zeros((32, 32, 3), numpy.uint8)).save(folder / "train/cat/0.JPEG")
-    assert data_changes(first, now()) == ["its images (other names, sizes or pixels)"]
+    for changed in (now(), now(stream=not stream)):
+        assert data_changes(first, changed) == ["its images (other names, sizes or pixels)"]
     (folder / "val/cat/0.JPEG").unlink()
     assert data_changes(first, now()) == ["the number of its test images (10 -> 9)"]
     for split in ("train", "val"):

@@ -45,6 +45,11 @@ def test_shards_show_what_a_folder_shows(folder, shards):
     assert load_data("imagenet", str(shards), 32, 0).classes == ["0", "1"]
 
 
+def test_no_share_of_shards_becomes_a_test_split(shards):
+    with pytest.raises(UserError, match=r"--split: .* has shards of test images already"):
+        load_data("imagenet", str(shards), 32, 0, split=0.2)
+
+
 def test_folders_of_shards_are_found_too(shards):
     for split in ("train", "val"):
         (shards / split).mkdir()

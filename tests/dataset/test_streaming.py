@@ -84,6 +84,20 @@ def test_an_image_keeps_its_crop_whatever_else_is_read(folder):
     assert not torch.equal(batch.images[batch.index == 2], other.images[other.index == 2])
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_transparency_is_laid_on_one_colour_in_training_and_in_tests(tmp_path, workers):
+    for split in ("train", "val"):
+        for name in ("cat", "dog"):
+            (tmp_path / split / name).mkdir(parents=True)
+            Image.new("RGBA", (50, 40), (255, 255, 255, 0)).save(tmp_path / split / name / "a.png")
+    data = load_data("imagenet", str(tmp_path), 32, workers, background=(10, 200, 30))
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (data.mean, data.std))
+    for images, augmentation in ((data.train, data.augmentation), (data.test, None)):
+        (batch,) = Loader(images, data, 2, CPU, augmentation).batches()
+        pixels = ((batch.images * std + mean) * 255).round()
+        assert torch.equal(pixels, torch.tensor([10.0, 200.0, 30.0]).view(3, 1, 1).expand_as(pixels))
+
+
 def test_targets_are_the_folders_and_the_index_is_the_samples(folder):
     data = load_data("imagenet", str(folder), 32, 0)
     assert data.classes == ["cat", "dog"] and data.image_size == 32

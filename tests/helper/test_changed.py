@@ -60,6 +60,19 @@ def test_a_moved_folder_is_the_same_data(place):
     train_teacher.main(["--resume", str(run_of(place)), *MORE, "--data", str(place / "moved")])
 
 
+def test_images_that_were_in_memory_may_be_streamed_and_the_other_way_round(place):
+    """With --stream auto the free memory decides it, which may be another when a run is resumed."""
+    before = json.loads((run_of(place) / "config.json").read_text())
+    streamed = ("--stream", "on", "--num_workers", "0")
+    train_teacher.main(["--resume", str(run_of(place)), *MORE, *streamed])
+    train_teacher.main(["--resume", str(run_of(place)), "--max_steps", "5", "--epochs", "3", "--stream", "off"])
+    after = json.loads((run_of(place) / "config.json").read_text())
+    assert after["epochs"] == 3 and after["data_digest"] == before["data_digest"], "the row of its other seeds"
+    CHANGES["an image is gone"](place / "images")
+    message = message_of(train_teacher.main, ["--resume", str(run_of(place)), "--epochs", "4", *streamed])
+    assert "the data have changed: the number of its training images" in message
+
+
 def test_a_changed_teacher_is_refused_unless_accepted(teacher_run, tmp_path):
     teacher = shutil.copytree(teacher_run, tmp_path / "teacher") / "last.pth"
     argv = ["--path_t", str(teacher), "--model_s", "resnet8", "--max_steps", "1", "--epochs", "1"]

@@ -158,6 +158,8 @@ def test_trials_of_a_sweep_count_from_the_named_one(seed, seeds):
             "--model_s resnet8 --class_weights balanced --balanced_sampling",
             "--balanced_sampling: --class_weights",
         ),
+        ("--model_s resnet8 --split 0.2", "--split: has no effect with --dataset digits; leave it out, or take"),
+        ("--model_s resnet8 --background 0,0,0", "--background: has no effect with --dataset digits"),
         ("--model_s resnet8 --hint_depth 2", "unrecognized arguments: --hint_depth 2"),
         ("--model_s resnet8 -s 0", "-s/--co_sponge: must be a whole number from 1 to 2147483647, not 0"),
         ("--model_s resnet8 -r -1", "must be a number from 0 to 1e+30"),

@@ -57,6 +57,15 @@ def test_rows_of_a_method_that_are_of_one_pair_or_data_set():
     assert (sskd["init_learning_rate"][0], sskd["weight_decay"][0]) == (0.1, 5e-4)
 
 
+def test_what_a_recipe_says_of_sgd_is_left_out_with_another_optimizer():
+    place = "ofd", "resnet8x4", {"path_t": "t.pth", "model_t": "resnet32x4", "dataset": "cifar100"}
+    plain, other = config(*place), config(*place, optimizer="adamw", learning_rate=1e-3)
+    assert (plain.drop_momentum, plain.nesterov, other.drop_momentum, other.nesterov) == (True, True, False, False)
+    assert other.origins["drop_momentum"] == "its value is for --optimizer sgd"
+    stored = dict(other) | {"drop_momentum": True}
+    assert resolve({}, stored, place[2], folder="run").drop_momentum, "as the run began"
+
+
 def test_a_recipe_is_on_top_of_the_tables_and_below_flags():
     def run(**given):
         return config("kd", "resnet8", of_teacher={"path_t": "t.pth", "model_t": "resnet20"}, **given)

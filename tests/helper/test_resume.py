@@ -98,6 +98,15 @@ def test_what_a_resumed_run_has_changed_is_what_it_goes_on_with(distil, capsys):
     assert (run / "config.json").read_text() == before
 
 
+def test_what_was_measured_of_a_shorter_run_is_not_that_of_a_longer_one(distil, capsys):
+    run = distil("--batch_size", "16", "--epochs", "1", "--max_steps", "1", distill="kd")
+    (run / "fidelity.json").write_text("{}")
+    train_cifar_student.main(["--resume", str(run)])
+    assert (run / "fidelity.json").exists(), "nothing was trained"
+    train_cifar_student.main(["--resume", str(run), "--epochs", "2", "--max_steps", "2"])
+    assert not (run / "fidelity.json").exists() and "fidelity.json is removed" in capsys.readouterr().out
+
+
 def test_a_teacher_that_has_moved_can_be_named_anew(distil, teacher_run, tmp_path):
     run = distil(*SHORT)
     moved = shutil.copy(teacher_run / "last.pth", tmp_path / "moved.pth")

@@ -101,6 +101,21 @@ def test_fidelity_is_recorded_where_reports_look_for_it(distil, teacher_run, tmp
 
 
 @pytest.mark.slow
+def test_a_teacher_is_shown_the_size_in_which_it_taught(distil, teacher_run, monkeypatch):
+    flags = ("--max_steps", "1", "--teacher_image_size", "16", "--allow_teacher_gap")
+    run, sizes = distil(*flags, distill="kd"), []
+
+    def note(source, data, size, *others):
+        sizes.append(size)
+        return Teacher(source, data, size, *others)
+
+    monkeypatch.setattr(evaluate, "Teacher", note)
+    evaluate.main([str(run), "--teacher", str(teacher_run)])
+    evaluate.main([str(run), "--teacher", str(run)])
+    assert sizes == [16, None], "another teacher is shown its own"
+
+
+@pytest.mark.slow
 def test_the_page_holds_everything_it_shows(distil, teacher_run, tmp_path):
     page = tmp_path / "page.html"
     run = distil(*SHORT, distill="kd")
@@ -213,6 +228,12 @@ def test_faults_are_named(distil, tmp_path, monkeypatch):
         shutil.copy(exported, tmp_path / "alone.pth")
         argv = [str(tmp_path / "alone.pth"), "--fidelity", "--teacher", str(run)]
         assert "alone.pth is in no run folder" in message_of(evaluate.main, argv)
+        (run / "result.json").write_text(json.dumps(json.loads((run / "result.json").read_text()) | {"digest": "0"}))
+        for other in (run, run / "best.pth"):  # as of another epoch, or of the moving average
+            argv = [str(other), "--fidelity", "--teacher", str(run)]
+            assert "are not the weights that its run ended with" in message_of(evaluate.main, argv)
+        (run / "result.json").unlink()
+        assert "not finished" in message_of(evaluate.main, [str(run), "--fidelity", "--teacher", str(run)])
         for flag in ("--json", "--html"):
             place = str(tmp_path / "none" / "x")
             assert f"argument {flag}: there is no folder" in message_of(evaluate.main, [exported, flag, place])

@@ -125,6 +125,8 @@ def test_classes_have_their_names_in_legend_and_axes():
     svg = figures.correlation_difference(some, "x")
     assert all(texts(svg).count(name) == 2 for name in some["classes"])
     assert any("mean 0.000, max 0.000" in text for text in texts(svg))
+    with pytest.raises(UserError, match="the teacher has 7 classes, the student 5"):
+        figures.correlation_difference(some | {"teacher_logits": torch.randn(20, 7)}, "x")
     many = outputs(60)
     assert not {"name1"} & set(texts(figures.feature_map(many, "x")) + texts(figures.correlation_difference(many, "x")))
     with pytest.raises(UserError, match="too few for a t-SNE"):
@@ -133,13 +135,18 @@ def test_classes_have_their_names_in_legend_and_axes():
 
 @pytest.mark.slow
 def test_networks_are_drawn_from_a_run_and_a_bad_one_is_named(distil, tmp_path, capsys):
-    run = distil("--batch_size", "64", "--max_steps", "2", distill="kd")
+    order = ("--teacher_classes", "1,0,2,3,4,5,6,7,8,9", "--allow_teacher_gap")
+    run = distil("--batch_size", "64", "--max_steps", "2", *order, distill="kd")
     alone = distil("--batch_size", "64", "--max_steps", "1", distill="one", teacher=False)
     gone = make_run(tmp_path / "gone", "kd", 1, [50.0])
     capsys.readouterr()
     drawn = figures.of_networks(rows_of([run, alone, gone]))
     assert set(drawn) == {f"tsne_{run.name}", f"correlation_{run.name}", f"tsne_{alone.name}"}
     assert f"{gone}: no pictures of its network: " in capsys.readouterr().err
+    [row] = rows_of([run])
+    taught = figures.read_outputs(row)["teacher_logits"]
+    row.config["teacher_classes"] = None
+    assert torch.equal(taught[:, :2], figures.read_outputs(row)["teacher_logits"][:, [1, 0]])
 
 
 def test_a_network_that_cannot_be_built_is_left_out_of_the_costs(tmp_path, monkeypatch, capsys):

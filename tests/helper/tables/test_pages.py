@@ -64,6 +64,21 @@ def test_the_comparison_tests_against_the_baseline_and_kd_and_shows_fidelity(tmp
     assert "| kd | 3 | 62.13 ± 0.15 |" in table and "| - | - | - |" in table and "| KL |" not in table
 
 
+def test_a_student_is_compared_with_the_kd_of_its_own_teacher(tmp_path):
+    own, other, of_both = ("resnet20", "1" * 64), ("resnet56", "2" * 64), []
+    for place, (teacher, digest), accuracy in (("own", own, 61.0), ("other", other, 70.0)):
+        of_both += [make_run(tmp_path / place, "kd", s, [accuracy + s], teacher, teacher_digest=digest) for s in (1, 2)]
+    norm = [make_run(tmp_path, "norm", s, [63.0 + s], own[0], teacher_digest=own[1]) for s in (1, 2)]
+    plain = [make_run(tmp_path, "ce", s, [60.0 + s], None) for s in (1, 2)]
+
+    def lead(*runs, of: str = "norm") -> str:
+        lines = pages.make_comparison(rows_of([*plain, *norm, *runs])).splitlines()
+        return next(line for line in lines if line.startswith(f"| resnet8 | {of} ")).split(" | ")[5]
+
+    assert lead(*of_both).startswith("+2.00 "), "not the other teacher's, nor none for there being two"
+    assert lead(*of_both[2:]) == "- |" and lead(*of_both[2:], of="ce").startswith("-10.00 ")
+
+
 def test_a_damaged_fidelity_leaves_its_run_out_by_name(runs):
     (runs[0] / "fidelity.json").write_text('{"agreement": 101}')
     _, left = read_rows(runs)

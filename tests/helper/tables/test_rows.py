@@ -71,6 +71,12 @@ def test_what_is_unusual_is_among_the_settings(tmp_path):
     [row], _ = read_rows([run])
     assert "--learning_rate 0.05 --lr_decay_epochs 1 --momentum 0.5 --max_steps 20" in command_of(row.records[0])
     assert "workers" not in command_of(row.records[0])
+    changed = {"holdout": 50, "image_size": 64, "decay_norms": False, "mixup": 0.2, "balanced_sampling": True}
+    [row] = read_rows([make_run(tmp_path / "x", "kd", 1, [50.0, 60.0], data="/x", **changed)])[0]
+    written = command_of(row.records[0])
+    for text in ("--holdout 50", "--image_size 64", "--no-decay_norms", "--mixup 0.2", "--balanced_sampling"):
+        assert text in written, text
+    assert "--data" not in written
 
 
 def test_a_run_that_was_cut_short_is_a_row_of_its_own_and_says_so(tmp_path, runs):
