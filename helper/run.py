@@ -599,6 +599,7 @@ class Run:
     def _finish(self) -> None:
         if self._started is None and (self.folder.path / RESULT).exists():  # resumed, with nothing left to do
             self.result = self.folder.read_json(RESULT)
+            self.folder.log(f"finished already ({self.folder.path / RESULT}); {self._way_on()} trains longer")
             self._conclude(self.result)
             return
         self.result = {
@@ -624,6 +625,12 @@ class Run:
         self.folder.append_outcome(run_key(self.config), self.result)
         self.folder.write_json(RESULT, self.result)
         self._conclude(self.result)
+
+    def _way_on(self) -> str:
+        """The flag that gives a finished run more to train."""
+        if self.epoch >= self.stages[-1].epochs:
+            return "--epochs K"
+        return "--patience E" if self._is_out_of_patience() else "--max_steps K"
 
     def _conclude(self, result: dict) -> None:
         """Say what the run has ended with, and where it is."""
