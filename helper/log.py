@@ -97,10 +97,11 @@ def format_result(result: dict) -> str:
     if "accuracy_last" not in result:
         return format_without_labels(result)
     lost, average = result.get("test_unreadable"), result.get("accuracy_last_ema")
+    count = "five" if result["epochs"] >= 5 else result["epochs"]
+    mean = f", mean of the last {count} epochs {result['accuracy_mean_last_five']:.2f} %"
     return (
         f"test accuracy: last {result['accuracy_last']:.2f} %, best {result['accuracy_best']:.2f} % (epoch "
-        f"{result['best_epoch']}, {result['protocol']}), mean of the last five epochs "
-        f"{result['accuracy_mean_last_five']:.2f} %"
+        f"{result['best_epoch']}, {result['protocol']}){mean if result['epochs'] > 1 else ''}"
         + ("" if average is None else f"; of the EMA: last {average:.2f} %, best {result['accuracy_best_ema']:.2f} %")
         + (f"; {lost} of {result['test_images']} test images unreadable, left out" if lost else "")
     )
