@@ -6,7 +6,8 @@ from helper.log import format_result
 
 
 @pytest.mark.parametrize(
-    ("epochs", "mean"), [(1, ""), (3, ", mean of the last 3 epochs 40.00 %"), (5, ", mean of the last five epochs 40.00 %")]
+    ("epochs", "mean"),
+    [(1, ""), (3, ", mean of the last 3 epochs 40.00 %"), (5, ", mean of the last five epochs 40.00 %")],
 )
 def test_the_mean_is_of_the_epochs_that_there_were(epochs, mean):
     result = {"accuracy_last": 40.0, "accuracy_best": 50.0, "best_epoch": 1, "protocol": "best on test"}
