@@ -126,8 +126,8 @@ def compare_with_references(named: Mapping[str, Row]) -> None:
                     count += 1
     alone = [name for groups in kinds.values() if len(groups) == 1 for name in groups]
     print(
-        f"\n*: beyond seed noise, p < {SIGNIFICANCE}; by chance alone that is one in {round(1 / SIGNIFICANCE)}, and these "
-        f"are {count} comparisons; no test: one seed, or no spread"
+        f"\n*: beyond seed noise, p < {SIGNIFICANCE}; by chance alone that is one in {round(1 / SIGNIFICANCE)}, and "
+        f"these are {count} comparisons; no test: one seed, or no spread"
     )
     if alone:
         print(f"compared with none, the only group of its student, data set, epochs and protocol: {' '.join(alone)}")
