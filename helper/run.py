@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from dataset import ImageData, Images, StreamedImages
-from distiller_zoo import Distiller, Progress, build_distiller, find_distiller
+from distiller_zoo import Distiller, Progress, build_distiller, check_stages, find_distiller
 from errors import Stopped, UserError, count_of
 from helper.checkpoint import (
     check_optimizer,
@@ -276,6 +276,7 @@ class Run:
             synchronise(self.method)
         Fast.of(config).prepare_student(self.method, inputs.device)
         stages, frozen = self.method.stages(config.epochs), config.freeze == "trunk"
+        check_stages(self.method, stages)
         self.stages = [without_trunk(stage, self.method) if frozen else stage for stage in stages]
         self.average = Average(self.method, config.ema_decay) if config.ema_decay else None
         self.guard = Guard(config.max_bad_steps)
