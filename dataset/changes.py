@@ -49,9 +49,8 @@ class Changes(NamedTuple):
         return self.of_batch(pixels[None], [key])[0]
 
     def of_array(self, pixels: numpy.ndarray, key: int) -> numpy.ndarray:
-        """The same for bytes (H, W, 3), as decoders give them."""
-        changed = self.of(torch.tensor(pixels).permute(2, 0, 1), key)
-        return changed.permute(1, 2, 0).numpy()
+        """The same for an array."""
+        return self.of(torch.tensor(pixels), key).numpy()
 
     def of_batch(self, pixels: Tensor, keys: list[int]) -> Tensor:
         """Bytes (B, 3, H, W) on any device -> the changed bytes there; the work is done on the CPU."""

@@ -6,6 +6,7 @@ training crops take a random part instead. Nothing here needs torch, so that wor
 """
 
 import io
+import itertools
 import math
 import os
 import warnings
@@ -17,7 +18,7 @@ import numpy
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from PIL.JpegImagePlugin import JpegImageFile
 
-from dataset.seeds import epoch_seed, share, torch_numbers
+from dataset.seeds import SHARES, epoch_seed, torch_numbers
 
 #: What is opened, whatever a file is called: Pillow's own decoders, none that starts another program.
 FORMATS = (
@@ -77,7 +78,7 @@ class Place(NamedTuple):
     def read(self) -> bytes:
         """The encoded image; raises `BrokenImage`."""
         try:
-            with open(self.path, "rb") as file:
+            with open(self.path, "rb", buffering=0) as file:
                 if self.size is None and os.fstat(file.fileno()).st_size > MAX_BYTES:
                     raise BrokenImage(f"the file is larger than {MAX_BYTES // 2**20} MiB")
                 if self.offset:
@@ -99,7 +100,11 @@ class Centre(NamedTuple):
     views = 1
     alone = False
 
-    def boxes(self, width: int, height: int, sample: int) -> list[Box]:
+    def of(self, keys: Sequence[int]) -> Sequence["Centre"]:
+        """What is shown of each of these images."""
+        return [self] * len(keys)
+
+    def boxes(self, width: int, height: int) -> list[Box]:
         """What is shown of an image of this size, in its pixels, for each view."""
         side, short = int(self.size + 2 * self.cut), min(width, height)
         long = side if self.squashes else int(side * max(width, height) / short)
@@ -111,7 +116,7 @@ class Centre(NamedTuple):
 
 
 class RandomCrops(NamedTuple):
-    """The random-resized crops of an epoch; each depends on (seed, epoch, sample, view) alone."""
+    """The random-resized crops of an epoch; each depends on (seed, epoch, key of the image, view) alone."""
 
     size: int
     seed: int
@@ -120,52 +125,82 @@ class RandomCrops(NamedTuple):
     scale: tuple[float, float]  # share of the image's area
     background: tuple[int, int, int] = WHITE
 
+    def of(self, keys: Sequence[int]) -> Sequence["DrawnCrops"]:
+        """What is shown of each of these images."""
+        pairs = itertools.product(keys, range(self.views))
+        seeds = [epoch_seed(self.seed, self.epoch, key, view, stream="crops") for key, view in pairs]
+        tries = draw_tries(self.scale, seeds)
+        firsts = range(0, len(tries), self.views)
+        return [DrawnCrops(self.size, tries[first : first + self.views], self.background) for first in firsts]
+
+
+#: One try to draw a crop: its share of the image's area, the ratio of its sides, and two numbers for its top and left.
+Try = tuple[float, float, int, int]
+
+
+class DrawnCrops(NamedTuple):
+    """The random crops of one image, one for each view."""
+
+    size: int
+    tries: Sequence[Sequence[Try]]
+    background: tuple[int, int, int] = WHITE
+
     alone, interpolation = True, BILINEAR  # cut out before they are resized
 
-    def boxes(self, width: int, height: int, sample: int) -> list[Box]:
+    def boxes(self, width: int, height: int) -> list[Box]:
         """A box of whole pixels for each view."""
-        seeds = (epoch_seed(self.seed, self.epoch, sample, view, stream="crops") for view in range(self.views))
-        return [draw_crop(width, height, self.scale, seed) for seed in seeds]
+        return [crop_of(width, height, tries) for tries in self.tries]
 
 
+#: What is shown of a split, and of one of its images.
 Crop = Centre | RandomCrops
+ShownPart = Centre | DrawnCrops
 
 
-def draw_crop(width: int, height: int, scale: tuple[float, float], seed: int) -> Box:
-    """A random crop: torchvision's `RandomResizedCrop.get_params` with torch's generator, number for number."""
+def draw_tries(scale: tuple[float, float], seeds: Sequence[int]) -> list[list[Try]]:
+    """For each seed the tries of torchvision's `RandomResizedCrop.get_params`, number for number of torch's generator.
+
+    For many images at once: after an image has been decoded this code is no longer in the processor's cache, which
+    makes it several times as slow.
+    """
     single = numpy.float32  # torch draws in single precision
-    numbers = torch_numbers(seed, 2 * TRIES + 2)
+    numbers = numpy.array([list(torch_numbers(seed, 2 * TRIES + 2)) for seed in seeds], numpy.int64)
+    numbers = numbers.reshape(-1, 2 * TRIES + 2)
+    drawn = (numbers % SHARES).astype(single) * single(1 / SHARES)
 
-    def uniform(low: single, high: single) -> single:
-        return single(share(next(numbers))) * (high - low) + low
+    def uniform(values: numpy.ndarray, low: single, high: single) -> numpy.ndarray:
+        return values * (high - low) + low
 
-    smallest, largest = (single(part) for part in scale)
-    tall, wide = (single(math.log(single(ratio))) for ratio in RATIO)
-    for _ in range(TRIES):
-        area = width * height * float(uniform(smallest, largest))
-        ratio = float(single(math.exp(uniform(tall, wide))))
+    areas = uniform(drawn[:, 0:-2:2], *(single(part) for part in scale))
+    logarithms = uniform(drawn[:, 1:-2:2], *(single(math.log(single(ratio))) for ratio in RATIO))
+    ratios = [[float(single(math.exp(value))) for value in row] for row in logarithms.tolist()]
+    rows = zip(areas.tolist(), ratios, numbers[:, 2::2].tolist(), numbers[:, 3::2].tolist(), strict=True)
+    return [list(zip(*row, strict=True)) for row in rows]
+
+
+def crop_of(width: int, height: int, tries: Sequence[Try]) -> Box:
+    """The first crop that the image has room for; else the largest in its middle, within the ratios."""
+    for share, ratio, top, left in tries:
+        area = width * height * share
         across, down = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
         if 0 < across <= width and 0 < down <= height:
-            top = next(numbers) % (height - down + 1)
-            left = next(numbers) % (width - across + 1)
+            top, left = top % (height - down + 1), left % (width - across + 1)
             return left, top, left + across, top + down
     across, down = min(width, round(height * RATIO[1])), min(height, round(width / RATIO[0]))
     left, top = (width - across) // 2, (height - down) // 2
     return left, top, left + across, top + down
 
 
-def read_views(read: Callable[[], bytes], crop: Crop, sample: int = 0) -> list[numpy.ndarray]:
-    """What `crop` shows of an image whose bytes `read()` gives: bytes (size, size, 3) for each view.
+def read_views(read: Callable[[], bytes], part: ShownPart) -> list[numpy.ndarray]:
+    """What is shown of an image whose bytes `read()` gives: bytes (3, size, size), read-only, for each view.
 
-    Raises `BrokenImage`.
+    Pillow may warn of odd metadata. Raises `BrokenImage`.
     """
     content = read()
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow's on odd metadata
-            with Image.open(io.BytesIO(content), formats=formats()) as image:
-                _check_size(image)
-                return _views(image, crop, sample)
+        with Image.open(io.BytesIO(content), formats=formats()) as image:
+            _check_size(image)
+            return _views(image, part)
     except BrokenImage:
         raise
     except UnidentifiedImageError:
@@ -184,22 +219,22 @@ def _check_size(image: Image.Image) -> None:
         )
 
 
-def _views(image: Image.Image, crop: Crop, sample: int) -> list[numpy.ndarray]:
+def _views(image: Image.Image, part: ShownPart) -> list[numpy.ndarray]:
     if isinstance(image, JpegImageFile):
         orientation = _orientation(image)
         width, height = image.size[::-1] if orientation in TURNED else image.size
-        boxes = crop.boxes(width, height, sample)
-        factor = _decode_reduced(image, boxes, crop.size)
+        boxes = part.boxes(width, height)
+        factor = _decode_reduced(image, boxes, part.size)
     else:  # some of these formats are turned by their decoder
         image.load()
         orientation, factor = _orientation(image), 1
         width, height = image.size[::-1] if orientation in TURNED else image.size
-        boxes = crop.boxes(width, height, sample)
+        boxes = part.boxes(width, height)
     if orientation != 1:
         image.load()
         image = ImageOps.exif_transpose(image)
-    image = convert_to_rgb(image, crop.background)
-    how = (crop.size, crop.alone, Image.Resampling[crop.interpolation.upper()])
+    image = convert_to_rgb(image, part.background)
+    how = (part.size, part.alone, Image.Resampling[part.interpolation.upper()])
     return [_cut_out(image, [edge / factor for edge in box], *how) for box in boxes]
 
 
@@ -222,7 +257,7 @@ def _decode_reduced(image: Image.Image, boxes: list[Box], size: int) -> int:
 
 
 def _cut_out(image: Image.Image, box: list[float], size: int, alone: bool, how: Image.Resampling) -> numpy.ndarray:
-    """A part of an image, resized: bytes (size, size, 3). Nothing around it shows in its edges if `alone`."""
+    """A part of an image, resized: bytes (3, size, size). Nothing around it shows in its edges if `alone`."""
     width, height = image.size
     box = (max(box[0], 0), max(box[1], 0), min(box[2], width), min(box[3], height))
     if alone and all(edge == int(edge) for edge in box):
@@ -232,7 +267,9 @@ def _cut_out(image: Image.Image, box: list[float], size: int, alone: bool, how: 
         image = image.resize((size, size), how, box)
     elif image.size != (size, size):
         image = image.crop(box)
-    return numpy.asarray(image)
+    # Each colour by itself: half the time of all three at once, whose order would have to be changed.
+    colours = b"".join(image.tobytes("raw", colour) for colour in "RGB")
+    return numpy.frombuffer(colours, numpy.uint8).reshape(3, size, size)
 
 
 def convert_to_rgb(image: Image.Image, background: tuple[int, int, int] = WHITE) -> Image.Image:

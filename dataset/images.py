@@ -167,7 +167,7 @@ def hold_out(images: Images | StreamedImages, k: int) -> tuple[Images | Streamed
 
 
 class Draws(NamedTuple):
-    """The random choices of one epoch, by sample: crop offsets (n,) in 0..2*pad, flips (n,)."""
+    """The random choices for n images: crop offsets (n,) in 0..2*pad, flips (n,)."""
 
     top: Tensor
     left: Tensor
@@ -179,6 +179,10 @@ class Draws(NamedTuple):
     def of(self, index: Tensor) -> "Draws":
         """The choices of the samples of a batch."""
         return Draws(*(values[index] for values in self))
+
+    def split(self, size: int) -> list["Draws"]:
+        """The choices for as many images at a time."""
+        return [Draws(*part) for part in zip(*(values.split(size) for values in self), strict=True)]
 
 
 def draw_augmentation(augmentation: Augmentation, n: int, generator: torch.Generator) -> Draws:
@@ -199,8 +203,10 @@ def augment(pixels: Tensor, draws: Draws, pad: int) -> Tensor:
 
 
 def _mirror(images: Tensor, chosen: Tensor) -> Tensor:
-    """Images (B, 3, H, W), those mirrored for which `chosen` (B,) is true, in memory of their own."""
+    """Images (B, 3, H, W), those mirrored for which `chosen` (B,) is true; several are in memory of their own."""
     if images.device.type == "cpu" and images.shape[1:].numel() > ONE_BY_ONE:
+        if len(images) == 1:
+            return images.flip(3) if chosen else images
         mirrored = torch.empty_like(images)
         for place, image, is_chosen in zip(mirrored, images, chosen.tolist(), strict=True):
             place.copy_(image.flip(2) if is_chosen else image)

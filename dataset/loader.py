@@ -1,6 +1,7 @@
 """Batches of images in memory or on a disk: gathered, cropped, flipped and normalised on the device of the run, and
 mixed and resized there where that is asked for."""
 
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -9,13 +10,13 @@ from torch import Tensor, nn
 
 from dataset.balance import draw_balanced
 from dataset.decoding import RandomCrops
-from dataset.images import Augmentation, ImageData, Images, draw_augmentation, resize
+from dataset.images import Augmentation, Draws, ImageData, Images, augment, draw_augmentation, resize
 from dataset.policies import v2
 from dataset.seeds import epoch_seed
 from dataset.streaming import StreamedImages
 from dataset.views import VIEWS
 
-#: Bytes of pixels that are normalised at once on a CPU; as float32 they take four times as much.
+#: Bytes of pixels that are augmented and normalised at once on a CPU; as float32 they take four times as much.
 IN_CACHE = 2**18
 
 
@@ -26,13 +27,13 @@ class Batch(NamedTuple):
     0. `source` are the images in the size in which they are held, None where `images` are not resized.
 
     Of images with V views there are V * B rows: the first view of every image, then the second, and so on. Several
-    processes hold a part each of a batch of `whole` images (None: this is all of it, or its parts are equal).
+    processes hold a part each of a batch of `global_size` images (None: this is all of it, or its parts are equal).
     """
 
     images: Tensor
     targets: Tensor
     index: Tensor
-    whole: int | None = None
+    global_size: int | None = None
     source: Tensor | None = None
 
     @property
@@ -47,7 +48,7 @@ class Batch(NamedTuple):
         targets, index = self.targets.tensor_split(number), self.index.tensor_split(number)
         sources = self._split(self.source, number) if self.source is not None else [None] * number
         split = zip(self._split(self.images, number), targets, index, sources, strict=True)
-        return [Batch(images, *rest, self.whole, source) for images, *rest, source in split]
+        return [Batch(images, *rest, self.global_size, source) for images, *rest, source in split]
 
     def _split(self, images: Tensor, number: int) -> list[Tensor]:
         views = images.unflatten(0, (-1, len(self.targets))).tensor_split(number, 1)
@@ -89,8 +90,8 @@ class Loader:
         self._scale, self._shift = 1 / (255 * std), -mean / std
 
     def __len__(self) -> int:
-        whole, rest = divmod(len(self.subset), self.batch_size)
-        return whole + (rest >= self.min_batch)
+        full, rest = divmod(len(self.subset), self.batch_size)
+        return full + (rest >= self.min_batch)
 
     def batches(self, epoch: int = 0, first: int = 0) -> Iterator[Batch]:
         """The batches of an epoch, from the one with number `first` on."""
@@ -103,28 +104,42 @@ class Loader:
             if self.augmentation.scale is not None:  # nothing of an image depends on which others are shown
                 generator.manual_seed(epoch_seed(self.seed, epoch, stream="flips"))
             draws = [draw_augmentation(self.augmentation, n, generator).to(device) for _ in range(self.num_views)]
-        wholes, parts = self._parts(order.to(device), first)
+        sizes, parts = self._parts(order.to(device), first)
         key_parts = parts if keys is None else self._parts(keys, first)[1]
         if draws is not None and self.augmentation.scale is not None:
             crops = RandomCrops(self.images.image_size, self.seed, epoch, self.num_views, self.augmentation.scale)
         read = self.images.read(parts, crops, fill=draws is not None, changes=changes, keys=key_parts)
-        shown = zip(wholes, key_parts, read, strict=True)
-        for number, (whole, key, (index, views)) in enumerate(shown, first):
-            if draws is None:
-                (pixels,) = views
-            else:
-                drawn = index if keys is None else key.to(device)
-                made = self._augmented(views, [draw.of(drawn) for draw in draws], epoch, number)
-                pixels = torch.cat(made) if len(made) > 1 else made[0]
-            images = self._normalised(pixels)
-            batch = self._finished(Batch(images, self.images.targets[index], index, len(whole)), epoch, number)
-            yield batch.parts(self.world_size)[self.rank] if self._draws_for_whole_batches() else batch
+        for number, (size, key, (index, views)) in enumerate(zip(sizes, key_parts, read, strict=True), first):
+            drawn = index if keys is None else key.to(device)
+            images = self._shown(views, draws and [draw.of(drawn) for draw in draws], epoch, number)
+            batch = self._finished(Batch(images, self.images.targets[index], index, size), epoch, number)
+            yield batch.parts(self.world_size)[self.rank] if self._draws_for_all_processes() else batch
 
-    def _normalised(self, pixels: Tensor) -> Tensor:
-        """Bytes (B, 3, H, W) -> normalised float32; on a CPU a few images at a time, which stay in its cache."""
+    def _shown(self, views: list[Tensor], draws: list[Draws] | None, epoch: int, number: int) -> Tensor:
+        """The batch with that number in all its views, augmented and normalised; of one crop for all, or one for each.
+
+        `draws` are the random choices of each view, None where there are none.
+        """
+        if draws is None or self._make_views is None:
+            (pixels,) = views
+            return self._normalised(pixels, draws and draws[0])
+        made = []
+        for pixels in views:
+            generator = torch.Generator().manual_seed(epoch_seed(self.seed, epoch, number, stream="views"))
+            made.append(self._make_views(pixels, draws, self.augmentation, generator))
+        return self._normalised(torch.cat([each[view] for view, each in enumerate(made)] if len(made) > 1 else made[0]))
+
+    def _normalised(self, pixels: Tensor, draws: Draws | None = None) -> Tensor:
+        """Bytes (B, 3, H, W), cropped and mirrored as drawn -> normalised float32.
+
+        On a CPU a few images at a time, which stay in its cache: memory takes most of the time.
+        """
         images = torch.empty_like(pixels, dtype=torch.float32)
         at_once = max(len(pixels) if pixels.device.type == "cuda" else IN_CACHE // pixels.shape[1:].numel(), 1)
-        for some, values in zip(images.split(at_once), pixels.split(at_once), strict=True):
+        groups = pixels.split(at_once)
+        if draws is not None:
+            groups = map(augment, groups, draws.split(at_once), itertools.repeat(self.augmentation.pad))
+        for some, values in zip(images.split(at_once), groups, strict=True):
             some.copy_(values).mul_(self._scale).add_(self._shift)
         return images
 
@@ -138,12 +153,13 @@ class Loader:
         targets = self.images.targets.cpu()[self.subset]
         return self.subset[draw_balanced(targets, generator)], torch.arange(len(self.subset))
 
-    def _parts(self, order: Tensor, first: int) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
-        """The batches of an epoch, and what this process reads of each."""
-        wholes = order.split(self.batch_size)[first : len(self)]
-        if self._draws_for_whole_batches():
-            return wholes, wholes
-        return wholes, [whole.tensor_split(self.world_size)[self.rank] for whole in wholes]
+    def _parts(self, order: Tensor, first: int) -> tuple[list[int], Sequence[Tensor]]:
+        """The number of images in each batch of an epoch, and which of them this process reads."""
+        batches = order.split(self.batch_size)[first : len(self)]
+        sizes = [len(batch) for batch in batches]
+        if self._draws_for_all_processes():
+            return sizes, batches
+        return sizes, [batch.tensor_split(self.world_size)[self.rank] for batch in batches]
 
     def _finished(self, batch: Batch, epoch: int, number: int) -> Batch:
         """The batch with that number, mixed and resized where that is asked for."""
@@ -160,22 +176,11 @@ class Loader:
             return batch
         return batch._replace(images=resize(batch.images, self._resized), source=batch.images)
 
-    def _draws_for_whole_batches(self) -> bool:
-        """Whether something may be random in this process's part of a batch that is drawn for the whole batch."""
+    def _draws_for_all_processes(self) -> bool:
+        """Whether something may be random in this process's part of a batch that is drawn for the global batch."""
         in_memory = isinstance(self.images, Images)  # to decode what other processes show would be too dear
         draws = self.augmentation is not None and (self.num_views > 1 or self._mix is not None)
         return self.world_size > 1 and draws and in_memory
-
-    def _augmented(self, views: list[Tensor], draws: list, epoch: int, number: int) -> list[Tensor]:
-        """The batch with that number in every view; of one crop for all views, or one for each."""
-
-        def make(pixels: Tensor) -> list[Tensor]:
-            generator = torch.Generator().manual_seed(epoch_seed(self.seed, epoch, number, stream="views"))
-            return self._make_views(pixels, draws, self.augmentation, generator)
-
-        if len(views) == 1:
-            return make(*views)
-        return [make(pixels)[view] for view, pixels in enumerate(views)]
 
 
 def _mixing(augmentation: Augmentation, num_classes: int) -> nn.Module | None:

@@ -3,6 +3,7 @@
 import glob
 import os
 import sys
+import warnings
 from collections.abc import Iterable, Iterator
 
 import torch
@@ -27,10 +28,11 @@ def read_normalised(path: str | os.PathLike, record: dict, flag: str = "IMAGE") 
     size = record.get("source_size") or record["image_size"]
     crop = Centre(size - 2 * max(margin, 0), max(-margin, 0), background)
     try:
-        (pixels,) = read_views(Place(os.fsencode(path)).read, crop)
+        with warnings.catch_warnings(action="ignore"):  # Pillow's on odd metadata
+            (pixels,) = read_views(Place(os.fsencode(path)).read, crop)
     except BrokenImage as error:
         raise UserError(f"{flag}: {path} cannot be read as an image ({error}); repair or remove it") from None
-    image = torch.nn.functional.pad(torch.tensor(pixels).permute(2, 0, 1), [max(margin, 0)] * 4)
+    image = torch.nn.functional.pad(torch.tensor(pixels), [max(margin, 0)] * 4)
     mean, std = (torch.tensor(record[name]).view(3, 1, 1) for name in ("mean", "std"))
     return resize(((image / 255 - mean) / std)[None], record["image_size"])[0]
 

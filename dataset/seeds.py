@@ -9,8 +9,8 @@ import numpy
 
 #: The stream that decides the order of an epoch's images, and their crops and flips where images are in memory.
 ORDER = "order"
-#: The share of 2^24, which torch's random numbers in single precision are multiples of.
-UNIT = 2.0**-24
+#: torch's random numbers in single precision are multiples of a share of this.
+SHARES = 2**24
 
 
 def epoch_seed(seed: int, epoch: int, *numbers: int, stream: str = ORDER) -> int:
@@ -45,4 +45,4 @@ def _generator(thread: int) -> numpy.random.RandomState:
 
 def share(number: int) -> float:
     """What `torch.rand(())` makes of one of `torch_numbers`: from 0 to below 1, in single precision."""
-    return (number % 2**24) * UNIT
+    return (number % SHARES) / SHARES

@@ -177,7 +177,10 @@ class StreamedImages:
         """(indices (B,), bytes (views, B, 3, H, W), why each broken row could not be read) of every batch."""
         crop = crops or self._centre
         pairs = zip(parts, keys, strict=True)
-        requests = ((part, [self._place(sample) for sample in part.tolist()], key.tolist()) for part, key in pairs)
+        place_of, numbers = self.source.place_of, self._numbers
+        requests = (
+            (part, [place_of(number) for number in numbers[part].tolist()], key.tolist()) for part, key in pairs
+        )
         if self.reading.pool is None or not self.reading.num_workers:
             for part, places, key in requests:
                 rows = numpy.empty(shape_of(len(part), crop), numpy.uint8)

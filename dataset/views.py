@@ -19,13 +19,6 @@ STRONG_OPERATIONS = 2
 LARGEST_CUT, CUT_COLOUR = 0.5, (125, 123, 114)
 
 
-def plain(
-    pixels: Tensor, draws: list[Draws], augmentation: Augmentation, generator: torch.Generator | None = None
-) -> list[Tensor]:
-    """The augmented image."""
-    return [augment(pixels, draws[0], augmentation.pad)]
-
-
 def rotations(
     pixels: Tensor, draws: list[Draws], augmentation: Augmentation, generator: torch.Generator | None = None
 ) -> list[Tensor]:
@@ -162,9 +155,9 @@ def _covered(centre: Tensor, side: Tensor, size: int) -> Tensor:
     return (positions >= first) & (positions <= first + side[:, None]) & (side > 0)[:, None]
 
 
-#: Name -> (number of views, their function).
-VIEWS: dict[str, tuple[int, Callable[..., list[Tensor]]]] = {
-    "plain": (1, plain),
+#: Name -> (number of views, their function; None: the augmented image alone).
+VIEWS: dict[str, tuple[int, Callable[..., list[Tensor]] | None]] = {
+    "plain": (1, None),
     "rotations": (4, rotations),
     "weak_strong": (2, weak_strong),
 }

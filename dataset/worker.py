@@ -5,6 +5,7 @@ import os
 import queue
 import threading
 import traceback
+import warnings
 from collections.abc import Sequence
 from multiprocessing.connection import Connection
 from typing import Protocol
@@ -18,7 +19,7 @@ class Change(Protocol):
     """What is done to an image when it has been read: `dataset.changes.Changes`, which loads torch where it is used."""
 
     def of_array(self, pixels: numpy.ndarray, key: int) -> numpy.ndarray:
-        """Bytes (size, size, 3) -> the changed bytes."""
+        """Bytes (3, size, size) -> the changed bytes."""
 
 
 def fill(
@@ -29,13 +30,13 @@ def fill(
     What is random of an image depends on its key, one for each place.
     """
     broken = {}
-    for row, (place, key) in enumerate(zip(places, keys, strict=True)):
-        try:
-            for view, pixels in enumerate(read_views(place.read, crop, key)):
-                changed = pixels if changes is None else changes.of_array(pixels, key)
-                rows[view, row] = changed.transpose(2, 0, 1)
-        except BrokenImage as error:
-            broken[row] = str(error)
+    with warnings.catch_warnings(action="ignore"):  # Pillow's on odd metadata
+        for row, (place, key, part) in enumerate(zip(places, keys, crop.of(keys), strict=True)):
+            try:
+                for view, pixels in enumerate(read_views(place.read, part)):
+                    rows[view, row] = pixels if changes is None else changes.of_array(pixels, key)
+            except BrokenImage as error:
+                broken[row] = str(error)
     return broken
 
 

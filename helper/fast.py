@@ -2,9 +2,11 @@
 
 import copy
 import ctypes
+import functools
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
 from typing import Any, NamedTuple, Protocol, cast, runtime_checkable
 
 import torch
@@ -219,14 +221,27 @@ class Fast(NamedTuple):
             ) from None
 
 
+@functools.cache
 def _set_up_compiler() -> None:
-    from torch._inductor import config
+    from torch._inductor.cpu_vec_isa import VecISA
 
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MOST_COMPILATIONS)
-    if config.cpp.vec_isa_ok is None:
-        # Otherwise five programs are started in every run, ten seconds long, to see whether what the compiler makes for
-        # this CPU can be loaded.
-        config.cpp.vec_isa_ok = True
+    VecISA.check_build = cast(Any, _kept(VecISA.check_build))
+
+
+def _kept(check: Callable[[Any, str], bool]) -> Callable[[Any, str], bool]:
+    """Torch's trial of what its compiler makes for this CPU, once for a compiler: in every run it would start six
+    programs that import torch, 15 seconds long."""
+    from torch._inductor.codecache import write
+    from torch._inductor.cpu_vec_isa import _get_isa_dry_compile_fingerprint as compiler_and
+
+    def check_once(instructions: Any, code: str) -> bool:
+        passed = Path(write(code, "cpp", extra=compiler_and(instructions._arch_flags))[1]).with_suffix(".passed")
+        if not passed.exists() and check(instructions, code):
+            passed.touch()
+        return passed.exists()
+
+    return check_once
 
 
 def _compiled_if_possible(function: Callable) -> Callable:

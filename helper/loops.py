@@ -161,7 +161,7 @@ class Training:
 
     def parts(self, batch: Batch) -> list[Batch]:
         """The micro-batches of this process's batch; a short batch may have fewer."""
-        smallest = (batch.whole or len(batch.targets) * count_processes()) // count_processes()
+        smallest = (batch.global_size or len(batch.targets) * count_processes()) // count_processes()
         parts = batch.parts(max(min(self.config.accumulate, smallest // self.method.min_batch), 1))
         return [self._laid_out(part) for part in parts]
 
@@ -197,7 +197,7 @@ class Training:
         if not self._outcomes:
             self.guard.begin_step(self.method)
         # Gradients are added over the micro-batches and averaged over the processes; this makes them the batch's mean.
-        share = len(part.targets) * count_processes() / (batch.whole or len(batch.targets) * count_processes())
+        share = len(part.targets) * count_processes() / (batch.global_size or len(batch.targets) * count_processes())
         compute = self._compiled if self.is_whole(part) else self.method
         size = part.images.shape[-1]
         with (

@@ -1,6 +1,7 @@
 """An encoded image becomes a square: what is shown of it, of which kinds of files, and what is refused."""
 
 import io
+import os
 import struct
 import subprocess
 import zlib
@@ -17,11 +18,14 @@ from dataset.decoding import (
     RATIO,
     BrokenImage,
     Centre,
+    Place,
     RandomCrops,
-    draw_crop,
+    crop_of,
+    draw_tries,
     endings,
     read_views,
 )
+from dataset.worker import fill
 from errors import UserError
 from tests.dataset.image_folders import write_images
 from tests.dataset.test_streaming import CPU
@@ -37,8 +41,10 @@ WHOLE = Centre(32)
 
 
 def shown(content: bytes, crop=WHOLE, sample: int = 0) -> numpy.ndarray:
-    (pixels,) = read_views(lambda: content, crop, sample)
-    return pixels
+    """What is shown of an image: bytes (size, size, 3), as Pillow has them."""
+    (part,) = crop.of([sample])
+    (pixels,) = read_views(lambda: content, part)
+    return pixels.transpose(1, 2, 0)
 
 
 def photograph(width: int, height: int, texture: float = 10) -> Image.Image:
@@ -51,22 +57,35 @@ def photograph(width: int, height: int, texture: float = 10) -> Image.Image:
     return Image.fromarray(noisy.clip(0, 255).astype(numpy.uint8))
 
 
+@pytest.mark.filterwarnings("error")
+def test_a_warning_of_odd_metadata_leaves_an_image_whole(tmp_path):
+    odd = b"Exif\0\0II*\0\x08\0\0\0\x05\0"
+    (path := tmp_path / "odd.jpg").write_bytes(encoded(photograph(40, 40), "JPEG", exif=odd))
+    with pytest.warns(UserWarning, match="EXIF"), Image.open(path) as image:
+        image.getexif()
+    rows = numpy.zeros((1, 1, 3, 32, 32), numpy.uint8)
+    assert fill(rows, [Place(os.fsencode(path))], [0], WHOLE) == {} and rows.any()
+    record = {"image_size": 32, "mean": (0.5,) * 3, "std": (0.5,) * 3}
+    assert read_normalised(path, record).shape == (3, 32, 32)
+
+
 @pytest.mark.slow
 def test_random_crops_are_torchvisions():
     sizes = numpy.random.default_rng(0).integers(1, 600, (1500, 2)).tolist() + [[500, 1], [1, 500], [700, 100]]
     for seed, (width, height) in enumerate(sizes):
         torch.manual_seed(seed)
         top, left, down, across = RandomResizedCrop.get_params(torch.empty(3, height, width), [0.08, 1.0], list(RATIO))
-        assert draw_crop(width, height, (0.08, 1.0), seed) == (left, top, left + across, top + down), (width, height)
+        (tries,) = draw_tries((0.08, 1.0), [seed])
+        assert crop_of(width, height, tries) == (left, top, left + across, top + down), (width, height)
 
 
 def test_a_random_crop_is_cut_out_before_it_is_resized():
     image, crop = photograph(90, 70), RandomCrops(32, 3, 5, 2, (0.08, 1.0))
-    views = read_views(lambda: encoded(image), crop, sample=7)
-    for view, pixels in enumerate(views):
-        box = draw_crop(90, 70, (0.08, 1.0), epoch_seed(3, 5, 7, view, stream="crops"))
-        expected = image.crop(box).resize((32, 32), Image.BILINEAR)
-        assert numpy.array_equal(pixels, numpy.asarray(expected))
+    _, part, _ = crop.of([4, 7, 4])
+    for view, pixels in enumerate(read_views(lambda: encoded(image), part)):
+        (tries,) = draw_tries((0.08, 1.0), [epoch_seed(3, 5, 7, view, stream="crops")])
+        expected = image.crop(crop_of(90, 70, tries)).resize((32, 32), Image.BILINEAR)
+        assert numpy.array_equal(pixels.transpose(1, 2, 0), numpy.asarray(expected))
 
 
 @pytest.mark.parametrize(("width", "height"), [(50, 40), (41, 77), (64, 64), (33, 100), (45, 40), (256, 256)])

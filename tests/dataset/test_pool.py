@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from dataset import Loader, load_data
+from dataset.pool import KEPT_MEMORY
 from errors import StoppedAtOnce, UserError
 from helper import distributed
 from helper.distributed import StopRequest
@@ -66,6 +67,18 @@ def test_workers_start_without_torch_and_without_the_runs_files(folder):
         assert "torch" not in Path(f"/proc/{worker}/maps").read_text()
         opened = {os.readlink(path) for path in Path(f"/proc/{worker}/fd").iterdir()}
     assert str(folder / "lock") not in opened
+
+
+@pytest.mark.parametrize("own", [None, "glibc.malloc.tcache_count=0"])
+def test_workers_keep_the_memory_of_images_unless_the_user_says_how(folder, own, monkeypatch):
+    monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
+    if own:
+        monkeypatch.setenv("GLIBC_TUNABLES", own)
+    loader = loader_of(folder, workers=1)
+    list(loader.batches(0))
+    (worker,) = workers_of(loader)
+    environment = Path(f"/proc/{worker}/environ").read_bytes().replace(b"\0", b":")  # glibc takes the text apart
+    assert f"GLIBC_TUNABLES={own or KEPT_MEMORY}:".encode() in environment
 
 
 def test_several_passes_share_the_workers(folder):

@@ -23,8 +23,8 @@ CPU = torch.device("cpu")
 
 def read(path, crop, sample: int = 0) -> list[torch.Tensor]:
     """Bytes (3, size, size) of each view of an image file."""
-    views = read_views(Place(os.fsencode(path)).read, crop, sample)
-    return [torch.tensor(pixels).permute(2, 0, 1) for pixels in views]
+    (part,) = crop.of([sample])
+    return [torch.tensor(pixels) for pixels in read_views(Place(os.fsencode(path)).read, part)]
 
 
 def fit(path, size: int, cut: int = 0) -> torch.Tensor:
@@ -129,7 +129,7 @@ def test_processes_share_an_epoch_without_gaps_or_doubles(folder):
     for number, batches in enumerate(zip(*parts, strict=True)):
         assert torch.equal(torch.cat([batch.index for batch in batches]), whole[number].index)
         assert torch.equal(torch.cat([batch.images for batch in batches]), whole[number].images)
-        assert {batch.whole for batch in batches} == {len(whole[number].index)}
+        assert {batch.global_size for batch in batches} == {len(whole[number].index)}
     assert len(parts[0]) == 3, "two images are too few for three processes"
 
 

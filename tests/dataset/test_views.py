@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+import dataset.loader as loader_module
 from dataset import VIEWS, Augmentation, ImageData, Images, Loader
 from dataset.images import ONE_BY_ONE, Draws, augment, draw_augmentation
 from dataset.views import rotations, weak_strong
@@ -57,6 +58,19 @@ def test_small_and_large_images_are_mirrored_alike_and_the_held_ones_left_alone(
         crop = image[:, top : top + size, left : left + size]
         assert torch.equal(ours, crop.flip(2) if flip else crop)
     assert torch.equal(pixels, before) and 0 < draws.flip.sum() < 6
+
+
+@pytest.mark.parametrize("in_cache", [1, 3 * 3 * 80**2])
+@pytest.mark.parametrize("pad", [0, 2])
+def test_images_that_are_changed_a_few_at_a_time_are_those_of_the_batch(pad, in_cache, monkeypatch):
+    images = Images(pictures(11, 80), torch.arange(11))
+    data = image_data()._replace(train=images, augmentation=Augmentation(pad))
+    loader = Loader(images, data, 8, CPU, data.augmentation)
+    monkeypatch.setattr(loader_module, "IN_CACHE", 2**30)
+    expected = list(loader.batches(2))
+    monkeypatch.setattr(loader_module, "IN_CACHE", in_cache)
+    for ours, whole in zip(loader.batches(2), expected, strict=True):
+        assert torch.equal(ours.images, whole.images)
 
 
 def test_the_crops_of_each_view_are_uniform_and_independent():

@@ -201,7 +201,7 @@ def test_the_parts_of_all_processes_are_the_batches_of_one(views, processes):
         assert torch.equal(whole.targets, torch.cat([share.targets for share in shares]))
         by_view = [share.images.unflatten(0, (-1, len(share.index))) for share in shares]
         assert torch.equal(whole.images, torch.cat(by_view, 1).flatten(0, 1))
-        assert {share.whole for share in shares} == {len(whole.index)}
+        assert {share.global_size for share in shares} == {len(whole.index)}
     least = Loader(*common, min_batch=3, rank=0, world_size=processes)  # five images are left over
     assert len(least) == 2
 
@@ -210,7 +210,7 @@ def test_a_batch_is_cut_with_all_its_views():
     batch = Batch(torch.arange(10.0), torch.arange(5), torch.arange(5), 5)
     first, second = batch.parts(2)
     assert first.images.tolist() == [0, 1, 2, 5, 6, 7] and second.images.tolist() == [3, 4, 8, 9]
-    assert second.targets.tolist() == [3, 4] and second.whole == 5 and batch.parts(1) == [batch]
+    assert second.targets.tolist() == [3, 4] and second.global_size == 5 and batch.parts(1) == [batch]
 
 
 def test_a_batch_that_cannot_be_divided_is_refused(monkeypatch, distil):
