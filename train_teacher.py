@@ -19,8 +19,9 @@ with starting():
 
 
 def main(argv=None):
-    with joined():
-        given = parse(teacher_parser(), argv)
+    parser = teacher_parser()
+    with joined(), parser.own_flags():
+        given = parse(parser, argv)
         opened = open_runs(given)  # initial weights, runs to resume: each file once
         inputs = load_inputs(opened.configs[0])
         opened = decide_compiler(opened, inputs)

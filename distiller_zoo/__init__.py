@@ -13,6 +13,7 @@ from crd import CRDLoss
 from distiller_zoo.abound import ABLoss, Connector
 from distiller_zoo.attention import Attention
 from distiller_zoo.base import Distiller, Flag, Predictor, Progress, Stage, Task, refuse_without_effect
+from distiller_zoo.contract import check_built, check_stages, explained
 from distiller_zoo.correlation import Correlation, LinearEmbed
 from distiller_zoo.factor import FactorTransfer, Paraphraser, Translator
 from distiller_zoo.fsp import FSP
@@ -73,7 +74,10 @@ def build_distiller(
     batch_size = config.get("images_per_pass", config["batch_size"])
     of_labels = config.get("label_smoothing", 0.0), class_weights
     task = Task(num_classes, image_size, batch_size, train_targets, *of_labels)
-    return method(student, teacher, task, **hyper_parameters)
+    with explained(method, "its constructor", student, image_size, teacher):
+        built = method(student, teacher, task, **hyper_parameters)
+    check_built(built)
+    return built
 
 
 #: RepDistiller's loss modules and adapters, for scripts that import them from here.
@@ -108,6 +112,8 @@ __all__ = [
     "Stage",
     "Task",
     "build_distiller",
+    "check_stages",
+    "explained",
     "find_distiller",
     "refuse_without_effect",
     *(module.__name__ for module in REPDISTILLER),

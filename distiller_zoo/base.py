@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from distiller_zoo.contract import check_class
 from errors import UserError, count_of
 from models.backbone import Backbone, Output, normalises_single_values
 from setting import Setting, count, number, positive, whole
@@ -156,8 +157,7 @@ class Distiller(nn.Module):
 
     def __init_subclass__(cls, **options):
         super().__init_subclass__(**options)
-        for old in RENAMED.keys() & vars(cls).keys():
-            raise UserError(f"{cls.__module__}: {old} of {cls.__name__} is called {RENAMED[old]} now; rename it")
+        check_class(cls, Distiller, RENAMED)
 
     def __init__(self, student: Backbone, teacher: Backbone | None, task: Task, **hyper_parameters):
         super().__init__()

@@ -9,7 +9,8 @@ import difflib
 import itertools
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 from distiller_zoo import DISTILLERS, find_distiller, refuse_without_effect
@@ -73,6 +74,19 @@ class Parser(argparse.ArgumentParser):
         meant = dict.fromkeys(filter(None, (suggest(word, self.names, self._called()) for word in unknown)))
         hint = f"; did you mean {', '.join(meant)}?" if meant else " (--help lists the flags)"
         raise UserError(message + hint)
+
+    @contextmanager
+    def own_flags(self) -> Iterator[None]:
+        """Within this block a `UserError` names a setting by this script's flag for it: --model in train_teacher.py."""
+        try:
+            yield
+        except UserError as error:
+            text = str(error)
+            for name, argument in self.aliases.items():
+                text = re.sub(rf"--{argument}\b", f"--{name}", text)
+            if text == str(error):
+                raise
+            raise UserError(text) from None
 
     def _called(self) -> dict[str, str]:
         """What other toolboxes call the settings that this script has flags for -> its flag."""
@@ -378,7 +392,7 @@ def resolve(
     distill = told.get("distill", _default("distill"))
     _refuse_unused(given | {"distill": distill})
     if told.get("model_s") is None:
-        raise UserError("name the network to train: --model_s NAME (in train_teacher.py: --model NAME)")
+        raise UserError("--model_s is missing: name the network to train, like --model_s resnet8")
     dataset = given.get("dataset", stored.get("dataset", of_teacher.get("dataset") or _default("dataset")))
     of_teacher = _without_other_data(of_teacher, dataset, told)
     known = settings.settings_of(distill)

@@ -59,8 +59,19 @@ def format_losses(means: dict[str, float]) -> str:
     return f"loss {means['loss']:.3f} = {terms}{accuracy}"
 
 
-def format_epoch(record: dict, title: str) -> str:
-    """An epoch's line in the log."""
+def format_left(seconds: float) -> str:
+    """How long the rest takes, to what a reader plans by: 45 s, 12 min, 3 h 5 min, 2 days 4 h."""
+    minutes = round(seconds / 60)
+    if seconds < 99.5:
+        return f"{seconds:.0f} s"
+    if minutes < 60:
+        return f"{minutes} min"
+    hours = round(seconds / 3600)
+    return f"{minutes // 60} h {minutes % 60} min" if hours < 48 else f"{hours // 24} days {hours % 24} h"
+
+
+def format_epoch(record: dict, title: str, left: str = "") -> str:
+    """An epoch's line in the log; `left` says how long the rest of the run takes."""
     seconds = record["data_wait_s"] + record["compute_s"]
     kinds = {f"{name}_accuracy{of}": f"{name}{of and ' of EMA'}" for of in ("", "_ema") for name in ("holdout", "test")}
     test = "".join(f", {kind} {record[name]:.2f} %" for name, kind in kinds.items() if name in record)
@@ -68,7 +79,7 @@ def format_epoch(record: dict, title: str) -> str:
     return (
         f"{title}: {format_losses(record)}{test}, "
         f"lr {record['learning_rate']:.3g}, {seconds:.1f} s ({record['data_wait_s']:.1f} s waiting for data), "
-        f"{record['images_per_s']:.0f} images/s"
+        f"{record['images_per_s']:.0f} images/s{left and f', {left}'}"
     )
 
 
@@ -97,10 +108,11 @@ def format_result(result: dict) -> str:
     if "accuracy_last" not in result:
         return format_without_labels(result)
     lost, average = result.get("test_unreadable"), result.get("accuracy_last_ema")
+    count = "five" if result["epochs"] >= 5 else result["epochs"]
+    mean = f", mean of the last {count} epochs {result['accuracy_mean_last_five']:.2f} %"
     return (
         f"test accuracy: last {result['accuracy_last']:.2f} %, best {result['accuracy_best']:.2f} % (epoch "
-        f"{result['best_epoch']}, {result['protocol']}), mean of the last five epochs "
-        f"{result['accuracy_mean_last_five']:.2f} %"
+        f"{result['best_epoch']}, {result['protocol']}){mean if result['epochs'] > 1 else ''}"
         + ("" if average is None else f"; of the EMA: last {average:.2f} %, best {result['accuracy_best_ema']:.2f} %")
         + (f"; {lost} of {result['test_images']} test images unreadable, left out" if lost else "")
     )

@@ -14,8 +14,8 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor, distributed, nn
 
-from dataset import Augmentation, Batch, ImageData, Images, Loader, StreamedImages, epoch_seed
-from distiller_zoo import Distiller, Progress, Stage
+from dataset import VIEWS, Augmentation, Batch, ImageData, Images, Loader, StreamedImages, epoch_seed
+from distiller_zoo import Distiller, Progress, Stage, explained
 from distiller_zoo.base import ALPHA, BETA, GAMMA
 from errors import StoppedAtOnce, UserError, count_of
 from helper.configuration import Configuration
@@ -47,6 +47,10 @@ class Training:
         average: Average | None = None,
     ):
         _check_stage(stage, config)
+        if method.views not in VIEWS:
+            raise UserError(
+                f"--distill {method.name}: its views are '{method.views}'; they must be one of {', '.join(VIEWS)}"
+            )
         self.guard, self.average, self.fast = guard or Guard(), average, Fast.of(config)
         stage = stage._replace(respond=self.fast.passing(method, stage.respond))
         self.stage, self.method, self.config, self.device = stage, method, config, device
@@ -195,7 +199,12 @@ class Training:
         # Gradients are added over the micro-batches and averaged over the processes; this makes them the batch's mean.
         share = len(part.targets) * count_processes() / (batch.global_size or len(batch.targets) * count_processes())
         compute = self._compiled if self.is_whole(part) else self.method
-        with self.replica.only_adding(not is_last), self.fast.naming_compiler():
+        size = part.images.shape[-1]
+        with (
+            explained(type(self.method), f"its losses in {self.title}", self.method.student, size, teacher_output),
+            self.replica.only_adding(not is_last),
+            self.fast.naming_compiler(),
+        ):
             losses, logits = forward_backward(
                 functools.partial(self.replica, compute),
                 self.stage,

@@ -36,7 +36,7 @@ from models.wrappers import added_layers, describe_wrapper
 
 #: Between the classes of `--teacher_classes`; the last of them that a text holds is meant.
 SEPARATORS = (",", ";", "\n")
-INIT, INIT_NAME = "--init", "--model_s (in train_teacher.py: --model)"
+INIT, INIT_NAME = "--init", "--model_s"
 
 
 class Network(NamedTuple):

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from dataset import ImageData, Images, StreamedImages
-from distiller_zoo import Distiller, Progress, build_distiller, find_distiller
+from distiller_zoo import Distiller, Progress, build_distiller, check_stages, find_distiller
 from errors import Stopped, UserError, count_of
 from helper.checkpoint import (
     check_optimizer,
@@ -30,7 +30,15 @@ from helper.configuration import Configuration, check_found, run_key
 from helper.distributed import StopRequest, average_statistics, by_main, count_processes, describe_batch, is_main
 from helper.fast import Fast
 from helper.inputs import Inputs, Opened, class_weights_of
-from helper.log import describe_data, describe_method, describe_protocol, format_epoch, format_losses, format_result
+from helper.log import (
+    describe_data,
+    describe_method,
+    describe_protocol,
+    format_epoch,
+    format_left,
+    format_losses,
+    format_result,
+)
 from helper.loops import (
     Training,
     evaluate,
@@ -56,6 +64,8 @@ from models.synchronised import synchronise
 
 #: How many training images tell the matching loss where none are held out.
 JUDGED_IMAGES = 1000
+#: The epochs by which the rest of a run is estimated.
+RECENT_EPOCHS = 10
 #: What a resumed run restores in addition to weights, optimizer and skipped steps.
 STATE = ("stage_number", "epoch", "stage_step", "step", "epochs_over", "seconds", "records", "epoch_state")
 
@@ -271,6 +281,7 @@ class Run:
             synchronise(self.method)
         Fast.of(config).prepare_student(self.method, inputs.device)
         stages, frozen = self.method.stages(config.epochs), config.freeze == "trunk"
+        check_stages(self.method, stages)
         self.stages = [without_trunk(stage, self.method) if frozen else stage for stage in stages]
         self.average = Average(self.method, config.ema_decay) if config.ema_decay else None
         self.guard = Guard(config.max_bad_steps)
@@ -299,6 +310,7 @@ class Run:
     def _enter(self, number: int, epoch: int = 0, stage_step: int = 0) -> None:
         """Begin the stage of this number, or resume it after some of its epochs and steps."""
         self.stage_number, self.epoch, self.stage_step = number, epoch, stage_step
+        self._ends: list[float] = []  # of the epochs of this stage that this process has seen, by the clock
         average = self.average if self.in_main_stage else None
         self.training = Training(
             self.stages[number], self.method, self.data, self.config, self.inputs.device, self.guard, average
@@ -457,7 +469,8 @@ class Run:
         stage, progress, steps = self.stages[self.stage_number], self.training.progress, self.last_step
         self.epoch_state = None
         self.epoch, self.stage_step, self.step = self.epoch + 1, self.stage_step + steps, self.step + steps
-        self.epochs_over, self.seconds = self.epochs_over + 1, self.seconds + time.perf_counter() - (self._started or 0)
+        self._ends.append(time.perf_counter())
+        self.epochs_over, self.seconds = self.epochs_over + 1, self.seconds + self._ends[-1] - (self._started or 0)
         rate = self.training.learning_rate(self.epoch, steps - 1)
         skipped = {"skipped_steps": self.guard.skipped} if self.config.max_bad_steps else {}
         skipped |= {"overflowed_steps": self.guard.overflows} if self.training.scaler.is_enabled() else {}
@@ -467,8 +480,30 @@ class Run:
         else:
             record = {"stage": stage.name, **record}
         self.folder.append_metrics(record, self.epochs_over)
-        self.folder.log(format_epoch(record, format_title(stage.name, progress)))
+        self.folder.log(format_epoch(record, format_title(stage.name, progress), self._time_left()))
         self._save(record)
+
+    def _time_left(self) -> str:
+        """How long the rest of the run takes, by the epochs of this stage that this process has seen; empty at its end.
+
+        The first epoch, in which much is compiled and allocated, counts until there is another. From one end to the
+        next, so that turns of other runs and what is saved count.
+        """
+        ends = self._ends[-RECENT_EPOCHS - 1 :]
+        took = (ends[-1] - ends[0]) / (len(ends) - 1) if len(ends) > 1 else ends[0] - (self._started or 0)
+        if not (epochs := self._epochs_left()):
+            return ""
+        return f"{'at most ' if self.config.patience else ''}{format_left(epochs * took)} left"
+
+    def _epochs_left(self) -> float:
+        """Of all stages, in epochs as long as those of this stage; `--max_steps` may leave a part of one."""
+        if self.in_main_stage and self._stage_is_over():
+            return 0
+        steps, left, most = len(self.training.loader), self._steps_left(), self.config.max_steps
+        epochs = self.stages[self.stage_number].epochs - self.epoch
+        here = epochs if left is None else min(epochs, left / steps)
+        later = [stage.epochs for stage in self.stages[self.stage_number + 1 :]]
+        return here + sum(later if most is None else (min(each, most / steps) for each in later))
 
     def _test(self) -> dict[str, float]:
         """What is measured on the test images, and on the held-out ones where there are any; also of the average."""
@@ -604,6 +639,7 @@ class Run:
     def _finish(self) -> None:
         if self._started is None and (self.folder.path / RESULT).exists():  # resumed, with nothing left to do
             self.result = self.folder.read_json(RESULT)
+            self.folder.log(f"finished already ({self.folder.path / RESULT}); {self._way_on()} trains longer")
             self._conclude(self.result)
             return
         self.result = {
@@ -629,6 +665,12 @@ class Run:
         self.folder.append_outcome(run_key(self.config), self.result)
         self.folder.write_json(RESULT, self.result)
         self._conclude(self.result)
+
+    def _way_on(self) -> str:
+        """The flag that gives a finished run more to train."""
+        if self.epoch >= self.stages[-1].epochs:
+            return "--epochs K"
+        return "--patience E" if self._is_out_of_patience() else "--max_steps K"
 
     def _conclude(self, result: dict) -> None:
         """Say what the run has ended with, and where it is."""

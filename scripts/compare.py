@@ -3,13 +3,15 @@
 python scripts/compare.py RUN RUN ...
 
 Runs that differ in nothing but trial and seed are one group. Every two groups are compared by Welch's t-test of each
-accuracy (two-sided; scipy.stats.ttest_ind with unequal variances).
+accuracy (two-sided; scipy.stats.ttest_ind with unequal variances); of more than three groups each is compared with the
+student alone and with KD of its student and its number of epochs, or else with the first group there.
 """
 
 import itertools
 import statistics
 import sys
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -18,13 +20,25 @@ from errors import UserError, run_script, starting
 
 with starting():
     from helper.command_line import Parser
-    from helper.tables.pages import describe_left
-    from helper.tables.rows import ACCURACIES, Row, differences, read_rows, shortened, spread, welch
+    from helper.tables.pages import REFERENCES, describe_left
+    from helper.tables.rows import (
+        ACCURACIES,
+        Row,
+        differences,
+        note_of_few_epochs,
+        read_rows,
+        shortened,
+        spread,
+        welch,
+    )
+    from setting import as_text
 
 #: Below this probability of so large a difference by seeds alone, accuracies are said to differ.
 SIGNIFICANCE = 0.05
 #: With fewer seeds on a side a difference has to be very large to show.
 FEW_SEEDS = 3
+#: More groups are not compared with each other, but with the references among them.
+FEW_GROUPS = 3
 
 
 def describe_teachers(rows: Sequence[Row]) -> list[str]:
@@ -46,14 +60,82 @@ def judge(first: list[float], second: list[float]) -> str:
     return f"{difference:+.2f}, p = {p:.3g}: {verdict}{few}"
 
 
+def judge_briefly(first: list[float], second: list[float]) -> str:
+    """The same for a cell of a table; a star where the difference is beyond seed noise."""
+    difference = f"{statistics.mean(second) - statistics.mean(first):+.2f}"
+    if (p := welch(first, second)) is None:
+        return f"{difference} (no test)"
+    return f"{difference} (p = {p:.2g}){' *' if p < SIGNIFICANCE else ''}"
+
+
 def letters(count: int) -> list[str]:
     """A, B, ... Z, AA, AB, ..."""
     alphabet = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
     return ["".join(word) for length in (1, 2) for word in itertools.product(alphabet, repeat=length)][:count]
 
 
+def in_short(chosen: Sequence[str], names: Sequence[str]) -> str:
+    """Some of the groups' names; three and more that follow each other by the first and the last: A C-F."""
+    places = itertools.groupby(enumerate(map(names.index, chosen)), key=lambda one: one[1] - one[0])
+    runs = [[names[place] for _, place in run] for _, run in places]
+    return " ".join(f"{run[0]}-{run[-1]}" if len(run) > 2 else " ".join(run) for run in runs)
+
+
+def show_differences(named: Mapping[str, Row]) -> None:
+    """Print the settings that are not the same in all groups; of many groups every value once."""
+    print("\nwhat differs:" if len(named) <= FEW_GROUPS else "\nwhat differs (- in groups that are not named):")
+    for setting, values in differences(list(named.values())).items():
+        is_teacher = setting == "teacher_digest"
+        title, texts = ("teacher", describe_teachers(list(named.values()))) if is_teacher else (setting, values)
+        if len(named) <= FEW_GROUPS:
+            told = [f"{name} {text}" for name, text in zip(named, texts, strict=True)]
+        else:
+            groups = defaultdict(list)
+            for name, text in zip(named, texts, strict=True):
+                if text is not None:
+                    groups[as_text(text)].append(name)
+            told = [f"{text} ({in_short(names, list(named))})" for text, names in groups.items()]
+        print(f"  {title:<22} {', '.join(told)}")
+
+
+def compare_all(named: Mapping[str, Row]) -> None:
+    """Print every two groups, an accuracy on each line."""
+    for (first, row), (second, other) in itertools.combinations(named.items(), 2):
+        print(f"\n{second} - {first}:")
+        for key, title in ACCURACIES.items():
+            print(f"  {title:<18} {judge(row.values(key), other.values(key))}")
+
+
+def compare_with_references(named: Mapping[str, Row]) -> None:
+    """Print a table for every reference, a group on each line; a reference is compared with groups of its student,
+    data set, number of epochs and protocol."""
+    kinds = defaultdict(dict)
+    for name, row in named.items():
+        kinds[row.config["model_s"], row.setting][name] = row
+    count, width = 0, max(len(f"{name} {row.label}") for name, row in named.items())
+    for groups in kinds.values():
+        references = [name for name, row in groups.items() if row.label in REFERENCES] or list(groups)[:1]
+        for reference in references if len(groups) > 1 else ():
+            against = f"against {reference} {groups[reference].label}"
+            print(f"\n{against:<{width + 3}} {' '.join(f'{title:<21}' for title in ACCURACIES.values())}".rstrip())
+            for name, row in groups.items():
+                pairs = [(groups[reference].values(key), row.values(key)) for key in ACCURACIES]
+                if name != reference:
+                    line = f"  {name + ' ' + row.label:<{width}}  {' '.join(f'{judge_briefly(*p):<21}' for p in pairs)}"
+                    print(line.rstrip())
+                    count += 1
+    alone = [name for groups in kinds.values() if len(groups) == 1 for name in groups]
+    print(
+        f"\n*: beyond seed noise, p < {SIGNIFICANCE}; by chance alone that is one in {round(1 / SIGNIFICANCE)}, and "
+        f"these are {count} comparisons; no test: one seed, or no spread"
+    )
+    if alone:
+        print(f"compared with none, the only group of its student, data set, epochs and protocol: {' '.join(alone)}")
+    print(f"name the runs of {FEW_GROUPS} settings or fewer to compare every two of them")
+
+
 def main(argv=None) -> None:
-    parser = Parser.of_script(__doc__)
+    parser = Parser.of_script(__doc__, paragraphs=3)
     parser.add_argument(
         "folders", nargs="+", type=Path, metavar="RUN", help="run folders of both settings, of all seeds"
     )
@@ -64,20 +146,15 @@ def main(argv=None) -> None:
         raise UserError(
             f"RUN: the {len(rows[0].records)} runs differ in nothing but trial and seed; name runs of two settings"
         )
-    names = letters(len(rows))
-    for name, row in zip(names, rows, strict=True):
+    named = dict(zip(letters(len(rows)), rows, strict=True))
+    for name, row in named.items():
         seeds = ", ".join(str(record.config["seed"]) for record in row.records)
         print(f"{name}: {row.config['dataset']}, {row.pair}: {row.label}; {row.protocol}; seeds {seeds}")
         print("   " + ", ".join(f"{title} {spread(row.values(key))}" for key, title in ACCURACIES.items()))
-    print("\nwhat differs:")
-    for setting, values in differences(rows).items():
-        is_teacher = setting == "teacher_digest"
-        title, texts = ("teacher", describe_teachers(rows)) if is_teacher else (setting, list(map(str, values)))
-        print(f"  {title:<18} {', '.join(f'{name} {text}' for name, text in zip(names, texts, strict=True))}")
-    for (first, row), (second, other) in itertools.combinations(zip(names, rows, strict=True), 2):
-        print(f"\n{second} - {first}:")
-        for key, title in ACCURACIES.items():
-            print(f"  {title:<18} {judge(row.values(key), other.values(key))}")
+    if few := note_of_few_epochs(rows):
+        print(few)
+    show_differences(named)
+    (compare_all if len(rows) <= FEW_GROUPS else compare_with_references)(named)
 
 
 if __name__ == "__main__":

@@ -51,7 +51,7 @@ def print_report(folders: Sequence[Path], in_grid: bool = False) -> list[Row]:
     return rows
 
 
-#: What a marker <!-- KIND GLOB --> of a document asks for, up to <!-- end of KIND -->.
+#: What a marker <!-- KIND GLOB,GLOB --> of a document asks for, up to <!-- end of KIND -->.
 MARKERS: dict[str, Callable[[Sequence[Row]], str]] = {
     "table": lambda rows: make_table(rows, in_common=True) + "\n",
     "report": make_report,
@@ -65,7 +65,7 @@ def fill_markers(text: str, root: Path = ROOT) -> str:
 
     def fill(match: re.Match) -> str:
         kind, pattern = match["kind"], match["glob"]
-        folders = sorted(path for path in root.glob(pattern) if path.is_dir())
+        folders = [path for one in pattern.split(",") for path in sorted(root.glob(one)) if path.is_dir()]
         if not folders:
             raise UserError(f"--update_docs: {pattern}, which a document names, matches no run folder")
         made = MARKERS[kind](say_left(folders)).replace(" ± ", f"{UNBROKEN}±{UNBROKEN}")

@@ -110,11 +110,11 @@ def show(plan: Plan, jobs: Sequence[Job], speeds: Speeds, places: int) -> None:
         print(f"{states:<24} {row}{about}")
     for title, reason in plan.inapplicable:
         print(f"{'does not apply':<24} {title}: {reason}")
-    print(
-        f"{count_of(len(jobs), 'run')}: {', '.join(f'{n} {state}' for state, n in by_state(jobs))}; left about "
-        f"{format_seconds(total / places)} with {places} at a time"
-        + (f", and {count_of(unknown, 'run')} like which none was measured yet" if unknown else "")
-    )
+    left_over = f"left about {format_seconds(total / places)} with {places} at a time"
+    left_over += f", and {count_of(unknown, 'run')} like which none was measured yet" if unknown else ""
+    if all(job.state == "finished" for job in jobs):
+        left_over = "nothing is left to train"
+    print(f"{count_of(len(jobs), 'run')}: {', '.join(f'{n} {state}' for state, n in by_state(jobs))}; {left_over}")
 
 
 def write_job_list(path: Path, jobs: Sequence[Job]) -> None:

@@ -1,7 +1,9 @@
 """What the documents say works as they say it."""
 
+import itertools
 import re
 import shlex
+import subprocess
 from importlib import import_module
 
 import pytest
@@ -158,3 +160,16 @@ def test_the_readme_is_short_and_its_picture_is_drawn_by_the_script():
 
 def test_every_page_is_listed_in_the_readme():
     assert all(f"({page})" in README for page in PAGES if page != "README.md")
+
+
+def test_what_the_commands_write_at_the_root_is_ignored_by_git():
+    """Pages, tables and networks that a reader makes are not offered to commit."""
+    if not (ROOT / ".git").exists():
+        pytest.skip("no git checkout")
+    words = [shlex.split(command, comments=True) for page in PAGES.values() for command in commands(page, "bash")]
+    writing = ("--html", "--csv", "--json", "--out", "--figures")
+    files = {after for command in words for flag, after in itertools.pairwise(command) if flag in writing}
+    files = sorted(file for file in files if "/" not in file)
+    assert {"report.html", "judged.html", "student.onnx", "figures"} <= set(files)
+    done = subprocess.run(["git", "check-ignore", *files, "figures/"], cwd=ROOT, capture_output=True, text=True)
+    assert [file for file in files if file not in done.stdout.replace("/", "").split()] == []

@@ -25,6 +25,7 @@ from helper.tables.rows import (
     Row,
     command_of,
     flags_of,
+    note_of_few_epochs,
     read_rows,
     spread,
     welch,
@@ -143,7 +144,12 @@ def _lead(row: Row, references: Sequence[Row]) -> str:
 
 def make_report(rows: Sequence[Row]) -> str:
     """The table and the rows' settings as Markdown."""
-    return f"{make_table(rows)}\n\n{NOTE} Row by row, the settings were:\n\n{_commands(rows)}\n"
+    return f"{make_table(rows)}\n\n{_note(rows)} Row by row, the settings were:\n\n{_commands(rows)}\n"
+
+
+def _note(rows: Sequence[Row]) -> str:
+    """What the accuracies of these rows are."""
+    return " ".join(filter(None, (NOTE, note_of_few_epochs(rows))))
 
 
 def _commands(rows: Sequence[Row]) -> str:
@@ -161,7 +167,8 @@ def summary(folders: Iterable[Path]) -> str:
         rows, left = read_rows(folders)
     except UserError:
         return ""
-    return "\n".join([make_table(rows), *map(describe_left, left)])
+    few = note_of_few_epochs(rows)
+    return "\n".join([make_table(rows), *([f"\n{few}"] if few else []), *map(describe_left, left)])
 
 
 def show_table(folders: Iterable[Path]) -> None:
@@ -254,7 +261,8 @@ def grid_markdown(grid: Grid) -> str:
 
 def make_grid_report(rows: Sequence[Row]) -> str:
     """The tables with methods as rows and pairs as columns, as Markdown."""
-    return "\n\n".join(map(grid_markdown, make_grids(rows))) + "\n"
+    few = note_of_few_epochs(rows)
+    return "\n\n".join([*map(grid_markdown, make_grids(rows)), *([few] if few else [])]) + "\n"
 
 
 # CSV.
@@ -319,7 +327,7 @@ def as_html(rows: Sequence[Row], pictures: Mapping[str, str]) -> str:
         _section(number, title, of_title) for number, (title, of_title) in enumerate(figures.groups(rows).items(), 1)
     ]
     names = [(name.replace("_", " "), Markup(svg)) for name, svg in pictures.items()]
-    known = {"titles": ACCURACIES, "note": NOTE, "marks": MARKS, "count_of": count_of}
+    known = {"titles": ACCURACIES, "note": _note(rows), "marks": MARKS, "count_of": count_of}
     return render(TEMPLATE, sections=sections, pictures=names, **known)
 
 

@@ -24,8 +24,9 @@ from helper.settings import AUGMENTATION, DATA, FOUND, INITIAL, SPEED, TRAINING,
 from helper.tables.published import PUBLISHED, Published, judge
 from setting import FILLED_IN, Setting, as_text
 
+MEAN_OF_FIVE = "accuracy_mean_last_five"
 #: The accuracies of `result.json` and their titles. "Best" is chosen as the protocol says.
-ACCURACIES = {"accuracy_last": "last", "accuracy_best": "best", "accuracy_mean_last_five": "mean of last five"}
+ACCURACIES = {"accuracy_last": "last", "accuracy_best": "best", MEAN_OF_FIVE: "mean of last five"}
 #: Of an epoch: the accuracy on the training images that were held out (`--holdout`), by which settings are chosen.
 HELD_OUT = "holdout_accuracy"
 #: Entries of `fidelity.json` that tables show: title, greatest value, decimals.
@@ -406,6 +407,12 @@ def welch(first: Sequence[float], second: Sequence[float]) -> float | None:
     with warnings.catch_warnings(action="ignore"):  # scipy's, of spreads that are next to nothing
         test: Any = ttest_ind(second, first, equal_var=False)  # scipy has no types for it
         return float(test.pvalue)
+
+
+def note_of_few_epochs(rows: Sequence[Row]) -> str:
+    """What the mean of the last five epochs is where a run has fewer; empty where none has."""
+    fewest = min(row.epochs for row in rows)
+    return "" if fewest >= 5 else f"{ACCURACIES[MEAN_OF_FIVE].capitalize()}: of all epochs where a run has fewer."
 
 
 def spread(values: Sequence[float], decimals: int = 2) -> str:

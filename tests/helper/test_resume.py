@@ -36,11 +36,23 @@ def test_one_epoch_and_its_resumption_equal_two_epochs(distil, distill, capsys):
     assert json.loads((cut / "result.json").read_text())["accuracy_last"] == state(cut)["records"][-1]["test_accuracy"]
 
 
-def test_a_finished_run_that_is_resumed_changes_nothing(distil):
-    run = distil("--batch_size", "16", "--epochs", "1")
+@pytest.mark.parametrize(("flags", "way_on"), [(("--epochs", "1"), "--epochs K"), (SHORT[2:], "--max_steps K")])
+def test_a_finished_run_that_is_resumed_changes_nothing_and_says_so(distil, flags, way_on, capsys):
+    run = distil("--batch_size", "8", *flags)
     before = load(run / "last.pth")
+    assert "finished already" not in capsys.readouterr().out
     train_cifar_student.main(["--resume", str(run)])
     assert same_state(before, load(run / "last.pth")) and len(metrics(run)) == 1
+    line = f"finished already ({run / 'result.json'}); {way_on} trains longer\n"
+    assert line in capsys.readouterr().out and line in (run / "log.txt").read_text()
+
+
+def test_each_of_several_students_says_that_it_is_finished(distil, save_dir, capsys):
+    flags = (*SHORT, "--trials", "2")
+    distil(*flags, distill="kd")
+    distil(*flags, "--resume", distill="kd")
+    said = [line for line in capsys.readouterr().out.splitlines() if "finished already" in line]
+    assert [line.split("] finished")[0] for line in said] == ["[trial 1", "[trial 2"]
 
 
 def test_a_run_cannot_become_shorter_than_it_is(distil):

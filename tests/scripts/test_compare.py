@@ -25,7 +25,7 @@ def test_a_large_difference_is_beyond_seed_noise_and_settings_are_named(tmp_path
     assert "norm -c 0;" in printed
     p = ttest_ind(second, first, equal_var=False).pvalue
     assert f"last               +2.03, p = {p:.3g}: beyond seed noise\n" in printed
-    assert "distill            A kd, B norm" in printed and "ceta               A None, B 0.0" in printed
+    assert "distill                A kd, B norm" in printed and "ceta                   A None, B 0.0" in printed
     assert "seed  " not in printed.split("what differs")[1]
 
 
@@ -36,7 +36,7 @@ def test_teachers_are_a_difference(tmp_path, capsys):
     (runs[1] / "config.json").write_text(json.dumps(config | other))
     printed = output(capsys, runs).partition("what differs:\n")[2]
     assert printed.splitlines()[0] == (
-        f"  teacher            A {Path('t.pth').absolute()} (digest 00000000), "
+        f"  teacher                A {Path('t.pth').absolute()} (digest 00000000), "
         f"B {Path('save/longer/last.pth').absolute()} (digest 12345678)"
     )
     assert "max_broken" not in printed
@@ -69,3 +69,30 @@ def test_runs_of_one_setting_are_no_comparison(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(Exception, match="none of the folders"):
         compare.main([str(tmp_path / "empty")])
+
+
+def test_many_groups_are_compared_with_the_references_on_a_line_each(tmp_path, capsys):
+    methods = {"ce": 60.0, "kd": 70.0, "hint": 70.1, "dkd": 75.0}
+    runs = [
+        make_run(tmp_path, distill, seed, [mean + spread], "resnet20" if distill != "ce" else None)
+        for distill, mean in methods.items()
+        for seed, spread in ((1, 0.0), (2, 0.3))
+    ]
+    runs += [make_run(tmp_path, "norm", seed, [80.0], co_sponge=n) for n in range(1, 8) for seed in (1, 2)]
+    runs += [make_run(tmp_path, "kd", 1, [50.0, 60.0], weight_decay=0.001)]
+    printed = output(capsys, runs)
+    assert max(map(len, printed.splitlines())) <= 180 and len(printed.splitlines()) < 100
+    table = printed.partition("\nagainst B kd ")[2].partition("\n\n")[0].splitlines()
+    p = ttest_ind([75.0, 75.3], [70.0, 70.3], equal_var=False).pvalue
+    assert any(line.startswith("  E dkd") and f"+5.00 (p = {p:.2g}) *" in line for line in table)
+    assert any(line.startswith("  D hint") and "*" not in line for line in table)
+    assert len(table) == 11 and "against A ce" in printed and "these are 20 comparisons" in printed
+    assert "compared with none, the only group of its student, data set, epochs and protocol: C" in printed
+    assert "  epochs                 1 (A B D-L), 2 (C)" in printed and "co_sponge              1 (F), 2 (G)" in printed
+
+
+def test_without_a_baseline_many_groups_are_compared_with_the_first(tmp_path, capsys):
+    runs = [make_run(tmp_path, "norm", seed, [80.0 + n + seed], co_sponge=n) for n in range(1, 5) for seed in (1, 2)]
+    printed = output(capsys, runs)
+    assert "against A norm -s 1 " in printed and printed.count("\nagainst ") == 1
+    assert "  D norm -s 4  +3.00 (p = 0.051)" in printed

@@ -66,7 +66,7 @@ def test_documents_are_filled_between_their_markers(runs, tmp_path):
     (tmp_path / "docs").mkdir()
     make_run(tmp_path / "save", "kd", 2, [50.0, 61.0, 62.0])
     text = "before\n<!-- table save/*kd* -->\nold\n<!-- end of table -->\nafter\n"
-    text += "<!-- table save/* -->\nold\n<!-- end of table -->\n"
+    text += "<!-- table save/*kd*,save/*_ce_*,save/*_norm_* -->\nold\n<!-- end of table -->\n"
     (tmp_path / "README.md").write_text(text)
     assert report.update_documents(tmp_path) == [tmp_path / "README.md"]
     filled = (tmp_path / "README.md").read_text()

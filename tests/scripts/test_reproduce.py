@@ -1,5 +1,6 @@
 """scripts/reproduce.py: from a command line to a list, a file of commands, a table."""
 
+import functools
 import shlex
 import subprocess
 import sys
@@ -50,18 +51,24 @@ def test_a_job_list_holds_the_commands(command, tmp_path):
 def test_what_is_trained_is_tabulated_and_a_failure_is_the_exit_code(command, capsys, monkeypatch):
     save_dir, flags, extra = command
 
-    def run_all_but_kd(listed, places, shelf):
+    def run_all_but_kd(listed, places, shelf, failing=("kd",)):
         for job in listed:
-            if job.config.distill != "kd":
+            if job.config.distill not in failing:
                 pretend(job, "result.json", teacher_digest="1" * 64 if job.teachers else None)
         shelf.refresh()
-        return {"kd": "exit code 2"}
+        return dict.fromkeys(failing, "exit code 2")
 
     monkeypatch.setattr(reproduce, "run_jobs", run_all_but_kd)
     monkeypatch.setattr(jobs.Shelf, "digest", lambda self, path, name, flag="", ema=False: "1" * 64)
     message = message_of(reproduce.main, [*flags, *extra])
     assert message == f"1 of 4 runs failed; their logs are in {save_dir}/logs"
     assert "| digits | resnet14 | resnet8 | norm --max_steps 2 -c 0 -s 2 |" in capsys.readouterr().out
+    monkeypatch.setattr(reproduce, "run_jobs", functools.partial(run_all_but_kd, failing=()))
+    reproduce.main([*flags, *extra])
+    reproduce.main([*flags, *extra])
+    first, second = (line for line in capsys.readouterr().out.splitlines() if line.startswith("4 runs: "))
+    assert "; left about " in first
+    assert second == "4 runs: 4 finished, 0 begun, 0 missing; nothing is left to train"
 
 
 def test_what_makes_no_table_is_one_line():

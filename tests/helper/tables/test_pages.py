@@ -251,3 +251,15 @@ def test_the_legend_tells_lines_apart_that_have_marks(tmp_path):
 def test_names_are_never_markup(tmp_path):
     run = make_run(tmp_path, "ce", 1, [50.0], None, init="<script>alert(1)</script>")
     assert "<script>alert" not in pages.as_html(rows_of([run]), {})
+
+
+def test_a_mean_of_fewer_than_five_epochs_is_said_to_be_one(tmp_path, capsys):
+    long = make_run(tmp_path, "kd", 1, [50.0] * 5)
+    short = make_run(tmp_path, "norm", 1, [50.0, 60.0])
+    note = "Mean of last five: of all epochs where a run has fewer."
+    for folders, count in (([long], 0), ([long, short], 1)):
+        rows = rows_of(folders)
+        pages.show_table(folders)
+        for text in (pages.make_report(rows), pages.make_grid_report(rows), pages.as_html(rows, {})):
+            assert text.count(note) == count
+        assert capsys.readouterr().out.count(note) == count

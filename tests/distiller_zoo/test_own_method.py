@@ -1,0 +1,146 @@
+"""What an author of a method gets wrong: refused in one line, or named below the traceback."""
+
+import importlib.util
+import re
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+from distiller_zoo import DISTILLERS, Progress, Stage, build_distiller, check_stages
+from distiller_zoo.kd import FeatureDistiller
+from errors import UserError
+from helper import loops
+from helper.command_line import resolve
+from helper.teacher import FrozenTeacher
+from tests.conftest import pair_networks
+from tests.stages import Shown, StageRun, few_images
+
+CONFIG = {"distill": "mine", "batch_size": 4}
+SOURCE = """
+from torch import nn
+from torch.nn import functional as F
+from distiller_zoo.kd import FeatureDistiller
+
+
+class Mine(FeatureDistiller):
+    name = "mine"
+    reads = ("maps",)
+
+    def __init__(self, student, teacher, task, **hyper_parameters):
+        super().__init__(student, teacher, task, **hyper_parameters)
+        {made}
+
+    def feature_loss(self, student, teacher, targets, index):
+        return {loss}
+"""
+
+
+@pytest.fixture
+def mine(tmp_path, monkeypatch):
+    """A method that is written to a file, as authors do; returns what builds it around a pair."""
+
+    def write(made: str = "pass", loss: str = "F.mse_loss(student.final, teacher.final)"):
+        path = tmp_path / "mine.py"
+        path.write_text(SOURCE.format(made=made, loss=loss))
+        spec = importlib.util.spec_from_file_location("mine", path)
+        module = importlib.util.module_from_spec(spec)
+        monkeypatch.setitem(sys.modules, "mine", module)
+        spec.loader.exec_module(module)
+        monkeypatch.setitem(DISTILLERS, "mine", module.Mine)
+        teacher, student = pair_networks("resnet14", "resnet8")
+        return teacher, build_distiller(CONFIG, student, teacher, 10, 32, torch.arange(64) % 10)
+
+    return write
+
+
+@pytest.mark.parametrize(
+    ("declared", "message"),
+    [
+        (
+            {"reads": ("map",)},
+            r"tests.*: reads of Mine names 'map'; did you mean maps\? \(known: maps, final, activated, ",
+        ),
+        ({"reads": "maps"}, r"reads of Mine is 'maps'; it must be a tuple"),
+        ({"read": ("maps",)}, r"read of Mine is not known; did you mean reads\? Rename it"),
+        ({"stage": lambda self, epochs: []}, "stage of Mine is not known; did you mean stages"),
+        ({"min_batch": "2"}, "min_batch of Mine is '2'; it must be a int"),
+        ({"refuses_mixing": True}, "refuses_mixing of Mine is True; it must be a str"),
+        ({"flags": ("--power",)}, "flags of Mine holds '--power'; each must be a Flag"),
+        ({"flags_work_if": {"kd_t": ()}}, "flags_work_if of Mine names 'kd_t'; did you mean kd_T"),
+        ({"name": "MeanMap"}, "name of Mine is 'MeanMap'; it must be of lower-case letters"),
+    ],
+)
+def test_what_a_class_declares_and_the_contract_does_not_know_is_refused(declared, message):
+    with pytest.raises(UserError, match=message):
+        type("Mine", (FeatureDistiller,), declared | {"__module__": __name__})
+
+
+def test_parts_that_would_not_be_trained_are_refused(mine):
+    with pytest.raises(UserError, match="mine: adapters of Mine is a list of modules, which are neither trained nor"):
+        mine(made="self.adapters = [nn.Conv2d(1, 1, 1)]")
+    with pytest.raises(UserError, match="frozen of Mine names 'conector'; did you mean connector\\?"):
+        mine(made="self.connector, self.frozen = nn.Linear(1, 1), ('conector',)")
+    _, method = mine()
+    for trained in ([nn.Linear(1, 1)], method.student, []):
+        with pytest.raises(UserError, match="mine: trained of stage first of Mine must be a list of modules that are"):
+            check_stages(method, [Stage("first", 1, trained, method.losses, method.respond), method.main_stage(1)])
+
+
+@pytest.mark.parametrize(
+    ("made", "error"),
+    [("self.layer = missing", NameError), ("self.layer = nn.Linear(2, 'a')", TypeError), ("1 / 0", ZeroDivisionError)],
+)
+def test_an_error_in_a_constructor_says_where(mine, made, error):
+    with pytest.raises(error) as caught:
+        mine(made=made)
+    assert re.fullmatch(r"in --distill mine: __init__, line 13 of .*mine\.py", caught.value.__notes__[0])
+
+
+@pytest.mark.parametrize(
+    ("loss", "error", "notes"),
+    [
+        (
+            "F.mse_loss(student.maps[9], teacher.maps[0])",
+            IndexError,
+            [
+                r"in --distill mine: feature_loss, line 16 of .*mine\.py",
+                r".*student: 16x32x32, .*, final 64x8x8; teacher: .*",
+            ],
+        ),
+        (
+            "(student.maps[0] - teacher.final).mean()",
+            RuntimeError,
+            [r".*line 16 of .*", r".*student: .*; teacher: 16x.*"],
+        ),
+        (
+            "(student.final - teacher.final).pow(2)",
+            RuntimeError,
+            [
+                r"in --distill mine: its losses in epoch 1/1 \(.*mine\.py\)",
+                "a loss must be one number: take its mean .*",
+            ],
+        ),
+        ("'none'", TypeError, [r"in --distill mine: its losses in epoch 1/1 \(.*mine\.py\)"]),
+    ],
+)
+def test_an_error_in_a_loss_says_where_and_what_the_networks_show(mine, loss, error, notes):
+    teacher, method = mine(loss=loss)
+    config = resolve({"distill": "ce", "model_s": "resnet8", "batch_size": 4, "epochs": 1})
+    training = loops.Training(method.main_stage(1), method, few_images(10, 8), config, torch.device("cpu"))
+    run = StageRun(training, Progress(0, 1), 0, None)
+    run.begin_epoch()
+    batch = next(training.loader.batches(1))
+    with pytest.raises(error) as caught:
+        loops.step([run], batch, Shown(FrozenTeacher(teacher)), 1)
+    assert len(caught.value.__notes__) == len(notes)
+    assert all(map(re.fullmatch, notes, caught.value.__notes__)), caught.value.__notes__
+
+
+def test_views_that_nobody_makes_are_refused(mine):
+    _, method = mine()
+    method.views = "rotation"
+    config = resolve({"distill": "ce", "model_s": "resnet8", "batch_size": 4, "epochs": 1})
+    with pytest.raises(UserError, match="mine: its views are 'rotation'; they must be one of plain, "):
+        loops.Training(method.main_stage(1), method, few_images(10, 8), config, torch.device("cpu"))
