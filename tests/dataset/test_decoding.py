@@ -4,6 +4,7 @@ import io
 import os
 import struct
 import subprocess
+import warnings
 import zlib
 
 import numpy
@@ -43,7 +44,8 @@ WHOLE = Centre(32)
 def shown(content: bytes, crop=WHOLE, sample: int = 0) -> numpy.ndarray:
     """What is shown of an image: bytes (size, size, 3), as Pillow has them."""
     (part,) = crop.of([sample])
-    (pixels,) = read_views(lambda: content, part)
+    with warnings.catch_warnings(action="ignore"):  # Pillow's on odd metadata and huge sizes
+        (pixels,) = read_views(lambda: content, part)
     return pixels.transpose(1, 2, 0)
 
 
