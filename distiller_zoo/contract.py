@@ -87,13 +87,13 @@ def check_built(method: nn.Module) -> None:
 
 
 def check_stages(method: nn.Module, stages: Sequence) -> None:
-    """Raise `UserError` for a stage that trains what is no module of the method."""
-    known = {id(module) for module in method.modules()}
+    """Raise `UserError` for a stage that trains what is no part of the method."""
+    known = {*method.parameters()}
     for stage in stages:
         modules = stage.trained if isinstance(stage.trained, list | tuple) else ()
-        if not modules or any(id(module) not in known for module in modules):
+        if not modules or not known.issuperset(nn.ModuleList(modules).parameters()):
             what = _where(type(method)).format(f"trained of stage {stage.name}")
-            raise UserError(f"{what} must be a list of modules that are attributes of the method")
+            raise UserError(f"{what} must be a list of modules that are parts of the method")
 
 
 @contextmanager

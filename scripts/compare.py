@@ -25,7 +25,7 @@ with starting():
         ACCURACIES,
         Row,
         differences,
-        note_of_few_epochs,
+        notes_of,
         read_rows,
         shortened,
         spread,
@@ -151,8 +151,8 @@ def main(argv=None) -> None:
         seeds = ", ".join(str(record.config["seed"]) for record in row.records)
         print(f"{name}: {row.config['dataset']}, {row.pair}: {row.label}; {row.protocol}; seeds {seeds}")
         print("   " + ", ".join(f"{title} {spread(row.values(key))}" for key, title in ACCURACIES.items()))
-    if few := note_of_few_epochs(rows):
-        print(few)
+    if notes := notes_of(rows):
+        print(notes)
     show_differences(named)
     (compare_all if len(rows) <= FEW_GROUPS else compare_with_references)(named)
 

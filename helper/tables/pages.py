@@ -25,7 +25,8 @@ from helper.tables.rows import (
     Row,
     command_of,
     flags_of,
-    note_of_few_epochs,
+    note_of_shared_order,
+    notes_of,
     read_rows,
     spread,
     welch,
@@ -58,8 +59,9 @@ NOTE = (
 REFERENCES = ("ce", "kd")
 COMPARISON_NOTE = (
     "Test accuracy in percent after the last epoch, mean ± standard deviation over seeds; the difference from the "
-    "student\nalone and from KD, with p of Welch's t-test (two-sided). Row by row, the settings were:"
+    "student\nalone and from KD, with p of Welch's t-test (two-sided)."
 )
+SETTINGS = "Row by row, the settings were:"
 #: With these a spreadsheet would take a cell for a formula.
 FORMULA = ("=", "+", "-", "@", "\t", "\r")
 TEMPLATE = "report.html.j2"
@@ -124,7 +126,8 @@ def make_comparison(rows: Sequence[Row]) -> str:
         ]
         accuracy = spread(row.values("accuracy_last"))
         lines.append([row.config["model_s"], row.label, str(len(row.records)), accuracy, *against, *measured])
-    return f"{markdown_table(lines)}\n\n{COMPARISON_NOTE}\n\n{_commands(rows)}\n"
+    note = " ".join(filter(None, (COMPARISON_NOTE, note_of_shared_order(rows), SETTINGS)))
+    return f"{markdown_table(lines)}\n\n{note}\n\n{_commands(rows)}\n"
 
 
 def _is_taught_alike(row: Row, reference: Row) -> bool:
@@ -144,12 +147,12 @@ def _lead(row: Row, references: Sequence[Row]) -> str:
 
 def make_report(rows: Sequence[Row]) -> str:
     """The table and the rows' settings as Markdown."""
-    return f"{make_table(rows)}\n\n{_note(rows)} Row by row, the settings were:\n\n{_commands(rows)}\n"
+    return f"{make_table(rows)}\n\n{_note(rows)} {SETTINGS}\n\n{_commands(rows)}\n"
 
 
 def _note(rows: Sequence[Row]) -> str:
     """What the accuracies of these rows are."""
-    return " ".join(filter(None, (NOTE, note_of_few_epochs(rows))))
+    return " ".join(filter(None, (NOTE, notes_of(rows))))
 
 
 def _commands(rows: Sequence[Row]) -> str:
@@ -167,8 +170,8 @@ def summary(folders: Iterable[Path]) -> str:
         rows, left = read_rows(folders)
     except UserError:
         return ""
-    few = note_of_few_epochs(rows)
-    return "\n".join([make_table(rows), *([f"\n{few}"] if few else []), *map(describe_left, left)])
+    notes = notes_of(rows)
+    return "\n".join([make_table(rows), *([f"\n{notes}"] if notes else []), *map(describe_left, left)])
 
 
 def show_table(folders: Iterable[Path]) -> None:
@@ -261,8 +264,8 @@ def grid_markdown(grid: Grid) -> str:
 
 def make_grid_report(rows: Sequence[Row]) -> str:
     """The tables with methods as rows and pairs as columns, as Markdown."""
-    few = note_of_few_epochs(rows)
-    return "\n\n".join([*map(grid_markdown, make_grids(rows)), *([few] if few else [])]) + "\n"
+    notes = notes_of(rows)
+    return "\n\n".join([*map(grid_markdown, make_grids(rows)), *([notes] if notes else [])]) + "\n"
 
 
 # CSV.

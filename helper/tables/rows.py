@@ -415,6 +415,27 @@ def note_of_few_epochs(rows: Sequence[Row]) -> str:
     return "" if fewest >= 5 else f"{ACCURACIES[MEAN_OF_FIVE].capitalize()}: of all epochs where a run has fewer."
 
 
+def note_of_shared_order(rows: Sequence[Row]) -> str:
+    """Whose seeds show the images in one order and with the same crops; empty where none do."""
+    several = [row for row in rows if len(row.records) > 1]
+    shared = []
+    for row in several:
+        orders = {record.config.get("data_seed") for record in row.records}
+        if len(orders) == 1 and None not in orders:
+            shared.append(row)
+    taught = [row for row in several if row.config["model_t"] is not None]
+    known = {"all rows": several, "rows with a teacher": taught}
+    labels = ", ".join(dict.fromkeys(row.label for row in shared))
+    of = next((name for name, those in known.items() if those == shared), labels)
+    said = "share the\norder and the crops of the images (`--data_seed`), which their deviations leave out."
+    return f"The seeds of {of} {said}" if shared else ""
+
+
+def notes_of(rows: Sequence[Row]) -> str:
+    """What is to be said of these rows' accuracies; empty where nothing is."""
+    return " ".join(filter(None, (note_of_few_epochs(rows), note_of_shared_order(rows))))
+
+
 def spread(values: Sequence[float], decimals: int = 2) -> str:
     """mean ± standard deviation (n - 1), or the one value."""
     if len(values) == 1:

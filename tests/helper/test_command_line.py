@@ -146,7 +146,7 @@ def test_trials_of_a_sweep_count_from_the_named_one(seed, seeds):
         ("--distill kd --model_s resnet8 -s 8", "-s/--co_sponge: not used by --distill kd"),
         ("--distill kd --model_s resnet8 -b 2", "-b/--beta: not used by --distill kd"),
         ("--distill ft --model_s resnet8", "--path_t: --distill ft reads no teacher"),
-        ("--distill norm", "--model_s NAME"),
+        ("--distill norm", "--model_s is missing"),
         (
             "--model_s resnet8 --distill crd --mixup 0.2",
             "--mixup: --distill crd cannot learn from mixed images: its",

@@ -263,3 +263,15 @@ def test_a_mean_of_fewer_than_five_epochs_is_said_to_be_one(tmp_path, capsys):
         for text in (pages.make_report(rows), pages.make_grid_report(rows), pages.as_html(rows, {})):
             assert text.count(note) == count
         assert capsys.readouterr().out.count(note) == count
+
+
+def test_a_deviation_that_leaves_the_order_of_the_images_out_is_said_to(tmp_path):
+    kd = [make_run(tmp_path, "kd", seed, [50.0 + seed] * 5, data_seed=1) for seed in (1, 2)]
+    ce = [make_run(tmp_path, "ce", seed, [40.0 + seed] * 5, None) for seed in (1, 2)]
+    norm = [make_run(tmp_path, "norm", seed, [50.0 + seed] * 5) for seed in (1, 2)]
+    cases = ((ce, None), (kd[:1], None), (kd, "all rows"), (ce + kd, "rows with a teacher"), (norm + kd, "kd"))
+    for folders, of in cases:
+        rows = rows_of(folders)
+        for text in (pages.make_report(rows), pages.make_comparison(rows), pages.summary(folders)):
+            assert ("share the\norder" in text) == (of is not None)
+            assert of is None or f"The seeds of {of} share the\norder" in text
