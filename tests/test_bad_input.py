@@ -33,7 +33,7 @@ STUDENT = "train_cifar_student.py --model_s resnet8 --save_dir {place}/save "
 TEACHER = "train_teacher.py --save_dir {place}/save "
 CASES = {
     "unknown model": (TEACHER + "--model resnet", "--model: unknown model 'resnet'"),
-    "no model": (TEACHER, "--model NAME"),
+    "no model": (TEACHER, "--model is missing"),
     "missing checkpoint": (STUDENT + "--path_t {place}/none.pth", "none.pth does not exist"),
     "a teacher to download": (
         STUDENT + "--path_t {place}/resnet32x4_vanilla/ckpt_epoch_240.pth",
