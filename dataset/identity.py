@@ -41,13 +41,17 @@ def _add_files(digest, split: StreamedImages) -> None:
 def data_identity(data: ImageData) -> dict:
     """What a run's record holds of its data: classes, numbers of images, digest, normalisation; of images that may be
     held in memory or streamed, as there is room, also the digest of their files."""
-    files = (data.train_files, data.test_files)
-    of_files = {} if None in files else {"files_digest": _digest_of(data.classes, *filter(None, files))}
+    digest, of_files = data_digest(data), {}
+    if data.train_files is not None and data.test_files is not None:
+        is_streamed = data.train is data.train_files and data.test is data.test_files
+        of_files["files_digest"] = (
+            digest if is_streamed else _digest_of(data.classes, data.train_files, data.test_files)
+        )
     return {
         "classes": list(data.classes),
         "train_images": len(data.train.targets),
         "test_images": len(data.test.targets),
-        "digest": data_digest(data),
+        "digest": digest,
         "mean": list(data.mean),
         "std": list(data.std),
         **of_files,
