@@ -24,6 +24,7 @@ with starting():
     from helper.tables.rows import (
         ACCURACIES,
         Row,
+        describe_lead,
         differences,
         notes_of,
         read_rows,
@@ -62,10 +63,8 @@ def judge(first: list[float], second: list[float]) -> str:
 
 def judge_briefly(first: list[float], second: list[float]) -> str:
     """The same for a cell of a table; a star where the difference is beyond seed noise."""
-    difference = f"{statistics.mean(second) - statistics.mean(first):+.2f}"
-    if (p := welch(first, second)) is None:
-        return f"{difference} (no test)"
-    return f"{difference} (p = {p:.2g}){' *' if p < SIGNIFICANCE else ''}"
+    p = welch(first, second)
+    return f"{describe_lead(first, second, p)}{' *' if p is not None and p < SIGNIFICANCE else ''}"
 
 
 def letters(count: int) -> list[str]:

@@ -24,6 +24,7 @@ from helper.tables.rows import (
     Record,
     Row,
     command_of,
+    describe_lead,
     flags_of,
     note_of_shared_order,
     notes_of,
@@ -141,8 +142,7 @@ def _lead(row: Row, references: Sequence[Row]) -> str:
     if len(references) != 1 or references[0] is row:
         return "-"
     first, second = references[0].values("accuracy_last"), row.values("accuracy_last")
-    p = welch(first, second)
-    return f"{statistics.mean(second) - statistics.mean(first):+.2f} ({'no test' if p is None else f'p = {p:.2g}'})"
+    return describe_lead(first, second, welch(first, second))
 
 
 def make_report(rows: Sequence[Row]) -> str:

@@ -409,6 +409,11 @@ def welch(first: Sequence[float], second: Sequence[float]) -> float | None:
         return float(test.pvalue)
 
 
+def describe_lead(first: Sequence[float], second: Sequence[float], p: float | None) -> str:
+    """By how many points the second accuracies are above the first, and p of Welch's t-test: +2.00 (p = 0.03)."""
+    return f"{statistics.mean(second) - statistics.mean(first):+.2f} ({'no test' if p is None else f'p = {p:.2g}'})"
+
+
 def note_of_few_epochs(rows: Sequence[Row]) -> str:
     """What the mean of the last five epochs is where a run has fewer; empty where none has."""
     fewest = min(row.epochs for row in rows)
