@@ -751,7 +751,15 @@ SETTINGS: tuple[Setting, ...] = (
             "steps of a teacher that was trained for a try-out (--max_steps)",
             tells_apart="none",
         ),
-        Setting(("data_digest",), digest, None, "digest of the data", shared=True, decides_outputs=True),
+        Setting(
+            ("data_digest",),
+            digest,
+            None,
+            "digest of the data",
+            shared=True,
+            instead_of="data",
+            decides_outputs=True,
+        ),
         Setting(("weights_digest",), digest, None, "digest of the class weights"),
         Setting(("mean",), statistics, None, "mean of the images' channels", tells_apart="none", decides_outputs=True),
         Setting(

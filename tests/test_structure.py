@@ -142,6 +142,7 @@ RECORDS = {
     ("helper.export", ""): "entries of a file's record",
     ("helper.run", "_with_found"): "what was found out of the data",
     ("helper.networks", "settings_as_teacher"): "a network's fields, as the settings that they decide",
+    ("helper.tables.rows", "_usual"): "what a recipe depends on",
     ("helper.networks", "network_in"): "entries of a file's record",
     ("helper.tables.plan", "_job"): "values that a plan gives to a run",
     ("scripts.benchmarks.augmentation", "cases"): "values that a benchmark gives to a run",

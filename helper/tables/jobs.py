@@ -251,14 +251,6 @@ def _work(config: Mapping[str, Any]) -> str:
     return f"{config['dataset']} {config['data']} {config['distill']} {config['model_t']} {config['model_s']}"
 
 
-def format_seconds(seconds: float) -> str:
-    """42 s, 1.5 min, 1.5 h, 2.1 days."""
-    for unit, size in (("days", 86_400), ("h", 3600), ("min", 60)):
-        if seconds >= size:
-            return f"{seconds / size:.1f} {unit}"
-    return f"{seconds:.0f} s"
-
-
 # Elsewhere.
 
 

@@ -119,7 +119,7 @@ def make_comparison(rows: Sequence[Row]) -> str:
     lines = [[*header, *(title for title, _, _ in fidelities.values())]]
     for row in rows:
         alike = [one for one in rows if (one.config["model_s"], one.setting) == (row.config["model_s"], row.setting)]
-        comparable = [one for one in alike if _is_taught_alike(row, one)]
+        comparable = [one for one in alike if row.is_taught_like(one)]
         against = [_lead(row, [one for one in comparable if one.label == name]) for name in REFERENCES]
         measured = [
             spread(values, decimals) if (values := row.fidelities(name)) else "-"
@@ -129,12 +129,6 @@ def make_comparison(rows: Sequence[Row]) -> str:
         lines.append([row.config["model_s"], row.label, str(len(row.records)), accuracy, *against, *measured])
     note = " ".join(filter(None, (COMPARISON_NOTE, note_of_shared_order(rows), SETTINGS)))
     return f"{markdown_table(lines)}\n\n{note}\n\n{_commands(rows)}\n"
-
-
-def _is_taught_alike(row: Row, reference: Row) -> bool:
-    """Whether both have the same teacher, or one of them has none."""
-    teachers = [(one.config["model_t"], one.config["teacher_digest"]) for one in (row, reference)]
-    return teachers[0] == teachers[1] or any(name is None for name, _ in teachers)
 
 
 def _lead(row: Row, references: Sequence[Row]) -> str:

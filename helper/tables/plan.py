@@ -55,11 +55,11 @@ SET_BY_PLAN = {
     "leave it out, reproduce.py trains or finds the teachers of --pairs A:STUDENT and A+B:STUDENT": "--path_t",
     "--methods or --variants of reproduce.py name methods": "--distill",
 }
-#: What only the run itself finds out.
-#: The digests of files' weights, and the path that each is of.
-DIGESTS = {setting.argument: setting.instead_of for setting in SETTINGS if setting.instead_of}
-FOUND_OUT = {setting.argument for setting in SETTINGS if setting.group == FOUND} - set(DIGESTS)
 DIGEST = "teacher_digest"
+#: What only the run itself finds out: a plan reads the files of weights, not the data.
+FOUND_OUT = {setting.argument for setting in SETTINGS if setting.group == FOUND} - {DIGEST, "init_digest"}
+#: The digests of files' weights, and the path that each is of.
+DIGESTS = {one.argument: one.instead_of for one in SETTINGS if one.instead_of and one.argument not in FOUND_OUT}
 
 
 def teachers_of(teacher: str) -> list[str]:
@@ -122,7 +122,7 @@ def _planned_key(config: Mapping[str, Any], with_teacher: bool = True) -> dict[s
     """What a plan can know of a run's `run_key`. Weights of another library are their name."""
     published = {digest: None for digest, path in DIGESTS.items() if is_external(config.get(path) or "")}
     left_out = FOUND_OUT if with_teacher else FOUND_OUT | {DIGEST, DIGESTS[DIGEST]}
-    told = run_key({**config, **published})
+    told = run_key({**config, **published, **dict.fromkeys(FOUND_OUT)})
     return {name: value for name, value in told.items() if name not in left_out}
 
 

@@ -9,7 +9,7 @@ import re
 import statistics
 import warnings
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -255,6 +255,11 @@ class Row(NamedTuple):
         """What rows of one table have in common: data set, epochs, protocol."""
         return self.dataset, self.epochs, self.protocol
 
+    def is_taught_like(self, other: "Row") -> bool:
+        """Whether both have the same teacher, or one of them has none."""
+        teachers = [(row.config["model_t"], row.config["teacher_digest"]) for row in (self, other)]
+        return teachers[0] == teachers[1] or any(name is None for name, _ in teachers)
+
     @property
     def label(self) -> str:
         """The method, and what tells the row from others of it."""
@@ -292,10 +297,15 @@ class Row(NamedTuple):
 
     @property
     def verdict(self) -> str:
-        """Whether ours lies within the published band; empty where nothing is published."""
+        """Whether ours lies within the published band, or what was trained otherwise; empty where nothing is
+        published."""
         paper = self.published
         if paper is None:
             return ""
+        usual = dict(_usual(self.config, epochs=self.epochs), epochs=_usual(self.config)["epochs"])
+        otherwise = _unusual(self.config, usual, (DATA, TRAINING, AUGMENTATION, INITIAL))
+        if otherwise:
+            return f"not to be compared: {' '.join(_written(one, self.config[one.argument]) for one in otherwise)}"
         return f"{judge(paper, self.values(paper.compared))} ({ACCURACIES[paper.compared]})"
 
 
@@ -458,23 +468,32 @@ def flags_of(record: Record) -> list[str]:
     its hyper-parameters, length, what is unusual."""
     config = record.config
     known, method = settings_of(config["distill"]), find_distiller(config["distill"])
-    of_teacher = {"model_t": config["model_t"], "path_t": ""} if config["model_t"] else {}
-    given = {name: config[name] for name in ("distill", "model_s")} | {"dataset": config["dataset"]}
-    usual = command_line.resolve(given | {"epochs": config["epochs"]}, of_teacher=of_teacher)
     always = [known["epochs"], known["batch_size"], known["learning_rate"]]
+    usual = _usual(config, epochs=config["epochs"])
     groups = (DATA, TRAINING, AUGMENTATION, SPEED, INITIAL)
-    unusual = [
-        one
-        for one in known.values()
-        if one.group in groups and one.tells_apart == "row" and one not in always
-        if not (one.group == DATA and one.is_path)  # columns name the data
-        if config.get(one.argument) not in (None, usual.get(one.argument))
-    ]
+    unusual = [one for one in _unusual(config, usual, groups) if one not in always]
     flags = [flag for flag in method.flags if _has_effect(method, config, flag)]
     networks = f"--model_t {config['model_t']} " if config["model_t"] else ""
     shown = [one.written(config[one.argument]) for one in (*flags, *always) if one.argument in record.stored]
     shown += [_written(one, config[one.argument]) for one in unusual if one.argument in record.stored]
     return [f"--distill {config['distill']} {networks}--model_s {config['model_s']}", *filter(None, shown)]
+
+
+def _usual(config: Mapping[str, Any], **given: Any) -> Mapping[str, Any]:
+    """What a run of this method, these networks and data has where nothing is given but that."""
+    named = {name: config[name] for name in ("distill", "model_s", "dataset")} | given
+    of_teacher = {"model_t": config["model_t"], "path_t": ""} if config["model_t"] else {}
+    return command_line.resolve(named, of_teacher=of_teacher)
+
+
+def _unusual(config: Mapping[str, Any], usual: Mapping[str, Any], groups: Collection[str]) -> list[Setting]:
+    """The settings of these groups that make another row and are not as usual; where the data are has columns."""
+    return [
+        one
+        for one in settings_of(config["distill"]).values()
+        if one.group in groups and one.tells_apart == "row" and not (one.group == DATA and one.is_path)
+        if config.get(one.argument) not in (None, usual.get(one.argument))
+    ]
 
 
 def _has_effect(method: type[Distiller], config: Mapping[str, Any], flag: Setting) -> bool:

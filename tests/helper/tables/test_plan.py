@@ -220,6 +220,10 @@ def test_imagenet_is_taught_by_torchvisions_networks(tmp_path):
     pretend(jobs[1], "result.json", teacher_digest="1" * 64)
     again = Plan(str(tmp_path), "imagenet", ("--data", "images")).jobs(TABLES["6"], [Variant("norm")], 1)
     assert again[1].state == "finished", "a published network is its name"
+    pretend(jobs[0], "result.json", data_digest="1" * 32)
+    for data, state in (("images", "finished"), ("others", "missing")):
+        job, _ = Plan(str(tmp_path), "imagenet", ("--data", data)).jobs(TABLES["6"], [Variant("norm")], 1)
+        assert job.state == state, "a plan knows where its data are, not what"
 
 
 def test_another_librarys_network_may_teach_imagenet(tmp_path):

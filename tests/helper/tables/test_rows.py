@@ -111,6 +111,14 @@ def test_students_of_two_teachers_are_two_rows(tmp_path, runs):
     assert sorted(labels(runs)) == ["kd teacher 00000000", "kd teacher 12345678"]
 
 
+def test_data_that_were_moved_are_the_same_row(runs):
+    edit(runs[0], data="/here/images", data_digest="1" * 32)
+    edit(runs[1], data="/there/images", data_digest="1" * 32)
+    assert len(read_rows(runs[:2])[0]) == 1
+    edit(runs[1], data="/here/images", data_digest="2" * 32)
+    assert labels(runs[:2]) == ["kd data 11111111", "kd data 22222222"]
+
+
 def test_older_run_folders_have_the_defaults_of_their_time(tmp_path, runs):
     edit(runs[0], holdout=None, precision=None, fused_optimizer=None, logit_standardization=None, images_per_pass=None)
     assert len(read_rows(runs)[0]) == 1
