@@ -6,6 +6,7 @@ Each file is opened once, whatever the number of runs.
 import functools
 import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -57,6 +58,7 @@ from helper.settings import all_settings
 from helper.teacher import CachedTeacher, Teacher, check_accuracy, own_test, shown_as
 from models.classes import compare_classes, matched_by_position
 from models.external import is_external
+from setting import what_hinders
 
 #: Images per batch when testing; where they are wider than SMALL pixels, as many as in training.
 EVALUATION_BATCH, SMALL = 512, 64
@@ -99,6 +101,7 @@ def open_runs(given: Given) -> Opened:
     for config in configs:
         _check(config)
     check_shared(configs)
+    by_main(lambda: _check_place(configs))
     if source is not None and any(config.folder is None for config in configs):
         initial = initial or main_first(lambda: read_initial(source, configs[0].model_s, ema))
         found = {"init_digest": initial.digest}
@@ -124,6 +127,13 @@ def _check(config: Configuration) -> None:
             "--patience: the test images must not decide when a run ends; keep training images for that, with "
             "--holdout K"
         )
+
+
+def _check_place(configs: Sequence[Configuration]) -> None:
+    """Raise `UserError` where no folder for a new run could be made, before the data are read."""
+    for config in configs:
+        if config.folder is None and (reason := what_hinders(Path(config.save_dir))):
+            raise UserError(f"--save_dir: {reason}")
 
 
 def _dataset_of(values: Mapping[str, Any], of_teacher: Mapping[str, Any]) -> dict[str, str]:

@@ -59,8 +59,8 @@ def format_losses(means: dict[str, float]) -> str:
     return f"loss {means['loss']:.3f} = {terms}{accuracy}"
 
 
-def format_left(seconds: float) -> str:
-    """How long the rest takes, to what a reader plans by: 45 s, 12 min, 3 h 5 min, 2 days 4 h."""
+def format_duration(seconds: float) -> str:
+    """How long something takes, to what a reader plans by: 45 s, 12 min, 3 h 5 min, 2 days 4 h."""
     minutes = round(seconds / 60)
     if seconds < 99.5:
         return f"{seconds:.0f} s"

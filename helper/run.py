@@ -34,8 +34,8 @@ from helper.log import (
     describe_data,
     describe_method,
     describe_protocol,
+    format_duration,
     format_epoch,
-    format_left,
     format_losses,
     format_result,
 )
@@ -493,7 +493,7 @@ class Run:
         took = (ends[-1] - ends[0]) / (len(ends) - 1) if len(ends) > 1 else ends[0] - (self._started or 0)
         if not (epochs := self._epochs_left()):
             return ""
-        return f"{'at most ' if self.config.patience else ''}{format_left(epochs * took)} left"
+        return f"{'at most ' if self.config.patience else ''}{format_duration(epochs * took)} left"
 
     def _epochs_left(self) -> float:
         """Of all stages, in epochs as long as those of this stage; `--max_steps` may leave a part of one."""

@@ -4,7 +4,7 @@ python scripts/compare.py RUN RUN ...
 
 Runs that differ in nothing but trial and seed are one group. Every two groups are compared by Welch's t-test of each
 accuracy (two-sided; scipy.stats.ttest_ind with unequal variances); of more than three groups each is compared with the
-student alone and with KD of its student and its number of epochs, or else with the first group there.
+student alone and with KD of its student, its teacher and its number of epochs, or else with the first group there.
 """
 
 import itertools
@@ -107,29 +107,37 @@ def compare_all(named: Mapping[str, Row]) -> None:
 
 def compare_with_references(named: Mapping[str, Row]) -> None:
     """Print a table for every reference, a group on each line; a reference is compared with groups of its student,
-    data set, number of epochs and protocol."""
+    teacher, data set, number of epochs and protocol, the first group where there is none of any teacher's."""
     kinds = defaultdict(dict)
     for name, row in named.items():
         kinds[row.config["model_s"], row.setting][name] = row
     count, width = 0, max(len(f"{name} {row.label}") for name, row in named.items())
+    compared = set()
     for groups in kinds.values():
-        references = [name for name, row in groups.items() if row.label in REFERENCES] or list(groups)[:1]
-        for reference in references if len(groups) > 1 else ():
-            against = f"against {reference} {groups[reference].label}"
+        references = [name for name, row in groups.items() if row.label in REFERENCES]
+        for reference in references or list(groups)[:1]:
+            of_reference = groups[reference]
+            others = [name for name in groups if name != reference]
+            if references:
+                others = [name for name in others if groups[name].is_taught_like(of_reference)]
+            if not others:
+                continue
+            against = f"against {reference} {of_reference.label}"
             print(f"\n{against:<{width + 3}} {' '.join(f'{title:<21}' for title in ACCURACIES.values())}".rstrip())
-            for name, row in groups.items():
-                pairs = [(groups[reference].values(key), row.values(key)) for key in ACCURACIES]
-                if name != reference:
-                    line = f"  {name + ' ' + row.label:<{width}}  {' '.join(f'{judge_briefly(*p):<21}' for p in pairs)}"
-                    print(line.rstrip())
-                    count += 1
-    alone = [name for groups in kinds.values() if len(groups) == 1 for name in groups]
+            for name in others:
+                row = groups[name]
+                pairs = [(of_reference.values(key), row.values(key)) for key in ACCURACIES]
+                line = f"  {name + ' ' + row.label:<{width}}  {' '.join(f'{judge_briefly(*p):<21}' for p in pairs)}"
+                print(line.rstrip())
+            count += len(others)
+            compared |= {reference, *others}
+    alone = [name for name in named if name not in compared]
     print(
         f"\n*: beyond seed noise, p < {SIGNIFICANCE}; by chance alone that is one in {round(1 / SIGNIFICANCE)}, and "
         f"these are {count} comparisons; no test: one seed, or no spread"
     )
     if alone:
-        print(f"compared with none, the only group of its student, data set, epochs and protocol: {' '.join(alone)}")
+        print(f"compared with none (another student, teacher, data set, epochs or protocol): {' '.join(alone)}")
     print(f"name the runs of {FEW_GROUPS} settings or fewer to compare every two of them")
 
 

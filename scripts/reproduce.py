@@ -21,6 +21,7 @@ from errors import UserError, count_of, run_script, starting
 
 with starting():
     from helper.command_line import Parser
+    from helper.log import format_duration
     from helper.run_folder import write_text
     from helper.settings import SETTINGS
     from helper.tables.jobs import (
@@ -28,7 +29,6 @@ with starting():
         Speeds,
         command_line,
         find_places,
-        format_seconds,
         read_parameters,
         ready,
         run_jobs,
@@ -46,7 +46,7 @@ with starting():
         teachers_of,
     )
     from models import find_builder
-    from setting import count, file_to_write, must_be
+    from setting import count, file_to_write, folder_to_write, must_be
 
 
 def pairs(text: str) -> list[tuple[str, str]]:
@@ -105,12 +105,12 @@ def show(plan: Plan, jobs: Sequence[Job], speeds: Speeds, places: int) -> None:
         states = ", ".join(f"{n} {state}" for state, n in by_state(of_row) if n)
         left = [job for job in of_row if job.state in ("begun", "missing")]
         speed = speeds.estimate(of_row[0].config) if left else None
-        about = "" if speed is None else f"  (about {format_seconds(len(left) * speed[1])}, {speed[0]:.0f} images/s)"
+        about = "" if speed is None else f"  (about {format_duration(len(left) * speed[1])}, {speed[0]:.0f} images/s)"
         total, unknown = total + (len(left) * speed[1] if speed else 0), unknown + (0 if speed else len(left))
         print(f"{states:<24} {row}{about}")
     for title, reason in plan.inapplicable:
         print(f"{'does not apply':<24} {title}: {reason}")
-    left_over = f"left about {format_seconds(total / places)} with {places} at a time"
+    left_over = f"left about {format_duration(total / places)} with {places} at a time"
     left_over += f", and {count_of(unknown, 'run')} like which none was measured yet" if unknown else ""
     if all(job.state == "finished" for job in jobs):
         left_over = "nothing is left to train"
@@ -137,7 +137,13 @@ def make_parser() -> Parser:
     add("--methods", metavar="M,M", help="rows, each with its recipe; default: every method that applies")
     add("--variants", metavar="'M FLAGS; M FLAGS'", help="rows with flags of their own, like 'norm -c 0; norm -s 1'")
     add("--trials", type=count, default=3, metavar="K", help="seeds of every row and of the baseline (3)")
-    add("--save_dir", default="save", metavar="ROOT", help="where run folders and models/ are (save)")
+    add(
+        "--save_dir",
+        type=folder_to_write,
+        default="save",
+        metavar="ROOT",
+        help="where run folders and models/ are (save)",
+    )
     add("--teacher_flags", type=flags, default=[], metavar="'FLAGS'", help="for teachers only: '--epochs 30'")
     add("--student_flags", type=flags, default=[], metavar="'FLAGS'", help="for distilled students only")
     add("--dry_run", action="store_true", help="only list")
@@ -167,11 +173,11 @@ def main(argv=None) -> None:
     read_parameters(args.slurm or ())  # a dry run says too what is wrong with them
     chosen, rows = choose_pairs(args), read_rows(args.methods, args.variants)
     dataset = None if args.table is None else "imagenet" if args.table in IMAGENET_TABLES else "cifar100"
-    plan = Plan(args.save_dir, dataset, argv[end + 1 :], args.teacher_flags, args.student_flags)
+    plan = Plan(str(args.save_dir), dataset, argv[end + 1 :], args.teacher_flags, args.student_flags)
     jobs = plan.jobs(chosen, rows, args.trials)
     places = [{}] if args.dry_run or args.job_list or args.slurm is not None else find_places(args.gpus, args.jobs)
-    show(plan, jobs, Speeds(args.save_dir), len(places))
-    logs = Path(args.save_dir, LOGS)
+    show(plan, jobs, Speeds(str(args.save_dir)), len(places))
+    logs = args.save_dir / LOGS
     if args.job_list:
         write_job_list(args.job_list, ready(jobs))
     elif args.slurm is not None and not args.dry_run:

@@ -61,7 +61,10 @@ CASES = {
     "no data folder": (TEACHER + "--model resnet8 --dataset folder", "--data"),
     "resume nothing": (TEACHER + "--resume {place}/none", "--resume: {place}/none is not a run folder"),
     "resume without config": (TEACHER + "--resume {place}/empty", "config.json cannot be read"),
-    "save_dir is a file": ("train_teacher.py --model resnet8 --save_dir {place}/page.pth", "--save_dir"),
+    "save_dir is a file, said before the data are read": (
+        "train_teacher.py --model resnet8 --dataset folder --data {place}/broken --save_dir {place}/odd.pth",
+        "--save_dir: {place}/odd.pth is a file; name a folder",
+    ),
     "export of a folder": ("scripts/export_student.py {place}/empty", "is a folder"),
     "export of a web page": ("scripts/export_student.py {place}/page.pth", "page.pth cannot be read"),
     "export without CKPT": ("scripts/export_student.py", "CKPT"),

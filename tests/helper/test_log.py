@@ -6,7 +6,7 @@ import pytest
 
 import train_cifar_student
 from helper import run as run_module
-from helper.log import format_left, format_result
+from helper.log import format_duration, format_result
 from tests.conftest import killed
 
 
@@ -33,8 +33,8 @@ def test_the_mean_is_of_the_epochs_that_there_were(epochs, mean):
         (187_200, "2 days 4 h"),
     ],
 )
-def test_how_long_the_rest_takes_is_in_units_to_plan_by(seconds, text):
-    assert format_left(seconds) == text
+def test_how_long_something_takes_is_in_units_to_plan_by(seconds, text):
+    assert format_duration(seconds) == text
 
 
 MEANS = {"loss": 1.0, "loss_ce": 1.0, "data_wait_s": 0.0, "compute_s": 1.0, "images_per_s": 32.0}

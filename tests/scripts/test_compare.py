@@ -87,7 +87,7 @@ def test_many_groups_are_compared_with_the_references_on_a_line_each(tmp_path, c
     assert any(line.startswith("  E dkd") and f"+5.00 (p = {p:.2g}) *" in line for line in table)
     assert any(line.startswith("  D hint") and "*" not in line for line in table)
     assert len(table) == 11 and "against A ce" in printed and "these are 20 comparisons" in printed
-    assert "compared with none, the only group of its student, data set, epochs and protocol: C" in printed
+    assert "compared with none (another student, teacher, data set, epochs or protocol): C" in printed
     assert "  epochs                 1 (A B D-L), 2 (C)" in printed and "co_sponge              1 (F), 2 (G)" in printed
 
 
@@ -96,3 +96,13 @@ def test_without_a_baseline_many_groups_are_compared_with_the_first(tmp_path, ca
     printed = output(capsys, runs)
     assert "against A norm -s 1 " in printed and printed.count("\nagainst ") == 1
     assert "  D norm -s 4  +3.00 (p = 0.051)" in printed
+
+
+def test_kd_of_another_teacher_is_no_reference(tmp_path, capsys):
+    rows = [("ce", None), ("kd", "resnet20"), ("norm", "resnet20"), ("kd", "resnet32"), ("norm", "resnet32")]
+    runs = [make_run(tmp_path, name, seed, [70.0 + seed], teacher) for name, teacher in rows for seed in (1, 2)]
+    printed = output(capsys, runs)
+    compared = {part.splitlines()[0].split()[0]: part for part in printed.split("\nagainst ")[1:]}
+    assert set(compared) == {"A", "B", "D"} and "compared with none" not in printed
+    assert {name: part.count(" norm ") for name, part in compared.items()} == {"A": 2, "B": 1, "D": 1}
+    assert "these are 8 comparisons" in printed
