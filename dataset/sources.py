@@ -232,6 +232,8 @@ def _is_streamed(folder: str, image_size: int, images: int, reading: Reading) ->
 def _sample(images: StreamedImages) -> torch.Tensor:
     """Pixels of some images of all classes, for statistics."""
     some = torch.arange(0, len(images.targets), max(len(images.targets) // STATISTICS_IMAGES, 1))
+    if len(some) < len(images.targets):
+        print(f"mean and standard deviation are those of {len(some)} of its {len(images.targets)} training images")
     return torch.cat([pixels.clone() for _, (pixels,) in images.read(some.split(BATCH))])
 
 

@@ -40,6 +40,14 @@ def test_a_class_without_test_images_keeps_its_number(folder, capsys):
     assert "has no images of 1 class: cat" in capsys.readouterr().out
 
 
+def test_statistics_of_some_of_the_streamed_images_are_said_to_be(folder, capsys, monkeypatch):
+    load(folder, stream=True)
+    assert "standard deviation" not in capsys.readouterr().out, "of all"
+    monkeypatch.setattr(sources, "STATISTICS_IMAGES", 7)
+    load(folder, stream=True)
+    assert "mean and standard deviation are those of 7 of its 14 training images" in capsys.readouterr().out
+
+
 def test_endings_are_read_in_any_case_and_others_counted(folder, capsys):
     for number, name in enumerate(("a.JFIF", "b.Jpg", "c.WebP", "d.GIF", "e.avif")):
         Image.new("RGB", (32, 32)).save(folder / "train" / "cat" / name.lower())
