@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from distiller_zoo.contract import check_class
+from distiller_zoo.contract import check_class, check_losses
 from errors import UserError, count_of
 from models.backbone import Backbone, Output, normalises_single_values
 from setting import Setting, count, number, positive, whole
@@ -267,6 +267,7 @@ class Distiller(nn.Module):
         with torch.autocast(batch.images.device.type, enabled=False):
             outputs = (widen_output(output, self.reads) for output in (student, teacher))
             losses = stage.losses(*outputs, batch.targets, batch.index, progress)
+        check_losses(self, losses)
         return None if student is None else student.logits[: len(batch.targets)], losses
 
     def predict(self, images: Tensor) -> Tensor:

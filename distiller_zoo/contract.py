@@ -96,6 +96,13 @@ def check_stages(method: nn.Module, stages: Sequence) -> None:
             raise UserError(f"{what} must be a list of modules that are parts of the method")
 
 
+def check_losses(method: nn.Module, losses: Any) -> None:
+    """Raise `UserError` where what a method's losses returned is no dictionary."""
+    if not isinstance(losses, dict):
+        what = _where(type(method)).format("losses")
+        raise UserError(f"{what} returned a {type(losses).__name__}; return a dictionary, each loss by its name")
+
+
 @contextmanager
 def explained(method: type, call: str, student: Backbone, image_size: int, teacher: Any = None) -> Iterator[None]:
     """Within this block, in which `call` of a method is made, an error that is not the user's ends with a line on where

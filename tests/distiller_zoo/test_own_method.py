@@ -15,6 +15,7 @@ from helper import loops
 from helper.command_line import resolve
 from helper.teacher import FrozenTeacher
 from tests.conftest import pair_networks
+from tests.distiller_zoo.helpers import batch_of
 from tests.stages import Shown, StageRun, few_images
 
 CONFIG = {"distill": "mine", "batch_size": 4}
@@ -136,6 +137,15 @@ def test_an_error_in_a_loss_says_where_and_what_the_networks_show(mine, loss, er
         loops.step([run], batch, Shown(FrozenTeacher(teacher)), 1)
     assert len(caught.value.__notes__) == len(notes)
     assert all(map(re.fullmatch, notes, caught.value.__notes__)), caught.value.__notes__
+
+
+@pytest.mark.parametrize(("returned", "kind"), [(None, "NoneType"), (torch.zeros(()), "Tensor")])
+def test_losses_without_names_are_refused(mine, monkeypatch, returned, kind):
+    teacher, method = mine()
+    monkeypatch.setattr(type(method), "losses", lambda *arguments: returned)
+    batch = batch_of(method)
+    with pytest.raises(UserError, match=rf"mine: losses of Mine returned a {kind}; return a dictionary"):
+        method(batch, FrozenTeacher(teacher)(batch.images, False), Progress(0, 1))
 
 
 def test_views_that_nobody_makes_are_refused(mine):
