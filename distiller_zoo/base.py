@@ -91,6 +91,7 @@ class Stage(NamedTuple):
     reads_teacher: bool = True
     learning_rate: float | None = None  # None: the run's
     milestones: tuple[int, ...] | None = None  # epochs after which the rate falls; None: the run's schedule
+    decay_rate: float = 0.1  # the factor at each of these milestones
     holdout: float = 0.0  # share of the training images that is kept from the steps and given to `before_step`
     #: Called before each step as before_step(optimizer, batch, teacher's outputs, held-out batch, progress).
     before_step: Callable[..., None] | None = None

@@ -132,7 +132,7 @@ class Training:
         config, stage = self.config, self.stage
         base = stage.learning_rate or config.learning_rate
         if stage.milestones is not None:
-            return step_learning_rate(base, epoch, stage.milestones, config.lr_decay_rate)
+            return step_learning_rate(base, epoch, stage.milestones, stage.decay_rate)
         return SCHEDULES[config.lr_decay](base, epoch, config, stage.epochs, len(self.loader), step)
 
     def begin_epoch(self, progress: Progress, epochs_over: int, state: dict | None) -> None:

@@ -277,6 +277,7 @@ def test_a_resumed_run_is_resolved_without_a_file(sealed):
         (["--nesterov", "--optimizer", "adamw"], "take --optimizer sgd"),
         (["--momentum", "0.8", "--optimizer", "adamw"], "take --optimizer sgd"),
         (["--lr_decay_epochs", "3,5", "--lr_decay", "cos"], "take --lr_decay step"),
+        (["--lr_decay_rate", "0.2", "--lr_decay", "cos"], "take --lr_decay step"),
     ],
 )
 def test_a_flag_without_effect_is_refused(flags, way_out):
