@@ -15,13 +15,13 @@ from dataset.images import resize
 from errors import UserError
 
 
-def read_normalised(path: str | os.PathLike, record: dict, flag: str = "IMAGE") -> Tensor:
+def read_normalised(path: str | os.PathLike, record: dict) -> Tensor:
     """An image file -> (3, image_size, image_size) float32, read as the data sets read theirs.
 
     The record holds `image_size`, `source_size` where images of that size were resized to it, `mean`, `std` (of pixels
     in 0..1), `margin`, the black pixels that the data set has around its images (below 0: the number cut off a test
-    image on each side), and may hold the `background` under transparency. Raises `UserError`, naming `flag` and the
-    file, for what is no whole image.
+    image on each side), and may hold the `background` under transparency. Raises `UserError`, naming the file, for what
+    is no whole image.
     """
     margin = record.get("margin") or 0
     background = tuple(record.get("background") or WHITE)
@@ -31,7 +31,7 @@ def read_normalised(path: str | os.PathLike, record: dict, flag: str = "IMAGE") 
         with warnings.catch_warnings(action="ignore"):  # Pillow's on odd metadata
             (pixels,) = read_views(Place(os.fsencode(path)).read, crop)
     except BrokenImage as error:
-        raise UserError(f"{flag}: {path} cannot be read as an image ({error}); repair or remove it") from None
+        raise UserError(f"IMAGE: {path} cannot be read as an image ({error}); repair or remove it") from None
     image = torch.nn.functional.pad(torch.tensor(pixels), [max(margin, 0)] * 4)
     mean, std = (torch.tensor(record[name]).view(3, 1, 1) for name in ("mean", "std"))
     return resize(((image / 255 - mean) / std)[None], record["image_size"])[0]
@@ -55,11 +55,10 @@ def describe_preparation(record: dict, normalised: bool = True) -> str:
     return "; ".join(steps)
 
 
-def find_images(names: Iterable[str], flag: str = "IMAGE") -> Iterator[str]:
+def find_images(names: Iterable[str]) -> Iterator[str]:
     """The files that names stand for, in order: a file itself, the images below a folder, what a pattern matches.
 
-    A name that is none of these is returned as it is. Raises `UserError`, naming `flag`, for a folder or a pattern
-    without images.
+    A name that is none of these is returned as it is. Raises `UserError` for a folder or a pattern without images.
     """
     for name in names:
         is_pattern = glob.has_magic(name) and not os.path.lexists(name)
@@ -70,7 +69,7 @@ def find_images(names: Iterable[str], flag: str = "IMAGE") -> Iterator[str]:
                 empty = False
                 yield image
         if empty:
-            raise UserError(f"{flag}: {name} {'matches no file' if is_pattern else 'is a folder without images'}")
+            raise UserError(f"IMAGE: {name} {'matches no file' if is_pattern else 'is a folder without images'}")
 
 
 def _below(folder: str) -> Iterator[str]:

@@ -374,8 +374,7 @@ def step(runs: Sequence, batch: Batch, teacher: Teacher | None, number: int) -> 
     """One step of every run on one batch, counted from 1."""
     for run in runs:
         run.training.go_to(number - 1)
-    if runs:
-        compute_step(runs, batch, teacher, number)
+    compute_step(runs, batch, teacher, number)
 
 
 def compute_step(runs: Sequence, batch: Batch, teacher: Teacher | None, number: int) -> None:

@@ -39,22 +39,9 @@ def find_weights(checkpoint: Mapping, source: str) -> Weights:
     return locate_weights(checkpoint, source).weights
 
 
-def fit_weights(model_name: str, weights: Weights) -> Found:
-    """Weights under this project's names of a network: without a prefix that all keys share, where the rest fits it.
-
-    Counters of batches that old versions of torch did not write are filled in with 0. What does not fit is returned
-    with its own names, for `load_weights` to refuse.
-    """
-    return _fit(build_model(model_name, 1), model_name, weights)
-
-
-def _fit(model: Backbone, model_name: str, weights: Weights) -> Found:
-    found = _fit_all(model, model_name, weights)
-    return found or _fit_part(_fitting_parts(model, model_name, weights), model_name, weights)
-
-
 def _fit_all(model: Backbone, model_name: str, weights: Weights) -> Found | None:
-    """All the weights as the network's, None where they have other keys."""
+    """All the weights under this project's names of a network, without a prefix that all keys share; None where they
+    have other keys. Counters of batches that old versions of torch did not write are filled in with 0."""
     for prefixes, candidate in _without_prefixes(weights):
         fitted, filled = _filled(model, model_name, candidate)
         if fitted is not None:
@@ -132,8 +119,8 @@ def _without_prefixes(weights: Weights) -> Iterator[tuple[list[str], Weights]]:
 
 
 def build_with(model_name: str, weights: Weights, source: str) -> tuple[Backbone, list[str]]:
-    """A network of these weights, in as many classes as they have (0 without a classifier), and `fit_weights`' notes;
-    `UserError` like `load_weights`."""
+    """A network of these weights, in as many classes as they have (0 without a classifier), and notes on what was
+    converted or left out; `UserError` like `load_weights`."""
     probe = build_model(model_name, 1)
     found = _fit_all(probe, model_name, weights)
     if found is None:
@@ -298,7 +285,8 @@ def identify(weights: Weights) -> list[str]:
     for name in (*model_dict, *imagenet_model_dict):
         with torch.device("meta"):
             probe = build_model(name, 1)
-            fitted = _fit(probe, name, weights).weights
+            found = _fit_all(probe, name, weights) or _fit_part(_fitting_parts(probe, name, weights), name, weights)
+            fitted = found.weights
             num_classes = fitted.keys() == probe.state_dict().keys() and count_classes(probe, fitted)
             if num_classes and not _differences(build_model(name, num_classes).state_dict(), fitted):
                 fitting.append(name)

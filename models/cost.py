@@ -10,6 +10,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from models.backbone import evaluating
 
+#: How many times a latency is measured.
+ROUNDS = 30
+
 
 def count_parameters(network: nn.Module) -> int:
     """Number of trainable values."""
@@ -26,15 +29,13 @@ def count_multiply_adds(network: nn.Module, image_size: int) -> int:
 
 
 @torch.inference_mode()
-def measure_latency(
-    networks: Sequence[Callable[[Tensor], Any]], image_size: int, batch_size: int = 1, rounds: int = 30
-) -> list[float]:
-    """Milliseconds of one forward pass of each network in eval mode, the best of `rounds`, measured in turns."""
+def measure_latency(networks: Sequence[Callable[[Tensor], Any]], image_size: int) -> list[float]:
+    """Milliseconds of one image through each network in eval mode, the best of `ROUNDS`, measured in turns."""
     first = networks[0]
     device = next(first.parameters()).device if isinstance(first, nn.Module) else "cpu"
-    images = torch.zeros(batch_size, 3, image_size, image_size, device=device)
+    images = torch.zeros(1, 3, image_size, image_size, device=device)
     best = [float("inf")] * len(networks)
-    for warm_up in (True, *([False] * rounds)):
+    for warm_up in (True, *([False] * ROUNDS)):
         for position, network in enumerate(networks):
             start = time.perf_counter()
             network(images)

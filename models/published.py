@@ -51,7 +51,7 @@ class RemoteFile(NamedTuple):
         return self.target.with_name(f"{self.target.name}.sha256")
 
 
-def provide(file: RemoteFile, report: Callable[[str], None] = print) -> Path:
+def provide(file: RemoteFile) -> Path:
     """The checked file at `file.target`, downloaded if it is not there; raises `UserError`.
 
     Several processes may ask at once: one downloads, the others wait. A file that is there is only read, so that its
@@ -60,7 +60,7 @@ def provide(file: RemoteFile, report: Callable[[str], None] = print) -> Path:
     if not os.path.exists(file.target):
         with _alone(file):
             if not os.path.exists(file.target):
-                return _fetch(file, report)
+                return _fetch(file)
     _verify(file, file.target, "remove it to download it again")
     return file.target
 
@@ -78,9 +78,9 @@ def _alone(file: RemoteFile) -> Iterator[None]:
         lock.release()
 
 
-def _fetch(file: RemoteFile, report: Callable[[str], None]) -> Path:
+def _fetch(file: RemoteFile) -> Path:
     part = file.target.with_name(f"{file.target.name}.part")
-    _download(file, part, report)
+    _download(file, part)
     try:
         _verify(file, part, "get the file elsewhere, or try again")
     except UserError:
@@ -134,9 +134,9 @@ def _pinned(file: RemoteFile) -> str:
     return words[0] if words and re.fullmatch("[0-9a-f]{64}", words[0]) else ""
 
 
-def _download(file: RemoteFile, part: Path, report: Callable[[str], None]) -> None:
+def _download(file: RemoteFile, part: Path) -> None:
     """Fill `part` from where it ends, through broken connections."""
-    report(f"downloading {file.url} to {file.target}")
+    print(f"downloading {file.url} to {file.target}")
     reason, end = "", time.monotonic() + LONGEST
     for _ in range(ATTEMPTS):
         try:

@@ -62,9 +62,9 @@ def probe(
     raise no_map(name, f"it reads images of none of the sizes {none} ({reason})")
 
 
-def equally_spaced(number: int, count: int = STAGES) -> list[int]:
-    """Positions of at most `count` of `number` things, equally spaced, the last included: 12 -> 2, 5, 8, 11."""
-    count = min(number, count)
+def equally_spaced(number: int) -> list[int]:
+    """Positions of at most `STAGES` of `number` things, equally spaced, the last included: 12 -> 2, 5, 8, 11."""
+    count = min(number, STAGES)
     return [(number * (position + 1)) // count - 1 for position in range(count)]
 
 

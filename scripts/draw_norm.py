@@ -21,7 +21,6 @@ SIZE = (960, 336)
 FILE = Path(__file__).resolve().parent.parent / "docs" / "figures" / "norm.svg"
 #: Where the drawn ones of the N segments are, and their names.
 SEGMENTS = ((384, "y1"), (446, "y2"), (508, "y3"), (594, "yN"))
-LAYER = ("1x1 conv", "BatchNorm")
 STYLE = """
 svg { --page: #ffffff; --ink: #1f2328; --faint: #656d76; --line: #8c959f; --student: #ddf4ff; --student-line: #0969da;
       --teacher: #fff1e5; --teacher-line: #bc4c00; --norm: #e6f6e8; --norm-line: #1a7f37; }

@@ -11,7 +11,6 @@ from models import build_model
 from models.checkpoints import (
     build_with,
     find_weights,
-    fit_weights,
     identify,
     load_weights,
     read_checkpoint,
@@ -112,8 +111,8 @@ def test_of_two_parts_that_fit_none_is_chosen(weights):
 def test_a_network_with_the_prefix_as_a_part_of_it_keeps_it(weights):
     external = build_model("torchvision:resnet18", 10).state_dict()
     for given in (external, {key.removeprefix("network."): value for key, value in external.items()}):
-        fitted = fit_weights("torchvision:resnet18", given)
-        assert fitted.weights.keys() == external.keys() and not fitted.notes
+        network, notes = build_with("torchvision:resnet18", given, "file")
+        assert network.state_dict().keys() == external.keys() and not notes
 
 
 AVERAGED = {
@@ -132,8 +131,8 @@ def test_of_raw_and_averaged_weights_one_is_taken_and_said(weights, kind):
     for ema, expected in ((False, weights), (True, average)):
         found = locate_weights(checkpoint, "file", ema)
         assert "--ema" in found.notes[0] and "moving average" in found.notes[0]
-        fitted = fit_weights("resnet8", found.weights)
-        assert weights_digest(fitted.weights) == weights_digest(expected)
+        network, _ = build_with("resnet8", found.weights, "file")
+        assert weights_digest(network.state_dict()) == weights_digest(expected)
 
 
 REFUSED = {

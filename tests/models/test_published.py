@@ -95,7 +95,7 @@ def remote(server, tmp_path, name: str = "file.pth", sha256: str = SUM[:8], chec
 
 def refusal(file: RemoteFile) -> str:
     with pytest.raises(UserError) as caught:
-        provide(file, lambda line: None)
+        provide(file)
     assert "\n" not in str(caught.value) and not file.target.exists()
     return str(caught.value)
 
