@@ -2,13 +2,14 @@
 
 import os
 from pathlib import Path
+from typing import Any
 from urllib.error import URLError
 
 import torch
 from torch.nn import functional as F
 
-from dataset.decoding import WHITE
 from dataset.folders import (
+    Listing,
     has_image_folders,
     is_image_folder,
     list_folder,
@@ -22,7 +23,7 @@ from dataset.images import Augmentation, ImageData, Images, channel_statistics, 
 from dataset.memory import free_memory
 from dataset.pool import Pool
 from dataset.shards import find_shards, read_shards
-from dataset.streaming import Files, Reading, Statistics, StreamedImages, too_many_unreadable
+from dataset.streaming import Files, Reading, StreamedImages, too_many_unreadable
 from errors import UserError, blamed_on_record
 
 DOWNLOAD_FOLDER = "data"
@@ -182,17 +183,17 @@ def _from_folder(
     folder: str, image_size: int, cut: int, reading: Reading
 ) -> tuple[StreamedImages, StreamedImages, list[str], int]:
     """Both splits, their classes, and how many training images have become the test split where there was none."""
-    how = (image_size, cut, reading)
+
+    def streamed(listing: Listing) -> StreamedImages:
+        files, targets = Files(listing.root, listing.names), torch.tensor(listing.targets)
+        return StreamedImages(files, targets, image_size, cut, reading)
+
     if not reading.labelled:
-        images = list_images(folder)
-        train = StreamedImages(Files(images.root, images.names), torch.tensor(images.targets), *how)
+        train = streamed(list_images(folder))
         _warn_of_dark(train, folder)
-        return train, train.select(torch.zeros(len(images.names), dtype=torch.bool)), [], 0
+        return train, train.select(torch.zeros(len(train.targets), dtype=torch.bool)), [], 0
     listed = list_folder(folder, may_split=bool(reading.split or reading.holdout))
-    train, test = (
-        listing and StreamedImages(Files(listing.root, listing.names), torch.tensor(listing.targets), *how)
-        for listing in (listed.train, listed.test)
-    )
+    train, test = streamed(listed.train), listed.test and streamed(listed.test)
     _warn_of_dark(train, folder)
     if test is not None:
         if reading.split:
@@ -302,39 +303,26 @@ def load_data(
     image_size: int = 32,
     num_workers: int = 4,
     max_broken: int = 10,
-    may_download: bool = True,  # the folder was named by a person, not by a file
-    *,
-    background: tuple[int, int, int] = WHITE,
-    stream: bool | None = None,
-    split: float = 0.0,
-    holdout: int = 0,
-    labelled: bool = True,
-    normalisation: Statistics | None = None,
-    device_memory: int | None = None,
+    **how: Any,
 ) -> ImageData:
     """A data set by name, from `folder`; raises `UserError`.
 
-    Images of data sets with a size of their own are resized to `image_size` when a batch is made. Only folders of
-    images read `num_workers`, `max_broken` (different unreadable images of a split that
-    are left out), `background` (RGB in 0..255, under transparency) and `stream` (True: from the disk, False: into
-    memory, None: what fits into half of the free memory and of `device_memory`, in bytes, is held there). The share
-    `split` of the training images, or `holdout` of them, becomes the test split of a folder that has none.
-    Without labels (`labelled`) all images below the folder, at any depth, are for training.
-    `normalisation` is the recorded (mean, std) of a run; without it a folder's own are computed.
+    Images of data sets with a size of their own are resized to `image_size` when a batch is made. `num_workers`,
+    `max_broken` and `how` are fields of `Reading`, most of which are for folders of images alone.
     """
     if name not in DATASETS:
         raise UserError(f"--dataset: unknown data set '{name}'; choose from {', '.join(DATASETS)}")
-    if not labelled and name not in OF_IMAGE_FILES:
+    reading = Reading(num_workers, max_broken, **how)
+    if not reading.labelled and name not in OF_IMAGE_FILES:
         raise UserError(f"--labels none: it reads a folder of images, not {name}; name the folder with --data")
     if folder is not None:
         folder = os.path.abspath(os.path.expanduser(folder))
-    pool = Pool(num_workers) if num_workers else None
-    options = (pool, background, stream, split, holdout, normalisation, labelled, device_memory)
-    with blamed_on_record(folder is not None and not may_download, "--data", "data folder"):
-        data = DATASETS[name](folder, image_size, Reading(num_workers, max_broken, may_download, *options))
-    data = data._replace(labelled=labelled)
+    with blamed_on_record(folder is not None and not reading.may_download, "--data", "data folder"):
+        data = DATASETS[name](folder, image_size, reading._replace(pool=Pool(num_workers) if num_workers else None))
+    data = data._replace(labelled=reading.labelled)
     if image_size != data.image_size:
         data = data._replace(resized=image_size)
-    if normalisation is not None:
-        data = data._replace(mean=tuple(normalisation[0]), std=tuple(normalisation[1]))
+    if reading.normalisation is not None:
+        mean, std = reading.normalisation
+        data = data._replace(mean=tuple(mean), std=tuple(std))
     return data

@@ -26,8 +26,6 @@ AT_ONCE = 64
 NAMED = 5
 #: How many images of a split are looked at before it is used.
 LOOKED_AT = 16
-
-
 #: Mean and standard deviation of each channel, of pixels in 0..1.
 Statistics = tuple[tuple[float, ...], tuple[float, ...]]
 
@@ -40,10 +38,10 @@ class Reading(NamedTuple):
     may_download: bool = True  # to the folder
     pool: Pool | None = None  # of the worker processes, shared by all splits
     background: tuple[int, int, int] = WHITE  # under transparency
-    stream: bool | None = None  # from the disk; None: what does not fit into memory
+    stream: bool | None = None  # from the disk, not held in memory; None: what does not fit there
     split: float = 0.0  # share of the training images that becomes the test split of a folder without one
     holdout: int = 0  # number of images instead, where no share is given
-    normalisation: Statistics | None = None  # instead of the data's own
+    normalisation: Statistics | None = None  # a recorded one, instead of the data's own
     labelled: bool = True  # by class folders; else images at any depth, all of them for training
     device_memory: int | None = None  # bytes that may be used there, where it is not the CPU
 

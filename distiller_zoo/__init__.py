@@ -72,8 +72,8 @@ def build_distiller(
     # A flag may be newer than the configuration.
     hyper_parameters = {flag.argument: config.get(flag.argument, flag.default) for flag in method.flags}
     batch_size = config.get("images_per_pass", config["batch_size"])
-    of_labels = config.get("label_smoothing", 0.0), class_weights
-    task = Task(num_classes, image_size, batch_size, train_targets, *of_labels)
+    smoothing = config.get("label_smoothing", 0.0)
+    task = Task(num_classes, image_size, batch_size, train_targets, smoothing, class_weights)
     with explained(method, "its constructor", student, image_size, teacher):
         built = method(student, teacher, task, **hyper_parameters)
     check_built(built)

@@ -164,8 +164,10 @@ class NORM(Distiller):
             self.transform = None
         else:
             shares = (1.0,) if teacher is None else teacher.shares
-            how = (self.co_sponge, self.ft == "default", self.ft_form, shares)
-            self.transform = FeatureTransform(channels, teacher_channels, *how)
+            residual = self.ft == "default"
+            self.transform = FeatureTransform(
+                channels, teacher_channels, self.co_sponge, residual, self.ft_form, shares
+            )
 
     def notes(self):
         notes = list(self._sizes)

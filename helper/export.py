@@ -31,10 +31,8 @@ from models.files import RECORD
 #: The entries of the record without which an image file cannot be brought to the network.
 NEEDED = ("classes", "mean", "std", "image_size")
 #: Images that a file is calibrated with at once, and what is quantised of its operations.
-CALIBRATION_BATCH, QUANTISED = (
-    32,
-    ("Conv", "Gemm", "MatMul", "Add", "Relu", "GlobalAveragePool", "AveragePool", "MaxPool"),
-)
+CALIBRATION_BATCH = 32
+QUANTISED = ("Conv", "Gemm", "MatMul", "Add", "Relu", "GlobalAveragePool", "AveragePool", "MaxPool")
 #: The first opset that torch's exporter writes.
 OLDEST_OPSET = 18
 CPU = torch.device("cpu")
@@ -81,9 +79,13 @@ class RecordedData(NamedTuple):
 
     def load(self) -> ImageData:
         """The data set, its files read from the disk as they are needed; raises `UserError`."""
-        place = (self.dataset, self.folder, self.image_size, min(4, count_cores()), sys.maxsize, self.may_download)
         return load_data(
-            *place,
+            self.dataset,
+            self.folder,
+            self.image_size,
+            num_workers=min(4, count_cores()),
+            max_broken=sys.maxsize,
+            may_download=self.may_download,
             background=self.background,
             stream=True,
             split=self.split,

@@ -5,7 +5,7 @@ Each file is opened once, whatever the number of runs.
 
 import functools
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -180,7 +180,7 @@ class Inputs(NamedTuple):
     device: torch.device
     data: ImageData
     test_loader: Loader
-    choosing_loader: Loader | None  # held-out training images for choosing; `data` lacks them
+    holdout_loader: Loader | None  # held-out training images, to choose the best epoch on; `data` lacks them
     identity: dict  # what tells whether the data are still the same
     probe: tuple[Loader, Loader] | None = None  # labelled images to fit a probe of the features to, and to test it on
 
@@ -195,12 +195,18 @@ def load_inputs(config: Configuration) -> Inputs:
     keep_freed_memory(device)
     # Only a folder that was named on the command line is written to.
     may_download = config.data is None or config.origins["data"] == "command line"
-    reading = (config.data, config.image_size, config.num_workers, config.max_broken, may_download)
+    load = functools.partial(
+        load_data,
+        config.dataset,
+        image_size=config.image_size,
+        num_workers=config.num_workers,
+        max_broken=config.max_broken,
+        may_download=may_download,
+        background=config.background,
+    )
     with one_by_one_here():
-        data = load_data(
-            config.dataset,
-            *reading,
-            background=config.background,
+        data = load(
+            config.data,
             stream={"auto": None, "on": True, "off": False}[config.stream],
             split=config.split,
             holdout=config.holdout,
@@ -208,19 +214,20 @@ def load_inputs(config: Configuration) -> Inputs:
             normalisation=_recorded_normalisation(config),
             device_memory=torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None,
         )
-    what = data_identity(data)
+    identity = data_identity(data)
     data = data._replace(train=data.train.to(device), test=data.test.to(device))
     batch_size = EVALUATION_BATCH if data.image_size <= SMALL else config.batch_size
-    choosing_loader = None
+    holdout_loader = None
     if config.holdout:
         try:
             train, held_out = hold_out(data.train, config.holdout)
         except ValueError as error:
             raise UserError(f"--holdout: {error}; choose another number") from None
         data = data._replace(train=train)
-        choosing_loader = _part_loader(held_out, data, batch_size, device)
-    probe = None if config.data_probe is None else _load_probe(config, data, reading[2:], batch_size, device)
-    return Inputs(device, data, _part_loader(data.test, data, batch_size, device), choosing_loader, what, probe)
+        holdout_loader = _part_loader(held_out, data, batch_size, device)
+    probe = None if config.data_probe is None else _load_probe(config, load, data, batch_size, device)
+    test_loader = _part_loader(data.test, data, batch_size, device)
+    return Inputs(device, data, test_loader, holdout_loader, identity, probe)
 
 
 def decide_compiler(opened: Opened, inputs: Inputs) -> Opened:
@@ -235,19 +242,18 @@ def decide_compiler(opened: Opened, inputs: Inputs) -> Opened:
 
 
 def _load_probe(
-    config: Configuration, data: ImageData, reading: tuple, batch_size: int, device: torch.device
+    config: Configuration, load: Callable[..., ImageData], data: ImageData, batch_size: int, device: torch.device
 ) -> tuple[Loader, Loader]:
-    """The images of `--data_probe`, prepared as the unlabelled ones are: to fit to, and to test on."""
-    normalisation, folder = (data.mean, data.std), config.data_probe
+    """The images of `--data_probe`, read by `load` as the unlabelled ones were: to fit to, and to test on."""
+    folder = config.data_probe
     with blamed_on_record(_is_recorded(config, "data_probe"), "--data_probe", "folder of the probe"):
         try:
             split = 0.0 if list_folder(folder, may_split=True).test else PROBE_SPLIT
-            named: dict[str, Any] = {"background": config.background, "split": split, "normalisation": normalisation}
-            labelled = load_data(config.dataset, folder, config.image_size, *reading, **named)
+            labelled = load(folder, split=split, normalisation=(data.mean, data.std))
         except UserError as error:
             raise UserError(str(error).replace("--data:", "--data_probe:", 1)) from None
-    train, test = (_part_loader(part.to(device), labelled, batch_size, device) for part in labelled[1:3])
-    return train, test
+    train, test = (images.to(device) for images in (labelled.train, labelled.test))
+    return _part_loader(train, labelled, batch_size, device), _part_loader(test, labelled, batch_size, device)
 
 
 def _is_recorded(config: Configuration, name: str) -> bool:
@@ -297,8 +303,7 @@ def prepare_teacher(source: Network | None, inputs: Inputs, config: Configuratio
     data = inputs.data
     if config.teacher_classes is not None:
         source = read_at_classes(source, config.teacher_classes)
-    parts = (source, data, config.teacher_image_size, Fast.of(config), inputs.device)
-    teacher = Teacher(*parts) if config.cache_teacher is None else _cached_teacher(parts, config)
+    teacher = _make_teacher(source, inputs, config)
     notes = [_check_teacher(teacher, number, inputs, config) for number in range(len(source.teachers))]
     if data.labelled and source.members and source.num_classes == data.num_classes:
         shown = _as_held(inputs) if teacher.sees_source else inputs.test_loader
@@ -313,12 +318,14 @@ def prepare_teacher(source: Network | None, inputs: Inputs, config: Configuratio
     return teacher
 
 
-def _cached_teacher(parts: tuple, config: Configuration) -> CachedTeacher:
-    """The teacher of these parts with its cache, whose folder is made where it was named here, and not by a record."""
-    folder = config.cache_teacher
+def _make_teacher(source: Network, inputs: Inputs, config: Configuration) -> Teacher:
+    """The teacher, with its cache where there is one: a folder that is named here is made, one on record is not."""
+    size, fast, folder = config.teacher_image_size, Fast.of(config), config.cache_teacher
+    if folder is None:
+        return Teacher(source, inputs.data, size, fast, inputs.device)
     if _is_recorded(config, "cache_teacher") and not os.path.isdir(folder):
         raise UserError(f"the cache on record: there is no folder {folder}; name one with --cache_teacher")
-    return CachedTeacher(*parts, folder=folder, top_k=config.cache_top_k)
+    return CachedTeacher(source, inputs.data, size, fast, inputs.device, folder, config.cache_top_k)
 
 
 def _check_teacher(teacher: Teacher, number: int, inputs: Inputs, config: Configuration) -> str:

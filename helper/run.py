@@ -517,8 +517,8 @@ class Run:
 
     def _test_method(self, method: Distiller) -> dict[str, float]:
         test = evaluate(method.predict, self.inputs.test_loader, "testing")
-        if self.inputs.choosing_loader is not None:
-            held_out = evaluate(method.predict, self.inputs.choosing_loader, "held-out images")
+        if self.inputs.holdout_loader is not None:
+            held_out = evaluate(method.predict, self.inputs.holdout_loader, "held-out images")
             test |= {name.replace("test", "holdout"): value for name, value in held_out.items()}
         return test
 
@@ -533,7 +533,7 @@ class Run:
         return judged
 
     def _judged_images(self) -> tuple[str, Images | StreamedImages]:
-        held_out = self.inputs.choosing_loader
+        held_out = self.inputs.holdout_loader
         return ("train", self.data.train) if held_out is None else ("holdout", held_out.images)
 
     # Checkpoints.
