@@ -99,6 +99,22 @@ def best_epoch(records: Sequence[Mapping[str, float]], metric: str) -> int:
     return found.index(max(found)) + 1
 
 
+def summarise(records: Sequence[Mapping[str, float]], best: int) -> dict[str, Any]:
+    """The test accuracies (%) of a run with labels, of the moving average too where it was tested, and the number of
+    its best epoch, for `result.json`."""
+    last, chosen, last_five = records[-1], records[best - 1], [one["test_accuracy"] for one in records[-5:]]
+    summary: dict[str, Any] = {
+        "accuracy_last": last["test_accuracy"],
+        "accuracy_best": chosen["test_accuracy"],
+        "accuracy_mean_last_five": sum(last_five) / len(last_five),
+    }
+    if "test_accuracy_ema" in last:
+        summary |= {
+            f"accuracy_{when}_ema": one["test_accuracy_ema"] for when, one in (("last", last), ("best", chosen))
+        }
+    return summary | {"best_epoch": best}
+
+
 def probe(train: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor]) -> dict[str, float]:
     """How well features (n, D) tell classes (n,) apart, on others than they are fitted to: the accuracies (%) of a
     linear probe (logistic regression of standardised features) and of the nearest neighbours by cosine."""

@@ -1,6 +1,8 @@
-"""The story of a run, top to bottom: folder, student, method, stages, epochs, result.
+"""A run from its folder to its result: `prepared` makes the runs, `train` takes them through their epochs.
 
-Nothing here knows the name of a method; what a method needs it says itself (distiller_zoo/base.py).
+An epoch is `loops.train_epoch`, which calls the methods of `Run` from `begin_epoch` to `end_epoch` in their order here;
+the last `end_epoch` writes result.json. Nothing here knows the name of a method; what a method needs it says itself
+(distiller_zoo/base.py).
 """
 
 import json
@@ -50,7 +52,7 @@ from helper.loops import (
     train_epoch,
     without_trunk,
 )
-from helper.metrics import best_epoch, best_without_labels, probe, summarise_without_labels
+from helper.metrics import best_epoch, best_without_labels, probe, summarise, summarise_without_labels
 from helper.networks import Network, classes_taught, start_from
 from helper.optim import Average, Guard, parameters_of, restore_optimizer
 from helper.run_folder import BEST, CONFIG, FIDELITY, LAST, RESULT, FolderElsewhere, RunFolder
@@ -75,37 +77,37 @@ def prepared(opened: Opened, inputs: Inputs, teacher: Teacher | None) -> Iterato
     """The runs, each in its claimed folder; new folders are removed again where a run turns out impossible."""
     if teacher is None and opened.teacher is not None:
         raise UserError("--resume: a student of a teacher is resumed by train_cifar_student.py")
-    with ExitStack() as folders:
-        with ExitStack() as preparations:
+    with ExitStack() as closing:
+        with ExitStack() as preparing:
             runs: list[Run] = []
-            counted = class_weights_of(opened.configs, inputs.data)
+            of_settings = class_weights_of(opened.configs, inputs.data)
             for config in opened.configs:  # what is impossible is refused before there is a folder of any of them
-                weights = counted[config.class_weights]
-                config = _with_found(config, inputs, teacher, weights)
-                runs.append(Run(config, inputs, teacher, opened.initial, len(opened.configs) == 1, weights))
-                folders.callback(runs[-1].close)
+                class_weights = of_settings[config.class_weights]
+                config = _with_found(config, inputs, teacher, class_weights)
+                runs.append(Run(config, inputs, teacher, opened.initial, len(opened.configs) == 1, class_weights))
+                closing.callback(runs[-1].close)
             for run, label in zip(runs, _labels(opened.configs), strict=True):
-                run.folder = _open_folder(run.config, preparations)
-                folders.callback(run.folder.close)
+                run.folder = _open_folder(run.config, preparing)
+                closing.callback(run.folder.close)
                 run.folder.label = f"[{label}] " if len(runs) > 1 else ""
                 if is_main():
                     print(f"{run.folder.label}run folder: {run.folder.path}", flush=True)
-                run.introduce(known=None if run is runs[0] else opened.configs[0])
+                run.record_or_restore(shown=None if run is runs[0] else opened.configs[0])
         if teacher is not None:
-            folders.callback(teacher.close)
+            closing.callback(teacher.close)
         yield runs
 
 
 def _with_found(
-    config: Configuration, inputs: Inputs, teacher: Teacher | None, weights: torch.Tensor | None
+    config: Configuration, inputs: Inputs, teacher: Teacher | None, class_weights: torch.Tensor | None
 ) -> Configuration:
     """The run with what was found out of its data, its teacher and its class weights."""
     found = {"data_digest": inputs.identity["digest"], "mean": inputs.data.mean, "std": inputs.data.std}
     if config.get("data_digest") and not config.accepts_changes:  # `check_found` refuses other data
         found["data_digest"] = config.data_digest
     config = config.replace("the data", **found)
-    if weights is not None:
-        config = config.replace("the class weights", weights_digest=weights_digest({"weights": weights}))
+    if class_weights is not None:
+        config = config.replace("the class weights", weights_digest=weights_digest({"weights": class_weights}))
     if teacher is not None and teacher.image_size != inputs.data.image_size:
         config = config.replace("teacher's weights", teacher_image_size=teacher.image_size)
     return config
@@ -117,9 +119,9 @@ def _labels(configs: Sequence[Configuration]) -> list[str]:
     return trials if len(set(trials)) == len(trials) else [config.name for config in configs]
 
 
-def _open_folder(config: Configuration, preparations: ExitStack) -> RunFolder:
-    """The folder to resume, or a new one, which is removed where the preparations fail; the main process's."""
-
+def _open_folder(config: Configuration, preparing: ExitStack) -> RunFolder:
+    """The folder to resume, or a new one, which is removed where an error ends `preparing`. The main process claims
+    it; the others know its path."""
     claimed: list[RunFolder] = []
 
     def claim() -> str:
@@ -131,24 +133,26 @@ def _open_folder(config: Configuration, preparations: ExitStack) -> RunFolder:
     if not is_main():
         return FolderElsewhere(path)
     if config.folder is None:
-        preparations.enter_context(claimed[0].discarded_on_error())
+        preparing.enter_context(claimed[0].discarded_on_error())
     return claimed[0]
 
 
-def _record_settings(config: Configuration, folder: RunFolder, known: Configuration | None) -> None:
-    """Write every setting and its origin; on the terminal only what differs from the run `known`, if there is one, and
-    defaults last, in a paragraph."""
+def _record_settings(config: Configuration, folder: RunFolder, shown: Configuration | None) -> None:
+    """Write every setting and its origin; on the terminal only what differs from the run that was `shown`, if one was,
+    and defaults last, in a paragraph."""
     defaults = []
     for argument, value in sorted(config.items()):
-        if value is not None:
-            line, origin = f"  {argument:<18} {value!s:<24} ({config.origins[argument]})", config.origins[argument]
-            folder.log_quietly(line)
-            if known is not None and known.get(argument) == value:
-                continue
-            if origin == "default":
-                defaults.append(f"{argument} {value}")
-            else:
-                folder.show(line)
+        if value is None:
+            continue
+        origin = config.origins[argument]
+        line = f"  {argument:<18} {value!s:<24} ({origin})"
+        folder.log_quietly(line)
+        if shown is not None and shown.get(argument) == value:
+            continue
+        if origin == "default":
+            defaults.append(f"{argument} {value}")
+        else:
+            folder.show(line)
     if defaults:
         folder.show(
             textwrap.fill(f"defaults: {', '.join(defaults)}", 120, initial_indent="  ", subsequent_indent="    ")
@@ -157,7 +161,8 @@ def _record_settings(config: Configuration, folder: RunFolder, known: Configurat
 
 
 def _record_changes(run: "Run") -> None:
-    """Write down which settings a resumed run has changed, so that it is continued and tabulated as what it is now."""
+    """Write down which settings a resumed run has changed, so that it is continued and tabulated as what it is now;
+    remove what was measured of a shorter one."""
     if not is_main():
         return
     folder = run.folder
@@ -165,7 +170,7 @@ def _record_changes(run: "Run") -> None:
     origins = now.pop("origins")
     changed = {name: value for name, value in now.items() if name not in stored or stored[name] != value}
     if not run.is_over:
-        folder.remove(RESULT)  # of a shorter run: it is not finished any more
+        folder.remove(RESULT)  # it is not finished any more
         if (folder.path / FIDELITY).exists():
             folder.remove(FIDELITY)
             folder.log(f"{FIDELITY} is removed: it was measured before this training")
@@ -221,15 +226,10 @@ def _stop_if(number: int | None, runs: Sequence["Run"]) -> None:
 
 def _raise_failures(runs: Sequence["Run"]) -> None:
     failed = [(run, run.error) for run in runs if run.error is not None]
-    for _, error in failed if len(runs) == 1 else []:
-        raise error
+    if failed and len(runs) == 1:
+        raise failed[0][1]
     if failed:
         raise UserError("; ".join(f"{run.folder.label.strip(' []')}: {error}" for run, error in failed))
-
-
-def _spread(n: int, is_training: bool) -> torch.Tensor:
-    """Sample indices that tell the matching loss: of held-out images all, of training images some, evenly spread."""
-    return torch.arange(0, n, max(-(-n // JUDGED_IMAGES), 1) if is_training else 1)
 
 
 def _with_classes(config: Configuration, data: ImageData, teacher: Teacher | None) -> ImageData:
@@ -263,23 +263,12 @@ class Run:
         teacher: Teacher | None,
         initial: Network | None,
         alone: bool,
-        weights: torch.Tensor | None,
+        class_weights: torch.Tensor | None,
     ):
-        self.config, self.inputs, self._taken_up = config, inputs, ""
+        self.config, self.inputs, self.teacher, self._alone = config, inputs, teacher, alone
         self.data = _with_classes(config, inputs.data, teacher)
-        self.teacher, self._alone = teacher, alone
-        torch.manual_seed(config.seed)
-        student = _new_student(config, self.data)
-        if initial is not None and config.folder is None:
-            self._taken_up = start_from(initial, student, config.model_s, self.data.classes, config.dataset)
-        network = None if teacher is None else teacher.network
-        of_data = self.data.num_classes, self.data.image_size, self.data.train.targets
-        self.method = build_distiller(config, student, network, *of_data, weights).to(inputs.device)
-        if network is not None:
-            check_apart(self.method, network, config.distill)
-        if config.sync_bn and count_processes() > 1:
-            synchronise(self.method)
-        Fast.of(config).prepare_student(self.method, inputs.device)
+        self._initial_note = ""  # what was taken of the initial weights
+        self.method = self._make_method(initial, class_weights)
         stages, frozen = self.method.stages(config.epochs), config.freeze == "trunk"
         check_stages(self.method, stages)
         self.stages = [without_trunk(stage, self.method) if frozen else stage for stage in stages]
@@ -297,11 +286,29 @@ class Run:
         self._enter(0)
         self._random = random_state()  # used where several runs share the process
 
-    def introduce(self, known: Configuration | None) -> None:
-        """Record what the run is, and how it begins, in its folder; `known` is as of `_record_settings`."""
+    def _make_method(self, initial: Network | None, class_weights: torch.Tensor | None) -> Distiller:
+        """The method around a freshly initialised student, or one that starts from `initial`, as the run trains it."""
+        config, data = self.config, self.data
+        torch.manual_seed(config.seed)
+        student = _new_student(config, data)
+        if initial is not None and config.folder is None:
+            self._initial_note = start_from(initial, student, config.model_s, data.classes, config.dataset)
+        teacher, targets = self.teacher and self.teacher.network, data.train.targets
+        method = build_distiller(
+            config, student, teacher, data.num_classes, data.image_size, targets, class_weights
+        ).to(self.inputs.device)
+        if teacher is not None:
+            check_apart(method, teacher, config.distill)
+        if config.sync_bn and count_processes() > 1:
+            synchronise(method)
+        Fast.of(config).prepare_student(method, self.inputs.device)
+        return method
+
+    def record_or_restore(self, shown: Configuration | None) -> None:
+        """Write down in its folder what a new run is, or resume from there; `shown` is as of `_record_settings`."""
         if self.config.folder is None:
-            _record_settings(self.config, self.folder, known)
-        for note in filter(None, (self.teacher and self.teacher.note, self._taken_up)):
+            _record_settings(self.config, self.folder, shown)
+        for note in filter(None, (self.teacher and self.teacher.note, self._initial_note)):
             self.folder.log(note)
         if self.config.folder is not None:
             self.restore()
@@ -508,7 +515,7 @@ class Run:
     def _test(self) -> dict[str, float]:
         """What is measured on the test images, and on the held-out ones where there are any; also of the average."""
         if not self.data.labelled:
-            return self._judge()
+            return self._test_without_labels()
         test = self._test_method(self.method)
         if self.average is not None:
             averaged = self._test_method(self.average.module)
@@ -522,19 +529,24 @@ class Run:
             test |= {name.replace("test", "holdout"): value for name, value in held_out.items()}
         return test
 
-    def _judge(self) -> dict[str, float]:
-        """How well a run without labels matches its teacher, and what its features are good for."""
-        name, images = self._judged_images()
-        loader = self.training.judging_loader(images, self.data, _spread(len(images.targets), name == "train"))
+    def _test_without_labels(self) -> dict[str, float]:
+        """How well the student matches its teacher, and what its features are good for."""
+        name, images, subset = self._judged_images()
+        loader = self.training.judging_loader(images, self.data, subset)
         judged = {f"{name}_matching_loss": matching_loss(self.training, self.teacher, loader)}
         if self.inputs.probe is not None:
             network = self.method.export()
             judged |= probe(*(pooled_features(network, part) for part in self.inputs.probe))
         return judged
 
-    def _judged_images(self) -> tuple[str, Images | StreamedImages]:
-        held_out = self.inputs.holdout_loader
-        return ("train", self.data.train) if held_out is None else ("holdout", held_out.images)
+    def _judged_images(self) -> tuple[str, Images | StreamedImages, torch.Tensor]:
+        """The split that the matching loss is measured on, its images, and which: of training images some, evenly
+        spread."""
+        if self.inputs.holdout_loader is not None:
+            images = self.inputs.holdout_loader.images
+            return "holdout", images, torch.arange(len(images.targets))
+        n = len(self.data.train.targets)
+        return "train", self.data.train, torch.arange(0, n, max(-(-n // JUDGED_IMAGES), 1))
 
     # Checkpoints.
 
@@ -580,24 +592,32 @@ class Run:
             check_progress(training, self.in_main_stage)
             trained = self.epoch + (training["epoch_state"] is not None) if self.in_main_stage else 0
             check_found(self.config, checkpoint["record"], self.inputs.identity, trained, self.stages[-1].epochs)
-            load_weights(self.method, self.config.model_s, training["distiller"], source)
-            optimizer = self.training.optimizer
-            state = check_optimizer(training["optimizer"], parameters_of(optimizer))
-            restore_optimizer(optimizer, state, training["optimizer"]["param_groups"])
-            for name in STATE:
-                setattr(self, name, training[name])
-            self.guard.skipped, self.guard.overflows = training["skipped_steps"], training.get("overflows", 0)
-            if self.training.scaler.is_enabled():
-                self.training.scaler.load_state_dict(training["scaler"])
-            if self.average is not None and "ema" in training:
-                load_weights(self.average.module, self.config.model_s, training["ema"], source)
-                self.average.has_steps = True
+            self._restore_training(training, source)
         self.folder.keep_metrics_until(self.epochs_over)
+        self._say_resumed(training["config"].get("epochs"))
+
+    def _restore_training(self, training: Mapping[str, Any], source: str) -> None:
+        """The method, its optimizer, counters and average, as `_save_last` saved them."""
+        load_weights(self.method, self.config.model_s, training["distiller"], source)
+        optimizer = self.training.optimizer
+        state = check_optimizer(training["optimizer"], parameters_of(optimizer))
+        restore_optimizer(optimizer, state, training["optimizer"]["param_groups"])
+        for name in STATE:
+            setattr(self, name, training[name])
+        self.guard.skipped, self.guard.overflows = training["skipped_steps"], training.get("overflows", 0)
+        if self.training.scaler.is_enabled():
+            self.training.scaler.load_state_dict(training["scaler"])
+        if self.average is not None and "ema" in training:
+            load_weights(self.average.module, self.config.model_s, training["ema"], source)
+            self.average.has_steps = True
+
+    def _say_resumed(self, before: int | None) -> None:
+        """Where the run is, and how its learning rate changes where it had `before` epochs and has another number."""
         stage = self.stages[self.stage_number]
         title = format_title(stage.name, Progress(self.epoch - 1, stage.epochs))
         within = f" and {count_of(self.epoch_state['steps'], 'step')}" if self.epoch_state else ""
         self.folder.log(f"resumed after {title}{within}")
-        before, now = training["config"].get("epochs"), self.config.epochs
+        now = self.config.epochs
         if self.records and before != now and not self.is_over:
             rates = self.training.learning_rate(self.epoch), self.training.learning_rate(self.epoch + 1)
             old, new = (f"{rate:.4g}" for rate in (self.records[-1].get("learning_rate", rates[0]), rates[1]))
@@ -605,23 +625,14 @@ class Run:
 
     # The result.
 
-    def _accuracies(self) -> dict[str, Any]:
-        accuracies, number = [record["test_accuracy"] for record in self.records], self._best_epoch()
-        last_five = accuracies[-5:]
-        return {
-            "accuracy_last": accuracies[-1],
-            "accuracy_best": accuracies[number - 1],
-            "accuracy_mean_last_five": sum(last_five) / len(last_five),
-            **self._averages_accuracies(number),
-            "best_epoch": number,
-            "protocol": describe_protocol(self.config.holdout, self.config.best_by),
-        }
-
-    def _without_labels(self) -> dict[str, Any]:
-        summary = summarise_without_labels(self.records)
-        name, images = self._judged_images()
-        of = f"{len(_spread(len(images.targets), name == 'train'))} {'training' if name == 'train' else 'held-out'}"
-        return summary | {"protocol": f"lowest matching loss on {of} images"}
+    def _summary(self) -> dict[str, Any]:
+        """What the records say, and by which protocol."""
+        if self.data.labelled:
+            protocol = describe_protocol(self.config.holdout, self.config.best_by)
+            return summarise(self.records, self._best_epoch()) | {"protocol": protocol}
+        name, _, subset = self._judged_images()
+        images = f"{len(subset)} {'training' if name == 'train' else 'held-out'} images"
+        return summarise_without_labels(self.records) | {"protocol": f"lowest matching loss on {images}"}
 
     def _best_epoch(self) -> int:
         """Counted from 1; the first of equals."""
@@ -629,21 +640,25 @@ class Run:
             return best_without_labels(self.records)[1]
         return best_epoch(self.records, self.config.best_by)
 
-    def _averages_accuracies(self, best: int) -> dict[str, float]:
-        """Of the moving average, where there is one, after the last epoch and after the best."""
-        if self.average is None or "test_accuracy_ema" not in self.records[-1]:
-            return {}
-        last, chosen = self.records[-1], self.records[best - 1]
-        return {"accuracy_last_ema": last["test_accuracy_ema"], "accuracy_best_ema": chosen["test_accuracy_ema"]}
-
     def _finish(self) -> None:
+        """Write the result, unless it is there, and say what and where it is."""
         if self._started is None and (self.folder.path / RESULT).exists():  # resumed, with nothing left to do
             self.result = self.folder.read_json(RESULT)
-            self.folder.log(f"finished already ({self.folder.path / RESULT}); {self._way_on()} trains longer")
-            self._conclude(self.result)
-            return
-        self.result = {
-            **(self._accuracies() if self.data.labelled else self._without_labels()),
+            self.folder.log(f"finished already ({self.folder.path / RESULT}); {self._flag_for_more()} trains longer")
+        else:
+            self.result = self._make_result()
+            if self._is_out_of_patience() and not self._stage_is_complete():
+                measured = self.result.get("best_by", self.config.best_by).replace("_", " ")  # its own without labels
+                self.folder.log(f"stopped early: no better {measured} in {count_of(self.config.patience, 'epoch')}")
+            self.folder.append_outcome(run_key(self.config), self.result)
+            self.folder.write_json(RESULT, self.result)
+        self.folder.log(format_result(self.result))
+        self.folder.log(f"checkpoints: {self.folder.path / LAST} and {BEST}")
+
+    def _make_result(self) -> dict[str, Any]:
+        """The content of result.json."""
+        return {
+            **self._summary(),
             "epochs": self.epoch,
             "steps": self.step,
             "teacher_accuracy": None if self.teacher is None else self.teacher.accuracy,
@@ -659,20 +674,9 @@ class Run:
             "device": str(self.inputs.device),
             "threads": torch.get_num_threads(),
         }
-        if self._is_out_of_patience() and not self._stage_is_complete():
-            measured = self.result.get("best_by", self.config.best_by).replace("_", " ")  # its own without labels
-            self.folder.log(f"stopped early: no better {measured} in {count_of(self.config.patience, 'epoch')}")
-        self.folder.append_outcome(run_key(self.config), self.result)
-        self.folder.write_json(RESULT, self.result)
-        self._conclude(self.result)
 
-    def _way_on(self) -> str:
+    def _flag_for_more(self) -> str:
         """The flag that gives a finished run more to train."""
         if self.epoch >= self.stages[-1].epochs:
             return "--epochs K"
         return "--patience E" if self._is_out_of_patience() else "--max_steps K"
-
-    def _conclude(self, result: dict) -> None:
-        """Say what the run has ended with, and where it is."""
-        self.folder.log(format_result(result))
-        self.folder.log(f"checkpoints: {self.folder.path / LAST} and {BEST}")

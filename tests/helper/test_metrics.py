@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from helper.metrics import BEST_BY, METRICS, best_epoch
+from helper.metrics import BEST_BY, METRICS, best_epoch, summarise
 
 
 def test_means_over_classes_count_every_class_alike():
@@ -28,3 +28,12 @@ def test_the_best_epoch_is_by_its_metric_on_the_held_out_images():
     assert best_epoch(held_out, "accuracy") == 1
     assert best_epoch([{"test_accuracy": 1.0, "test_loss": math.nan}], "loss") == 1
     assert BEST_BY == ("accuracy", "balanced_accuracy", "macro_f1", "loss")
+
+
+def test_a_run_is_summed_up_by_its_last_its_best_and_its_last_five_epochs():
+    accuracies = (10.0, 90.0, 30.0, 40.0, 50.0, 60.0, 20.0)
+    records = [{"test_accuracy": value} for value in accuracies]
+    expected = {"accuracy_last": 20.0, "accuracy_best": 90.0, "accuracy_mean_last_five": 40.0, "best_epoch": 2}
+    assert summarise(records, 2) == expected
+    averaged = [record | {"test_accuracy_ema": record["test_accuracy"] + 1} for record in records]
+    assert summarise(averaged, 2) == expected | {"accuracy_last_ema": 21.0, "accuracy_best_ema": 91.0}
