@@ -124,8 +124,7 @@ class Training:
         config, steps = self.config, len(self.loader)
         step = steps - 1 if step is None else step
         warm = config.lr_warmup_epochs if self.stage.milestones is None else 0
-        share = warm_up(epoch, step, steps, warm)
-        return self._scheduled(epoch, step) if share == 1 else share * self._scheduled(epoch, step)
+        return warm_up(epoch, step, steps, warm) * self._scheduled(epoch, step)
 
     def _scheduled(self, epoch: int, step: int) -> float:
         """The rate without warm-up."""
@@ -145,9 +144,7 @@ class Training:
         torch.manual_seed(epoch_seed(self.config.seed, epoch, stream="training"))
         first = state["steps"] if state else 0
         self.go_to(first)
-        rates = self._scheduled(progress.epoch + 1, 0), self._scheduled(max(progress.epoch, 1), 0)
-        has_milestones = self.stage.milestones is not None or self.config.lr_decay == "step"
-        if self.config.drop_momentum and has_milestones and not first and rates[0] != rates[1]:
+        if self.config.drop_momentum and not first and self._follows_milestone(progress.epoch):
             self.optimizer.state.clear()
         set_modes(self.stage, self.method)
         self.title = format_title(self.stage.name, progress)
@@ -159,9 +156,14 @@ class Training:
             self.meter.load_state(state["meter"])
             set_random_state(state["random"])
 
+    def _follows_milestone(self, epochs_over: int) -> bool:
+        """Whether the rate falls after this number of epochs of the stage by one of its milestones."""
+        has_milestones = self.stage.milestones is not None or self.config.lr_decay == "step"
+        return has_milestones and self._scheduled(epochs_over + 1, 0) != self._scheduled(max(epochs_over, 1), 0)
+
     def parts(self, batch: Batch) -> list[Batch]:
         """The micro-batches of this process's batch; a short batch may have fewer."""
-        smallest = (batch.global_size or len(batch.targets) * count_processes()) // count_processes()
+        smallest = _global_size(batch) // count_processes()
         parts = batch.parts(max(min(self.config.accumulate, smallest // self.method.min_batch), 1))
         return [self._laid_out(part) for part in parts]
 
@@ -197,7 +199,7 @@ class Training:
         if not self._outcomes:
             self.guard.begin_step(self.method)
         # Gradients are added over the micro-batches and averaged over the processes; this makes them the batch's mean.
-        share = len(part.targets) * count_processes() / (batch.global_size or len(batch.targets) * count_processes())
+        share = len(part.targets) * count_processes() / _global_size(batch)
         compute = self._compiled if self.is_whole(part) else self.method
         size = part.images.shape[-1]
         with (
@@ -283,6 +285,11 @@ class Training:
             flag = "--precision float16" if self.guard.overflows else "--max_bad_steps"
             raise UserError(f"{flag}: every step of {self.title} was skipped; the training diverged")
         return means
+
+
+def _global_size(batch: Batch) -> int:
+    """The number of images of a batch in all processes."""
+    return batch.global_size or len(batch.targets) * count_processes()
 
 
 def _check_stage(stage: Stage, config: Configuration) -> None:
@@ -406,23 +413,20 @@ def evaluate(predict: Callable[[Tensor], Tensor], loader: Loader, title: str = "
     Of several processes each goes through its own part of the split, in `loader`. Raises `UserError` where no image of
     the split can be read.
     """
-    logits, targets = [], []
-    for batch in progress_bar(loader.batches(), title, len(loader)):
-        logits.append(predict(batch.images).float())
-        targets.append(batch.targets)
-    found = [part for part in _of_all_processes([logits, targets]) if sum(map(len, part[1]))]
-    if not found:
+    bar = progress_bar(loader.batches(), title, len(loader))
+    found = _of_all_processes([(predict(batch.images).float(), batch.targets) for batch in bar])
+    if not any(len(targets) for _, targets in found):
         raise UserError(f"--data: {title}: no readable image; repair or remove the files")
-    all_logits, all_targets = (torch.cat([values for part in found for values in part[side]]) for side in (0, 1))
-    values = measure_all(all_logits, all_targets)
+    logits, targets = (torch.cat(parts) for parts in zip(*found, strict=True))
+    values = measure_all(logits, targets)
     measured = {f"test_{name}": value for name, value in values.items() if value is not None}
     (images,) = total_of([len(loader.subset)])
-    unreadable = int(images) - len(all_targets)
+    unreadable = int(images) - len(targets)
     return measured | ({"test_unreadable": unreadable} if unreadable else {})
 
 
 @torch.no_grad()
-def matching_loss(training: "Training", teacher: Teacher | None, loader: Loader) -> float:
+def matching_loss(training: Training, teacher: Teacher | None, loader: Loader) -> float:
     """The mean of a stage's losses over the images of a loader, of the method in eval mode.
 
     Their weights are those of the middle of the run: a method may weigh them differently in every epoch, and epochs are
@@ -449,14 +453,14 @@ def pooled_features(network: Backbone, loader: Loader) -> tuple[Tensor, Tensor]:
     return torch.cat(features), torch.cat(classes)
 
 
-def _of_all_processes(values: list[list[Tensor]]) -> list[list[list[Tensor]]]:
-    """Lists of tensors of every process, by rank, on the CPU."""
-    here = [[value.cpu() for value in some] for some in values]
+def _of_all_processes(pairs: list[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor]]:
+    """The pairs of every process, in the order of their ranks, on the CPU."""
+    here = [(first.cpu(), second.cpu()) for first, second in pairs]
     if count_processes() == 1:
-        return [here]
+        return here
     gathered: list = [None] * count_processes()
     distributed.all_gather_object(gathered, here)
-    return gathered
+    return [pair for of_process in gathered for pair in of_process]
 
 
 def random_state() -> dict[str, Tensor]:
@@ -501,7 +505,7 @@ def without_trunk(stage: Stage, method: Distiller) -> Stage:
 
 
 def forward_backward(
-    method: Callable[..., tuple[Tensor | None, dict[str, Tensor]]],
+    compute: Callable[..., tuple[Tensor | None, dict[str, Tensor]]],
     stage: Stage,
     batch: Batch,
     teacher_output: Output | None,
@@ -510,12 +514,13 @@ def forward_backward(
     share: float = 1.0,
     scale: Callable[[Tensor], Tensor] | None = None,
 ) -> tuple[dict[str, Tensor], Tensor | None]:
-    """Forward (in the context `autocast`, if any) and backward of the losses times `share`, `scale`d.
+    """Forward of a method, which `compute` calls (in the context `autocast`, if any), and backward of its losses times
+    `share`, `scale`d.
 
     Returns (named weighted losses, student's logits); gradients are added to those that there are.
     """
     with autocast or nullcontext():
-        logits, losses = method(batch, teacher_output, progress, stage)
+        logits, losses = compute(batch, teacher_output, progress, stage)
     if not losses:
         raise UserError("every loss weight is 0: there is nothing to train; set -r, -a or -b")
     total = functools.reduce(operator.add, losses.values())
