@@ -1,7 +1,7 @@
 """Tables and figures of runs: python scripts/report.py save/*
 
 Runs that differ in nothing but trial and seed share a row; mean and standard deviation (n - 1) are over them. Printed
-is a Markdown table, with the command of each row below it; --csv, --html and --figures write files.
+is a Markdown table, with the settings of each row below it; --csv, --html and --figures write files.
 `python scripts/report.py --update_docs` makes the tables between the markers of README.md and docs/ anew from results/.
 """
 

@@ -4,7 +4,6 @@ Rows of different data sets, protocols or image sizes are never in one figure. L
 """
 
 import io
-import json
 import math
 import re
 import statistics
@@ -25,7 +24,7 @@ from helper.export import RecordedData
 from helper.fast import Fast
 from helper.networks import read_at_classes, read_network, read_teacher
 from helper.run_folder import LAST
-from helper.tables.rows import Row
+from helper.tables.rows import Row, key_text
 from helper.teacher import Teacher
 from models import build_model
 from models.cost import count_multiply_adds
@@ -188,7 +187,7 @@ def accuracy_against_n(rows: Sequence[Row], title: str = "") -> str | None:
         others = row_key(row.config)
         n = others.pop("co_sponge", None)
         if n is not None:
-            found[json.dumps(others, sort_keys=True, default=str)][n] = row
+            found[key_text(others)][n] = row
     lines = [points for points in found.values() if len(points) > 1]
     if not lines:
         return None

@@ -25,13 +25,13 @@ from helper.tables.rows import (
     Row,
     command_of,
     describe_lead,
+    differing_flags,
     flags_of,
     note_of_shared_order,
     notes_of,
     read_rows,
     spread,
     welch,
-    written,
 )
 from models import build_model
 from models.cost import measure_latency
@@ -227,7 +227,7 @@ def _teachers(rows: Sequence[Row], pair: str, setting: tuple) -> list[tuple[str,
     # By the folder's name: runs may have been moved here from another machine.
     taught_by = {Path(source).parent.name for path in paths if path for source in path.split(",")}
     chosen = [row for row in alone if taught_by & {record.folder.name for record in row.records}] or alone
-    return [(f"teacher {text}".strip(), row) for row, text in zip(chosen, written(chosen), strict=True)]
+    return [(f"teacher {text}".strip(), row) for row, text in zip(chosen, differing_flags(chosen), strict=True)]
 
 
 def cell_lines(row: Row | None) -> list[str]:

@@ -1,7 +1,6 @@
 """The runs of a table: which there are, which exist, which command trains each that does not."""
 
 import itertools
-import json
 import os
 import re
 import shlex
@@ -23,7 +22,7 @@ from helper.networks import INIT, Network, digest_together, naming, read_network
 from helper.recipes import CIFAR_PAIRS
 from helper.run_folder import CONFIG, LAST, PREVIOUS, is_taken, next_folder
 from helper.settings import FOUND, SETTINGS
-from helper.tables.rows import read_config, read_result
+from helper.tables.rows import key_text, read_config, read_result
 from models import build_model
 from models.backbone import Backbone, Output
 from models.checkpoints import read_checkpoint
@@ -96,9 +95,9 @@ class Job(NamedTuple):
     def key(self) -> str:
         """Equal for two jobs that would train the same run."""
         if not self.teachers:
-            return _as_key(self.config)
+            return _planned_key(self.config)
         names = (source.key if isinstance(source, Job) else source for source in self.sources)
-        return " ".join((_as_key(self.config, with_teacher=False), *names))
+        return " ".join((_planned_key(self.config, with_teacher=False), *names))
 
     @property
     def teachers(self) -> list["Job"]:
@@ -118,16 +117,12 @@ class Job(NamedTuple):
         return (script, *self.flags, *(("--path_t", path) if path else ()), *trial)
 
 
-def _planned_key(config: Mapping[str, Any], with_teacher: bool = True) -> dict[str, Any]:
-    """What a plan can know of a run's `run_key`. Weights of another library are their name."""
+def _planned_key(config: Mapping[str, Any], with_teacher: bool = True) -> str:
+    """What a plan can know of a run's `run_key`, as a text. Weights of another library are their name."""
     published = {digest: None for digest, path in DIGESTS.items() if is_external(config.get(path) or "")}
     left_out = FOUND_OUT if with_teacher else FOUND_OUT | {DIGEST, DIGESTS[DIGEST]}
     told = run_key({**config, **published, **dict.fromkeys(FOUND_OUT)})
-    return {name: value for name, value in told.items() if name not in left_out}
-
-
-def _as_key(config: Mapping[str, Any], with_teacher: bool = True) -> str:
-    return json.dumps(_planned_key(config, with_teacher), sort_keys=True, default=str)
+    return key_text({name: value for name, value in told.items() if name not in left_out})
 
 
 def trial_name(number: int, flags: Sequence[str]) -> str:
@@ -182,7 +177,7 @@ class Shelf:
         for folder in folders:
             config = self._config(folder)
             if config is not None:
-                self._runs.setdefault(_as_key(config), []).append(folder)
+                self._runs.setdefault(_planned_key(config), []).append(folder)
 
     def _config(self, folder: Path) -> dict | None:
         version = _version(folder / CONFIG)
@@ -197,7 +192,7 @@ class Shelf:
 
     def find(self, config: Configuration) -> tuple[Path, str]:
         """(the folder of a run with these settings, its state), or (the folder that a new one gets, missing)."""
-        found = [(folder, _state(folder)) for folder in self._runs.get(_as_key(config), ())]
+        found = [(folder, _state(folder)) for folder in self._runs.get(_planned_key(config), ())]
         found = [one for one in found if one[1] != "missing"]
         if not found:
             return next_folder(self.save_dir, config.name), "missing"

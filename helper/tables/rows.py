@@ -326,7 +326,7 @@ def read_rows(folders: Iterable[Path]) -> tuple[list[Row], list[Left]]:
     for folder in find_folders(folders):
         try:
             record = read_record(folder)
-            key = _as_text(run_key(record.config))
+            key = key_text(run_key(record.config))
             older = runs.get(key)
             if older is not None:
                 older, record = sorted((older, record), key=_age)
@@ -339,7 +339,7 @@ def read_rows(folders: Iterable[Path]) -> tuple[list[Row], list[Left]]:
         raise UserError(f"RUN: none of the folders holds a finished run{reasons}")
     rows = defaultdict(list)
     for record in runs.values():
-        rows[_as_text(row_key(record.config))].append(record)
+        rows[key_text(row_key(record.config))].append(record)
     return _in_order(_tell_apart([Row(records) for records in rows.values()])), left
 
 
@@ -347,7 +347,8 @@ def _age(record: Record) -> tuple:
     return (record.folder / RESULT).stat().st_mtime_ns, _natural(record.folder.name)
 
 
-def _as_text(key: Mapping[str, Any]) -> str:
+def key_text(key: Mapping[str, Any]) -> str:
+    """What `row_key` or `run_key` gives, as a key of a dictionary."""
     return json.dumps(key, sort_keys=True, default=str)
 
 
@@ -356,7 +357,9 @@ def _tell_apart(rows: Sequence[Row]) -> list[Row]:
     groups = defaultdict(list)
     for row in rows:
         groups[row.pair, row.setting, row.method].append(row)
-    texts = {id(row): text for group in groups.values() for row, text in zip(group, written(group), strict=True)}
+    texts: dict[int, str] = {}
+    for group in groups.values():
+        texts |= zip(map(id, group), differing_flags(group), strict=True)
     return [row._replace(apart=texts[id(row)]) for row in rows]
 
 
@@ -368,7 +371,7 @@ def differences(rows: Sequence[Row]) -> dict[str, list[Any]]:
     return {name: of_rows for name, of_rows in values.items() if any(value != of_rows[0] for value in of_rows)}
 
 
-def written(rows: Sequence[Row]) -> list[str]:
+def differing_flags(rows: Sequence[Row]) -> list[str]:
     """The settings that are not the same in all of the rows, as flags; of every row its own."""
     texts: list[list[str]] = [[] for _ in rows]
     for name, values in differences(rows).items():
