@@ -1,6 +1,6 @@
 """The methods as a Markdown table, made from what each of them says of itself: `python scripts/list_methods.py`.
 
-With the teacher, student and data set named, the last column holds the flags that the recipe table fills in for them.
+The first column holds the flags that the recipe table fills in for the teacher, the student and the data set.
 """
 
 import sys

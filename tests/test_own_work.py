@@ -131,8 +131,3 @@ def test_the_network_of_the_page_teaches_and_learns(few_images, teacher_run, tmp
     train_cifar_student.main(["--distill", "norm", *of_ours, *short])
     export_student.main([str(tmp_path / "digits_norm_tiny_tiny_trial1" / "last.pth")])
     assert "same class on 73 of 73" in capsys.readouterr().out
-
-
-def test_the_method_is_the_one_of_the_architecture_page():
-    [code] = [block for block in blocks(PAGE, "python") if "MeanMap" in block]
-    assert code in (ROOT / "docs" / "architecture.md").read_text()

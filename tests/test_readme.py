@@ -127,7 +127,8 @@ def test_the_tree_is_the_repositorys():
 
 
 def test_the_names_of_the_architecture_page_exist():
-    named = set(re.findall(r"`(\w+)\.(\w+)\b", ARCHITECTURE.split("## How to add")[0]))
+    text = ARCHITECTURE.split("## How to add")[0]
+    named = set(re.findall(r"(?:`|^ +)(\w+)\.(\w+)\b", text, re.M))  # in sentences, and in the calls of "One run"
     modules = {module: name for module, name in named if (ROOT / "helper" / f"{module}.py").exists()}
     assert len(modules) >= 6
     for module, name in named:

@@ -1,7 +1,6 @@
 """Every method on every pair: it trains, it says truly what it needs, it ships what it says."""
 
 import copy
-import re
 import shutil
 import subprocess
 import sys
@@ -20,6 +19,7 @@ from models.cost import count_parameters
 from scripts import list_methods
 from tests.conftest import pair_networks
 from tests.distiller_zoo.helpers import FrozenTeacher, batch_of, train_step
+from tests.pages import blocks
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 BATCH, CLASSES = 4, 6
@@ -174,8 +174,8 @@ def test_the_methods_of_the_tables_are_there():
 
 @pytest.mark.slow
 def test_a_new_method_is_one_new_file(tmp_path, teacher_run):
-    """The example of docs/architecture.md, in a copy of the repository."""
-    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "architecture.md").read_text(), re.DOTALL)
+    """The first example of docs/own_work.md, in a copy of the repository."""
+    (code,) = (block for block in blocks((ROOT / "docs" / "own_work.md").read_text(), "python") if "MeanMap" in block)
     for room in ("models", "distiller_zoo", "crd", "dataset", "helper"):
         shutil.copytree(ROOT / room, tmp_path / room, ignore=shutil.ignore_patterns("__pycache__"))
     for script in ("errors.py", "setting.py", "train_cifar_student.py"):
