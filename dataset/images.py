@@ -157,14 +157,14 @@ def hold_out(images: Images | StreamedImages, k: int) -> tuple[Images | Streamed
     for target in targets.unique():
         of_class = shuffled[targets[shuffled] == target]
         share[of_class] = (torch.arange(len(of_class), dtype=torch.float64) + 0.5) / len(of_class)
-    kept_apart = torch.zeros(n, dtype=torch.bool)
-    kept_apart[share.argsort(stable=True)[:k]] = True
+    is_held_out = torch.zeros(n, dtype=torch.bool)
+    is_held_out[share.argsort(stable=True)[:k]] = True
     classes = len(targets.unique())
-    if any(len(targets[side].unique()) < classes for side in (kept_apart, ~kept_apart)):
+    if any(len(targets[side].unique()) < classes for side in (is_held_out, ~is_held_out)):
         raise ValueError(f"{k} of {n} images leave a class of {classes} without images on one side")
-    kept_apart = kept_apart.to(images.targets.device)
-    held_out = images.select(kept_apart)
-    return images.keep(~kept_apart), held_out
+    is_held_out = is_held_out.to(images.targets.device)
+    held_out = images.select(is_held_out)
+    return images.keep(~is_held_out), held_out
 
 
 class Draws(NamedTuple):

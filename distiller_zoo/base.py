@@ -173,6 +173,11 @@ class Distiller(nn.Module):
             if flag.choices and value not in flag.choices:
                 raise UserError(f"{flag.names[-1]}: must be one of {', '.join(flag.choices)}, not {value}")
             setattr(self, flag.argument, value)
+        self._check_networks(student, teacher, task)
+        self._check_batch(student, task)
+
+    def _check_networks(self, student: Backbone, teacher: Backbone | None, task: Task) -> None:
+        """Raise `UserError` where a network does not show what the method reads."""
         for whose, network, reads in (
             ("student", student, self.student_preact),
             ("teacher", teacher, self.teacher_preact),
@@ -190,6 +195,9 @@ class Distiller(nn.Module):
                 f"{self.name} reads the teacher's logits; choose another teacher, -a 0, or a method that reads "
                 "feature maps"
             )
+
+    def _check_batch(self, student: Backbone, task: Task) -> None:
+        """Raise `UserError` where a batch is too small; BatchNorms of the student may make `min_batch` 2."""
         if task.batch_size < self.min_batch:
             raise UserError(
                 f"--batch_size: --distill {self.name} compares images of a batch, it needs at least {self.min_batch}"

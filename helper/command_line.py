@@ -111,15 +111,6 @@ def suggest(word: str, names: Iterable[str], called: Mapping[str, str]) -> str |
     return exact or swapped or (begins or [initials.get(wanted)])[0] or (known[close[0]] if close else None)
 
 
-def pairs(text: str) -> list[tuple[str, str]]:
-    """(teacher, student) names, read from a flag like resnet32x4:resnet8x4,wrn_40_2:ShuffleV1."""
-    name = "((?:timm:|torchvision:)?[^:]+)"
-    matches = [re.fullmatch(f"{name}:{name}", part) for part in text.split(",")]
-    if not all(matches):
-        raise argparse.ArgumentTypeError(f"must be pairs like resnet32x4:resnet8x4,wrn_40_2:ShuffleV1, not {text}")
-    return [(settings.model_name(match[1]), settings.model_name(match[2])) for match in matches if match]
-
-
 def _add(group, setting: Setting) -> None:
     """One flag with its help and default."""
     if setting.type is bool:

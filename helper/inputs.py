@@ -84,8 +84,9 @@ def open_runs(given: Given) -> Opened:
     first = stored | given.runs[0]  # the settings of files are shared by all runs
     teacher = _open_teacher(stored, given.runs)
     of_teacher = {} if teacher is None else teacher.settings_as_teacher()
-    for run in given.runs:
-        run |= by_main(lambda run=run: with_class_names(run) | _dataset_of(stored | run, of_teacher))
+    runs = [
+        by_main(lambda run=run: with_class_names(run) | _dataset_of(stored | run, of_teacher)) for run in given.runs
+    ]
     source, ema = None if folder else first.get("init"), first.get("ema", False)
     initial, of_initial = None, {}
     if source is not None and "model_s" not in first:
@@ -97,7 +98,7 @@ def open_runs(given: Given) -> Opened:
             return _resolve_latest(run, of_teacher, of_initial)
         return command_line.resolve(run, stored, of_teacher, of_initial, folder)
 
-    configs = by_main(lambda: command_line.share_order([resolve(run) for run in given.runs], given))
+    configs = by_main(lambda: command_line.share_order([resolve(run) for run in runs], given))
     for config in configs:
         _check(config)
     check_shared(configs)
@@ -330,7 +331,8 @@ def _make_teacher(source: Network, inputs: Inputs, config: Configuration) -> Tea
 
 def _check_teacher(teacher: Teacher, number: int, inputs: Inputs, config: Configuration) -> str:
     """A line on the accuracy of one of the teachers, tested as its weights' own test does where that is known and the
-    data are image files; raises `UserError` where it does not fit the data or its record."""
+    data are image files, which is kept in the `teacher` where it is the only one; raises `UserError` where it does not
+    fit the data or its record."""
     source, data = teacher.source.teachers[number], inputs.data
     if not data.labelled:
         first = known_classes(teacher.source)

@@ -283,7 +283,7 @@ class Run:
         self._means: dict[str, float] | None = None  # of an epoch whose steps are done, and that is not recorded
         self._started: float | None = None  # when the epoch began, of the clock; None before the first
         self.finishing: Callable[[], AbstractContextManager] = nullcontext  # what a stop does not interrupt
-        self._enter(0)
+        self._enter_stage(0)
         self._random = random_state()  # used where several runs share the process
 
     def _make_method(self, initial: Network | None, class_weights: torch.Tensor | None) -> Distiller:
@@ -314,7 +314,7 @@ class Run:
             self.restore()
             _record_changes(self)
 
-    def _enter(self, number: int, epoch: int = 0, stage_step: int = 0) -> None:
+    def _enter_stage(self, number: int, epoch: int = 0, stage_step: int = 0) -> None:
         """Begin the stage of this number, or resume it after some of its epochs and steps."""
         self.stage_number, self.epoch, self.stage_step = number, epoch, stage_step
         self._ends: list[float] = []  # of the epochs of this stage that this process has seen, by the clock
@@ -409,7 +409,7 @@ class Run:
     def _go_to_next_stage(self) -> None:
         """Where a stage is finished, begin the next; after the last write the result."""
         while self._stage_is_over() and not self.in_main_stage:
-            self._enter(self.stage_number + 1)
+            self._enter_stage(self.stage_number + 1)
         if self._stage_is_over():
             self._finish()
 
@@ -588,7 +588,7 @@ class Run:
         with contained(source):
             checkpoint = by_main(lambda: upgrade(self.folder.read_last(), source))
             training = checkpoint["training"]
-            self._enter(training["stage_number"], training["epoch"], training["stage_step"])
+            self._enter_stage(training["stage_number"], training["epoch"], training["stage_step"])
             check_progress(training, self.in_main_stage)
             trained = self.epoch + (training["epoch_state"] is not None) if self.in_main_stage else 0
             check_found(self.config, checkpoint["record"], self.inputs.identity, trained, self.stages[-1].epochs)

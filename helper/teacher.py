@@ -220,12 +220,8 @@ class CachedTeacher(Teacher):
         if top_k is not None and top_k >= shapes.num_classes:
             has = count_of(shapes.num_classes, "class")
             raise UserError(f"--cache_top_k: the teacher has {has}; leave it out to keep all")
-        self.folder, self.num_images, self.num_classes, self.top_k = (
-            Path(folder),
-            len(data.train.targets),
-            shapes.num_classes,
-            top_k,
-        )
+        self.folder, self.top_k = Path(folder), top_k
+        self.num_images, self.num_classes = len(data.train.targets), shapes.num_classes
         self._widths = {f"top{top_k}" if top_k else "logits": 2 * top_k + 1 if top_k else shapes.num_classes}
         self._pooled_width = shapes.pooled
         self._caches: dict[Path, RowCache] = {}

@@ -31,7 +31,7 @@ import torch
 from dataset import Batch, ImageData, Loader, load_data
 from distiller_zoo import Progress, Task
 from errors import UserError, run_script
-from helper.command_line import Parser, pairs
+from helper.command_line import Parser
 from helper.distributed import find_device
 from helper.fast import COMPILE, PRECISIONS, Fast, has_matrix_units, keep_freed_memory
 from helper.loops import forward_backward, set_modes
@@ -57,6 +57,7 @@ from scripts.benchmarks.parts import (
     wait_for,
 )
 from scripts.benchmarks.plain_losses import PlainTransform
+from scripts.reproduce import pairs
 from setting import count, file_to_write, whole
 
 PROGRESS = Progress(120, 240)

@@ -18,13 +18,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 from dataset import POLICIES, Augmentation, Batch, ImageData, Loader, load_data
 from distiller_zoo import DISTILLERS
 from errors import run_script
-from helper.command_line import Parser, pairs, resolve
+from helper.command_line import Parser, resolve
 from helper.distributed import find_device
 from helper.fast import keep_freed_memory
 from helper.loops import augmentation_of
 from helper.recipes import RECIPES
 from scripts.benchmark import Contender, choose
 from scripts.benchmarks.parts import machine_name, report, seconds_of
+from scripts.reproduce import pairs
 from setting import count, file_to_write
 
 

@@ -23,12 +23,13 @@ from distiller_zoo.feature_transform import FeatureTransform
 from distiller_zoo.kdsvd import KDSVD
 from distiller_zoo.maps import middle_maps
 from errors import UserError, run_script
-from helper.command_line import Parser, pairs
+from helper.command_line import Parser
 from helper.distributed import find_device
 from models import build_model
 from models.backbone import Output
 from scripts.benchmarks import plain_losses
 from scripts.benchmarks.parts import peak_memory, report, wait_for
+from scripts.reproduce import pairs
 from setting import count, file_to_write
 
 IMAGES, CLASSES, SIZE, N, NEGATIVES = 50_000, 100, 32, 8, 16_384

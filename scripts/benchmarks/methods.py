@@ -23,7 +23,7 @@ import torch
 from dataset import VIEWS, Batch, RowCache
 from distiller_zoo import DISTILLERS, Progress, Task
 from errors import UserError, run_script
-from helper.command_line import Parser, pairs
+from helper.command_line import Parser
 from helper.distributed import find_device
 from helper.fast import Fast, keep_freed_memory
 from helper.loops import forward_backward, set_modes
@@ -33,6 +33,7 @@ from helper.teacher import FrozenTeacher
 from models import build_model
 from models.backbone import Output
 from scripts.benchmarks.parts import recipe_method, report, seconds_of
+from scripts.reproduce import pairs
 from setting import count, file_to_write
 
 IMAGES, CLASSES, SIZE = 50_000, 100, 32

@@ -19,11 +19,12 @@ from torchvision import transforms
 
 from dataset import Batch, ImageData
 from distiller_zoo import Distiller, Task, find_distiller
-from helper.command_line import Parser, pairs
+from helper.command_line import Parser
 from helper.distributed import find_device
 from helper.recipes import recipe_of
 from helper.run_folder import write_text
 from models.backbone import Backbone
+from scripts.reproduce import pairs
 from setting import count, file_to_write
 
 

@@ -9,7 +9,7 @@ from timm.models.convmixer import ConvMixer
 import train_cifar_student
 from distiller_zoo import DISTILLERS, Task
 from errors import UserError
-from helper.command_line import pairs, student_parser
+from helper.command_line import student_parser
 from helper.networks import read_teacher
 from models import build_model, published, timm_split, torchvision_split
 from models.backbone import FinalConv, probe_shapes
@@ -158,10 +158,6 @@ def test_unknown_names_are_refused_with_close_ones():
     for name, hint in (("torchvision:resnet19", "torchvision:resnet1"), ("timm:resnett18", "timm:resnet18")):
         with pytest.raises(UserError, match=hint):
             parser.parse_args(["--model_s", name])
-    assert pairs("torchvision:resnet34:timm:resnet18,resnet14:resnet8") == [
-        ("torchvision:resnet34", "timm:resnet18"),
-        ("resnet14", "resnet8"),
-    ]
 
 
 def test_without_timm_its_names_say_what_to_install(monkeypatch):

@@ -99,8 +99,8 @@ def test_a_table_trains_each_run_once_with_two_plans_at_work(command):
 
 
 def test_pairs_of_other_libraries_hold_a_colon():
-    [pair] = reproduce.pairs("torchvision:resnet18:resnet8")
-    assert pair == ("torchvision:resnet18", "resnet8")
+    found = reproduce.pairs("torchvision:resnet34:timm:resnet18,resnet14:resnet8")
+    assert found == [("torchvision:resnet34", "timm:resnet18"), ("resnet14", "resnet8")]
 
 
 def test_several_teachers_of_a_pair_are_named_with_plus(tmp_path, capsys):
