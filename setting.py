@@ -219,10 +219,6 @@ class Setting(NamedTuple):
     def is_flag(self) -> bool:
         return self.names[0].startswith("-")
 
-    @property
-    def is_optional(self) -> bool:
-        return self.default is None
-
     def written(self, value: Any) -> str:
         """The flag with a value, as a command line has it; nothing for a switch that is off."""
         if self.type is bool:
@@ -231,7 +227,7 @@ class Setting(NamedTuple):
 
     def read(self, value: Any) -> Any:
         """A stored value, of JSON or a checkpoint, as its flag would have been read; raises `ValueError`."""
-        if value is None and self.is_optional:
+        if value is None and self.default is None:
             return None
         try:
             read = _read(self.type, value) if self.is_flag else self.type(value)

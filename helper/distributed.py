@@ -139,26 +139,20 @@ def choose_kernels(deterministic: bool) -> None:
     torch.use_deterministic_algorithms(deterministic, warn_only=True)
 
 
-def agree(value: Any) -> Any:
-    """The value of the main process, in every process; it is pickled."""
-    if count_processes() == 1:
-        return value
-    box = [value if is_main() else None]
-    distributed.broadcast_object_list(box, src=0)
-    return value if is_main() else box[0]
-
-
 def by_main(make: Callable[[], Any]) -> Any:
-    """What `make()` gives in the main process, in every process; its `UserError` is raised everywhere."""
-    value, error = None, None
+    """What `make()` gives in the main process, in every process, pickled; its `UserError` is raised everywhere."""
     if count_processes() == 1:
         return make()
+    value, error = None, None
     if is_main():
         try:
             value = make()
         except (UserError, SystemExit) as caught:
             error = caught
-    value, error = agree((value, error))
+    box = [(value, error)]
+    distributed.broadcast_object_list(box, src=0)
+    if not is_main():
+        value, error = box[0]
     if error is not None:
         raise error
     return value

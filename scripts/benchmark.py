@@ -39,6 +39,7 @@ from helper.metrics import EpochMeter
 from helper.optim import Guard, parameters_of
 from helper.recipes import CIFAR_PAIRS
 from helper.settings import SETTINGS
+from helper.tables.pages import markdown_table
 from helper.teacher import FrozenTeacher
 from models import build_model
 from models.backbone import Output
@@ -265,8 +266,7 @@ def table(records: list[dict]) -> str:
     """The records as Markdown."""
     head = ("pair", "N", "plain step", "fast step", "ratio", "plain epoch", "fast epoch", "ratio", "memory", "floor")
     compiled = any(record.get("compile_s") for record in records)
-    head += ("compiler",) * compiled
-    rows = [head, ("--",) * len(head)]
+    rows = [(*head, *("compiler",) * compiled)]
     for record in records:
         plain_step, fast_step, floor = (
             f"{1000 * record[f'{name}_s']:.1f} ms" for name in ("plain_step", "fast_step", "floor")
@@ -277,24 +277,23 @@ def table(records: list[dict]) -> str:
         names = (record["pair"].replace(":", " -> "), str(record["n"]))
         step, epoch = (plain_step, fast_step, step_ratio), (plain_epoch, fast_epoch, epoch_ratio)
         rows.append((*names, *step, *epoch, memory, floor, *((f"{record.get('compile_s', 0):.0f} s",) * compiled)))
-    lines = ["| " + " | ".join(row) + " |" for row in rows]
+    lines = [markdown_table(rows)]
     if "launches_fast" in records[0]:
-        lines += ["", *_launch_lines(records)]
+        lines.append(f"\n{_launch_table(records)}")
     for kind in ("step_ratio", "epoch_ratio", *(("trials_ratio",) if "trials_ratio" in records[0] else ())):
         mean = statistics.geometric_mean(record[kind] for record in records)
         lines.append(f"\ngeometric mean of the {kind.replace('_', ' ')}s: {mean:.2f}")
     return "\n".join(lines)
 
 
-def _launch_lines(records: list[dict]) -> list[str]:
+def _launch_table(records: list[dict]) -> str:
     """A table of launches; with those of a reference, where they were counted."""
     names = [name for name in ("reference", "plain", "fast") if f"launches_{name}" in records[0]]
-    head = ["pair", "N", *(f"launches, {name}" for name in names), *(f"synchronisations, {name}" for name in names)]
-    rows = [head, ["--"] * len(head)]
+    rows = [["pair", "N", *(f"launches, {name}" for name in names), *(f"synchronisations, {name}" for name in names)]]
     for record in records:
         counts = [str(record[f"{what}_{name}"]) for what in ("launches", "synchronisations") for name in names]
         rows.append([record["pair"].replace(":", " -> "), str(record["n"]), *counts])
-    return ["| " + " | ".join(row) + " |" for row in rows]
+    return markdown_table(rows)
 
 
 def counts(text: str) -> list[int]:

@@ -4,6 +4,7 @@ The first column holds the flags that the recipe table fills in for the teacher,
 """
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -12,6 +13,7 @@ from distiller_zoo import DISTILLERS, Distiller
 from errors import run_script
 from helper.command_line import Parser
 from helper.recipes import recipe_of
+from helper.tables.pages import markdown_table
 
 HEAD = ("`--distill` and its recipe", "what it is", "source", "needs", "ships")
 
@@ -44,14 +46,14 @@ def describe_recipe(method: type[Distiller], dataset: str, teacher: str, student
 
 def table(dataset: str, teacher: str, student: str) -> str:
     """All methods, by group."""
-    rows = [HEAD, ("--",) * len(HEAD)]
+    rows: list[Sequence[str]] = [HEAD]
     for group in dict.fromkeys(method.group for method in DISTILLERS.values()):
         rows.append((f"**{group}**", *[""] * (len(HEAD) - 1)))
         for method in DISTILLERS.values():
             if method.group == group:
                 recipe = describe_recipe(method, dataset, teacher, student)
                 rows.append((recipe, method.summary, method.source, describe_needs(method), method.ships))
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+    return markdown_table(rows)
 
 
 def main(argv=None) -> None:

@@ -23,7 +23,6 @@ from helper.tables.rows import (
     Left,
     Record,
     Row,
-    command_of,
     describe_lead,
     differing_flags,
     flags_of,
@@ -370,7 +369,7 @@ def _lines(rows: Sequence[Row]) -> list[dict[str, Any]]:
             "multiply_adds": costs.get(student),
             "latency": latencies.get(student),
             "speed": row.images_per_s,
-            "command": command_of(row.records[0]),
+            "command": " ".join(flags_of(row.records[0])),
         }
         for row in rows
         for student in [row.config["model_s"]]

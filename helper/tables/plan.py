@@ -19,7 +19,7 @@ from errors import UserError
 from helper.command_line import parse, resolve, student_parser, teacher_parser
 from helper.configuration import Configuration, run_key
 from helper.networks import INIT, Network, digest_together, naming, read_network, with_class_names
-from helper.recipes import CIFAR_PAIRS
+from helper.recipes import CIFAR_PAIRS, IMAGENET_PAIRS
 from helper.run_folder import CONFIG, LAST, PREVIOUS, is_taken, next_folder
 from helper.settings import FOUND, SETTINGS
 from helper.tables.rows import key_text, read_config, read_result
@@ -33,8 +33,8 @@ from models.external import is_external
 TABLES = {
     "1": CIFAR_PAIRS[:7],
     "2": CIFAR_PAIRS[7:],
-    "3": (("resnet34", "resnet18"), ("resnet50", "MobileNet")),
-    "6": (("resnet50", "resnet50_4"),),
+    "3": IMAGENET_PAIRS[:2],
+    "6": IMAGENET_PAIRS[2:],
 }
 IMAGENET_TABLES = ("3", "6")
 #: What a table has besides one row per method: (method, flags).

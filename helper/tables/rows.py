@@ -461,11 +461,6 @@ def spread(values: Sequence[float], decimals: int = 2) -> str:
     return f"{statistics.mean(values):.{decimals}f} ± {statistics.stdev(values):.{decimals}f}"
 
 
-def command_of(record: Record) -> str:
-    """The flags that tell a run's row from others, as one line."""
-    return " ".join(flags_of(record))
-
-
 def flags_of(record: Record) -> list[str]:
     """The flags that tell a run's row from others, each with its value: method and networks, which are one text, then
     its hyper-parameters, length, what is unusual."""

@@ -22,6 +22,7 @@ from distiller_zoo.feature_transform import multiply_adds
 from errors import run_script
 from helper.command_line import Parser
 from helper.recipes import IMAGENET_PAIRS
+from helper.tables.pages import markdown_table
 from models import build_model
 from models.backbone import Backbone, evaluating, probe_shapes
 from models.cost import count_multiply_adds
@@ -73,13 +74,12 @@ def estimate(pair: tuple[str, str], args: Namespace) -> dict:
 
 def table(records: list[dict]) -> str:
     """The records as Markdown."""
-    head = ("pair", "GFLOP per image", "MB per image", "images/s of a GPU", "GPU hours of 100 epochs")
-    rows = [head, ("--",) * len(head)]
+    rows = [("pair", "GFLOP per image", "MB per image", "images/s of a GPU", "GPU hours of 100 epochs")]
     for record in records:
         work = f"{record['flops_per_image'] / 1e9:.1f}", f"{record['bytes_per_image'] / 1e6:.0f}"
         ranges = (" to ".join(f"{value:.0f}" for value in sorted(record[key])) for key in ("images_per_s", "gpu_hours"))
         rows.append((record["pair"].replace(":", " -> "), *work, *ranges))
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+    return markdown_table(rows)
 
 
 def main(argv=None) -> list[dict]:

@@ -29,6 +29,7 @@ from helper.fast import Fast, keep_freed_memory
 from helper.loops import forward_backward, set_modes
 from helper.metrics import EpochMeter
 from helper.optim import Guard, parameters_of
+from helper.tables.pages import markdown_table
 from helper.teacher import FrozenTeacher
 from models import build_model
 from models.backbone import Output
@@ -140,11 +141,11 @@ def compare(name: str, pair: tuple[str, str], batch_size: int, steps: int, devic
 def table(records: list[dict]) -> str:
     """A row per method, a column per pair; the ratio to KD's step."""
     columns = list(dict.fromkeys((record["teacher"], record["student"]) for record in records))
-    rows = [["method", *(" -> ".join(pair) for pair in columns)], ["--"] * (len(columns) + 1)]
+    rows = [["method", *(" -> ".join(pair) for pair in columns)]]
     by_key = {(record["method"], record["teacher"], record["student"]): record for record in records}
     for name in dict.fromkeys(record["method"] for record in records):
         rows.append([name, *(_cell(by_key[name, *pair]) for pair in columns)])
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+    return markdown_table(rows)
 
 
 def _cell(record: dict) -> str:
@@ -155,13 +156,13 @@ def _cell(record: dict) -> str:
 
 def cached_table(records: list[dict]) -> str:
     """A row per method and pair that a cached teacher can teach: a step with the teacher computed, and with it read."""
-    rows = [["method", "pair", "teacher computed", "read from a disk", "ratio"], ["--"] * 5]
+    rows = [["method", "pair", "teacher computed", "read from a disk", "ratio"]]
     for record in records:
         if "cached_ratio" in record:
             read, ratio = record["cached_step_s"], record["cached_ratio"]
             pair = f"{record['teacher']} -> {record['student']}"
             rows.append([record["method"], pair, *(f"{1e3 * s:.1f} ms" for s in (read / ratio, read)), f"{ratio:.2f}"])
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+    return markdown_table(rows)
 
 
 def both_tables(records: list[dict]) -> str:

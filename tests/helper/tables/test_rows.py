@@ -12,7 +12,7 @@ from helper import command_line
 from helper.command_line import resolve, student_parser
 from helper.tables import published, rows
 from helper.tables.published import Published, judge
-from helper.tables.rows import command_of, find_folders, read_rows
+from helper.tables.rows import find_folders, flags_of, read_rows
 from tests.run_folders import make_run
 
 
@@ -56,24 +56,25 @@ def test_a_row_is_named_by_flags_as_they_are_written(tmp_path):
 def test_the_settings_of_a_row_can_be_given_again(name, tmp_path):
     teacher = "resnet20" if DISTILLERS[name].reads_teacher else None
     [row], _ = read_rows([make_run(tmp_path, name, 1, [50.0], teacher)])
-    given = vars(student_parser().parse_args(command_of(row.records[0]).split()))
+    words = " ".join(flags_of(row.records[0])).split()
+    given = vars(student_parser().parse_args(words))
     for flag in DISTILLERS[name].flags:
         if given[flag.argument] is not None:  # else it has no effect
             assert given[flag.argument] == row.config[flag.argument], flag.argument
-    resolve(
-        command_line.parse(student_parser(), command_of(row.records[0]).split()).runs[0], of_teacher={"path_t": "t"}
-    )
+    resolve(command_line.parse(student_parser(), words).runs[0], of_teacher={"path_t": "t"})
     assert (given["distill"], given["model_t"], given["model_s"]) == (name, row.config["model_t"], "resnet8")
 
 
 def test_what_is_unusual_is_among_the_settings(tmp_path):
     run = make_run(tmp_path, "kd", 1, [50.0], max_steps=20, momentum=0.5, lr_decay_epochs=(1,), num_workers=9)
     [row], _ = read_rows([run])
-    assert "--learning_rate 0.05 --lr_decay_epochs 1 --momentum 0.5 --max_steps 20" in command_of(row.records[0])
-    assert "workers" not in command_of(row.records[0])
+    assert "--learning_rate 0.05 --lr_decay_epochs 1 --momentum 0.5 --max_steps 20" in " ".join(
+        flags_of(row.records[0])
+    )
+    assert "workers" not in " ".join(flags_of(row.records[0]))
     changed = {"holdout": 50, "image_size": 64, "decay_norms": False, "mixup": 0.2, "balanced_sampling": True}
     [row] = read_rows([make_run(tmp_path / "x", "kd", 1, [50.0, 60.0], data="/x", **changed)])[0]
-    written = command_of(row.records[0])
+    written = " ".join(flags_of(row.records[0]))
     for text in ("--holdout 50", "--image_size 64", "--no-decay_norms", "--mixup 0.2", "--balanced_sampling"):
         assert text in written, text
     assert "--data" not in written
