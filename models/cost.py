@@ -20,8 +20,8 @@ def count_parameters(network: nn.Module) -> int:
 def count_multiply_adds(network: nn.Module, image_size: int) -> int:
     """Multiply-adds of all convolutions and matrix products for one image of (3, image_size, image_size)."""
     image = torch.zeros(1, 3, image_size, image_size).to(next(network.parameters()))
-    # With gradients, as the counter hooks every module's inputs, which fails for a parameter that has none; and attention
-    # as matrix products, as the counter knows few of the operations for all of it, some only used without gradients.
+    # With gradients, as the counter hooks every module's inputs, which fails for a parameter that has none. In matrix
+    # products, as the counter knows few of the operations that do a whole attention at once.
     with (
         evaluating(network),
         torch.enable_grad(),
