@@ -24,8 +24,8 @@ with starting():
         describe_left,
         make_comparison,
         make_grid_report,
+        make_overview,
         make_report,
-        make_table,
         write_page,
     )
     from helper.tables.rows import Row, read_rows
@@ -53,10 +53,9 @@ def print_report(folders: Sequence[Path], in_grid: bool = False) -> list[Row]:
 
 #: What a marker <!-- KIND GLOB,GLOB --> of a document asks for, up to <!-- end of KIND -->.
 MARKERS: dict[str, Callable[[Sequence[Row]], str]] = {
-    "table": lambda rows: make_table(rows, in_common=True) + "\n",
+    "overview": make_overview,
     "report": make_report,
     "comparison": make_comparison,
-    "grid": make_grid_report,
 }
 
 

@@ -154,7 +154,7 @@ def test_the_results_in_the_documents_are_the_reports():
 def test_the_readme_is_short_and_its_picture_is_drawn_by_the_script():
     assert len(README.splitlines()) <= 180
     first_screen = README.split("\n## ")[0]
-    assert all(part in first_screen for part in ("demo.sh", "test.sh", "docs/figures/norm.svg", "<!-- table "))
+    assert all(part in first_screen for part in ("demo.sh", "test.sh", "docs/figures/norm.svg", "<!-- overview "))
     assert draw_norm.FILE.read_text() == draw_norm.draw(), "run python scripts/draw_norm.py"
 
 

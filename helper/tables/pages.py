@@ -98,18 +98,11 @@ def list_cells(row: Row) -> list[str]:
     return [*names, held_out, *accuracies, str(len(row.records)), row.protocol, row.unreadable, *published]
 
 
-def make_table(rows: Sequence[Row], in_common: bool = False) -> str:
-    """One line per row; columns that say nothing of any row are left out. With `in_common` also those that say the same
-    of all of several rows, which is said once below."""
+def make_table(rows: Sequence[Row]) -> str:
+    """One line per row; columns that say nothing of any row are left out."""
     lines = [HEADER, *map(list_cells, rows)]
     kept = [number for number in range(len(HEADER)) if any(line[number] != "-" for line in lines[1:])]
-    once = [number for number in kept if in_common and len(rows) > 1 and len({line[number] for line in lines[1:]}) == 1]
-    table = markdown_table([[line[number] for number in kept if number not in once] for line in lines])
-    return (
-        f"{table}\n\nAll rows: {', '.join(f'{HEADER[number]} {lines[1][number]}' for number in once)}."
-        if once
-        else table
-    )
+    return markdown_table([[line[number] for number in kept] for line in lines])
 
 
 def make_comparison(rows: Sequence[Row]) -> str:
@@ -254,6 +247,16 @@ def grid_markdown(grid: Grid) -> str:
     for method in grid.methods:
         lines.append([method, *("<br>".join(cell_lines(grid.cells.get((method, pair)))) for pair in grid.pairs)])
     return f"**{title_of(grid.setting)}**\n\n{markdown_table(lines)}"
+
+
+def make_overview(rows: Sequence[Row]) -> str:
+    """Methods as rows, the pairs of all data sets and numbers of epochs as columns: the last accuracy alone."""
+    columns = [(grid, pair) for grid in make_grids(rows) for pair in grid.pairs]
+    lines = [["", *(f"{pair}, {count_of(grid.setting[1], 'epoch')}" for grid, pair in columns)]]
+    for method in dict.fromkeys(method for grid, _ in columns for method in grid.methods):
+        found = [grid.cells.get((method, pair)) for grid, pair in columns]
+        lines.append([method, *(spread(row.values("accuracy_last")) if row else NOT_RUN for row in found)])
+    return f"{markdown_table(lines)}\n"
 
 
 def make_grid_report(rows: Sequence[Row]) -> str:

@@ -65,16 +65,16 @@ def test_what_makes_no_report_is_one_line(runs, tmp_path):
 def test_documents_are_filled_between_their_markers(runs, tmp_path):
     (tmp_path / "docs").mkdir()
     make_run(tmp_path / "save", "kd", 2, [50.0, 61.0, 62.0])
-    text = "before\n<!-- table save/*kd* -->\nold\n<!-- end of table -->\nafter\n"
-    text += "<!-- table save/*kd*,save/*_ce_*,save/*_norm_* -->\nold\n<!-- end of table -->\n"
+    text = "before\n<!-- report save/*kd* -->\nold\n<!-- end of report -->\nafter\n"
+    text += "<!-- overview save/*kd*,save/*_ce_*,save/*_norm_* -->\nold\n<!-- end of overview -->\n"
     (tmp_path / "README.md").write_text(text)
     assert report.update_documents(tmp_path) == [tmp_path / "README.md"]
     filled = (tmp_path / "README.md").read_text()
     one, several = filled.split("after\n")
-    assert one.startswith("before\n<!-- table save/*kd* -->\n| data set") and one.endswith("<!-- end of table -->\n")
+    assert one.startswith("before\n<!-- report save/*kd* -->\n| data set") and one.endswith("<!-- end of report -->\n")
     assert "old" not in filled and "| kd |" in one and "| norm" not in one
     assert "\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}" in one and " ± " not in filled, "no cell breaks there"
-    assert "| student |" not in several and "| method |" in several and "student resnet8, epochs 3" in several
+    assert "|  | resnet20 -> resnet8, 3 epochs |" in several and "| kd | 6" in several
     assert report.update_documents(tmp_path) == []
     shutil.rmtree(tmp_path / "save")
     with pytest.raises(UserError, match="matches no run folder"):

@@ -158,6 +158,18 @@ def test_the_teacher_of_a_grid_is_the_one_that_taught(tmp_path):
     assert "| teacher | last 82.00" in text and "last 41.00" not in text
 
 
+def test_an_overview_has_the_pairs_of_all_settings_as_columns(tmp_path):
+    runs = [make_run(tmp_path, "kd", seed, [60.0, 60.0 + seed]) for seed in (1, 2)]
+    runs += [make_run(tmp_path, "norm", 1, [70.0], "resnet14"), make_run(tmp_path, "ce", 1, [50.0, 51.0], None)]
+    assert pages.make_overview(rows_of(runs)).splitlines() == [
+        "|  | resnet20 -> resnet8, 2 epochs | resnet14 -> resnet8, 1 epoch |",
+        "| -- | -- | -- |",
+        "| student alone | 51.00 | not run |",
+        "| kd | 61.50 ± 0.71 | not run |",
+        "| norm | not run | 70.00 |",
+    ]
+
+
 def test_the_papers_value_is_next_to_ours(tmp_path):
     ours = {1: 76.4, 2: 76.6, 3: 76.3}
     rows = rows_of([make_run(tmp_path, "norm", seed, [70.0] * 239 + [ours[seed]], **PAIR) for seed in ours])
