@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from distiller_zoo.base import BETA, Flag, above_zero
 from distiller_zoo.kd import FeatureDistiller
-from errors import UnfitPair, UserError
+from errors import UnfitPair, UserError, count_of
 from models.backbone import Output, Shapes, probe_shapes
 
 MAP_SIZE = Flag(
@@ -82,6 +82,19 @@ def describe_sizes(student: Sequence[int], teacher: Sequence[int], map_size: str
     return f"maps of student and teacher are {sizes}: the {whose}'s is {kind}-pooled (--map_size)"
 
 
+def describe_left_out(student: Sequence, teacher: Sequence) -> str:
+    """One sentence on the maps that pairs from the shallowest on leave out of the longer list; empty where none."""
+    if len(student) == len(teacher):
+        return ""
+    whose, others = ("student", "teacher") if len(student) > len(teacher) else ("teacher", "student")
+    fewer, more = sorted((len(student), len(teacher)))
+    deepest = "deepest is" if more - fewer == 1 else f"{more - fewer} deepest are"
+    return (
+        f"without the first of each, the {whose} shows {count_of(more, 'feature map')} and the {others} {fewer}: maps "
+        f"are paired from the shallowest on, and the {whose}'s {deepest} left out"
+    )
+
+
 class MapDistiller(FeatureDistiller):
     """Base of methods that compare maps of both networks pixel by pixel, in one size (`--map_size`).
 
@@ -90,6 +103,8 @@ class MapDistiller(FeatureDistiller):
 
     flags = (*FeatureDistiller.flags, MAP_SIZE)
     flags_work_if = {**FeatureDistiller.flags_work_if, "map_size": (above_zero(BETA),)}
+    #: Whether maps are compared in pairs, from the shallowest on; else each with all of the other network's.
+    pairs_maps = True
 
     def __init__(self, student, teacher, task, **hyper_parameters):
         super().__init__(student, teacher, task, **hyper_parameters)
@@ -101,7 +116,8 @@ class MapDistiller(FeatureDistiller):
                     "only its last; choose another network or method"
                 )
         pairs = zip(*shapes, strict=False)
-        self._sizes = list(dict.fromkeys(describe_sizes(*pair, self.map_size) for pair in pairs))
+        left_out = describe_left_out(*shapes) if self.pairs_maps else ""
+        self._sizes = list(dict.fromkeys([left_out, *(describe_sizes(*pair, self.map_size) for pair in pairs)]))
 
     @staticmethod
     def compared(output: Output | Shapes) -> list:

@@ -76,6 +76,7 @@ class SemCKD(MapDistiller):
     departures = "With --accumulate a short last batch makes a step on labels and logits alone."
     group = "feature maps"
     reads = ("maps",)
+    pairs_maps = False
     min_batch = 2  # one image is similar to itself only
     uses_everything = False  # a part of a short batch leaves the attention out
 

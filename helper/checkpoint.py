@@ -59,6 +59,7 @@ def data_record(data: ImageData) -> dict:
         "std": list(data.std),
         "image_size": data.image_size,
         "margin": data.margin,
+        "background": list(data.background),
         "train_images": len(data.train.targets),
         **({"source_size": data.train.image_size} if data.resized else {}),
     }

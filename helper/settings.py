@@ -123,6 +123,7 @@ SETTINGS: tuple[Setting, ...] = (
             "teacher; default: what --path_t says",
             metavar="NAME",
             shared=True,
+            decides_outputs=True,  # two networks may hold the same weights: the digest does not tell them apart
             called=("teacher_model", "teacher_arch"),
         ),
         Setting(

@@ -323,7 +323,7 @@ def load_exported(checkpoint: Mapping, source: str) -> tuple[Backbone, dict]:
     record = check_record({key: value for key, value in record.items() if key != "model"}, source)
     weights = find_weights(checkpoint, source)
     wrapper = record.get("wrapper")
-    if wrapper is None and record.get("final_conv"):  # files from before there were several kinds of wrappers
+    if wrapper is None and record.get("final_conv") is True:  # files from before there were several kinds of wrappers
         wrapper = {"kind": "final_conv", "channels": len(weights.get("final_conv.bias", ()))}
     # No network is built that is larger than its weights: sizes may be anything.
     largest = max(size for value in weights.values() for size in (1, *value.shape))

@@ -26,11 +26,12 @@ def compare_classes(categories: Sequence[str] | None, classes: Sequence[str]) ->
         if not as_text or number is None or number >= len(categories):
             return None
         return f"class {number} of the weights is {categories[number]}, of the data {classes[number]}{hint}"
-    places = {name: number for number, name in enumerate(theirs)}
-    shared = [number for number, name in enumerate(ours) if name in places]
+    known = set(theirs)
+    shared = [number for number, name in enumerate(ours) if name in known]
     if 2 * len(shared) < len(ours):
         return None  # names of another kind, wordnet numbers and words say
-    moved = [number for number in shared if places[ours[number]] != number]
+    # Two classes may have one name without its spelling, as the cardigan and the Cardigan of ImageNet have.
+    moved = [number for number in shared if theirs[number : number + 1] != [ours[number]]]
     if moved:
         first = moved[0]
         other = categories[first] if first < len(categories) else "none"
@@ -39,7 +40,7 @@ def compare_classes(categories: Sequence[str] | None, classes: Sequence[str]) ->
             f"{classes[first]} in the data and {other} in the weights{hint}"
         )
     if len(shared) < len(ours):
-        first = next(number for number, name in enumerate(ours) if name not in places)
+        first = next(number for number, name in enumerate(ours) if name not in known)
         missing = len(ours) - len(shared)
         return f"the weights do not know {missing} of the data's {count_of(len(ours), 'class')}, first {classes[first]}"
     return None

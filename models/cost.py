@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from models.backbone import evaluating
@@ -22,9 +23,15 @@ def count_parameters(network: nn.Module) -> int:
 def count_multiply_adds(network: nn.Module, image_size: int) -> int:
     """Multiply-adds of all convolutions and matrix products for one image of (3, image_size, image_size)."""
     image = torch.zeros(1, 3, image_size, image_size).to(next(network.parameters()))
-    # With gradients, as the counter hooks every module's inputs, which fails for a parameter that has none.
-    with evaluating(network), torch.enable_grad(), FlopCounterMode(display=False) as counter:
-        network(image)
+    # With gradients, as the counter hooks every module's inputs, which fails for a parameter that has none. In matrix
+    # products, as the counter knows few of the operations that do a whole attention at once.
+    with (
+        evaluating(network),
+        torch.enable_grad(),
+        sdpa_kernel(SDPBackend.MATH),
+        FlopCounterMode(display=False) as counter,
+    ):
+        network(image.requires_grad_().clone())  # it may change its images in place
     return counter.get_total_flops() // 2  # an addition and a multiplication each
 
 

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from errors import UserError, count_of, first_line
-from models.backbone import Backbone, Output, evaluating, probe_shapes
-from models.split import Split, patches_to_map, ramp
+from models.backbone import Backbone, Output, probe_shapes
+from models.split import Split, as_if_trained, patches_to_map, ramp
 
 #: Library -> the module that names, builds and splits its networks; imported when a network of it is asked for.
 LIBRARIES = {"torchvision": "models.torchvision_split", "timm": "models.timm_split"}
@@ -47,7 +47,7 @@ class External(Backbone):
         # A mean whose weights sum to 1 commutes with every affine map of the positions; nothing else does.
         matrix, shift = ramp(channels, channels) / channels**0.5, ramp(channels).cos()
         moved = torch.einsum("dc,bcij->bdij", matrix, final) + shift[:, None, None]
-        with evaluating(self.network):
+        with as_if_trained(self.network):
             (pooled, _), (pooled_moved, _) = (self.split.head(self.network, each) for each in (final, moved))
         average = self.to_map(final).mean((2, 3))
         if pooled.shape != average.shape:

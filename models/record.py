@@ -29,6 +29,10 @@ def _are_three(value: object, low: float) -> bool:
     return isinstance(value, list | tuple) and len(value) == 3 and all(_is_number(part, low, 1e3) for part in value)
 
 
+def _is_colour(value: object) -> bool:
+    return isinstance(value, list | tuple) and len(value) == 3 and all(_is_count(part, 0, 255) for part in value)
+
+
 #: An entry's name -> (whether a value can be one, what it is). Entries that are none or missing say nothing.
 ENTRIES: dict[str, tuple[Callable[[object], bool], str]] = {
     "classes": (_are_classes, "a list of names"),
@@ -39,6 +43,7 @@ ENTRIES: dict[str, tuple[Callable[[object], bool], str]] = {
         (lambda value: _is_count(value, 8, LARGEST_IMAGE), f"pixels, 8 to {LARGEST_IMAGE}"),
     ),
     "margin": (lambda value: _is_count(value, -LARGEST_IMAGE, LARGEST_IMAGE), f"pixels, up to {LARGEST_IMAGE}"),
+    "background": (_is_colour, "three whole numbers from 0 to 255"),
     # 0: a network without a classifier, trained without labels.
     "num_classes": (lambda value: _is_count(value, 0, MOST_CLASSES), f"a number of classes, 0 to {MOST_CLASSES}"),
     "split": (lambda value: _is_number(value, 0, 1) and value != 1, "a share, 0 to below 1"),

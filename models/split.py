@@ -1,7 +1,8 @@
 """A network of another library in two parts, before and behind what its head reads."""
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -83,6 +84,23 @@ def patches_to_map(columns: Tensor, prefix: int) -> Tensor:
     patches = columns[:, :, prefix:, 0]
     side = int(patches.shape[2] ** 0.5 + 0.5)
     return patches.unflatten(2, (side, side))
+
+
+@contextmanager
+def as_if_trained(network: nn.Module) -> Iterator[None]:
+    """Eval mode and no gradients within the block, and other values in tensors whose values are all equal, as those of
+    a new BatchNorm are: a layer that changes nothing before it is trained would not be seen."""
+    with evaluating(network):
+        tensors = [each for each in (*network.parameters(), *network.buffers()) if each.is_floating_point()]
+        equal = [each for each in tensors if each.numel() and each.min() == each.max()]
+        values = [each.clone() for each in equal]
+        for each in equal:
+            each.copy_(1.5 + ramp(*each.shape) / 2)
+        try:
+            yield
+        finally:
+            for each, value in zip(equal, values, strict=True):
+                each.copy_(value)
 
 
 def ramp(*shape: int) -> Tensor:

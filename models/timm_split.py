@@ -19,6 +19,7 @@ from models.backbone import evaluating
 from models.preprocessing import INTERPOLATIONS, Preprocessing
 from models.split import (
     Split,
+    as_if_trained,
     columns_to_tokens,
     equally_spaced,
     no_map,
@@ -276,11 +277,24 @@ def _make_head(
     linear = network.get_classifier()
     if not isinstance(linear, nn.Linear) or linear.out_features != num_classes:
         return None, ends_otherwise
-    try:
-        with evaluating(network):
-            logits, expected = (head(network, example)[1] for head in (ends_linearly, ends_otherwise))
-    except RuntimeError:  # the layer reads something else than the pooled vector
-        return None, ends_otherwise
+    with as_if_trained(network):
+        try:
+            logits, expected = _logits_in_training(network, example, ends_linearly, ends_otherwise)
+        except RuntimeError:  # the layer reads something else than the pooled vector
+            return None, ends_otherwise
     if not torch.allclose(logits, expected, atol=1e-5):
         return None, ends_otherwise
     return next(name for name, module in network.named_modules() if module is linear), ends_linearly
+
+
+def _logits_in_training(network: nn.Module, example: Any, *heads: Head) -> list[Tensor]:
+    """What each head gives with features dropped alike; BatchNorms are in eval mode, as one image is no batch. Modes
+    are for the caller to restore."""
+    logits = []
+    for module in network.modules():
+        module.training = not isinstance(module, nn.modules.batchnorm._BatchNorm)
+    with torch.random.fork_rng(devices=[]):
+        for head in heads:
+            torch.default_generator.manual_seed(0)
+            logits.append(head(network, example)[1])
+    return logits

@@ -140,6 +140,7 @@ def test_every_public_function_and_class_is_described():
 RECORDS = {
     ("helper.checkpoint", "data_record"): "entries of a file's record",
     ("helper.export", ""): "entries of a file's record",
+    ("models.record", ""): "entries of a file's record",
     ("helper.run", "_with_found"): "what was found out of the data",
     ("helper.networks", "settings_as_teacher"): "a network's fields, as the settings that they decide",
     ("helper.tables.rows", "_usual"): "what a recipe depends on",

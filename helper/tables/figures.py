@@ -215,7 +215,7 @@ def accuracy_against_cost(rows: Sequence[Row], title: str = "") -> str | None:
     """Last accuracy against the multiply-adds of the student; the area of a point shows its parameters. None where all
     students cost the same."""
     costs = multiply_adds(rows)
-    shown = [row for row in rows if row.config["model_s"] in costs]
+    shown = [row for row in rows if student_of(row) in costs]
     sizes = [row.records[0].result["parameters"] / 1e6 for row in shown]
     names = [f"{name} ({size:.2f} M)" for name, size in zip(names_of(shown), sizes, strict=True)]
     if len(set(costs.values())) < 2:
@@ -224,7 +224,7 @@ def accuracy_against_cost(rows: Sequence[Row], title: str = "") -> str | None:
     def paint(axes) -> None:
         for number, (row, size, name) in enumerate(zip(shown, sizes, names, strict=True)):
             mean = statistics.mean(row.values("accuracy_last"))
-            point = costs[row.config["model_s"]] / 1e6, mean, 20 + 60 * size**0.5
+            point = costs[student_of(row)] / 1e6, mean, 20 + 60 * size**0.5
             axes.scatter(*point, **point_style(number), alpha=0.7, label=plain(name))
 
     labels: dict[str, Any] = {
@@ -234,12 +234,17 @@ def accuracy_against_cost(rows: Sequence[Row], title: str = "") -> str | None:
     return draw(paint, names, title=titled(title), **labels)  # pyright: ignore[reportArgumentType]
 
 
-def multiply_adds(rows: Sequence[Row]) -> dict[str, int]:
-    """Student -> its multiply-adds for one image; without those that cannot be built here, which are named."""
+def student_of(row: Row) -> tuple[str, int]:
+    """What decides the cost of a row's student: its name, and the size of its images."""
+    return row.config["model_s"], row.config["image_size"]
+
+
+def multiply_adds(rows: Sequence[Row]) -> dict[tuple[str, int], int]:
+    """`student_of` -> multiply-adds for one image; without students that cannot be built here, which are named."""
     found = {}
-    for name, size in {row.config["model_s"]: row.config["image_size"] for row in rows}.items():
+    for name, size in dict.fromkeys(map(student_of, rows)):
         try:
-            found[name] = count_multiply_adds(build_model(name, 10), size)
+            found[name, size] = count_multiply_adds(build_model(name, 10, size), size)
         except (UserError, RuntimeError, ValueError) as error:
             print(f"{name}: no multiply-adds: {first_line(error)}", file=sys.stderr)
     return found

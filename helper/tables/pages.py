@@ -369,8 +369,8 @@ def _lines(rows: Sequence[Row]) -> list[dict[str, Any]]:
             ],
             "interval": _interval(row.values("accuracy_last"), *axis),
             "parameters": row.records[0].result["parameters"],
-            "multiply_adds": costs.get(student),
-            "latency": latencies.get(student),
+            "multiply_adds": costs.get(figures.student_of(row)),
+            "latency": latencies.get(figures.student_of(row)),
             "speed": row.images_per_s,
             "command": " ".join(flags_of(row.records[0])),
         }
@@ -392,10 +392,11 @@ def _interval(values: Sequence[float], start: float, end: float) -> Interval:
     return Interval(*(min(max(place, 0.0), 100.0) for place in places))
 
 
-def _latencies(rows: Sequence[Row]) -> dict[str, float]:
-    """Student -> milliseconds for one image on this machine's CPU; without those that cannot be built here."""
+def _latencies(rows: Sequence[Row]) -> dict[tuple[str, int], float]:
+    """`figures.student_of` -> milliseconds for one image on this machine's CPU; without those that cannot be built
+    here."""
     found = {}
-    for name, size in {row.config["model_s"]: row.config["image_size"] for row in rows}.items():
+    for name, size in dict.fromkeys(map(figures.student_of, rows)):
         with suppress(UserError, RuntimeError, ValueError):  # named where its multiply-adds are counted
-            [found[name]] = measure_latency([build_model(name, 10).eval()], size)
+            [found[name, size]] = measure_latency([build_model(name, 10, size).eval()], size)
     return found

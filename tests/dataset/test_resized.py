@@ -11,6 +11,7 @@ from helper.fast import Fast
 from helper.networks import Network
 from helper.teacher import Teacher
 from models import build_model
+from models.record import check_record
 
 CPU = torch.device("cpu")
 
@@ -42,6 +43,16 @@ def test_prediction_shows_what_testing_shows(tmp_path):
     data = load_data("digits", image_size=64)
     Image.fromarray(data.test.pixels[0].permute(1, 2, 0).numpy()).save(tmp_path / "a.png")
     assert torch.allclose(read_normalised(tmp_path / "a.png", data_record(data)), first(data).images[0], atol=1e-6)
+
+
+def test_prediction_lays_transparency_on_the_colour_that_testing_does(tmp_path):
+    """Also of a run's checkpoint, which need not be exported."""
+    for name in ("train/a", "train/b", "test/a", "test/b"):
+        (tmp_path / name).mkdir(parents=True)
+        Image.new("RGBA", (32, 32), (200, 100, 0, 128)).save(tmp_path / name / "x.png")
+    data = load_data("folder", str(tmp_path), background=(0, 0, 255))
+    shown = read_normalised(tmp_path / "test/a/x.png", check_record(data_record(data), "a file"))
+    assert torch.allclose(shown, first(data).images[0], atol=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -4,10 +4,12 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from distiller_zoo import DISTILLERS, Task
 from distiller_zoo.fsp import FSP
 from distiller_zoo.hint import ConvReg
 from distiller_zoo.kdsvd import KDSVD
-from distiller_zoo.maps import unit_vectors
+from distiller_zoo.maps import describe_left_out, unit_vectors
+from models import build_model
 
 
 def test_unit_vectors_are_those_of_normalize_and_zero_stays_zero():
@@ -35,3 +37,19 @@ def test_kdsvd_of_tiny_maps_is_that_of_maps():
 def test_networks_that_do_not_fit_are_a_value_error_too(make):
     with pytest.raises(ValueError):
         make()
+
+
+@pytest.mark.parametrize("distill", ["attention", "nst", "vid", "semckd", "abound"])
+def test_maps_that_no_pair_compares_are_said(distill):
+    """Also of a network that shows no stem, whose first stage is taken for it."""
+    task = Task(7, 64, 4, torch.arange(8) % 7)
+    student, teacher = build_model("timm:test_resnet", 7), build_model("timm:test_convnext", 7)
+    said = (
+        "without the first of each, the student shows 4 feature maps and the teacher 3: maps are paired from the "
+        "shallowest on, and the student's deepest is left out"
+    )
+    if distill == "abound":
+        student, teacher, said = build_model("resnet8", 7), build_model("vgg8", 7), "the teacher's deepest is left out"
+    notes = [note for note in DISTILLERS[distill](student, teacher, task).notes() if said in note]
+    assert len(notes) == (distill != "semckd")
+    assert not describe_left_out([1, 2], [3, 4]) and "2 deepest are left out" in describe_left_out([1], [1, 2, 3])

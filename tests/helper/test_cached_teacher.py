@@ -13,6 +13,7 @@ from dataset.cache import LOCK
 from distiller_zoo import DISTILLERS
 from helper.settings import AUGMENTATION, DATA, SETTINGS
 from helper.teacher import FrozenTeacher, Teacher
+from models import build_model
 from tests.conftest import keep_images, message_of
 from tests.run_folders import same_state, weights
 
@@ -83,6 +84,16 @@ def test_other_images_or_another_teacher_are_not_read(distil, tmp_path, passes):
     assert len(passes) == 4
     descriptions = [json.loads(path.read_text()) for path in (tmp_path / "cache").glob("*/cache.json")]
     assert len(descriptions) == 4 and all(one["teacher_digest"] and one["data_digest"] for one in descriptions)
+
+
+def test_the_same_weights_in_another_network_are_another_teacher(distil, tmp_path, passes):
+    """MobileNetV2 with and without two of its ReLUs, which have no weights."""
+    torch.save(build_model("MobileNetV2", 10).state_dict(), tmp_path / "weights.pth")
+    flags = ("--path_t", str(tmp_path / "weights.pth"), "--max_steps", "1", "--cache_teacher", str(tmp_path / "cache"))
+    for name in ("MobileNetV2", "MobileNetV2_norm"):
+        last = distil(*SHORT, *flags, "--model_t", name, distill="kd", teacher=False)
+    assert len(passes) == 2
+    assert "differs in --model_t (MobileNetV2 there, MobileNetV2_norm here)" in (last / "log.txt").read_text()
 
 
 def test_a_new_cache_names_the_flags_that_would_read_the_nearest(distil, tmp_path):

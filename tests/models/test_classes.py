@@ -15,6 +15,7 @@ AGREE = {
     "numbers that name nothing": (CIFAR, ["0", "1", "2", "3"]),
     "numbers with zeros": (NUMBERS, [f"{number:02d}" for number in range(12)]),
     "a part, in place": ([*CIFAR, "deer"], CIFAR),
+    "a name in two spellings": (["Cardigan", "dog", "cardigan"], ["Cardigan", "dog", "cardigan"]),
 }
 DIFFER = {
     "another order": (
@@ -31,6 +32,7 @@ DIFFER = {
         ["airplane", "automobile", "bird", "dog"],
         "do not know 1 of the data's 4 classes, first dog",
     ),
+    "one name for two": (["Cardigan", "dog", "cardigan"], ["dog", "Cardigan", "cardigan"], "2 of 3 classes"),
     "numbers as text": (
         NUMBERS,
         sorted(NUMBERS),

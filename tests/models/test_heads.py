@@ -7,6 +7,7 @@ from distiller_zoo import DISTILLERS, Progress, Task
 from errors import UserError
 from models import build_model
 from models.backbone import FinalConv, evaluating, select_classes
+from models.external import External
 from models.wrappers import describe_wrapper, merge_branches, wrap
 from tests.conftest import make_batch
 
@@ -74,6 +75,37 @@ def test_a_head_that_is_not_one_linear_layer_teaches_and_says_what_it_cannot(nam
         DISTILLERS["simkd"](build_model("resnet8", CLASSES), network, TASK)
 
 
+@pytest.mark.parametrize("name", ["timm:efficientvit_m0", "timm:shvit_s1"])
+def test_a_layer_of_the_head_that_changes_nothing_before_training_is_found(name):
+    """A BatchNorm in front of the classifier, whose weights, biases and statistics are 1 and 0 at first."""
+    network = build_model(name, CLASSES, SIZE)
+    (norm,) = (module for module in network.modules() if isinstance(module, torch.nn.BatchNorm1d))
+    assert norm.weight.eq(1).all() and norm.running_mean.eq(0).all() and network.training
+    torch.nn.init.normal_(norm.running_mean)
+    with evaluating(network):
+        assert torch.allclose(network.outputs(images()).logits, network.network(images()), atol=1e-5)
+    assert not network.classifies_average and not network.classifies_mean
+
+
+def test_a_layer_behind_the_average_is_no_average_before_it_is_trained_either():
+    """As the head's BatchNorm, if the pooled vector is what comes behind it."""
+    network = build_model("timm:test_resnet", CLASSES, SIZE)
+    norm = network.network.global_pool = torch.nn.Sequential(network.network.global_pool, torch.nn.BatchNorm1d(96))
+    again = External("test", network.network, network.split, CLASSES)
+    assert network.classifies_average and not again.classifies_average
+    assert norm[1].weight.eq(1).all() and norm[1].running_var.eq(1).all()
+
+
+def test_features_are_dropped_where_the_network_does_it_itself():
+    """One network of timm drops behind what it calls the features before the classifier."""
+    network = build_model("timm:lcnetv2_small", CLASSES, SIZE, {"drop_rate": 0.5}).train()
+    images_of_a_batch = images(4)
+    torch.manual_seed(0)
+    expected = network.network(images_of_a_batch)
+    torch.manual_seed(0)
+    assert torch.allclose(network(images_of_a_batch), expected, atol=1e-5)
+
+
 def test_a_transform_stays_one_layer_where_two_classifiers_read_the_tokens():
     student, teacher = (
         build_model("timm:deit_tiny_distilled_patch16_224", CLASSES, SIZE),
@@ -136,10 +168,11 @@ def test_branches_are_merged_and_the_file_says_so(name, kept):
     assert all(torch.equal(value, state[key]) for key, value in network.state_dict().items())
 
 
-def test_networks_without_branches_and_with_branches_that_timm_cannot_merge_stay_as_they_are():
+def test_networks_without_branches_and_with_branches_that_timm_cannot_merge_stay_as_they_are(monkeypatch):
     plain = build_model("resnet8", CLASSES).eval()
     assert merge_branches(plain, SIZE) == (plain, "")
     broken = build_model("timm:shvit_s1", CLASSES).eval()
+    monkeypatch.setattr("timm.utils.reparameterize_model", lambda network, inplace: network.missing)
     kept, sentence = merge_branches(broken, SIZE)
     assert kept is broken and "branches are kept" in sentence
 

@@ -19,6 +19,7 @@ RECORD = {
     "std": [0.2, 0.2, 0.2],
     "image_size": 32,
     "margin": 4,
+    "background": [255, 255, 255],
     "dataset": "cifar10",
     "data": None,
     "accuracy": 93.5,

@@ -77,6 +77,20 @@ def test_what_an_image_costs_is_counted(name):
     assert count_multiply_adds(build(name, torch.float32), SIZE) > 10_000
 
 
+@pytest.mark.parametrize("trained", [True, False])
+@pytest.mark.parametrize(("name", "width"), [("torchvision", 24), ("test_vit", 64)])
+def test_attention_is_counted_in_what_an_image_costs(name, width, trained):
+    """Patches, then in every block queries, keys, values, their two products, the projection and two linear layers."""
+    network = build(name, torch.float32).requires_grad_(trained)
+    blocks = [module for module in network.modules() if type(module).__name__ in ("Block", "EncoderBlock")]
+    hidden = next(layer.out_features for layer in blocks[0].mlp.modules() if isinstance(layer, torch.nn.Linear))
+    patches = (SIZE // 16) ** 2
+    tokens = 1 + patches
+    block = tokens * width * (3 * width + 2 * tokens + width + 2 * hidden)
+    expected = patches * 3 * 16**2 * width + len(blocks) * block + width * CLASSES
+    assert count_multiply_adds(network, SIZE) == expected
+
+
 def test_maps_are_timms_own_without_the_class_token():
     network = build("test_vit")
     with evaluating(network):

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from errors import UserError
-from helper.tables import figures
+from helper.tables import figures, pages
 from helper.tables.rows import read_rows
 from tests.run_folders import make_run
 
@@ -154,12 +154,23 @@ def test_a_network_that_cannot_be_built_is_left_out_of_the_costs(tmp_path, monke
     rows = rows_of([make_run(tmp_path, "kd", 1, [50.0]), *runs])
     build = figures.build_model
 
-    def build_some(name, num_classes):
+    def build_some(name, *rest):
         if name == "vgg8":
             raise UserError("timm is not installed")
-        return build(name, num_classes)
+        return build(name, *rest)
 
     monkeypatch.setattr(figures, "build_model", build_some)
     svg = figures.accuracy_against_cost(rows)
     assert not any("vgg8" in text for text in texts(svg)) and any(text.startswith("kd (") for text in texts(svg))
     assert "vgg8: no multiply-adds: timm is not installed" in capsys.readouterr().err
+
+
+def test_a_student_costs_what_its_images_of_each_size_do(tmp_path):
+    """Also one whose weights belong to one size."""
+    students = [(name, size) for name in ("resnet8", "timm:mixer_s32_224") for size in (64, 128)]
+    runs = [make_run(tmp_path / str(n), "ce", 1, [50.0], None, model_s=s, image_size=n) for s, n in students]
+    costs = figures.multiply_adds(rows_of(runs))
+    assert sorted(costs) == sorted(students)
+    assert all(costs[name, 128] > 3.9 * costs[name, 64] for name, _ in students)
+    lines = pages._lines(rows_of(runs))
+    assert all(line["multiply_adds"] == costs[figures.student_of(line["row"])] and line["latency"] for line in lines)
