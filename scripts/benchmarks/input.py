@@ -3,12 +3,14 @@
 python scripts/benchmarks/input.py FOLDER --workers 0,1,2 --images 3000 --json FILE
 
 FOLDER is one like ImageNet's; the same images are also read from shards that are written for it. The limit is one
-process that only decodes and resizes, times the cores there are for the workers; what random crops, flips,
-normalisation and the way between processes cost is the rest. The run's own operations take one thread, so that cores
-are left to the workers. Workers are programs of their own: there is no start method (fork, spawn) to compare.
+process that only decodes and resizes, times the cores there are for the workers; how much of it as many such processes
+reach side by side is measured too. Batches are timed twice: as bytes, which the run's process copies once, as it does
+on the way to a GPU; and normalised on the device, which on a CPU takes time from the workers. The run's own operations
+take one thread. Workers are programs of their own: there is no start method (fork, spawn) to compare.
 """
 
 import io
+import multiprocessing
 import statistics
 import sys
 import tarfile
@@ -23,12 +25,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 import torch
 
 from dataset import ImageData, Loader, load_data
-from dataset.decoding import Centre, read_views
+from dataset.decoding import Centre, RandomCrops, read_views
 from errors import run_script
 from helper.command_line import Parser
 from helper.distributed import find_device
 from helper.fast import keep_freed_memory
 from helper.settings import count_cores
+from helper.tables.pages import markdown_table
 from scripts.benchmarks.parts import machine_name, report, wait_for
 from setting import count, file_to_write, must_be
 
@@ -59,14 +62,39 @@ def chosen(data: ImageData, most: int) -> torch.Tensor:
     return torch.randperm(len(data.train.targets), generator=torch.Generator().manual_seed(0))[:most]
 
 
-def decode_rate(data: ImageData, most: int) -> float:
-    """Images per second that one process decodes and resizes, whole."""
-    contents = [data.train.source.place_of(sample).read() for sample in chosen(data, most).tolist()]
-    crop = Centre(data.image_size)
+def encoded(data: ImageData, most: int) -> list[bytes]:
+    """The contents of at most `most` files."""
+    return [data.train.source.place_of(sample).read() for sample in chosen(data, most).tolist()]
+
+
+def decode_rate(contents: list[bytes], size: int) -> float:
+    """Images per second that this process decodes and resizes, whole."""
+    crop = Centre(size)
     start = time.perf_counter()
     for content in contents:
         read_views(lambda content=content: content, crop)
     return len(contents) / (time.perf_counter() - start)
+
+
+def _decode_when_all_are_ready(ready, rates, contents: list[bytes], size: int) -> None:
+    ready.wait()
+    rates.put(decode_rate(contents, size))
+
+
+def side_by_side_rate(contents: list[bytes], size: int, processes: int) -> float:
+    """Images per second of that many processes that decode and resize at the same time."""
+    if processes == 1:
+        return decode_rate(contents, size)
+    context = multiprocessing.get_context("spawn")
+    ready, rates = context.Barrier(processes), context.Queue()
+    arguments = (ready, rates, contents, size)
+    decoding = [context.Process(target=_decode_when_all_are_ready, args=arguments) for _ in range(processes)]
+    for process in decoding:
+        process.start()
+    total = sum(rates.get() for _ in decoding)
+    for process in decoding:
+        process.join()
+    return total
 
 
 def loader_rate(data: ImageData, epoch: int, args: Namespace) -> float:
@@ -81,25 +109,44 @@ def loader_rate(data: ImageData, epoch: int, args: Namespace) -> float:
     return images / (time.perf_counter() - start)
 
 
+def byte_rate(data: ImageData, epoch: int, args: Namespace) -> float:
+    """Images per second of the same crops as bytes, copied once by this process."""
+    crops = RandomCrops(data.image_size, 0, epoch, 1, data.augmentation.scale)
+    parts = chosen(data, args.images).split(args.batch_size)
+    images, start = 0, time.perf_counter()
+    for index, (pixels,) in data.train.read(parts, crops, fill=True):
+        pixels.clone()
+        images += len(index)
+    return images / (time.perf_counter() - start)
+
+
 def measure(path: str, kind: str, args: Namespace) -> Iterator[dict]:
-    """One record per number of workers, of images in a folder or in shards; the limit is measured next to each."""
+    """One record per number of workers, of images in a folder or in shards; the limits are measured next to each."""
     cores = count_cores()
     sets = {workers: load_data("imagenet", path, args.image_size, workers) for workers in args.workers}
-    limits, rates = [], {workers: [] for workers in sets}
+    contents = encoded(next(iter(sets.values())), args.batch_size * 4)
+    busy = {workers: min(max(workers, 1), cores) for workers in sets}
+    limits = []
+    rates, of_bytes, together = ({workers: [] for workers in sets} for _ in range(3))
     for round_number in range(args.rounds):
         for workers, data in sets.items():
-            limits.append(decode_rate(data, args.batch_size * 4))
+            limits.append(decode_rate(contents, args.image_size))
+            together[workers].append(side_by_side_rate(contents, args.image_size, busy[workers]))
             rates[workers].append(loader_rate(data, round_number, args))
-    for workers in sets:
-        rate = statistics.median(rates[workers])
-        allowed = statistics.median(limits) * min(max(workers, 1), cores)
+            of_bytes[workers].append(byte_rate(data, round_number, args))
+    for workers, data in sets.items():
+        allowed = statistics.median(limits) * busy[workers]
+        rate, rate_of_bytes = statistics.median(rates[workers]), statistics.median(of_bytes[workers])
         yield {
             "kind": kind,
             "workers": workers,
             "cores": cores,
-            "images": len(chosen(sets[workers], args.images)),
-            "images_per_s": rate,
+            "images": len(chosen(data, args.images)),
             "decode_images_per_s": allowed,
+            "side_by_side_images_per_s": statistics.median(together[workers]),
+            "bytes_images_per_s": rate_of_bytes,
+            "bytes_share": rate_of_bytes / allowed,
+            "images_per_s": rate,
             "share": rate / allowed,
             "image_size": args.image_size,
             "machine": machine_name(args.device),
@@ -117,11 +164,13 @@ def measure_both(args: Namespace) -> Iterator[dict]:
 
 def table(records: list[dict]) -> str:
     """The records as Markdown."""
-    lines = ["| images in | workers | images/s | decoding alone | share |", "| -- | -- | -- | -- | -- |"]
+    lines = [["images in", "workers", "decoding alone", "side by side", "as bytes", "share", "normalised", "share"]]
     for record in records:
-        rates = f"{record['images_per_s']:.0f} | {record['decode_images_per_s']:.0f} | {100 * record['share']:.0f} %"
-        lines.append(f"| {record['kind']} | {record['workers']} | {rates} |")
-    return "\n".join(lines)
+        limit, together = (f"{record[f'{name}_images_per_s']:.0f}/s" for name in ("decode", "side_by_side"))
+        of_bytes, whole = f"{record['bytes_images_per_s']:.0f}/s", f"{record['images_per_s']:.0f}/s"
+        shares = [f"{100 * record[name]:.0f} %" for name in ("bytes_share", "share")]
+        lines.append([record["kind"], str(record["workers"]), limit, together, of_bytes, shares[0], whole, shares[1]])
+    return markdown_table(lines)
 
 
 def main(argv=None) -> list[dict]:
