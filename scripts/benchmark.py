@@ -280,7 +280,8 @@ def table(records: list[dict]) -> str:
     lines = [markdown_table(rows)]
     if "launches_fast" in records[0]:
         lines.append(f"\n{_launch_table(records)}")
-    for kind in ("step_ratio", "epoch_ratio", *(("trials_ratio",) if "trials_ratio" in records[0] else ())):
+    ratios = ("step_ratio", "epoch_ratio", *(("trials_ratio",) if "trials_ratio" in records[0] else ()))
+    for kind in ratios if len({record["pair"] for record in records}) > 1 else ():
         mean = statistics.geometric_mean(record[kind] for record in records)
         lines.append(f"\ngeometric mean of the {kind.replace('_', ' ')}s: {mean:.2f}")
     return "\n".join(lines)
