@@ -155,6 +155,8 @@ class Fast(NamedTuple):
             return respond
         if self.precision != "float32":
             respond = self._with_converted_weights(method, respond)
+        if self.channels_last:
+            respond = _with_laid_out_gradient(respond)
         return _counting_once(method, respond) if self.fused_optimizer else respond
 
     def _with_converted_weights(self, method: nn.Module, respond: Callable) -> Callable:
@@ -264,6 +266,24 @@ def _compiled_if_possible(function: Callable) -> Callable:
 def _cause(error: Exception) -> str:
     cause = getattr(error, "inner_exception", error)
     return f"{type(cause).__name__} {first_line(cause)}"
+
+
+def _with_laid_out_gradient(respond: Callable) -> Callable:
+    # The gradient of an average pooling is not in the layout of its input, and a BatchNorm or ReLU in front of the
+    # pooling then takes many times as long.
+    def respond_with_hook(images: Tensor, teacher: Output | None) -> Any:
+        output = respond(images, teacher)
+        pooled_map = getattr(output, "activated", None)  # a method may have outputs of its own
+        layout = torch.channels_last
+        if pooled_map is not None and pooled_map.requires_grad and pooled_map.is_contiguous(memory_format=layout):
+            pooled_map.register_hook(_laid_out)
+        return output
+
+    return respond_with_hook
+
+
+def _laid_out(gradient: Tensor) -> Tensor:
+    return gradient.contiguous(memory_format=torch.channels_last)
 
 
 def _counting_once(method: nn.Module, respond: Callable) -> Callable:

@@ -138,6 +138,23 @@ def test_weights_converted_at_once_are_those_that_autocast_converts():
     assert all(parameter.dtype == torch.float32 for parameter in twin.parameters())
 
 
+@pytest.mark.parametrize("name", ["resnet8", "wrn_16_1"])
+def test_the_gradient_of_the_pooled_map_has_the_layout_of_the_map(name):
+    method = find_distiller("ce")(build_model(name, 10), None, Task(10, 32, 2, torch.arange(2))).eval()
+    plain, chosen = copy.deepcopy(method), fast.Fast(channels_last=True)
+    chosen.prepare_student(method, torch.device("cpu"))
+    torch.manual_seed(0)
+    images = torch.randn(2, 3, 32, 32)
+    output = chosen.passing(method, method.respond)(chosen.lay_out(images), None)
+    seen = []
+    output.activated.register_hook(seen.append)
+    output.logits.square().sum().backward()
+    plain.respond(images, None).logits.square().sum().backward()
+    assert seen[0].is_contiguous(memory_format=torch.channels_last)
+    for one, other in zip(method.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(one.grad, other.grad, rtol=1e-3, atol=1e-5)
+
+
 def test_a_pass_that_fails_leaves_the_numbers_of_batches_in_place():
     method = find_distiller("ce")(build_model("resnet8", 10), None, Task(10, 32, 2, torch.arange(2)))
     respond = fast.Fast(fused_optimizer=True).passing(method, method.respond)
