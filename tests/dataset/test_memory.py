@@ -12,7 +12,9 @@ from PIL import Image
 from dataset import Images, images
 from tests.conftest import ROOT
 
-#: Loads two folders of 64x64 images, the first to load libraries; prints the peak growth of the second in bytes.
+#: Pixels on a side and number of the images that are measured: so many that what libraries allocate besides is little.
+SIDE, COUNT = 128, 2000
+#: Loads two folders of such images, the first to load libraries; prints the peak growth of the second in bytes.
 MEASURE = """
 import re, sys
 from pathlib import Path
@@ -22,7 +24,7 @@ def peak():
     return 1024 * int(re.search(r"VmHWM:\\s*(\\d+)", Path("/proc/self/status").read_text())[1])
 
 def load(path):
-    data = load_data("folder", path, 64, 0)
+    data = load_data("folder", path, int(sys.argv[3]), 0)
     return hold_out(data.train, len(data.train.targets) // 5)
 
 load(sys.argv[1])
@@ -34,7 +36,7 @@ print(peak() - before)
 
 
 def write_folder(root: Path, images: int) -> str:
-    pixels = numpy.random.default_rng(0).integers(0, 256, (images, 64, 64, 3), dtype=numpy.uint8)
+    pixels = numpy.random.default_rng(0).integers(0, 256, (images, SIDE, SIDE, 3), dtype=numpy.uint8)
     for number, image in enumerate(pixels):
         path = root / ("val" if number < 10 else "train") / f"class{number % 5}"
         path.mkdir(parents=True, exist_ok=True)
@@ -46,10 +48,11 @@ def write_folder(root: Path, images: int) -> str:
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="only Linux says how much memory was used")
 def test_a_folder_in_memory_peaks_at_its_pixels(tmp_path):
     """And at a third of them for the statistics of a channel, or a fifth that is held out; not at a second copy."""
-    folders = [write_folder(tmp_path / str(count), count) for count in (50, 4000)]
-    done = subprocess.run([sys.executable, "-c", MEASURE, *folders], cwd=ROOT, capture_output=True, text=True)
+    folders = [write_folder(tmp_path / str(count), count) for count in (50, COUNT)]
+    command = [sys.executable, "-c", MEASURE, *folders, str(SIDE)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert 0.9 < int(done.stdout) / (4000 * 3 * 64**2) < 1.7
+    assert 0.9 < int(done.stdout) / (COUNT * 3 * SIDE**2) < 1.7
 
 
 def test_images_are_kept_within_their_memory(monkeypatch):
