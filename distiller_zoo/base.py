@@ -231,9 +231,9 @@ class Distiller(nn.Module):
             targets = (F.one_hot(targets, logits.shape[1]) if targets.ndim == 1 else targets).to(logits.dtype)
         return F.cross_entropy(logits, targets, self.class_weights, label_smoothing=self.label_smoothing)
 
-    def weighted_cross_entropy(self, weight: float, logits: Tensor, targets: Tensor) -> dict[str, Tensor]:
-        """{"ce": weight * cross entropy}, or {} where the weight is 0."""
-        return {"ce": weight * self.cross_entropy(logits, targets)} if weight else {}
+    def weighted_cross_entropy(self, logits: Tensor, targets: Tensor) -> dict[str, Tensor]:
+        """{"ce": gamma * cross entropy} of a method with the flag `GAMMA`, or {} where gamma is 0."""
+        return {"ce": self.gamma * self.cross_entropy(logits, targets)} if self.gamma else {}
 
     def schedule(self, progress: Progress) -> float | Tensor:
         """What changes with the epoch in `losses`: a factor, or a tensor of several."""

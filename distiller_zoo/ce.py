@@ -15,4 +15,4 @@ class CrossEntropy(Distiller):
     flags = (GAMMA,)
 
     def losses(self, student, teacher, targets, index, progress):
-        return self.weighted_cross_entropy(self.gamma, student.logits, targets)
+        return self.weighted_cross_entropy(student.logits, targets)

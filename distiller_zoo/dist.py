@@ -57,7 +57,7 @@ class DIST(LogitDistiller):
 
     def losses(self, student, teacher, targets, index, progress):
         inter, intra = relation_losses(*self.compared_logits(student, teacher), self.kd_T)
-        terms = self.weighted_cross_entropy(self.gamma, student.logits, targets)
+        terms = self.weighted_cross_entropy(student.logits, targets)
         if self.has_inter:
             terms["inter"] = self.beta * inter
         return {**terms, "intra": self.beta * intra}

@@ -86,7 +86,7 @@ class DKD(LogitDistiller):
         target_class, non_target_class = decoupled_losses(*logits, targets, self.kd_T)
         risen = self.factor(progress)
         return {
-            **self.weighted_cross_entropy(self.gamma, student.logits, targets),
+            **self.weighted_cross_entropy(student.logits, targets),
             "tckd": risen * self.dkd_alpha * target_class,
             "nckd": risen * self.dkd_beta * non_target_class,
         }

@@ -73,7 +73,7 @@ class LogitDistiller(Distiller):
 
     def label_and_logit_losses(self, student: Output, teacher: Output | None, targets: Tensor) -> dict[str, Tensor]:
         """The weighted terms "ce" and "kd"; one whose weight is 0 is left out."""
-        terms = self.weighted_cross_entropy(self.gamma, student.logits, targets)
+        terms = self.weighted_cross_entropy(student.logits, targets)
         if self.alpha:
             terms |= weighted_kd(self.alpha, *self.compared_logits(student, teacher), self.kd_T)
         return terms

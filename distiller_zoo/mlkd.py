@@ -103,9 +103,9 @@ class MLKD(LogitDistiller):
         class_level, batch_level = zip(
             *(correlation_losses(raw_weak, raw_teacher, each) for each in self.mlkd_temperatures), strict=True
         )
-        strong_terms = self.weighted_cross_entropy(self.gamma, raw_strong, targets)
+        strong_terms = self.weighted_cross_entropy(raw_strong, targets)
         return {
-            **self.weighted_cross_entropy(self.gamma, raw_weak, targets),
+            **self.weighted_cross_entropy(raw_weak, targets),
             **{f"{name}_strong": value for name, value in strong_terms.items()},
             "kd": self.alpha * images * self.divergence(weak, teacher_weak, self.mlkd_temperatures),
             "kd_strong": self.alpha * self.divergence(strong, teacher_strong, self.mlkd_temperatures),

@@ -210,7 +210,7 @@ class NORM(Distiller):
 
     def losses(self, student, teacher, targets, index, progress):
         student_logits = standardise_logits(student.logits, self.scale)
-        terms = self.weighted_cross_entropy(self.gamma, student_logits, targets)
+        terms = self.weighted_cross_entropy(student_logits, targets)
         if self.alpha:
             terms |= weighted_kd(self.alpha, student_logits, standardise_logits(teacher.logits, self.scale), self.kd_T)
         terms["norm"] = self.beta * self.factor(progress) * student.norm_loss
@@ -296,4 +296,4 @@ class FTBaseline(NORM):
         return False
 
     def losses(self, student, teacher, targets, index, progress):
-        return self.weighted_cross_entropy(self.gamma, standardise_logits(student.logits, self.scale), targets)
+        return self.weighted_cross_entropy(standardise_logits(student.logits, self.scale), targets)

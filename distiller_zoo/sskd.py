@@ -177,7 +177,7 @@ class SSKD(LogitDistiller):
         confident = select(teacher_turned, targets.repeat(VIEWS - 1), self.ratio_tf)
         alike = select(teacher_rows, sources(teacher_rows), self.ratio_ss)
         return {
-            **self.weighted_cross_entropy(self.gamma, student.logits[: len(targets)], targets),
+            **self.weighted_cross_entropy(student.logits[: len(targets)], targets),
             **weighted_kd(self.alpha, upright, teacher_upright, self.kd_T),
             "tf": self.tf_weight * selected_divergence(turned, teacher_turned, confident, self.kd_T),
             "ss": self.ss_weight * selected_divergence(rows, teacher_rows, alike, self.ss_T),
