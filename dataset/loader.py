@@ -24,7 +24,7 @@ class Batch(NamedTuple):
     """Normalised images (B, 3, H, W) float32, targets, sample index in the data set (B,).
 
     Targets are classes (B,), int64, or of mixed images every class's share (B, K), float32, at most two of them above
-    0. `source` are the images in the size in which they are held, None where `images` are not resized.
+    0. `original` are the images in the size in which they are held, None where `images` are not resized.
 
     Of images with V views there are V * B rows: the first view of every image, then the second, and so on. Several
     processes hold a part each of a batch of `global_size` images (None: this is all of it, or its parts are equal).
@@ -34,7 +34,7 @@ class Batch(NamedTuple):
     targets: Tensor
     index: Tensor
     global_size: int | None = None
-    source: Tensor | None = None
+    original: Tensor | None = None
 
     @property
     def classes(self) -> Tensor:
@@ -46,9 +46,9 @@ class Batch(NamedTuple):
         if number == 1:
             return [self]
         targets, index = self.targets.tensor_split(number), self.index.tensor_split(number)
-        sources = self._split(self.source, number) if self.source is not None else [None] * number
-        split = zip(self._split(self.images, number), targets, index, sources, strict=True)
-        return [Batch(images, *rest, self.global_size, source) for images, *rest, source in split]
+        originals = self._split(self.original, number) if self.original is not None else [None] * number
+        split = zip(self._split(self.images, number), targets, index, originals, strict=True)
+        return [Batch(images, *rest, self.global_size, original) for images, *rest, original in split]
 
     def _split(self, images: Tensor, number: int) -> list[Tensor]:
         views = images.unflatten(0, (-1, len(self.targets))).tensor_split(number, 1)
@@ -174,7 +174,7 @@ class Loader:
             batch = batch._replace(images=torch.cat(views) if len(views) > 1 else views[0], targets=targets)
         if self._resized is None:
             return batch
-        return batch._replace(images=resize(batch.images, self._resized), source=batch.images)
+        return batch._replace(images=resize(batch.images, self._resized), original=batch.images)
 
     def _draws_for_all_processes(self) -> bool:
         """Whether something may be random in this process's part of a batch that is drawn for the global batch."""

@@ -67,8 +67,8 @@ class SRRL(FeatureDistiller):
 
     def represent(self, student: Output) -> Tensor:
         """The student's representation in the teacher's space, (B, Dt)."""
-        source = student.activated if self.srrl_form == "map" else student.pooled[:, :, None, None]
-        return self.connector(source).mean((2, 3))
+        read = student.activated if self.srrl_form == "map" else student.pooled[:, :, None, None]
+        return self.connector(read).mean((2, 3))
 
     def terms(self, student: Output, teacher: Output) -> tuple[Tensor, Tensor]:
         """The scalars (MSE to the teacher's pooled vector, MSE of the logits that its classifier gives)."""

@@ -297,67 +297,67 @@ def class_weights_of(configs: Sequence[Configuration], data: ImageData) -> dict[
     return found
 
 
-def prepare_teacher(source: Network | None, inputs: Inputs, config: Configuration) -> Teacher | None:
+def prepare_teacher(loaded: Network | None, inputs: Inputs, config: Configuration) -> Teacher | None:
     """The frozen teacher, its accuracy measured; raises `UserError` where it does not fit the data or its record."""
-    if source is None:
+    if loaded is None:
         return None
     data = inputs.data
     if config.teacher_classes is not None:
-        source = read_at_classes(source, config.teacher_classes)
-    teacher = _make_teacher(source, inputs, config)
-    notes = [_check_teacher(teacher, number, inputs, config) for number in range(len(source.teachers))]
-    if data.labelled and source.members and source.num_classes == data.num_classes:
-        shown = _as_held(inputs) if teacher.sees_source else inputs.test_loader
+        loaded = read_at_classes(loaded, config.teacher_classes)
+    teacher = _make_teacher(loaded, inputs, config)
+    notes = [_check_teacher(teacher, number, inputs, config) for number in range(len(loaded.teachers))]
+    if data.labelled and loaded.members and loaded.num_classes == data.num_classes:
+        shown = _as_held(inputs) if teacher.sees_original else inputs.test_loader
         teacher.accuracy = evaluate(teacher.predict, shown, "checking the teachers")["test_accuracy"]
         notes.append(f"{len(notes)} teachers: {teacher.accuracy:.2f} % by the average of their logits")
-    steps = [each.record.get("max_steps") for each in source.teachers]
+    steps = [each.record.get("max_steps") for each in loaded.teachers]
     notes += [
         f"warning: this teacher was trained for {count_of(each, 'step')} only (--max_steps)" for each in steps if each
     ]
     described = (teacher.network.describe(data.image_size), teacher.seen)
-    teacher.note = "\n".join(filter(None, (*source.notes, *described, *notes)))
+    teacher.note = "\n".join(filter(None, (*loaded.notes, *described, *notes)))
     return teacher
 
 
-def _make_teacher(source: Network, inputs: Inputs, config: Configuration) -> Teacher:
+def _make_teacher(loaded: Network, inputs: Inputs, config: Configuration) -> Teacher:
     """The teacher, with its cache where there is one: a folder that is named here is made, one on record is not."""
     size, fast, folder = config.teacher_image_size, Fast.of(config), config.cache_teacher
     if folder is None:
-        return Teacher(source, inputs.data, size, fast, inputs.device)
+        return Teacher(loaded, inputs.data, size, fast, inputs.device)
     if _is_recorded(config, "cache_teacher") and not os.path.isdir(folder):
         raise UserError(f"the cache on record: there is no folder {folder}; name one with --cache_teacher")
-    return CachedTeacher(source, inputs.data, size, fast, inputs.device, folder, config.cache_top_k)
+    return CachedTeacher(loaded, inputs.data, size, fast, inputs.device, folder, config.cache_top_k)
 
 
 def _check_teacher(teacher: Teacher, number: int, inputs: Inputs, config: Configuration) -> str:
     """A line on the accuracy of one of the teachers, tested as its weights' own test does where that is known and the
     data are image files, which is kept in the `teacher` where it is the only one; raises `UserError` where it does not
     fit the data or its record."""
-    source, data = teacher.source.teachers[number], inputs.data
+    loaded, data = teacher.loaded.teachers[number], inputs.data
     if not data.labelled:
-        first = known_classes(teacher.source)
-        others = compare_classes(known_classes(source), first) if first and teacher.source.num_classes else None
+        first = known_classes(teacher.loaded)
+        others = compare_classes(known_classes(loaded), first) if first and teacher.loaded.num_classes else None
         if others is not None and not config.allow_teacher_gap:
             raise UserError(
-                f"--path_t: {teacher.source.teachers[0].path} and {source.path} have classes in another order, so "
+                f"--path_t: {teacher.loaded.teachers[0].path} and {loaded.path} have classes in another order, so "
                 "their logits have no average; choose other teachers, or --allow_teacher_gap"
             )
-        return f"teacher {source.name}: its accuracy is not measured: the images have no labels"
-    if source.num_classes != data.num_classes:
-        has = f"its {source.num_classes} classes are not those of the data" if source.num_classes else "no classifier"
-        return f"teacher {source.name}: {has}; its maps alone teach"
-    others = compare_classes(classes_of_logits(source), data.classes)
+        return f"teacher {loaded.name}: its accuracy is not measured: the images have no labels"
+    if loaded.num_classes != data.num_classes:
+        has = f"its {loaded.num_classes} classes are not those of the data" if loaded.num_classes else "no classifier"
+        return f"teacher {loaded.name}: {has}; its maps alone teach"
+    others = compare_classes(classes_of_logits(loaded), data.classes)
     if others is not None and not config.allow_teacher_gap:
         raise UserError(f"--path_t: {others}; use the data that the teacher knows, or --allow_teacher_gap")
-    own, how = own_test(source.path, source.record, data), ""
-    shown = _as_held(inputs) if teacher.sees_source else inputs.test_loader
+    own, how = own_test(loaded.path, loaded.record, data), ""
+    shown = _as_held(inputs) if teacher.sees_original else inputs.test_loader
     if own is not None:
         as_theirs, how = shown_as(own, data)
         test = as_theirs.test.to(inputs.device)
         shown = _part_loader(test, as_theirs, inputs.test_loader.batch_size, inputs.device)
     predict = functools.partial(teacher.predict_alone, number, as_tested=own is not None)
     accuracy = evaluate(predict, shown, "checking the teacher")["test_accuracy"]
-    teacher.accuracy = None if teacher.source.members else accuracy
-    line = check_accuracy(source, data.name, accuracy, config.allow_teacher_gap)
-    unknown = matched_by_position(classes_of_logits(source), data.classes)
-    return "\n".join(filter(None, (f"{line}; {how}" if how else line, unknown and f"teacher {source.name}: {unknown}")))
+    teacher.accuracy = None if teacher.loaded.members else accuracy
+    line = check_accuracy(loaded, data.name, accuracy, config.allow_teacher_gap)
+    unknown = matched_by_position(classes_of_logits(loaded), data.classes)
+    return "\n".join(filter(None, (f"{line}; {how}" if how else line, unknown and f"teacher {loaded.name}: {unknown}")))

@@ -168,8 +168,8 @@ class Training:
         return [self._laid_out(part) for part in parts]
 
     def _laid_out(self, batch: Batch) -> Batch:
-        source = None if batch.source is None else self.fast.lay_out(batch.source)
-        return batch._replace(images=self.fast.lay_out(batch.images), source=source)
+        original = None if batch.original is None else self.fast.lay_out(batch.original)
+        return batch._replace(images=self.fast.lay_out(batch.images), original=original)
 
     def is_whole(self, part: Batch) -> bool:
         """Whether this is a micro-batch of a batch as all but the last are."""

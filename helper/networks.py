@@ -263,47 +263,47 @@ def _class_names(wanted: str) -> list[str]:
         return [line.strip() for line in file if line.strip()]
 
 
-def read_at_classes(source: Network, wanted: str) -> Network:
+def read_at_classes(loaded: Network, wanted: str) -> Network:
     """The teacher with the columns of its classifier that `--teacher_classes` names, a name or number each.
 
     Raises `UserError` where a class is unknown.
     """
-    if source.members:
-        teachers = [read_at_classes(each, wanted) if each.num_classes else each for each in source.members]
-        return _together(source.path, teachers, source.network.shares)
-    names, known = _class_names(wanted), known_classes(source)
+    if loaded.members:
+        teachers = [read_at_classes(each, wanted) if each.num_classes else each for each in loaded.members]
+        return _together(loaded.path, teachers, loaded.network.shares)
+    names, known = _class_names(wanted), known_classes(loaded)
     numbers = {name: number for number, name in reversed(list(enumerate(known)))}
     columns = [numbers.get(name, int(name) if name.isdecimal() else -1) for name in names]
     for name, column in zip(names, columns, strict=True):
-        if not 0 <= column < source.num_classes:
+        if not 0 <= column < loaded.num_classes:
             close = difflib.get_close_matches(name, known, n=1)
             hint = f"did you mean {close[0]}?" if close else "numbers count from 0"
             raise UserError(f"--teacher_classes: the teacher has no class {name}; {hint}")
     with naming("--teacher_classes"), torch.no_grad():
-        network = select_classes(source.network, columns)
+        network = select_classes(loaded.network, columns)
     chosen = [known[column] for column in columns] if known else None
-    record = {**source.record, "classes": chosen}
-    note = f"the teacher is read at {len(columns)} of its {source.num_classes} classes (--teacher_classes)"
-    return source._replace(
-        network=network, num_classes=len(columns), record=record, notes=[*source.notes, note], accuracy=None
+    record = {**loaded.record, "classes": chosen}
+    note = f"the teacher is read at {len(columns)} of its {loaded.num_classes} classes (--teacher_classes)"
+    return loaded._replace(
+        network=network, num_classes=len(columns), record=record, notes=[*loaded.notes, note], accuracy=None
     )
 
 
-def known_classes(source: Network) -> list[str]:
+def known_classes(loaded: Network) -> list[str]:
     """The names of a network's classes, in their order; empty where nobody says them."""
-    if source.members:  # one order, the first one's, where their logits are averaged
-        return known_classes(source.members[0])
-    own = read_preprocessing(source.path)
-    return list(own.categories if own is not None else source.record.get("classes") or ())
+    if loaded.members:  # one order, the first one's, where their logits are averaged
+        return known_classes(loaded.members[0])
+    own = read_preprocessing(loaded.path)
+    return list(own.categories if own is not None else loaded.record.get("classes") or ())
 
 
-def classes_of_logits(source: Network) -> list[str]:
+def classes_of_logits(loaded: Network) -> list[str]:
     """The names of the classes of a network's logits; empty where nobody says them."""
-    names = source.record.get("classes") or known_classes(source)
-    return list(names) if len(names) == source.num_classes else []
+    names = loaded.record.get("classes") or known_classes(loaded)
+    return list(names) if len(names) == loaded.num_classes else []
 
 
-def classes_taught(source: Network) -> list[str]:
+def classes_taught(loaded: Network) -> list[str]:
     """The classes that a student learns from a teacher's logits: their names, or their numbers."""
-    known = known_classes(source)
-    return known if len(known) == source.num_classes else [str(number) for number in range(source.num_classes)]
+    known = known_classes(loaded)
+    return known if len(known) == loaded.num_classes else [str(number) for number in range(loaded.num_classes)]

@@ -240,7 +240,7 @@ def _with_classes(config: Configuration, data: ImageData, teacher: Teacher | Non
         raise UserError("--labels none: it is for runs of one process; leave torchrun out")
     if teacher is None or not find_distiller(config.distill).trains_classifier(config):
         return data._replace(classes=[])
-    return data._replace(classes=classes_taught(teacher.source))
+    return data._replace(classes=classes_taught(teacher.loaded))
 
 
 def _new_student(config: Configuration, data: ImageData) -> Backbone:
@@ -555,10 +555,10 @@ class Run:
         self.guard.check_weights(self.method)
         teacher = None
         if self.teacher is not None:
-            source = self.teacher.source
-            teacher = {"name": source.name, "digest": source.digest, "accuracy": self.teacher.accuracy}
-            counts = [each.num_classes for each in source.teachers]
-            teacher["num_classes"] = counts if source.members else source.num_classes
+            loaded = self.teacher.loaded
+            teacher = {"name": loaded.name, "digest": loaded.digest, "accuracy": self.teacher.accuracy}
+            counts = [each.num_classes for each in loaded.teachers]
+            teacher["num_classes"] = counts if loaded.members else loaded.num_classes
         known = {"accuracy": record.get("test_accuracy"), "epoch": self.epoch, "teacher": teacher}
         known |= {"accuracy_ema": record["test_accuracy_ema"]} if "test_accuracy_ema" in record else {}
         known["max_steps"] = self.config.max_steps

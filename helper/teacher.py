@@ -49,20 +49,20 @@ class FrozenTeacher(nn.Module):
         return self.network.outputs(images, preact)
 
 
-def as_it_was_trained(source: Network, data: ImageData, image_size: int | None) -> TeacherView | None:
+def as_it_was_trained(loaded: Network, data: ImageData, image_size: int | None) -> TeacherView | None:
     """The network behind a view that shows it the student's images in its own normalisation, and in its own size or
     `image_size`; None where that is how the images are, or where nobody says what is its own."""
-    own = read_preprocessing(source.path)
+    own = read_preprocessing(loaded.path)
     if own is not None:
         (mean, std), size, interpolation = (own.mean, own.std), own.image_size, own.interpolation
     else:
-        record = source.record
+        record = loaded.record
         mean, std = tuple(record.get("mean") or data.mean), tuple(record.get("std") or data.std)
         size, interpolation = record.get("image_size") or data.image_size, "bilinear"
     size = image_size or size
     if (mean, std, size) == (tuple(data.mean), tuple(data.std), data.image_size):
         return None
-    return TeacherView(source.network, data.mean, data.std, mean, std, size, interpolation)
+    return TeacherView(loaded.network, data.mean, data.std, mean, std, size, interpolation)
 
 
 def _views_of(
@@ -103,45 +103,48 @@ def shown_as(own: Preprocessing, data: ImageData) -> tuple[ImageData, str]:
 
 
 class Teacher:
-    """A teacher as runs compute it: frozen, in the chosen precision and layout, its pass on whole batches compiled."""
+    """A teacher as runs compute it: frozen, in the chosen precision and layout, its pass on whole batches compiled.
+
+    `loaded` is what its files hold.
+    """
 
     def __init__(
         self,
-        source: Network,
+        loaded: Network,
         data: ImageData,
         image_size: int | Sequence[int] | None,
         fast: Fast,
         device: torch.device,
     ):
-        self.source, self.fast, self.device = source, fast, device
-        views = _views_of(source.teachers, data, image_size)
+        self.loaded, self.fast, self.device = loaded, fast, device
+        views = _views_of(loaded.teachers, data, image_size)
         #: Whether it resizes the images as they are held, in place of those that are resized for the student.
-        self.sees_source = data.resized is not None and any(views)
-        if self.sees_source:  # all of them do then
+        self.sees_original = data.resized is not None and any(views)
+        if self.sees_original:  # all of them do then
             same = (data.mean, data.std, data.mean, data.std, data.image_size)
-            pairs = zip(views, source.teachers, strict=True)
+            pairs = zip(views, loaded.teachers, strict=True)
             views = [TeacherView(each.network, *same) if view is None else view for view, each in pairs]
         sizes = [data.image_size if view is None else view.image_size for view in views]
         self.image_size = sizes[0] if len(set(sizes)) == 1 else tuple(sizes)
-        networks = [each.network if view is None else view for view, each in zip(views, source.teachers, strict=True)]
+        networks = [each.network if view is None else view for view, each in zip(views, loaded.teachers, strict=True)]
         networks = [network.eval().to(device) for network in networks]
         # As their files hold them, for methods to read shapes and copy parts from.
         self.network = self._together(networks)
         probe_shapes(self.network, data.image_size)
-        shown_size = data.train.image_size if self.sees_source else data.image_size
+        shown_size = data.train.image_size if self.sees_original else data.image_size
         prepared = [fast.prepare_teacher(network, shown_size) for network in networks]
         self.frozen = FrozenTeacher(self._together(prepared))
         self._compiled = fast.compiled(self.frozen.forward, outlives=True)
         self.accuracy: float | None = None  # (%), as measured on the test images
         self.note = ""  # lines on what it is and how accurate
-        whose = [f"teacher {each.name}" for each in source.members] or ["the teacher"]
+        whose = [f"teacher {each.name}" for each in loaded.members] or ["the teacher"]
         lines = zip(whose, views, sizes, strict=True)
         self.seen = "\n".join(
             f"{who} sees {size}x{size}, with its own mean and std" for who, view, size in lines if view
         )
 
     def _together(self, networks: Sequence[Backbone]) -> Backbone:
-        return Ensemble(networks, self.source.network.shares) if len(networks) > 1 else networks[0]
+        return Ensemble(networks, self.loaded.network.shares) if len(networks) > 1 else networks[0]
 
     def __call__(self, images: Tensor, preact: bool, is_whole: bool) -> Output:
         """The outputs for images (B, 3, H, W) of a batch that may be whole."""
@@ -162,7 +165,7 @@ class Teacher:
 
     def shown(self, batch: Batch) -> Tensor:
         """The images of a batch that the teacher is given."""
-        return batch.images if batch.source is None or not self.sees_source else batch.source
+        return batch.images if batch.original is None or not self.sees_original else batch.original
 
     def predict(self, images: Tensor) -> Tensor:
         """Logits (B, K) for images (B, 3, H, W)."""
@@ -173,9 +176,9 @@ class Teacher:
         """Logits (B, K) of one of several teachers; images as the student's, or those that its own test shows."""
         with self.fast.autocast(self.device):
             if as_tested:
-                return self.source.teachers[number].network(self.fast.lay_out(images))
+                return self.loaded.teachers[number].network(self.fast.lay_out(images))
             network = self.frozen.network
-            if self.source.members:  # they are an `Ensemble` then
+            if self.loaded.members:  # they are an `Ensemble` then
                 network = cast(Ensemble, network).networks[number]
             return cast(Backbone, network).outputs(images).logits
 
@@ -200,7 +203,7 @@ class CachedTeacher(Teacher):
 
     def __init__(
         self,
-        source: Network,
+        loaded: Network,
         data: ImageData,
         image_size: int | None,
         fast: Fast,
@@ -208,9 +211,9 @@ class CachedTeacher(Teacher):
         folder: str,
         top_k: int | None = None,
     ):
-        super().__init__(source, data, image_size, fast, device)
-        if source.members:
-            raise UserError(f"{self.FLAG}: it is for one teacher, not for the {len(source.members)} of --path_t")
+        super().__init__(loaded, data, image_size, fast, device)
+        if loaded.members:
+            raise UserError(f"{self.FLAG}: it is for one teacher, not for the {len(loaded.members)} of --path_t")
         if count_processes() > 1:
             raise UserError(f"{self.FLAG}: it is for runs of one process; leave it out under torchrun")
         # It is made with its first sub-folder: what is refused until then leaves none. One that is there may be read.

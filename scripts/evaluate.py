@@ -144,28 +144,28 @@ def split_note(judged: Judged, wanted: RecordedData) -> Sequence[str]:
     return [f"--split {wanted.split:g}: its run had --split {own:g}, so it was trained on some of these test images"]
 
 
-def teachers_size(judged: Judged, source: Network | None) -> int | None:
+def teachers_size(judged: Judged, loaded: Network | None) -> int | None:
     """The size in which the run of a network showed this teacher its images; None: the teacher's own."""
-    is_its_own = source is not None and judged.record.get("teacher_digest") == source.digest
+    is_its_own = loaded is not None and judged.record.get("teacher_digest") == loaded.digest
     return judged.record.get("teacher_image_size") if is_its_own else None
 
 
 def by_data(
-    judged: Sequence[Judged], args, source: Network | None
+    judged: Sequence[Judged], args, loaded: Network | None
 ) -> Iterator[tuple[ImageData, str, int | None, list[Judged]]]:
     """The networks that are shown the same images, these images, how, where that is the weights' own test, and the
     `teachers_size`."""
-    loaded: dict[RecordedData, ImageData] = {}
+    data_sets: dict[RecordedData, ImageData] = {}
     groups: dict[tuple[RecordedData, Preprocessing | None, int | None], list[Judged]] = {}
     for one in judged:
         wanted = data_for(one, args)
-        if wanted not in loaded:
-            loaded[wanted] = wanted.load()
+        if wanted not in data_sets:
+            data_sets[wanted] = wanted.load()
         one = one._replace(notes=[*one.notes, *split_note(one, wanted)])
-        own = own_test(one.source, one.record, loaded[wanted]) if args.image_size is None else None
-        groups.setdefault((wanted, own, teachers_size(one, source)), []).append(one)
+        own = own_test(one.source, one.record, data_sets[wanted]) if args.image_size is None else None
+        groups.setdefault((wanted, own, teachers_size(one, loaded)), []).append(one)
     for (wanted, own, size), members in groups.items():
-        data, how = (loaded[wanted], "") if own is None else shown_as(own, loaded[wanted])
+        data, how = (data_sets[wanted], "") if own is None else shown_as(own, data_sets[wanted])
         yield data, how, size, members
 
 
@@ -183,12 +183,12 @@ def check_classes(judged: Judged, data: ImageData) -> str:
     return matched_by_position(classes or (own and own.categories), data.classes)
 
 
-def check_teachers_classes(source: Network, data: ImageData) -> str:
+def check_teachers_classes(loaded: Network, data: ImageData) -> str:
     """The same of the teacher, whose logits are compared where it has as many classes."""
-    classes = classes_of_logits(source) if source.num_classes == data.num_classes else []
+    classes = classes_of_logits(loaded) if loaded.num_classes == data.num_classes else []
     others = compare_classes(classes, data.classes)
     if others is not None:
-        raise UserError(f"--teacher: {source.path}: {others}")
+        raise UserError(f"--teacher: {loaded.path}: {others}")
     unknown = matched_by_position(classes, data.classes)
     return unknown and f"teacher: {unknown}"
 
@@ -275,8 +275,8 @@ def measure(seen: Seen, tested: Tested, teacher: Teacher | None, data: ImageData
     about["worst_errors"] = _shown(wrong, wrong >= 0, logits, tested, data)
     if teacher is None:
         return about
-    source = teacher.source
-    about["teacher"] = {"network": source.path, "model": source.name, "digest": source.digest}
+    loaded = teacher.loaded
+    about["teacher"] = {"network": loaded.path, "model": loaded.name, "digest": loaded.digest}
     cka = {"cka_unfolded": seen.cka_unfolded if seen.folds else None, "cka": seen.cka if judged.outputs else None}
     about |= {name: value for name, one in cka.items() if one and (value := one.value()) is not None}
     if tested.teacher_logits is not None and tested.teacher_logits.shape == logits.shape:
@@ -479,13 +479,13 @@ def judge_all(args) -> list[Judgement]:
     judged = [read_judged(source, args.model, device, args.ema) for source in args.networks]
     for one in judged if args.fidelity else ():
         check_end_of_run(one)
-    source = args.teacher and read_network(file_of(args.teacher), None, "--teacher", "--teacher")
+    loaded = args.teacher and read_network(file_of(args.teacher), None, "--teacher", "--teacher")
     found = []
-    for data, how, size, members in by_data(judged, args, source):
-        of_teacher = check_teachers_classes(source, data) if source else ""
+    for data, how, size, members in by_data(judged, args, loaded):
+        of_teacher = check_teachers_classes(loaded, data) if loaded else ""
         unknown = [list(filter(None, (check_classes(one, data), of_teacher))) for one in members]
         members = [one._replace(notes=[*one.notes, *more]) for one, more in zip(members, unknown, strict=True)]
-        teacher = Teacher(source, data, size, Fast(), device) if source else None
+        teacher = Teacher(loaded, data, size, Fast(), device) if loaded else None
         seen = [Seen(one) for one in members]
         tested = test(seen, teacher, data, device, args.batch_size)
         for one in seen:

@@ -27,16 +27,16 @@ def test_batches_are_resized_and_memory_holds_what_it_held(size, augment):
     assert data.image_size == size and data.train.pixels.shape[-1] == 32
     assert data_digest(data) == data_digest(plain)
     before, after = first(plain, augment), first(data, augment)
-    assert torch.equal(after.source, before.images) and before.source is None
+    assert torch.equal(after.original, before.images) and before.original is None
     expected = F.interpolate(before.images, (size, size), mode="bilinear", align_corners=False, antialias=size < 32)
     assert torch.equal(after.images, expected), "resized last: what is random is as without"
     views = next(iter(Loader(data.train, data, 6, CPU, data.augmentation, views="rotations").batches()))
-    assert views.images.shape == (24, 3, size, size) and views.parts(2)[1].source.shape == (12, 3, 32, 32)
+    assert views.images.shape == (24, 3, size, size) and views.parts(2)[1].original.shape == (12, 3, 32, 32)
 
 
 def test_the_size_that_is_held_changes_nothing():
     data = load_data("digits", image_size=32)
-    assert data.resized is None and first(data).source is None and "source_size" not in data_record(data)
+    assert data.resized is None and first(data).original is None and "source_size" not in data_record(data)
 
 
 def test_prediction_shows_what_testing_shows(tmp_path):
@@ -57,7 +57,7 @@ def test_prediction_lays_transparency_on_the_colour_that_testing_does(tmp_path):
 
 @pytest.mark.parametrize(
     ("image_size", "of_record", "own", "reads"),
-    [(64, 32, None, "source"), (64, 64, None, "images"), (64, None, None, "images"), (64, 32, 48, "source")],
+    [(64, 32, None, "original"), (64, 64, None, "images"), (64, None, None, "images"), (64, 32, 48, "original")],
 )
 def test_a_teacher_with_a_size_of_its_own_is_given_the_images_as_they_are_held(image_size, of_record, own, reads):
     data = load_data("digits", image_size=image_size)
@@ -67,9 +67,9 @@ def test_a_teacher_with_a_size_of_its_own_is_given_the_images_as_they_are_held(i
     batch = first(data)
     assert teacher.shown(batch) is getattr(batch, reads)
     size = own or of_record or image_size
-    expected = batch.images if size == image_size else batch.source
+    expected = batch.images if size == image_size else batch.original
     if size == 48:
-        expected = F.interpolate(batch.source, (48, 48), mode="bilinear", antialias=True)
+        expected = F.interpolate(batch.original, (48, 48), mode="bilinear", antialias=True)
     with torch.no_grad():
         assert torch.equal(teacher(teacher.shown(batch), False, False).logits, network(expected))
     assert teacher.image_size == size
@@ -81,7 +81,7 @@ def test_a_folded_teacher_resizes_what_it_is_given():
     source = Network("x.pth", "resnet8", build_model("resnet8", 10).eval(), 10, record=record)
     batch = first(data)
     plain, folded = (Teacher(source, data, None, Fast(fold_teacher=folds), CPU) for folds in (False, True))
-    assert folded.shown(batch) is batch.source
+    assert folded.shown(batch) is batch.original
     outputs = [teacher(teacher.shown(batch), False, False) for teacher in (plain, folded)]
     assert outputs[0].final.shape == outputs[1].final.shape
     assert torch.allclose(outputs[0].logits, outputs[1].logits, atol=1e-3)
@@ -91,4 +91,4 @@ def test_a_teacher_of_the_size_that_is_held_sees_it_where_nothing_is_resized():
     data = load_data("digits")
     teacher = Teacher(Network("x.pth", "resnet8", build_model("resnet8", 10), 10), data, 64, Fast(), CPU)
     batch = first(data)
-    assert teacher.shown(batch) is batch.images and not teacher.sees_source
+    assert teacher.shown(batch) is batch.images and not teacher.sees_original
