@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from dataset.balance import draw_balanced
+from dataset.changes import Changes
 from dataset.decoding import RandomCrops
 from dataset.images import Augmentation, Draws, ImageData, Images, augment, draw_augmentation, resize
 from dataset.policies import v2
@@ -55,6 +56,19 @@ class Batch(NamedTuple):
         return [part.flatten(0, 1) for part in views]
 
 
+class Shown(NamedTuple):
+    """What an epoch shows: images in their order, and what is random of each.
+
+    That belongs to an image's key: its sample index, or its place in the epoch where it may be shown several times.
+    """
+
+    order: Tensor  # (m,), sample indices
+    keys: Tensor  # (m,)
+    draws: Sequence[Draws] = ()  # crops and flips of every view, by key; none where images are shown as they are
+    changes: Changes | None = None
+    crops: RandomCrops | None = None  # of images that are cropped when they are read
+
+
 class Loader:
     """Batches of one split; shuffled and augmented where `augmentation` is given, in order otherwise.
 
@@ -95,34 +109,39 @@ class Loader:
 
     def batches(self, epoch: int = 0, first: int = 0) -> Iterator[Batch]:
         """The batches of an epoch, from the one with number `first` on."""
-        n, device = len(self.images.targets), self.images.targets.device
-        order, draws, keys, changes, crops = self.subset, None, None, None, None
-        if self.augmentation is not None:
-            generator = torch.Generator().manual_seed(epoch_seed(self.seed, epoch))
-            order, keys = self._order(generator)
-            changes = self.augmentation.changes(self._mean, self.seed, epoch)
-            if self.augmentation.scale is not None:  # nothing of an image depends on which others are shown
-                generator.manual_seed(epoch_seed(self.seed, epoch, stream="flips"))
-            draws = [draw_augmentation(self.augmentation, n, generator).to(device) for _ in range(self.num_views)]
-        sizes, parts = self._parts(order.to(device), first)
-        key_parts = parts if keys is None else self._parts(keys, first)[1]
-        if draws is not None and self.augmentation.scale is not None:
-            crops = RandomCrops(self.images.image_size, self.seed, epoch, self.num_views, self.augmentation.scale)
-        read = self.images.read(parts, crops, fill=draws is not None, changes=changes, keys=key_parts)
-        for number, (size, key, (index, views)) in enumerate(zip(sizes, key_parts, read, strict=True), first):
-            drawn = index if keys is None else key.to(device)
-            images = self._shown(views, draws and [draw.of(drawn) for draw in draws], epoch, number)
+        shown, fills = self._shown_in(epoch), self.augmentation is not None
+        sizes, parts = self._parts(shown.order, first)
+        _, keys = self._parts(shown.keys, first)
+        read = self.images.read(parts, shown.crops, fill=fills, changes=shown.changes, keys=keys)
+        for number, (size, key, (index, views)) in enumerate(zip(sizes, keys, read, strict=True), first):
+            images = self._augmented(views, [draws.of(key) for draws in shown.draws], epoch, number)
             batch = self._finished(Batch(images, self.images.targets[index], index, size), epoch, number)
             yield batch.parts(self.world_size)[self.rank] if self._draws_for_all_processes() else batch
 
-    def _shown(self, views: list[Tensor], draws: list[Draws] | None, epoch: int, number: int) -> Tensor:
+    def _shown_in(self, epoch: int) -> Shown:
+        """What an epoch shows; drawn on the CPU, so that every device trains on the same."""
+        device, augmentation = self.images.targets.device, self.augmentation
+        if augmentation is None:
+            order = self.subset.to(device)
+            return Shown(order, order)
+        generator, crops = torch.Generator().manual_seed(epoch_seed(self.seed, epoch)), None
+        order, keys = self._order(generator)
+        if augmentation.scale is not None:  # nothing of an image depends on which others are shown
+            generator.manual_seed(epoch_seed(self.seed, epoch, stream="flips"))
+            crops = RandomCrops(self.images.image_size, self.seed, epoch, self.num_views, augmentation.scale)
+        n = len(self.images.targets)
+        draws = [draw_augmentation(augmentation, n, generator).to(device) for _ in range(self.num_views)]
+        changes = augmentation.changes(self._mean, self.seed, epoch)
+        return Shown(order.to(device), keys.to(device), draws, changes, crops)
+
+    def _augmented(self, views: list[Tensor], draws: list[Draws], epoch: int, number: int) -> Tensor:
         """The batch with that number in all its views, augmented and normalised; of one crop for all, or one for each.
 
-        `draws` are the random choices of each view, None where there are none.
+        `draws` are the random choices of each view; none where there are none.
         """
-        if draws is None or self._make_views is None:
+        if not draws or self._make_views is None:
             (pixels,) = views
-            return self._normalised(pixels, draws and draws[0])
+            return self._normalised(pixels, draws[0] if draws else None)
         made = []
         for pixels in views:
             generator = torch.Generator().manual_seed(epoch_seed(self.seed, epoch, number, stream="views"))
@@ -143,13 +162,11 @@ class Loader:
             some.copy_(values).mul_(self._scale).add_(self._shift)
         return images
 
-    def _order(self, generator: torch.Generator) -> tuple[Tensor, Tensor | None]:
-        """The sample indices of an epoch, and what decides the rest that is random of each image; None: its index.
-
-        An image that is shown several times is cropped and changed by where it is in the epoch.
-        """
+    def _order(self, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """The sample indices of an epoch, and their keys."""
         if not self.augmentation.balanced:
-            return self.subset[torch.randperm(len(self.subset), generator=generator)], None
+            order = self.subset[torch.randperm(len(self.subset), generator=generator)]
+            return order, order
         targets = self.images.targets.cpu()[self.subset]
         return self.subset[draw_balanced(targets, generator)], torch.arange(len(self.subset))
 
