@@ -39,6 +39,13 @@ def test_scores_loss_and_update_have_the_published_values():
     assert memory.memory_v2[2, 0].item() == pytest.approx(0.6268290051, abs=1e-9)
 
 
+def test_the_momentum_is_the_share_of_the_bank_that_stays():
+    memory = ContrastMemory(6, 20, momentum=0.9)
+    before, (v1, v2) = memory.memory_v1.clone(), (F.normalize(torch.randn(3, 6)) for _ in range(2))
+    memory(v1, v2, torch.arange(3), torch.arange(15).view(3, 5))
+    assert torch.allclose(memory.memory_v1[:3], F.normalize(0.9 * before[:3] + 0.1 * v1), atol=1e-6)
+
+
 def plain_scores(memory: ContrastMemory, v1, v2, contrast_index):
     """CRD's scores as its equations read, from copies of the banks."""
     for bank, v in ((memory.memory_v2.clone(), v1), (memory.memory_v1.clone(), v2)):

@@ -134,6 +134,14 @@ def test_both_forms_agree_for_any_batch_and_after_moves_and_copies(batch, traini
     assert_same(everything(collapsed, x, target), everything(direct, x, target), 1e-12)
 
 
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+def test_both_forms_agree_where_the_expanded_map_is_averaged_to_a_smaller_target(training):
+    """From 5 to 3 pixels some count twice, so that the mean is another one than that of the map."""
+    direct, collapsed = twins(make_transform(6, 5, 3).train(training))
+    x, target = torch.randn(4, 6, 5, 5).double(), torch.randn(4, 5, 3, 3).double()
+    assert_same(everything(collapsed, x, target), everything(direct, x, target), 1e-12)
+
+
 @pytest.mark.parametrize("form", ["direct", "collapsed"])
 def test_gradients_are_those_of_finite_differences(form):
     transform = make_transform(4, 3, 2, form=form).train()

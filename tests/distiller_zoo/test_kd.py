@@ -28,6 +28,13 @@ def test_standardised_kd_is_the_papers_total():
     close([losses["ce"], losses["kd"]], [0.1 * 2.5942054000, 9 * 0.7323762331])
 
 
+def test_what_is_exported_is_in_eval_mode_and_independent():
+    method = build_alone("kd").train()
+    exported = method.export()
+    assert not any(module.training for module in exported.modules()) and method.student.training
+    assert not {*exported.parameters()} & {*method.parameters()}
+
+
 def each_with(logits: torch.Tensor) -> Output:
     """An output of which the logits alone may be read."""
     return Output(None, None, None, None, logits)

@@ -76,6 +76,27 @@ def test_the_schedule_is_the_published_one_and_stretches():
     assert [norm_weight("cifar", epoch, 24) for epoch in range(24)] == published[5::10]
     assert [norm_weight("imagenet", epoch, 100) for epoch in (0, 5, 15, 60, 80, 99)] == [0.1, 0.5, 0.9, 0.5, 0.1, 0.1]
     assert norm_weight(0.7, 3, 10) == 0.7
+    _, method = build()
+    assert [method.schedule(Progress(epoch, 240)) for epoch in range(240)] == published
+
+
+def test_the_logit_terms_read_the_standardised_logits_of_both_networks():
+    teacher, method = build(gamma=0.5, alpha=2.0)
+    batch = make_batch()
+    seen = teacher(batch.images)
+    logits, losses = method(batch, seen, Progress(0, 240))
+    ours, theirs = standardise_logits(logits, 2.5), standardise_logits(seen.logits, 2.5)
+    assert torch.allclose(losses["ce"], 0.5 * F.cross_entropy(ours, batch.targets))
+    assert torch.allclose(losses["kd"], 2 * kl_divergence(ours, theirs, 4))
+
+
+@pytest.mark.parametrize("position", ["pre", "post"])
+def test_a_wrns_transform_is_matched_to_the_teachers_map_of_the_same_position(position):
+    teacher, method = build("wrn_16_2", "wrn_16_1", ft_position=position)
+    images, expand = torch.randn(2, 3, 32, 32), method.eval().transform.expand
+    seen, final = teacher(images), method.student.forward_maps(images)[1]
+    own, theirs = (final, seen.final) if position == "pre" else (method.student.activate(final), seen.activated)
+    assert torch.allclose(method.respond(images, seen).norm_loss, norm_loss(expand(own), theirs), rtol=1e-4)
 
 
 @pytest.mark.slow
