@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 from tests.check_values import g
 from tests.conftest import make_batch
-from tests.distiller_zoo.helpers import build, outputs
+from tests.distiller_zoo.helpers import build, outputs, parts_that_differ, take_steps
 
 S6, T6 = g((4, 6, 8, 8), 0.29, 0.9), g((4, 6, 8, 8), 0.37, 0.2)
 
@@ -38,6 +38,15 @@ def test_srrls_forms_are_the_formula():
         expected = (vector - teacher_output.pooled).square().mean() + (logits - teacher_output.logits).square().mean()
         loss = method.feature_loss(student_output, teacher_output, None, None)
         assert torch.allclose(loss, expected, rtol=1e-4), form
+
+
+def test_srrl_trains_through_the_teachers_classifier_and_leaves_it_alone():
+    teacher, method = build("srrl")
+    connector = {name: value.clone() for name, value in method.connector.state_dict().items()}
+    take_steps(method, teacher, [make_batch()])
+    own, theirs = method.teacher_classifier.state_dict(), teacher.network.get_classifier().state_dict()
+    assert all(torch.equal(own[name], theirs[name]) for name in theirs)
+    assert "0.weight" in parts_that_differ(method.connector, connector)
 
 
 def test_srrls_connector_starts_as_published():
