@@ -36,7 +36,7 @@ with starting():
     from helper.tables.pages import render, write_page
     from helper.tables.rows import read_result
     from helper.teacher import Teacher, own_test, shown_as
-    from models.backbone import Output
+    from models.backbone import Backbone, Output, probe_shapes
     from models.checkpoints import read_checkpoint
     from models.classes import compare_classes, matched_by_position
     from models.external import is_external
@@ -67,13 +67,13 @@ TEACHER_TITLES = {
 
 
 class Judged(NamedTuple):
-    """A network to be judged: `source` names it, `logits` and `outputs` compute images (B, 3, H, W)."""
+    """A network to be judged: `source` names it, `logits` computes images (B, 3, H, W)."""
 
     source: str
     name: str
     record: Mapping[str, Any]  # what its file says of it
     logits: Callable[[Tensor], Tensor]
-    outputs: Callable[[Tensor], Output] | None = None  # None: a program, which shows no maps
+    network: Backbone | None = None  # None: a program, which shows no maps and reads one size
     trained: Callable[[Tensor], Output] | None = None  # as the run trained it, where its checkpoint is there
     notes: Sequence[str] = ()
     folder: Path | None = None  # of its run
@@ -109,7 +109,7 @@ def read_judged(source: str, model: str | None, device: torch.device, ema: bool 
             notes.append(f"its maps before folding are unknown: {error}")
         folder = folder or (Path(path).parent if (Path(path).parent / RESULT).exists() else None)
     record |= {"digest": found.digest, "num_classes": found.num_classes}
-    return Judged(source, found.name, record, lambda images: network(images), network.outputs, trained, notes, folder)
+    return Judged(source, found.name, record, lambda images: network(images), network, trained, notes, folder)
 
 
 def _responding(method) -> Callable[[Tensor], Output]:
@@ -152,9 +152,9 @@ def teachers_size(judged: Judged, loaded: Network | None) -> int | None:
 
 def by_data(
     judged: Sequence[Judged], args, loaded: Network | None
-) -> Iterator[tuple[ImageData, str, int | None, list[Judged]]]:
-    """The networks that are shown the same images, these images, how, where that is the weights' own test, and the
-    `teachers_size`."""
+) -> Iterator[tuple[ImageData, str | None, str, int | None, list[Judged]]]:
+    """The networks that are shown the same images, these images, their folder, how they are shown, where that is the
+    weights' own test, and the `teachers_size`."""
     data_sets: dict[RecordedData, ImageData] = {}
     groups: dict[tuple[RecordedData, Preprocessing | None, int | None], list[Judged]] = {}
     for one in judged:
@@ -166,7 +166,7 @@ def by_data(
         groups.setdefault((wanted, own, teachers_size(one, loaded)), []).append(one)
     for (wanted, own, size), members in groups.items():
         data, how = (data_sets[wanted], "") if own is None else shown_as(own, data_sets[wanted])
-        yield data, how, size, members
+        yield data, wanted.folder, how, size, members
 
 
 def check_classes(judged: Judged, data: ImageData) -> str:
@@ -181,6 +181,18 @@ def check_classes(judged: Judged, data: ImageData) -> str:
     if others is not None:
         raise UserError(f"--data: {judged.source}: {others}")
     return matched_by_position(classes or (own and own.categories), data.classes)
+
+
+def check_size(judged: Judged, data: ImageData) -> None:
+    """Raise `UserError` where a network cannot read images of the size that it is to be shown."""
+    own = judged.record.get("image_size")
+    if judged.network is not None:
+        probe_shapes(judged.network, data.image_size)
+    elif own not in (None, data.image_size):
+        raise UserError(
+            f"--image_size: {judged.source} reads images of {own}x{own} alone, as it was exported; leave it out, or "
+            "judge the checkpoint"
+        )
 
 
 def check_teachers_classes(loaded: Network, data: ImageData) -> str:
@@ -206,10 +218,10 @@ class Seen:
 
     def see(self, images: Tensor, teacher: Output | None) -> None:
         """Count a batch, with the teacher's outputs for it."""
-        if teacher is None or self.judged.outputs is None:
+        if teacher is None or self.judged.network is None:
             self._logits.append(self.judged.logits(images).float().cpu())
             return
-        output = self.judged.outputs(images)
+        output = self.judged.network.outputs(images)
         self._logits.append(output.logits.float().cpu())
         self.cka.update(output.activated, teacher.activated)
         if self.judged.trained is not None and (self.folds or len(self._logits) == 1):
@@ -264,7 +276,6 @@ def measure(seen: Seen, tested: Tested, teacher: Teacher | None, data: ImageData
         "model": judged.name,
         "digest": record.get("digest"),
         "dataset": data.name,
-        "data": record.get("data"),
         "image_size": data.image_size,
         "test_images": len(tested.targets),
         "test_unreadable": left_out,
@@ -277,7 +288,7 @@ def measure(seen: Seen, tested: Tested, teacher: Teacher | None, data: ImageData
         return about
     loaded = teacher.loaded
     about["teacher"] = {"network": loaded.path, "model": loaded.name, "digest": loaded.digest}
-    cka = {"cka_unfolded": seen.cka_unfolded if seen.folds else None, "cka": seen.cka if judged.outputs else None}
+    cka = {"cka_unfolded": seen.cka_unfolded if seen.folds else None, "cka": seen.cka if judged.network else None}
     about |= {name: value for name, one in cka.items() if one and (value := one.value()) is not None}
     if tested.teacher_logits is not None and tested.teacher_logits.shape == logits.shape:
         compared = fidelity(logits, tested.teacher_logits, tested.targets)
@@ -481,7 +492,9 @@ def judge_all(args) -> list[Judgement]:
         check_end_of_run(one)
     loaded = args.teacher and read_network(file_of(args.teacher), None, "--teacher", "--teacher")
     found = []
-    for data, how, size, members in by_data(judged, args, loaded):
+    for data, folder, how, size, members in by_data(judged, args, loaded):
+        for one in members:
+            check_size(one, data)
         of_teacher = check_teachers_classes(loaded, data) if loaded else ""
         unknown = [list(filter(None, (check_classes(one, data), of_teacher))) for one in members]
         members = [one._replace(notes=[*one.notes, *more]) for one, more in zip(members, unknown, strict=True)]
@@ -489,7 +502,7 @@ def judge_all(args) -> list[Judgement]:
         seen = [Seen(one) for one in members]
         tested = test(seen, teacher, data, device, args.batch_size)
         for one in seen:
-            about = measure(one, tested, teacher, data) | ({"test_transform": how} if how else {})
+            about = measure(one, tested, teacher, data) | {"data": folder} | ({"test_transform": how} if how else {})
             print(as_text(about), *(f"  note: {note}" for note in one.judged.notes), sep="\n")
             found.append(Judgement(about, one.judged, pictures_of(about, data) if args.html else {}))
     return found
