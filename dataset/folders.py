@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from dataset.decoding import endings
@@ -113,6 +113,31 @@ def list_folder(path: str, may_split: bool = False) -> Folder:
     return Folder(train, test, [printable(name) for name in train_classes])
 
 
+def list_judged(path: str, classes: Sequence[str]) -> Folder | None:
+    """A folder that holds test images alone: in val/ or test/, or in class folders of its own; None for one that has
+    train/, or has it in a folder within.
+
+    Its classes are those that are given where it has no others, else its own. `train` are the same images. Raises
+    `UserError`.
+    """
+    root, splits = _find_splits(path)
+    if root or not os.path.isdir(path) or any(_find_splits(inner)[0] for inner in _class_folders(path).values()):
+        return None
+    place = splits[0] if splits else path
+    if classes and os.path.exists(os.path.join(place, ANNOTATIONS)):
+        listing, found = _list_annotated(place, list(classes)), list(classes)
+    else:
+        listing, own = _list_split(place, allow_empty=True)
+        names = [printable(name) for name in own]
+        found = list(classes) if set(names) <= set(classes) else names
+        numbers = [found.index(name) for name in names]
+        listing = listing._replace(targets=[numbers[target] for target in listing.targets])
+        _warn_of_missing(place, found, listing.targets)
+    print(f"{printable(path)} has no train/: the images in {printable(place)} are test images")
+    _say_what_counts(listing, splits)
+    return Folder(listing, listing, found)
+
+
 def refuse_other_than_folder(path: str) -> None:
     """Raise `UserError` where there is no folder at a path, also for an archive of one."""
     if os.path.isdir(path):
@@ -128,9 +153,11 @@ def _root_without_train(path: str, test: list[str], may_split: bool) -> str:
     refuse_other_than_folder(path)
     refuse_without_classes(path)
     folders = _class_folders(path)
-    inner = next((folder for folder in folders.values() if _find_splits(folder)[0]), None)
+    inner = next(((folder, train) for folder in folders.values() if (train := train_folder(folder))), None)
     if inner:
-        raise UserError(f"--data: {printable(path)} has no train/, but {printable(inner)} has; name that one")
+        folder, train = map(printable, inner)
+        hint = "name that one" if _class_folders(inner[1]) else f"sort {train} into train/{os.path.basename(folder)}"
+        raise UserError(f"--data: {printable(path)} has no train/, but {folder} has; {hint}")
     if test or not folders:
         raise UserError(
             f"--data: there is no folder {printable(os.path.join(path, 'train'))}; expected train/ and val/ (or "

@@ -14,6 +14,7 @@ from dataset.folders import (
     is_image_folder,
     list_folder,
     list_images,
+    list_judged,
     printable,
     refuse_other_than_folder,
     refuse_without_classes,
@@ -192,7 +193,9 @@ def _from_folder(
         train = streamed(list_images(folder))
         _warn_of_dark(train, folder)
         return train, train.select(torch.zeros(len(train.targets), dtype=torch.bool)), [], 0
-    listed = list_folder(folder, may_split=bool(reading.split or reading.holdout))
+    may_lack_train = reading.judges is not None and not (reading.split or reading.holdout)
+    listed = list_judged(folder, reading.judges or ()) if may_lack_train else None
+    listed = listed or list_folder(folder, may_split=bool(reading.split or reading.holdout))
     train, test = streamed(listed.train), listed.test and streamed(listed.test)
     _warn_of_dark(train, folder)
     if test is not None:

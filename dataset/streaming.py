@@ -43,6 +43,7 @@ class Reading(NamedTuple):
     holdout: int = 0  # number of images instead, where no share is given
     normalisation: Statistics | None = None  # a recorded one, instead of the data's own
     labelled: bool = True  # by class folders; else images at any depth, all of them for training
+    judges: tuple[str, ...] | None = None  # classes of a network, if known: a folder may hold test images alone for it
     device_memory: int | None = None  # bytes that may be used there, where it is not the CPU
 
 

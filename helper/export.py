@@ -56,6 +56,7 @@ class RecordedData(NamedTuple):
     split: float
     holdout: int
     may_download: bool  # only to a folder that a person has named
+    judges: tuple[str, ...] | None = None  # as `Reading` has it
 
     @classmethod
     def of(
@@ -91,6 +92,7 @@ class RecordedData(NamedTuple):
             split=self.split,
             holdout=self.holdout,
             normalisation=self.normalisation,
+            judges=self.judges,
         )
 
 

@@ -133,7 +133,7 @@ def data_for(judged: Judged, args) -> RecordedData:
         record = {**own._asdict(), "image_size": own.test_size} | record
     is_other = args.dataset is not None or args.data is not None
     wanted = RecordedData.of(record, dataset if is_other else None, args.data, args.image_size, args.split)
-    return wanted._replace(dataset=dataset)
+    return wanted._replace(dataset=dataset, judges=tuple(record.get("classes") or ()))
 
 
 def split_note(judged: Judged, wanted: RecordedData) -> Sequence[str]:
@@ -448,7 +448,7 @@ def make_parser() -> Parser:
     add("--model", metavar="NAME", help="the model's name, where a file of another code does not say it")
     add("--ema", action="store_true", help="the moving average of the weights, where a file of NETWORK holds both")
     add("--dataset", choices=DATASETS, help="default: the network's own, or folder with --data")
-    add("--data", metavar="PATH", help="where the data are stored; default: as on record")
+    add("--data", metavar="PATH", help="where the data are stored, or test images alone; default: as on record")
     add("--split", type=below_one, metavar="SHARE", help="of the training images, for a folder without test images")
     add("--image_size", type=count, metavar="PIXELS", help="default: the network's own")
     add("--batch_size", type=count, default=128, metavar="B", help="images that are computed at once (128)")

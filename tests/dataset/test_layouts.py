@@ -88,3 +88,27 @@ def test_a_level_too_high_or_too_low_is_named(folder):
     shutil.rmtree(split)
     for options in ({}, {"split": 0.2}):
         assert f"there is no folder {split}" in refusal(folder, **options), "val is no class"
+
+
+def test_classes_above_splits_are_explained(folder):
+    """CLASS/train/IMAGE: that folder of a class is no data set."""
+    above = folder.parent / "classes"
+    for name in ("cat", "dog"):
+        shutil.copytree(folder / "train" / name, above / name / "train")
+    said = f"{above} has no train/, but {above}/cat has; sort {above}/cat/train into train/cat"
+    assert said in refusal(above) and said in refusal(above, split=0.2)
+
+
+def test_a_folder_of_test_images_alone_is_judged_by_the_names_of_its_classes(folder, capsys):
+    """In the order of the network, with the classes of which there are no images."""
+    places = ("bird", "cat", "dog")
+    for path in (folder / "val", folder):
+        shutil.rmtree(folder / "train", ignore_errors=True)
+        data = load(path, stream=True, judges=places)
+        assert data.classes == list(places) and data.test.targets.tolist() == [1] * 5 + [2] * 5
+        out = capsys.readouterr().out
+        assert f"{path} has no train/: the images in {folder}/val are test images" in out and "of 1 class: bird" in out
+    assert load(folder, stream=True, judges=("dog", "bird")).classes == ["cat", "dog"], "who judges refuses these"
+    assert load(folder, stream=True, judges=()).classes == ["cat", "dog"]
+    assert "there is no folder" in refusal(folder) and "--split 0.2" in refusal(folder / "val"), "to train"
+    assert len(load(folder / "val", stream=True, split=0.2, judges=places).test.targets) == 2, "as it was asked for"

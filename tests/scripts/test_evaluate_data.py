@@ -1,5 +1,6 @@
 """scripts/evaluate.py: which images a network is judged on, and how it is shown them."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -38,3 +39,14 @@ def test_the_result_names_the_folder_that_was_judged_on(tmp_path):
     folder = write_images(tmp_path / "data", side=32)
     (about,) = evaluate.main([shipped(tmp_path / "it.pth"), "--data", str(folder)])
     assert about["data"] == str(folder) and about["test_images"] == 10
+
+
+def test_a_folder_of_test_images_alone_is_judged(tmp_path):
+    """Its numbers are those of the same images next to training images, whatever else the network knows."""
+    folder = write_images(tmp_path / "data", side=32)
+    file = shipped(tmp_path / "it.pth", ("ant", "cat", "dog"))
+    (alone,) = evaluate.main([file, "--data", str(folder / "val")])
+    (folder / "train" / "ant").mkdir()
+    shutil.copy(folder / "val" / "cat" / "0.JPEG", folder / "train" / "ant")
+    (whole,) = evaluate.main([file, "--data", str(folder)])
+    assert alone == whole | {"network": file, "data": str(folder / "val")}
