@@ -154,6 +154,11 @@ class NORM(Distiller):
                 _check_sizes(student_map, each, self.larger_student, self.ft_form)
         sizes = (describe_sizes(student_map, each, self.map_size, "max") for each in teacher_maps)
         self._sizes = list(filter(None, dict.fromkeys(sizes)))
+        if self.ft_position == "post" and student.activates_final and not self._folds_into_classifier():
+            raise UserError(
+                "--ft_position post: the transform cannot be folded into this student's classifier, which needs a bias "
+                "and must read an average; leave it at pre"
+            )
         channels, teacher_channels = student_map[0], [each[0] for each in teacher_maps]
         if self.ft == "none":
             if self.co_sponge != 1 or [channels] != teacher_channels:
@@ -232,6 +237,8 @@ class NORM(Distiller):
     def export_note(self) -> str:
         if self.transform is None or self._folds_into_classifier():
             return ""
+        if not self._has_bias():
+            return "one 1x1 convolution is kept: this network's classifier has no bias, which would take up its bias"
         if self.student.classifies_mean:
             return (
                 "one 1x1 convolution is kept: this network's last BatchNorm and ReLU are between the transform and "
@@ -243,9 +250,13 @@ class NORM(Distiller):
         )
 
     def _folds_into_classifier(self) -> bool:
-        """Whether there is only a weighted mean of the positions between the transform and the classifier."""
+        """Whether there is only a weighted mean of the positions between the transform and the classifier, which has a
+        bias for the transform's."""
         averaged = self.ft_position == "post" or not self.student.activates_final
-        return averaged and self.student.classifies_mean
+        return averaged and self.student.classifies_mean and self._has_bias()
+
+    def _has_bias(self) -> bool:
+        return self.student.get_classifier().bias is not None
 
 
 @torch.no_grad()

@@ -13,6 +13,7 @@ do. It is another one than the last feature map in WRNs alone, whose feature map
 takes the feature maps, and its WRNs are post-activation ResNets.
 """
 
+import torch
 from torch.nn import functional as F
 
 from distiller_zoo.base import ALPHA, BETA, GAMMA, KD_T, Flag, count
@@ -68,7 +69,8 @@ class SimKD(MapDistiller):
             )
         width, *_ = last_map(probe_shapes(student, task.image_size))
         self.student = ReusedClassifier(student, width, channels, size, self.projector_factor)
-        self.student.classifier.load_state_dict(classifier.state_dict())
+        no_bias = torch.zeros(classifier.out_features)  # of a teacher's classifier without one
+        self.student.classifier.load_state_dict({"bias": no_bias, **classifier.state_dict()})
         self.student.classifier.requires_grad_(False)
 
     @classmethod

@@ -236,8 +236,8 @@ def _resemblance(model_name: str, weights: Weights) -> float:
 
 def count_classes(model: Backbone, weights: Weights) -> int | None:
     """Number of classes of these weights, read where `model` has its classifier; None where they have nothing there."""
-    bias = weights.get(f"{_name_of_classifier(model)}.bias")
-    return None if bias is None else len(bias)
+    weight = weights.get(f"{_name_of_classifier(model)}.weight")  # not every classifier has a bias
+    return None if weight is None else len(weight)
 
 
 def _name_of_classifier(model: Backbone) -> str:

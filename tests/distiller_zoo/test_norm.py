@@ -138,6 +138,18 @@ def test_a_wrn_keeps_one_convolution_only_where_its_relu_is_in_the_way(position,
         assert exported.state_dict().keys() == method.student.state_dict().keys()
 
 
+def test_a_classifier_without_a_bias_keeps_the_convolution():
+    teacher, student = pair_networks("resnet14", "resnet8")
+    student.fc = torch.nn.Linear(64, 10, bias=False)
+    method = NORM(student, teacher, TASK)
+    train_some_steps(method, FrozenTeacher(teacher))
+    assert isinstance(assert_folds(method), FinalConv) and "no bias" in method.export_note()
+    _, wrn = pair_networks("wrn_16_2", "wrn_16_1")
+    wrn.fc = torch.nn.Linear(64, 10, bias=False)
+    with pytest.raises(UserError, match=r"--ft_position post: .*needs a bias"):
+        NORM(wrn, teacher, TASK, ft_position="post")
+
+
 @pytest.mark.parametrize("name", ["resnet8", "vgg8", "MobileNetV2", "ShuffleV2"])
 def test_a_folded_student_has_the_plain_students_class_and_keys(name):
     teacher, method = build("resnet14", name) if name == "resnet8" else build("vgg13", name)

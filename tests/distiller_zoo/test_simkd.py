@@ -8,16 +8,14 @@ from torch import nn
 from torch.nn import functional as F
 
 from distiller_zoo import Predictor, Progress
+from distiller_zoo.simkd import SimKD
 from errors import UserError
 from models import build_model
 from models.backbone import probe_shapes
 from models.cost import count_parameters
 from models.wrappers import ReusedClassifier
-from tests.conftest import make_batch
-from tests.distiller_zoo.helpers import (
-    build,
-    take_steps,
-)
+from tests.conftest import make_batch, pair_networks
+from tests.distiller_zoo.helpers import TASK, build, take_steps
 
 PAIRS = (
     ("resnet14", "resnet8"),
@@ -33,6 +31,13 @@ PAIRS = (
 def test_simkd_trains_on_one_image():
     teacher, method = build("simkd", batch_size=1)
     assert torch.isfinite(take_steps(method, teacher, [make_batch(1)])[0]["simkd"])
+
+
+def test_simkd_reuses_a_classifier_without_a_bias():
+    teacher, student = pair_networks("resnet14", "resnet8")
+    teacher.fc = nn.Linear(64, 10, bias=False)
+    shipped = SimKD(student, teacher, TASK).export()
+    assert torch.equal(shipped.classifier.weight, teacher.fc.weight) and not shipped.classifier.bias.any()
 
 
 def test_simkds_projector_has_the_published_size():

@@ -1,9 +1,21 @@
-"""Weights in files: their digest."""
+"""Weights in files: their digest, their number of classes."""
 
 import torch
+from torch import nn
 
-from models import build_model
-from models.checkpoints import weights_digest
+from models import build_model, model_dict
+from models.checkpoints import build_with, weights_digest
+
+
+def test_the_classes_of_a_classifier_without_a_bias_are_counted(monkeypatch):
+    def build(num_classes):
+        network = build_model("resnet8", num_classes)
+        network.fc = nn.Linear(64, num_classes, bias=False)
+        return network
+
+    monkeypatch.setitem(model_dict, "own", build)
+    network, notes = build_with("own", build(7).state_dict(), "a file")
+    assert network.num_classes == 7 and not notes
 
 
 def test_a_digest_tells_weights_apart_by_key_kind_shape_and_value():
