@@ -6,11 +6,12 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from dataset import Batch
 from distiller_zoo.kd import kl_divergence
 from distiller_zoo.mlkd import correlation_losses, unsure_shares
 from models.backbone import Output
 from tests.check_values import STUDENT_LOGITS, TARGETS, TEACHER_LOGITS
-from tests.distiller_zoo.helpers import build, build_alone
+from tests.distiller_zoo.helpers import PROGRESS, build, build_alone
 
 
 def test_the_terms_of_mlkd_are_its_formula():
@@ -52,7 +53,7 @@ def each_with(logits: torch.Tensor) -> Output:
 
 
 def test_each_view_has_its_own_batch_statistics_and_the_weak_one_comes_first():
-    _, method = build("mlkd")
+    teacher, method = build("mlkd")
     method.train()
     alone = copy.deepcopy(method.student)
     weak, strong = torch.randn(4, 3, 32, 32), 3 * torch.randn(4, 3, 32, 32) + 1
@@ -61,6 +62,9 @@ def test_each_view_has_its_own_batch_statistics_and_the_weak_one_comes_first():
     assert torch.equal(shown, torch.cat(expected))
     assert all(torch.equal(a, b) for a, b in zip(method.student.buffers(), alone.buffers(), strict=True))
     assert torch.equal(method.eval().predict(weak[:1]), alone.eval()(weak[:1]))
+    batch = Batch(torch.cat([weak, strong]), torch.arange(4), torch.arange(4))
+    logits, _ = method(batch, teacher(batch.images), PROGRESS)
+    assert torch.equal(logits, alone(weak)), "what the training accuracy is of"
 
 
 def test_standardised_mlkd_compares_correlations_of_raw_logits():
