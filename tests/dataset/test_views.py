@@ -48,6 +48,18 @@ def test_rotations_share_the_flip_and_have_their_own_crops():
         assert torch.equal(back, augment(pixels, Draws(own.top, own.left, draws[0].flip), PAD))
 
 
+def test_images_that_are_cropped_when_they_are_read_are_mirrored_anew_in_every_epoch_whatever_else_is_shown():
+    data, only_mirrored = image_data(40), Augmentation(pad=0, scale=(0.5, 1.0))  # images in memory stay uncropped
+
+    def shown(epoch: int, subset: torch.Tensor) -> dict[int, torch.Tensor]:
+        (batch,) = Loader(data.train, data, 40, CPU, only_mirrored, subset=subset).batches(epoch)
+        return dict(zip(batch.index.tolist(), batch.images, strict=True))
+
+    first, second, part = shown(1, torch.arange(40)), shown(2, torch.arange(40)), shown(1, torch.arange(9))
+    assert 0 < sum(torch.equal(first[sample], second[sample]) for sample in first) < 40
+    assert all(torch.equal(image, first[sample]) for sample, image in part.items())
+
+
 @pytest.mark.parametrize("size", [32, 80])
 @pytest.mark.parametrize("pad", [0, 2])
 def test_small_and_large_images_are_mirrored_alike_and_the_held_ones_left_alone(size, pad):
