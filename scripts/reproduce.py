@@ -80,8 +80,7 @@ def read_rows(methods: str | None, variants: str | None) -> list[Variant]:
     """The rows that are asked for; all of them where nothing is named."""
     if methods is None and variants is None:
         return all_variants()
-    rows = read_variants((methods or "").replace(",", ";")) + read_variants(variants or "")
-    return list(dict.fromkeys(row for row in rows if row.distill != "ce"))  # the baseline is there anyway
+    return list(dict.fromkeys(read_variants((methods or "").replace(",", ";")) + read_variants(variants or "")))
 
 
 def choose_pairs(args: argparse.Namespace) -> Sequence[tuple[str, str]]:

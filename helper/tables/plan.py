@@ -327,10 +327,12 @@ class Plan:
     def _student(
         self, sources: tuple[Job | str, ...], teacher: str, student: str, variant: Variant, number: int
     ) -> Job:
-        words = ("--distill", variant.distill, "--model_s", student, *variant.flags, *self.common)
+        if variant.distill == "ce":
+            return self._network(student, number, variant.flags)
+        words = ("--distill", variant.distill, "--model_s", student, *self.common)
         if not DISTILLERS[variant.distill].reads_teacher:
-            return self._job(f"{student}: {variant.label}", words, number, variant.flags)
-        words += self.of_student
+            return self._job(f"{student}: {variant.label}", (*words, *variant.flags), number, variant.flags)
+        words += (*self.of_student, *variant.flags)  # of one that is given twice the last counts: the row's own
         first, *others = sources
         known: dict[str, Any] = {"model_t": ",".join(teachers_of(teacher)), "path_t": ",".join(_paths(sources))}
         known["teacher_weights"] = shares_of(None, len(sources)) if others else None

@@ -65,6 +65,20 @@ def test_flags_of_teachers_and_of_students_reach_them_alone(tmp_path):
     assert all(config.max_steps == 2 for config in (teacher, baseline, student))
 
 
+def test_a_rows_own_flags_win_over_those_of_every_run(tmp_path):
+    plan = Plan(str(tmp_path), None, ("--learning_rate", "0.1"), (), ("--weight_decay", "0.1"))
+    jobs = plan.jobs(PAIR, read_variants("kd --learning_rate 0.2 --weight_decay 0.2; ft --learning_rate 0.3; kd"), 1)
+    trained = [(job.config.learning_rate, job.config.weight_decay) for job in jobs[2:]]
+    assert trained == [(0.2, 0.2), (0.3, 5e-4), (0.1, 0.1)]
+
+
+def test_labels_alone_with_flags_of_their_own_are_a_row(tmp_path):
+    jobs = Plan(str(tmp_path)).jobs(PAIR, read_variants("ce; ce --label_smoothing 0.1"), 2)
+    assert titles(jobs)[1:3] == [f"resnet8 with labels alone, seed {seed}" for seed in (1, 2)]
+    assert titles(jobs)[3:] == [f"resnet8 with labels alone --label_smoothing 0.1, seed {seed}" for seed in (1, 2)]
+    assert jobs[-1].config.label_smoothing == 0.1 and jobs[-1].command[0] == "train_teacher.py"
+
+
 def test_a_teacher_with_flags_of_its_own_is_not_the_baseline_of_the_same_network(tmp_path):
     jobs = Plan(str(tmp_path), None, (), ("--epochs", "9")).jobs(CHAIN, [Variant("kd")], 1)
     [teacher, baseline] = [job for job in jobs if job.config.distill == "ce" and job.config.model_s == "resnet14"]
