@@ -109,11 +109,24 @@ def show(plan: Plan, jobs: Sequence[Job], speeds: Speeds, places: int) -> None:
         print(f"{states:<24} {row}{about}")
     for title, reason in plan.inapplicable:
         print(f"{'does not apply':<24} {title}: {reason}")
-    left_over = f"left about {format_duration(total / places)} with {places} at a time"
+    pace = "one after the other" if places == 1 else f"with {places} at a time"
+    left_over = f"left about {format_duration(total / places)} {pace}"
     left_over += f", and {count_of(unknown, 'run')} like which none was measured yet" if unknown else ""
     if all(job.state == "finished" for job in jobs):
         left_over = "nothing is left to train"
     print(f"{count_of(len(jobs), 'run')}: {', '.join(f'{n} {state}' for state, n in by_state(jobs))}; {left_over}")
+
+
+def choose_places(args: argparse.Namespace) -> list[dict[str, str]]:
+    """Where runs train at a time; one place where they are handed on, or only listed while no GPU is free."""
+    if args.job_list or args.slurm is not None:
+        return [{}]
+    try:
+        return find_places(args.gpus, args.jobs)
+    except UserError:
+        if not args.dry_run:
+            raise
+        return [{}]
 
 
 def write_job_list(path: Path, jobs: Sequence[Job]) -> None:
@@ -174,7 +187,7 @@ def main(argv=None) -> None:
     dataset = None if args.table is None else "imagenet" if args.table in IMAGENET_TABLES else "cifar100"
     plan = Plan(str(args.save_dir), dataset, argv[end + 1 :], args.teacher_flags, args.student_flags)
     jobs = plan.jobs(chosen, rows, args.trials)
-    places = [{}] if args.dry_run or args.job_list or args.slurm is not None else find_places(args.gpus, args.jobs)
+    places = choose_places(args)
     show(plan, jobs, Speeds(str(args.save_dir)), len(places))
     logs = args.save_dir / LOGS
     if args.job_list:

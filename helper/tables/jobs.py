@@ -25,7 +25,7 @@ from filelock import FileLock, Timeout
 from errors import Stopped, UserError
 from helper.run_folder import acquire, writing
 from helper.tables.plan import Job, Shelf
-from helper.tables.rows import find_folders, read_record
+from helper.tables.rows import LAST_EPOCHS, find_folders, read_record
 
 #: A GPU is free where others have taken no more than this share of its memory.
 TAKEN_BY_OTHERS = 0.1
@@ -223,15 +223,20 @@ def last_line(path: Path) -> str:
 # How long it takes.
 
 
+#: What decides how long an epoch takes, on one machine.
+WORK = ("dataset", "data", "image_size", "distill", "model_t", "model_s", "precision", "max_steps")
+
+
 class Speeds:
-    """Images and seconds of an epoch, measured in earlier runs of the same method, networks and data set."""
+    """Images and seconds of an epoch, measured in earlier runs of the same method, networks and images; a try-out of
+    some steps tells nothing of a whole epoch."""
 
     def __init__(self, save_dir: str):
         measured = defaultdict(list)
         for folder in find_folders([Path(save_dir)]) if Path(save_dir).is_dir() else ():
             with suppress(UserError):
                 record = read_record(folder)
-                for epoch in record.epochs[-5:]:
+                for epoch in record.epochs[-LAST_EPOCHS:] if record.config["max_steps"] is None else ():
                     with suppress(KeyError):
                         seconds = epoch["data_wait_s"] + epoch["compute_s"]
                         measured[_work(record.config)].append((epoch["images_per_s"], seconds))
@@ -246,9 +251,8 @@ class Speeds:
         return None if known is None else (known[0], known[1] * config["epochs"])
 
 
-def _work(config: Mapping[str, Any]) -> str:
-    """What decides how long an epoch takes, on one machine."""
-    return f"{config['dataset']} {config['data']} {config['distill']} {config['model_t']} {config['model_s']}"
+def _work(config: Mapping[str, Any]) -> tuple:
+    return tuple(config[name] for name in WORK)
 
 
 # Elsewhere.

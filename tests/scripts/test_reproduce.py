@@ -37,6 +37,17 @@ def test_a_dry_run_only_lists(command, capsys):
     assert not save_dir.exists()
 
 
+def test_a_dry_run_says_how_many_runs_there_would_be_at_a_time(command, capsys, monkeypatch):
+    _, flags, extra = command
+    reproduce.main([*flags, "--dry_run", "--gpus", "0,1", "--jobs", "3", *extra])
+    assert "left about 0 s with 6 at a time" in capsys.readouterr().out
+    monkeypatch.setattr(jobs.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(jobs.torch.cuda, "device_count", lambda: 0)
+    reproduce.main([*flags, "--dry_run", *extra])
+    assert "left about 0 s one after the other" in capsys.readouterr().out, "also while every GPU is in use"
+    assert "other programs use every GPU" in message_of(reproduce.main, [*flags, *extra])
+
+
 def test_a_job_list_holds_the_commands(command, tmp_path):
     _, flags, extra = command
     reproduce.main([*flags, "--job_list", str(tmp_path / "jobs.txt"), *extra])

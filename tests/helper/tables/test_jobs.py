@@ -198,14 +198,17 @@ def test_places_are_gpus_or_the_cpu():
 
 
 def test_how_long_it_takes_comes_from_own_runs(tmp_path):
-    config = table(tmp_path, "kd")[1][-1].config
+    config = Plan(str(tmp_path)).jobs(PAIR, read_variants("kd"), 1)[-1].config
     assert jobs.Speeds(str(tmp_path)).estimate(config) is None
-    run = make_run(tmp_path, "kd", 7, [50.0, 60.0], teacher="resnet14")
-    (run / "metrics.jsonl").write_text(
-        '{"epoch": 1, "images_per_s": 100, "data_wait_s": 1.0, "compute_s": 9.0}\n'
-        '{"epoch": 2, "images_per_s": 120, "data_wait_s": 1.0, "compute_s": 7.0}\n'
-    )
+    for flags in ({}, {"max_steps": 20}, {"image_size": 64}):  # a try-out and larger images tell nothing of it
+        run = make_run(tmp_path, "kd", 7, [50.0, 60.0], teacher="resnet14", **flags)
+        seconds = 99 if flags else 9
+        (run / "metrics.jsonl").write_text(
+            f'{{"epoch": 1, "images_per_s": 100, "data_wait_s": 1.0, "compute_s": {seconds}.0}}\n'
+            f'{{"epoch": 2, "images_per_s": 120, "data_wait_s": 1.0, "compute_s": {seconds - 2}.0}}\n'
+        )
     assert jobs.Speeds(str(tmp_path)).estimate(config) == (110, 9.0 * config.epochs)
+    assert jobs.Speeds(str(tmp_path)).estimate(config.replace("", max_steps=20)) is None
 
 
 @pytest.mark.slow
