@@ -156,7 +156,7 @@ def main(argv=None) -> None:
     named = dict(zip(letters(len(rows)), rows, strict=True))
     for name, row in named.items():
         seeds = ", ".join(str(record.config["seed"]) for record in row.records)
-        print(f"{name}: {row.config['dataset']}, {row.pair}: {row.label}; {row.protocol}; seeds {seeds}")
+        print(f"{name}: {row.dataset}, {row.pair}: {row.label}; {row.protocol}; seeds {seeds}")
         print("   " + ", ".join(f"{title} {spread(row.values(key))}" for key, title in ACCURACIES.items()))
     if notes := notes_of(rows):
         print(notes)

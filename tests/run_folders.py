@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from helper.command_line import resolve
+from helper.tables.rows import Row, read_rows
 
 #: What two runs that are alike may differ in.
 CLOCKS = ("images_per_s", "data_wait_s", "compute_s")
@@ -94,6 +95,13 @@ def make_run(
     }
     (folder / "result.json").write_text(json.dumps(result))
     return folder
+
+
+def rows_of(runs: list[Path]) -> list[Row]:
+    """The table's rows of run folders of which none is left out."""
+    rows, left = read_rows(runs)
+    assert not left
+    return rows
 
 
 def pretend(job, *files: str, **changed) -> Path:

@@ -223,10 +223,6 @@ def last_line(path: Path) -> str:
 # How long it takes.
 
 
-#: What decides how long an epoch takes, on one machine.
-WORK = ("dataset", "data", "image_size", "distill", "model_t", "model_s", "precision", "max_steps")
-
-
 class Speeds:
     """Images and seconds of an epoch, measured in earlier runs of the same method, networks and images; a try-out of
     some steps tells nothing of a whole epoch."""
@@ -251,8 +247,10 @@ class Speeds:
         return None if known is None else (known[0], known[1] * config["epochs"])
 
 
-def _work(config: Mapping[str, Any]) -> tuple:
-    return tuple(config[name] for name in WORK)
+def _work(config: Mapping[str, Any]) -> str:
+    """What decides how long an epoch takes, on one machine."""
+    images = f"{config['dataset']} {config['data']} {config['image_size']} {config['precision']} {config['max_steps']}"
+    return f"{images} {config['distill']} {config['model_t']} {config['model_s']}"
 
 
 # Elsewhere.

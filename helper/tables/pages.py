@@ -5,7 +5,7 @@ import io
 import itertools
 import re
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,6 +20,7 @@ from helper.tables import figures
 from helper.tables.rows import (
     ACCURACIES,
     FIDELITIES,
+    HELD_OUT,
     Left,
     Record,
     Row,
@@ -90,35 +91,34 @@ def markdown_table(lines: Sequence[Sequence[str]]) -> str:
 def list_cells(row: Row) -> list[str]:
     """A row's cells under `HEADER`."""
     config, paper = row.config, row.published
-    names = [config["dataset"], config["model_t"] or "-", config["model_s"], row.label, str(row.epochs)]
+    names = [row.dataset, row.teacher or "-", config["model_s"], row.label, row.trained]
     accuracies = [spread(row.values(name)) for name in ACCURACIES]
     published = ["-", "-"] if paper is None else [f"{paper.accuracy:.2f}", row.verdict]
-    held_out = spread(row.held_out) if row.held_out else "-"
-    return [*names, held_out, *accuracies, str(len(row.records)), row.protocol, row.unreadable, *published]
+    return [*names, row.held_out, *accuracies, str(len(row.records)), row.protocol, row.unreadable, *published]
 
 
 def make_table(rows: Sequence[Row]) -> str:
     """One line per row; columns that say nothing of any row are left out."""
-    lines = [HEADER, *map(list_cells, rows)]
-    kept = [number for number in range(len(HEADER)) if any(line[number] != "-" for line in lines[1:])]
-    return markdown_table([[line[number] for number in kept] for line in lines])
+    columns = zip(HEADER, *map(list_cells, rows), strict=True)
+    return markdown_table(list(zip(*(column for column in columns if set(column[1:]) != {"-"}), strict=True)))
 
 
 def make_comparison(rows: Sequence[Row]) -> str:
     """One line per row: its last accuracy, its lead on the baseline and on KD of its student, and its fidelity."""
-    fidelities = {name: one for name, one in FIDELITIES.items() if any(row.fidelities(name) for row in rows)}
+    fidelities = {
+        name: title for name, (title, _, _) in FIDELITIES.items() if any(row.fidelity(name) != "-" for row in rows)
+    }
+    columns = {"data set": [row.dataset for row in rows], "teacher": [row.teacher or "-" for row in rows]}
+    several = {title: texts for title, texts in columns.items() if len({*texts} - {"-"}) > 1}
     header = ["student", "method", "seeds", ACCURACIES["accuracy_last"], *(f"against {one}" for one in REFERENCES)]
-    lines = [[*header, *(title for title, _, _ in fidelities.values())]]
-    for row in rows:
+    lines = [[*several, *header, *fidelities.values()]]
+    for row, *texts in zip(rows, *several.values(), strict=True):
         alike = [one for one in rows if (one.config["model_s"], one.setting) == (row.config["model_s"], row.setting)]
         comparable = [one for one in alike if row.is_taught_like(one)]
         against = [_lead(row, [one for one in comparable if one.label == name]) for name in REFERENCES]
-        measured = [
-            spread(values, decimals) if (values := row.fidelities(name)) else "-"
-            for name, (_, _, decimals) in fidelities.items()
-        ]
-        accuracy = spread(row.values("accuracy_last"))
-        lines.append([row.config["model_s"], row.label, str(len(row.records)), accuracy, *against, *measured])
+        of_row = [*texts, row.config["model_s"], row.label]
+        accuracy, measured = spread(row.values("accuracy_last")), map(row.fidelity, fidelities)
+        lines.append([*of_row, str(len(row.records)), accuracy, *against, *measured])
     note = " ".join(filter(None, (COMPARISON_NOTE, note_of_shared_order(rows), SETTINGS)))
     return f"{markdown_table(lines)}\n\n{note}\n\n{_commands(rows)}\n"
 
@@ -208,18 +208,29 @@ def _make_grid(rows: Sequence[Row], setting: tuple[str, int, str]) -> Grid:
 
 
 def _teachers(rows: Sequence[Row], pair: str, setting: tuple) -> list[tuple[str, Row]]:
-    """(label, row) of what taught a pair; where no run says which that was, of every row that may have.
+    """(label, row) of the runs that taught a pair; where no run says which those were, of every row that may have.
 
     A teacher may have been trained for longer, so its setting may be another.
     """
-    names = pair.split(" -> ")[0].split(",")  # of several teachers each
+    taught = [row.config for row in rows if row.pair == pair and row.setting == setting]
+    names = taught[0]["model_t"].split(",")  # of several teachers each
     alone = [row for row in rows if not row.config["model_t"] and row.dataset == setting[0]]
     alone = [row for row in alone if row.config["model_s"] in names and row.config["distill"] == "ce"]
-    paths = [row.config.get("path_t") for row in rows if row.pair == pair and row.setting == setting]
-    # By the folder's name: runs may have been moved here from another machine.
-    taught_by = {Path(source).parent.name for path in paths if path for source in path.split(",")}
-    chosen = [row for row in alone if taught_by & {record.folder.name for record in row.records}] or alone
+    digests = {config["teacher_digest"] for config in taught}
+    sources = [source for config in taught for source in (config.get("path_t") or "").split(",")]
+    folders = {Path(source).parent.name for source in sources}  # they may have been moved here from another machine
+    chosen = (
+        _with_records(alone, lambda record: record.result.get("digest", "") in digests)
+        or _with_records(alone, lambda record: record.folder.name in folders)
+        or alone
+    )
     return [(f"teacher {text}".strip(), row) for row, text in zip(chosen, differing_flags(chosen), strict=True)]
+
+
+def _with_records(rows: Sequence[Row], fits: Callable[[Record], bool]) -> list[Row]:
+    """The rows with those of their records that fit; without rows that have none."""
+    found = [row._replace(records=[record for record in row.records if fits(record)]) for row in rows]
+    return [row for row in found if row.records]
 
 
 def cell_lines(row: Row | None) -> list[str]:
@@ -249,9 +260,15 @@ def grid_markdown(grid: Grid) -> str:
 
 
 def make_overview(rows: Sequence[Row]) -> str:
-    """Methods as rows, the pairs of all data sets and numbers of epochs as columns: the last accuracy alone."""
+    """Methods as rows, the pairs of all data sets, numbers of epochs and protocols as columns: the last accuracy
+    alone."""
     columns = [(grid, pair) for grid in make_grids(rows) for pair in grid.pairs]
     lines = [["", *(f"{pair}, {count_of(grid.setting[1], 'epoch')}" for grid, pair in columns)]]
+    for place in (0, 2):  # data set and protocol, where there are several
+        if len({grid.setting[place] for grid, _ in columns}) > 1:
+            lines[0][1:] = [
+                f"{title}, {grid.setting[place]}" for title, (grid, _) in zip(lines[0][1:], columns, strict=True)
+            ]
     for method in dict.fromkeys(method for grid, _ in columns for method in grid.methods):
         found = [grid.cells.get((method, pair)) for grid, pair in columns]
         lines.append([method, *(spread(row.values("accuracy_last")) if row else NOT_RUN for row in found)])
@@ -259,9 +276,13 @@ def make_overview(rows: Sequence[Row]) -> str:
 
 
 def make_grid_report(rows: Sequence[Row]) -> str:
-    """The tables with methods as rows and pairs as columns, as Markdown."""
-    notes = notes_of(rows)
-    return "\n\n".join([*map(grid_markdown, make_grids(rows)), *([notes] if notes else [])]) + "\n"
+    """The tables with methods as rows and pairs as columns, as Markdown, and which rows are in none."""
+    grids = make_grids(rows)
+    shown = {record.folder for grid in grids for row in grid.cells.values() for record in row.records}
+    absent = [row for row in rows if not shown & {record.folder for record in row.records}]
+    named = "; ".join(f"{row.pair.removeprefix('- -> ')}: {row.label} ({title_of(row.setting)})" for row in absent)
+    left = f"In none of these tables, as they belong to no student of a teacher there: {named}." if absent else ""
+    return "\n\n".join(filter(None, [*map(grid_markdown, grids), notes_of(rows), left])) + "\n"
 
 
 # CSV.
@@ -273,22 +294,23 @@ def in_csv(cell: Any) -> Any:
 
 
 def as_csv(rows: Sequence[Row]) -> str:
-    """One line per run, unrounded, with what the paper reports."""
+    """One line per run, unrounded, with what the paper reports and the settings of its row."""
     output = io.StringIO()
     writer = csv.writer(output, lineterminator="\n")
     networks, training = ["dataset", "teacher", "student", "method"], ["epochs", "protocol", "seed"]
-    writer.writerow([*networks, *training, *ACCURACIES, "paper", "source", "run"])
+    writer.writerow([*networks, *training, *ACCURACIES, HELD_OUT, "paper", "source", "run", "settings"])
     for row in rows:
         paper = ["", ""] if row.published is None else [row.published.accuracy, row.published.source]
+        settings = " ".join(flags_of(row.records[0]))
         for record in row.records:
-            writer.writerow(map(in_csv, [*_csv_cells(row, record), *paper, record.folder.name]))
+            writer.writerow(map(in_csv, [*_csv_cells(row, record), *paper, record.folder.name, settings]))
     return output.getvalue()
 
 
 def _csv_cells(row: Row, record: Record) -> list[Any]:
     config, result = row.config, record.result
-    names = [config["dataset"], config["model_t"] or "", config["model_s"], row.label, result["epochs"], row.protocol]
-    return [*names, record.config["seed"], *(result[name] for name in ACCURACIES)]
+    names = [row.dataset, row.teacher, config["model_s"], row.label, result["epochs"], row.protocol]
+    return [*names, record.config["seed"], *(result[name] for name in ACCURACIES), record.held_out]
 
 
 # HTML.
@@ -347,6 +369,7 @@ def _section(number: int, title: str, rows: Sequence[Row]) -> dict[str, Any]:
         "title": title,
         "lines": _lines(rows),
         "has_paper": any(row.published for row in rows),
+        "has_held_out": any(row.held_out != "-" for row in rows),
         "curves": curves,
         "drawing": Markup(re.sub(r'id="(curve|band)-', rf'id="{prefix}\1-', drawn)),
         "figures": {name: Markup(svg) for name, svg in others.items() if svg},

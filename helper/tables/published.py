@@ -20,6 +20,8 @@ class Published(NamedTuple):
     runs: int = 1  # how many runs the mean is of; 1 where that is not known
 
 
+#: How many test images the values of a data set are of; another folder may be given for ImageNet.
+TEST_IMAGES = {"cifar100": 10_000, "imagenet": 50_000}
 _NORM = "Liu et al., ICLR 2023 (README of its code, Table 1)"
 #: (data set, teacher, student, method with the flags that make it another row) -> what is published.
 PUBLISHED = {

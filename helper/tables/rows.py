@@ -14,14 +14,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from distiller_zoo import Distiller, find_distiller, refuse_without_effect
-from errors import UserError
+from errors import UserError, count_of
 from helper import command_line
 from helper.configuration import read_stored, row_key, run_key
 from helper.log import describe_protocol
 from helper.recipes import recipe_of
 from helper.run_folder import CONFIG, EPOCHS, FIDELITY, RESULT
-from helper.settings import AUGMENTATION, DATA, FOUND, INITIAL, SPEED, TRAINING, settings_of
-from helper.tables.published import PUBLISHED, Published, judge
+from helper.settings import AUGMENTATION, DATA, FOUND, INITIAL, SETTINGS, SPEED, TEACHER, TRAINING, settings_of
+from helper.tables.published import PUBLISHED, TEST_IMAGES, Published, judge
 from setting import FILLED_IN, Setting, as_text
 
 MEAN_OF_FIVE = "accuracy_mean_last_five"
@@ -36,6 +36,8 @@ FIDELITIES = {
     "cka_unfolded": ("CKA before folding", 1.0, 3),
     "cka": ("CKA", 1.0, 3),
 }
+#: Settings by which the same images are read otherwise, and have another digest.
+READ_BY = [one.argument for one in SETTINGS if one.group == DATA and one.tells_apart == "row" and not one.is_path]
 #: The test images of a run that could not be read, and so were in no accuracy.
 UNREADABLE = "test_unreadable"
 #: How deep below a folder that is no run's its runs are searched for.
@@ -63,6 +65,11 @@ class Record(NamedTuple):
     def curve(self) -> list[float]:
         """Test accuracy (%) after every epoch of the main stage."""
         return [epoch["test_accuracy"] for epoch in self.epochs if "test_accuracy" in epoch]
+
+    @property
+    def held_out(self) -> float | None:
+        """Accuracy (%) on the held-out images after the last epoch, where there are some."""
+        return self.epochs[-1].get(HELD_OUT) if self.epochs else None
 
     @property
     def images_per_s(self) -> float | None:
@@ -195,6 +202,8 @@ class Row(NamedTuple):
     """Runs that differ in nothing but their seeds."""
 
     records: list[Record]
+    dataset: str  # as tables call it: of a folder with its name, and with its digest where a name is of several
+    teacher: str = ""  # its network, with the digest where the rows of a data set have several of the name
     apart: str = ""  # the settings that tell it from rows of the same pair, setting and method
 
     @property
@@ -204,23 +213,33 @@ class Row(NamedTuple):
 
     @property
     def epochs(self) -> int:
-        """Of the main stage."""
-        return self.records[0].result["epochs"]
+        """Of the main stage; with early stopping (`--patience`) those that it may have."""
+        return self.config["epochs"] if self.config["patience"] else self.records[0].result["epochs"]
+
+    @property
+    def trained(self) -> str:
+        """The epochs of its runs: 20, or 12 to 17 of 20 where they stopped early."""
+        numbers = sorted({record.result["epochs"] for record in self.records})
+        return str(self.epochs) if numbers == [self.epochs] else f"{_range(numbers)} of {self.epochs}"
 
     def values(self, accuracy: str) -> list[float]:
         """One accuracy (%) of every run."""
         return [record.result[accuracy] for record in self.records]
 
     @property
-    def held_out(self) -> list[float]:
-        """Accuracy (%) on the held-out images after the last epoch of every run that has some."""
-        return [
-            record.epochs[-1][HELD_OUT] for record in self.records if record.epochs and HELD_OUT in record.epochs[-1]
-        ]
+    def held_out(self) -> str:
+        """The accuracy (%) on the held-out images after the last epoch; a dash where there are none."""
+        return self._known([record.held_out for record in self.records])
 
-    def fidelities(self, name: str) -> list[float]:
-        """One entry of `FIDELITIES` of every run that has it."""
-        return [record.fidelity[name] for record in self.records if name in record.fidelity]
+    def fidelity(self, name: str) -> str:
+        """One entry of `FIDELITIES`; a dash where no run has it."""
+        return self._known([record.fidelity.get(name) for record in self.records], FIDELITIES[name][2])
+
+    def _known(self, values: Sequence[float | None], decimals: int = 2) -> str:
+        """The mean of what is known, and of how many runs that is where it is not of all."""
+        known = [value for value in values if value is not None]
+        of = "" if len(known) == len(values) else f" ({len(known)} of {count_of(len(values), 'seed')})"
+        return f"{spread(known, decimals)}{of}" if known else "-"
 
     @property
     def unreadable(self) -> str:
@@ -238,17 +257,11 @@ class Row(NamedTuple):
 
     @property
     def pair(self) -> str:
-        return f"{self.config['model_t'] or '-'} -> {self.config['model_s']}"
+        return f"{self.teacher or '-'} -> {self.config['model_s']}"
 
     @property
     def protocol(self) -> str:
         return describe_protocol(self.config["holdout"], self.config.get("best_by", "accuracy"))
-
-    @property
-    def dataset(self) -> str:
-        """The data set; of a folder with its name."""
-        folder = Path(self.config["data"] or "").name if self.config["dataset"] == "folder" else ""
-        return f"{self.config['dataset']} {folder}".strip()
 
     @property
     def setting(self) -> tuple[str, int, str]:
@@ -268,10 +281,8 @@ class Row(NamedTuple):
     @property
     def method(self) -> str:
         """The method, and the flags in which it differs from its recipe."""
-        config, known = self.config, settings_of(self.config["distill"])
+        config, known, recipe = self.config, settings_of(self.config["distill"]), self._recipe
         flags = find_distiller(config["distill"]).flags
-        chosen = {flag.argument: config.get(flag.argument) for flag in flags}
-        recipe = recipe_of(config["dataset"], config["model_t"], config["model_s"], config["distill"], chosen)
         label = [config["distill"]]
         # A run that started from other weights or was cut short is not what a paper reports.
         unusual = {
@@ -289,6 +300,12 @@ class Row(NamedTuple):
         return " ".join(filter(None, label))
 
     @property
+    def _recipe(self) -> Mapping[str, tuple[Any, str]]:
+        config = self.config
+        chosen = {flag.argument: config.get(flag.argument) for flag in find_distiller(config["distill"]).flags}
+        return recipe_of(config["dataset"], config["model_t"], config["model_s"], config["distill"], chosen)
+
+    @property
     def published(self) -> Published | None:
         """What a paper reports of this row, if it is known."""
         config = self.config
@@ -302,10 +319,14 @@ class Row(NamedTuple):
         paper = self.published
         if paper is None:
             return ""
-        usual = dict(_usual(self.config, epochs=self.epochs), epochs=_usual(self.config)["epochs"])
-        otherwise = _unusual(self.config, usual, (DATA, TRAINING, AUGMENTATION, INITIAL))
-        if otherwise:
-            return f"not to be compared: {' '.join(_written(one, self.config[one.argument]) for one in otherwise)}"
+        usual = {**_usual(self.config, epochs=self.epochs), "epochs": self._recipe["epochs"][0]}
+        otherwise = _unusual(self.config, usual, (TEACHER, DATA, TRAINING, AUGMENTATION, INITIAL))
+        told = [_written(one, self.config[one.argument]) for one in otherwise]
+        tested: set[Any] = {record.result.get("test_images") for record in self.records}
+        tested -= {None, TEST_IMAGES[self.config["dataset"]]}
+        told += [f"{number} test images" for number in sorted(tested)]
+        if told:
+            return f"not to be compared: {' '.join(told)}"
         return f"{judge(paper, self.values(paper.compared))} ({ACCURACIES[paper.compared]})"
 
 
@@ -340,7 +361,7 @@ def read_rows(folders: Iterable[Path]) -> tuple[list[Row], list[Left]]:
     rows = defaultdict(list)
     for record in runs.values():
         rows[key_text(row_key(record.config))].append(record)
-    return _in_order(_tell_apart([Row(records) for records in rows.values()])), left
+    return _in_order(_tell_apart(_named(list(rows.values())))), left
 
 
 def _age(record: Record) -> tuple:
@@ -350,6 +371,35 @@ def _age(record: Record) -> tuple:
 def key_text(key: Mapping[str, Any]) -> str:
     """What `row_key` or `run_key` gives, as a key of a dictionary."""
     return json.dumps(key, sort_keys=True, default=str)
+
+
+def _named(rows: Sequence[list[Record]]) -> list[Row]:
+    """Rows with what tables call their data and their teachers; data that were renamed have one name."""
+    configs, known = [records[0].config for records in rows], {}
+    for config in configs:
+        folder = Path(config["data"] or "").name if config["dataset"] == "folder" else ""
+        known.setdefault(_data_of(config), f"{config['dataset']} {folder}".strip())
+    read_by = [tuple(config[name] for name in READ_BY) for config in configs]
+    datasets = _with_digests([known[_data_of(config)] for config in configs], configs, "data_digest", read_by)
+    teachers = _with_digests([config["model_t"] or "" for config in configs], configs, "teacher_digest", datasets)
+    return list(map(Row, rows, datasets, teachers))
+
+
+def _data_of(config: Mapping[str, Any]) -> tuple:
+    return config["dataset"], config["data_digest"] or config["data"]
+
+
+def _with_digests(
+    names: Sequence[str], configs: Sequence[Mapping[str, Any]], digest: str, places: Sequence
+) -> list[str]:
+    """Names, with the digest where in the same place there is another of the name."""
+    found = defaultdict(set)
+    for name, config, place in zip(names, configs, places, strict=True):
+        found[name, place] |= {config[digest]} - {None}
+    return [
+        f"{name} ({shortened(config[digest])})" if config[digest] and len(found[name, place]) > 1 else name
+        for name, config, place in zip(names, configs, places, strict=True)
+    ]
 
 
 def _tell_apart(rows: Sequence[Row]) -> list[Row]:
@@ -393,6 +443,11 @@ def shortened(value: Any) -> str:
     return text[:8] if re.fullmatch(r"[0-9a-f]{32,}", text) else text
 
 
+def _range(numbers: Sequence[int]) -> str:
+    """3, or 3 to 5."""
+    return " to ".join(map(str, dict.fromkeys((numbers[0], numbers[-1]))))
+
+
 def _natural(text: str) -> list:
     """A key that sorts -s 2 before -s 16."""
     return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", text)]
@@ -429,7 +484,7 @@ def describe_lead(first: Sequence[float], second: Sequence[float], p: float | No
 
 def note_of_few_epochs(rows: Sequence[Row]) -> str:
     """What the mean of the last five epochs is where a run has fewer; empty where none has."""
-    fewest = min(row.epochs for row in rows)
+    fewest = min(record.result["epochs"] for row in rows for record in row.records)
     return "" if fewest >= 5 else f"{ACCURACIES[MEAN_OF_FIVE].capitalize()}: of all epochs where a run has fewer."
 
 
@@ -467,8 +522,9 @@ def flags_of(record: Record) -> list[str]:
     config = record.config
     known, method = settings_of(config["distill"]), find_distiller(config["distill"])
     always = [known["epochs"], known["batch_size"], known["learning_rate"]]
-    usual = _usual(config, epochs=config["epochs"])
-    groups = (DATA, TRAINING, AUGMENTATION, SPEED, INITIAL)
+    of_pass = {"images_per_pass": config["batch_size"] // config["accumulate"]}  # fewer where processes divide a batch
+    usual = {**_usual(config, epochs=config["epochs"]), **of_pass}
+    groups = (TEACHER, DATA, TRAINING, AUGMENTATION, SPEED, INITIAL, FOUND)
     unusual = [one for one in _unusual(config, usual, groups) if one not in always]
     flags = [flag for flag in method.flags if _has_effect(method, config, flag)]
     networks = f"--model_t {config['model_t']} " if config["model_t"] else ""
@@ -485,11 +541,12 @@ def _usual(config: Mapping[str, Any], **given: Any) -> Mapping[str, Any]:
 
 
 def _unusual(config: Mapping[str, Any], usual: Mapping[str, Any], groups: Collection[str]) -> list[Setting]:
-    """The settings of these groups that make another row and are not as usual; where the data are has columns."""
+    """The settings of these groups that make another row and are not as usual; data and teacher have columns."""
     return [
         one
         for one in settings_of(config["distill"]).values()
-        if one.group in groups and one.tells_apart == "row" and not (one.group == DATA and one.is_path)
+        if one.group in groups and one.tells_apart == "row"
+        if one.argument not in ("data", "path_t") and not one.instead_of
         if config.get(one.argument) not in (None, usual.get(one.argument))
     ]
 

@@ -15,6 +15,8 @@ from helper.tables.published import Published, judge
 from helper.tables.rows import find_folders, flags_of, read_rows
 from tests.run_folders import make_run
 
+IMAGENET = {"model_s": "resnet18", "dataset": "imagenet"}
+
 
 def edit(run, **changed) -> None:
     """Change settings of a run folder; None removes one."""
@@ -80,6 +82,28 @@ def test_what_is_unusual_is_among_the_settings(tmp_path):
     assert "--data" not in written
 
 
+def test_how_a_teacher_is_shown_images_is_among_the_settings(tmp_path):
+    flags = {"cache_teacher": "/x", "cache_top_k": 5, "teacher_image_size": 64, "teacher_classes": "a,b"}
+    run = make_run(tmp_path, "kd", 1, [50.0], **flags)
+    edit(run, images_per_pass=16, weights_digest="1" * 32)
+    [row], _ = read_rows([run])
+    written = flags_of(row.records[0])
+    for text in ("--cache_top_k 5", "--teacher_image_size 64", "--teacher_classes a,b", "images_per_pass 16"):
+        assert text in written, text
+    assert "weights 11111111" in written and not any(text.startswith(("teacher ", "--path_t")) for text in written)
+
+
+def test_runs_that_stop_early_are_of_the_setting_that_they_had(tmp_path):
+    planned = {"patience": 2, "holdout": 10}
+    runs = [make_run(tmp_path, "kd", n, [50.0] * n, **planned) for n in (3, 5)]
+    runs.append(make_run(tmp_path, "norm", 1, [50.0] * 20, **planned))
+    for run in runs[:2]:
+        edit(run, epochs=20, lr_decay_epochs=(12, 15, 18))
+    kd, norm = read_rows(runs)[0]
+    assert kd.setting == norm.setting and (kd.trained, norm.trained) == ("3 to 5 of 20", "20")
+    assert rows.note_of_few_epochs([kd]) and not rows.note_of_few_epochs([norm])
+
+
 def test_a_run_that_was_cut_short_is_a_row_of_its_own_and_says_so(tmp_path, runs):
     short = make_run(tmp_path, "kd", 4, [70.0, 70.0, 70.0], max_steps=20)
     assert labels([*runs, short]) == ["kd", "kd --max_steps 20"]
@@ -109,7 +133,10 @@ def test_students_of_two_teachers_are_two_rows(tmp_path, runs):
     edit(runs[1], path_t="moved/last.pth")
     assert len(read_rows(runs)[0]) == 1, "the same weights, moved"
     edit(runs[2], teacher_digest="12345678" * 8)
-    assert sorted(labels(runs)) == ["kd teacher 00000000", "kd teacher 12345678"]
+    assert sorted(row.pair for row in read_rows(runs)[0]) == [
+        "resnet20 (00000000) -> resnet8",
+        "resnet20 (12345678) -> resnet8",
+    ]
 
 
 def test_data_that_were_moved_are_the_same_row(runs):
@@ -117,7 +144,7 @@ def test_data_that_were_moved_are_the_same_row(runs):
     edit(runs[1], data="/there/images", data_digest="1" * 32)
     assert len(read_rows(runs[:2])[0]) == 1
     edit(runs[1], data="/here/images", data_digest="2" * 32)
-    assert labels(runs[:2]) == ["kd data 11111111", "kd data 22222222"]
+    assert [row.dataset for row in read_rows(runs[:2])[0]] == ["digits (11111111)", "digits (22222222)"]
 
 
 def test_older_run_folders_have_the_defaults_of_their_time(tmp_path, runs):
@@ -197,6 +224,20 @@ def test_the_band_is_that_of_a_t_test():
     # t(0.975, 2) = 4.303, and the standard deviation 0.1: the band reaches 4.303 * 0.1 * sqrt(2 / 3) = 0.351.
     assert judge(paper, [76.04, 76.14, 76.24]) == "within"
     assert judge(paper, [76.03, 76.13, 76.23]) == "below"
+
+
+def test_only_the_papers_test_images_are_compared_with_a_paper(tmp_path):
+    folders = [make_run(tmp_path, "crd", n, [70.0 + n] * 100, "resnet34", **IMAGENET) for n in (1, 2)]
+    for number, verdict in ((50_000, "within (last)"), (3_925, "not to be compared: 3925 test images")):
+        for run in folders:
+            result = json.loads((run / "result.json").read_text())
+            (run / "result.json").write_text(json.dumps(result | {"test_images": number}))
+        assert read_rows(folders)[0][0].verdict == verdict
+
+
+def test_a_teacher_that_was_shown_images_otherwise_is_no_papers(tmp_path):
+    run = make_run(tmp_path, "crd", 1, [70.0] * 100, "resnet34", teacher_image_size=160, **IMAGENET)
+    assert read_rows([run])[0][0].verdict == "not to be compared: --teacher_image_size 160"
 
 
 def test_every_published_value_names_its_source_and_something_that_exists():
