@@ -169,6 +169,11 @@ def _record_changes(run: "Run") -> None:
     stored, now = folder.read_json(CONFIG), json.loads(json.dumps(run.config.as_json()))
     origins = now.pop("origins")
     changed = {name: value for name, value in now.items() if name not in stored or stored[name] != value}
+    if run.is_over and (folder.path / RESULT).exists():  # its numbers are those of the settings that it had
+        for name in sorted(changed.keys() & run_key(run.config).keys()):
+            if origins[name] == "command line":
+                folder.log(f"  {name:<18} {now[name]!s:<24} (not recorded: nothing is left to train with it)")
+            del changed[name]
     if not run.is_over:
         folder.remove(RESULT)  # it is not finished any more
         if (folder.path / FIDELITY).exists():

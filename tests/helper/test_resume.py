@@ -10,7 +10,7 @@ import train_teacher
 from helper import run as run_module
 from helper.run_folder import RunFolder
 from tests.conftest import killed, message_of
-from tests.run_folders import assert_same_end, load, metrics, new_run, same_state, state
+from tests.run_folders import assert_same_end, config_of, load, metrics, new_run, same_state, state
 
 SHORT = ("--batch_size", "8", "--max_steps", "3")
 pytestmark = pytest.mark.usefixtures("few_images")
@@ -45,6 +45,18 @@ def test_a_finished_run_that_is_resumed_changes_nothing_and_says_so(distil, flag
     assert same_state(before, load(run / "last.pth")) and len(metrics(run)) == 1
     line = f"finished already ({run / 'result.json'}); {way_on} trains longer\n"
     assert line in capsys.readouterr().out and line in (run / "log.txt").read_text()
+
+
+def test_a_finished_run_keeps_the_settings_that_it_was_trained_with(distil, capsys):
+    run = distil("--epochs", "1", "--batch_size", "8", distill="kd")
+    before = config_of(run)
+    flags = ("--accumulate", "2", "--max_steps", "2", "--print_freq", "7")
+    train_cifar_student.main(["--resume", str(run), *flags])
+    changed = {name for name, value in config_of(run).items() if value != before[name]}
+    assert changed == {"print_freq", "origins"}
+    printed = capsys.readouterr().out
+    for line in ("accumulate         2", "max_steps          2"):
+        assert f"  {line}                        (not recorded: nothing is left to train with it)" in printed
 
 
 def test_each_of_several_students_says_that_it_is_finished(distil, save_dir, capsys):
