@@ -237,16 +237,16 @@ class NORM(Distiller):
     def export_note(self) -> str:
         if self.transform is None or self._folds_into_classifier():
             return ""
+        if not self.student.classifies_mean:
+            return (
+                "one linear layer (a 1x1 convolution) is kept: this network's head is more than one linear layer on "
+                "the average of its last map or on one of its tokens"
+            )
         if not self._has_bias():
             return "one 1x1 convolution is kept: this network's classifier has no bias, which would take up its bias"
-        if self.student.classifies_mean:
-            return (
-                "one 1x1 convolution is kept: this network's last BatchNorm and ReLU are between the transform and "
-                "the classifier (--ft_position post trains one that folds away)"
-            )
         return (
-            "one linear layer (a 1x1 convolution) is kept: this network's head is more than one linear layer on "
-            "the average of its last map or on one of its tokens"
+            "one 1x1 convolution is kept: this network's last BatchNorm and ReLU are between the transform and the "
+            "classifier (--ft_position post trains one that folds away)"
         )
 
     def _folds_into_classifier(self) -> bool:
