@@ -78,6 +78,21 @@ def test_parameter_counts_are_the_published_ones():
     assert {name: count_parameters(build_model(name, 100)) for name in PARAMETERS} == PARAMETERS
 
 
+def test_networks_start_as_repdistillers_do():
+    """Convolutions by He et al. over what they give, the classifiers of VGG and MobileNetV2 at 0.01."""
+    for name, layer, fan_out in (
+        ("resnet8x4", "layer3.0.conv1", 9 * 256),
+        ("wrn_16_2", "block3.layer.0.conv1", 9 * 128),
+    ):
+        weight = build_model(name, 10).get_submodule(layer).weight
+        assert weight.shape[1] == weight.shape[0] / 2, "so that what it reads would give another deviation"
+        assert weight.std().item() == pytest.approx((2 / fan_out) ** 0.5, rel=0.02)
+    for name in ("vgg8", "MobileNetV2"):
+        classifier = build_model(name, 100).get_classifier()
+        assert classifier.weight.std().item() == pytest.approx(0.01, rel=0.02) and not classifier.bias.any()
+    assert not build_model("wrn_16_2", 10).fc.bias.any() and build_model("resnet8x4", 10).fc.bias.any()
+
+
 def test_the_official_variant_of_mobilenetv2_lacks_its_two_relus():
     ours, official = build_model("MobileNetV2", 5).eval(), build_model("MobileNetV2_norm", 5).eval()
     official.load_state_dict(ours.state_dict())
