@@ -22,6 +22,7 @@ Shapes: B batch, C student channels, Ct teacher channels, P = B*H*W pixels (B*T 
 """
 
 import functools
+import itertools
 import operator
 from collections.abc import Callable, Iterable, Sequence
 
@@ -207,7 +208,8 @@ class FeatureTransform(nn.Module):
         widths = [teacher_channels] if isinstance(teacher_channels, int) else list(teacher_channels)
         self.teacher_channels, self.n, self.residual, self.form = sum(widths), n, residual, form
         self._shares = [1.0] * len(widths) if shares is None else list(shares)
-        self._parts = [n * width for width in widths]  # channels of each teacher's segments
+        ends = itertools.accumulate(n * width for width in widths)
+        self._parts = [slice(end - n * width, end) for end, width in zip(ends, widths, strict=True)]  # of each teacher
         self.few_operations = False  # `Matching` where it applies: the same numbers up to rounding
         expanded_channels = n * self.teacher_channels
         self.expand = nn.Sequential(
@@ -276,8 +278,8 @@ class FeatureTransform(nn.Module):
         out, expanded = (each.unflatten(1, (len(x), *x.shape[2:])).transpose(0, 1) for each in (out, expanded))
         if self.residual:
             out = out + x
-        parts = zip(targets, expanded.split(self._parts, 1), strict=False)
-        matched = ((match_size(to_map(part), *each.shape[2:]), each.to(dtype)) for each, part in parts)
+        parts = zip(targets, self._parts, strict=False)
+        matched = ((match_size(to_map(expanded[:, part]), *each.shape[2:]), each.to(dtype)) for each, part in parts)
         return out, self._total(norm_loss(*pair) for pair in matched)
 
     def _collapsed(self, x: Tensor, targets: Sequence[Tensor], to_map: Callable) -> tuple[Tensor, Tensor | None]:
@@ -298,16 +300,15 @@ class FeatureTransform(nn.Module):
         if self.residual:
             out = out + x.to(out.dtype)
         losses = []
-        of_channels = (each.split(self._parts) for each in (a, w1, scale1, variance1, mean_y))
-        for target, (a, w1, scale1, variance1, mean_y) in zip(targets, zip(*of_channels, strict=True), strict=False):
+        for target, part in zip(targets, self._parts, strict=False):
             matched, moments = match_size(to_map(x), *target.shape[2:]), (pixels, mean, centred)
+            own_mean, own_variance = mean_y[part], variance1[part]
             if matched is not x:  # the moments of the pixels that are matched
                 moments = _moments(_to_rows(matched, dtype), over_all)
-                mean_y = mean_y + a @ (moments[1] - mean)
-                variance1 = over_all(_projected_squares(w1, moments[2])) / moments[0]
-            variance_y = (scale1.square() * variance1).sum()
-            rows = _to_rows(target, dtype)
-            losses.append(self._collapsed_loss(a, variance_y, mean_y, moments[2], rows, moments[0], over_all))
+                own_mean = own_mean + a[part] @ (moments[1] - mean)
+                own_variance = over_all(_projected_squares(w1[part], moments[2])) / moments[0]
+            spread = (scale1[part].square() * own_variance).sum()
+            losses.append(self._collapsed_loss(a[part], spread, own_mean, moments, _to_rows(target, dtype), over_all))
         return out, self._total(losses)
 
     def _collapsed_loss(
@@ -315,12 +316,13 @@ class FeatureTransform(nn.Module):
         a: Tensor,
         variance_y: Tensor,
         mean_y: Tensor,
-        centred: Tensor,
+        moments: tuple[int | Tensor, Tensor, Tensor],
         target: Tensor,
-        pixels: int | Tensor,
         over_all: Callable[[Tensor], Tensor],
     ) -> Tensor:
-        """`norm_loss` of y = centred A^T + mean_y: its centred part plus the part of the means."""
+        """`norm_loss` of y = centred A^T + mean_y, whose variances add up to `variance_y`: its centred part plus the
+        part of the means."""
+        pixels, _, centred = moments
         target_mean = over_all(target.sum(0)) / pixels
         target_centred = target - target_mean
         cross = target_centred.T @ centred  # (Ct, C)
