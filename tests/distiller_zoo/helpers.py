@@ -84,6 +84,20 @@ def outputs(maps, pooled, logits=None, activated=None) -> Output:
     return Output(maps, maps[-1], maps[-1] if activated is None else activated, pooled, logits)
 
 
+def random_maps(*shapes, scale: float = 1.0) -> list[Tensor]:
+    return [scale * torch.randn(shape, dtype=torch.float64) for shape in shapes]
+
+
+def doubles(*shapes) -> list[Tensor]:
+    """Random tensors whose gradients are to be checked."""
+    return [each.requires_grad_() for each in random_maps(*shapes)]
+
+
+def each_with(logits: Tensor) -> Output:
+    """An output of which the logits alone may be read."""
+    return Output(None, None, None, None, logits)
+
+
 def build_alone(name: str, **hyper_parameters) -> Distiller:
     """The method without its teacher, for batches of four."""
     teacher, student = pair_networks(*PAIR)

@@ -6,11 +6,7 @@ import torch
 from distiller_zoo.abound import ABLoss
 from helper.loops import set_modes
 from tests.conftest import make_batch
-from tests.distiller_zoo.helpers import PROGRESS, build, close, train_step
-
-
-def random_maps(*shapes, scale=1.0):
-    return [scale * torch.randn(shape, dtype=torch.float64) for shape in shapes]
+from tests.distiller_zoo.helpers import PROGRESS, build, close, random_maps, train_step
 
 
 def plain_boundary(student, teacher):

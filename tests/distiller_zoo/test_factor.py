@@ -10,11 +10,7 @@ from distiller_zoo.kdsvd import KDSVD
 from helper.loops import set_modes
 from helper.recipes import recipe_of
 from tests.conftest import make_batch
-from tests.distiller_zoo.helpers import PROGRESS, build, close
-
-
-def random_maps(*shapes, scale=1.0):
-    return [scale * torch.randn(shape, dtype=torch.float64) for shape in shapes]
+from tests.distiller_zoo.helpers import PROGRESS, build, close, random_maps
 
 
 def test_factors_are_the_formula_for_both_powers():

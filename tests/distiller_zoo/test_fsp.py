@@ -4,10 +4,7 @@ import torch
 from torch.nn import functional as F
 
 from distiller_zoo.fsp import flow
-
-
-def random_maps(*shapes, scale=1.0):
-    return [scale * torch.randn(shape, dtype=torch.float64) for shape in shapes]
+from tests.distiller_zoo.helpers import random_maps
 
 
 def test_a_flow_is_the_mean_product_of_two_layers():

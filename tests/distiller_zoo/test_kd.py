@@ -5,12 +5,8 @@ import torch
 
 from distiller_zoo import Progress
 from distiller_zoo.kd import standardise
-from models.backbone import Output
 from tests.check_values import STUDENT_LOGITS, TARGETS, TEACHER_LOGITS
-from tests.distiller_zoo.helpers import (
-    build_alone,
-    close,
-)
+from tests.distiller_zoo.helpers import build_alone, close, each_with
 
 
 def test_logits_are_standardised_per_sample_by_the_unbiased_deviation():
@@ -33,8 +29,3 @@ def test_what_is_exported_is_in_eval_mode_and_independent():
     exported = method.export()
     assert not any(module.training for module in exported.modules()) and method.student.training
     assert not {*exported.parameters()} & {*method.parameters()}
-
-
-def each_with(logits: torch.Tensor) -> Output:
-    """An output of which the logits alone may be read."""
-    return Output(None, None, None, None, logits)

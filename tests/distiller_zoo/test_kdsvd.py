@@ -5,12 +5,8 @@ import torch
 from torch.nn import functional as F
 
 from distiller_zoo.kdsvd import KDSVD, align, decompose, first_vectors, with_positive_peaks
-from tests.distiller_zoo.helpers import close
+from tests.distiller_zoo.helpers import close, random_maps
 from tests.distiller_zoo.plain import SVD_SHAPES, plain_kdsvd
-
-
-def random_maps(*shapes, scale=1.0):
-    return [scale * torch.randn(shape, dtype=torch.float64) for shape in shapes]
 
 
 @pytest.mark.parametrize("k", [1, 2])

@@ -10,13 +10,8 @@ from distiller_zoo.dkd import decoupled_losses
 from distiller_zoo.kd import kl_divergence, standardise
 from distiller_zoo.mlkd import correlation_losses
 from distiller_zoo.sskd import selected_divergence, similarities, sources
-from models.backbone import Output
 from tests.check_values import STUDENT_LOGITS, TARGETS, TEACHER_LOGITS, g
-from tests.distiller_zoo.helpers import (
-    build_alone,
-    close,
-    logit_outputs,
-)
+from tests.distiller_zoo.helpers import build_alone, close, each_with, logit_outputs
 
 LOGIT_LOSSES = {
     "kd": lambda s, t: kl_divergence(s, t, 4.0),
@@ -58,11 +53,6 @@ def test_large_gaps_constant_rows_and_doubled_rows_stay_finite(name, gap):
         loss = LOGIT_LOSSES[name](student, teacher)
         loss.backward()
         assert torch.isfinite(loss) and torch.isfinite(student.grad).all()
-
-
-def each_with(logits: torch.Tensor) -> Output:
-    """An output of which the logits alone may be read."""
-    return Output(None, None, None, None, logits)
 
 
 @pytest.mark.parametrize(

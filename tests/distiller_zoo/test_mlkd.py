@@ -9,9 +9,8 @@ from torch.nn import functional as F
 from dataset import Batch
 from distiller_zoo.kd import kl_divergence
 from distiller_zoo.mlkd import correlation_losses, unsure_shares
-from models.backbone import Output
 from tests.check_values import STUDENT_LOGITS, TARGETS, TEACHER_LOGITS
-from tests.distiller_zoo.helpers import PROGRESS, build, build_alone
+from tests.distiller_zoo.helpers import PROGRESS, build, build_alone, each_with
 
 
 def test_the_terms_of_mlkd_are_its_formula():
@@ -45,11 +44,6 @@ def test_the_shares_of_mlkd_are_of_what_the_teacher_is_at_most_median_sure_of():
     one_sure = torch.zeros(4, 10)
     one_sure[2, 5] = 3.0
     assert [float(share) for share in unsure_shares(one_sure)] == pytest.approx([0.75, 0.9])
-
-
-def each_with(logits: torch.Tensor) -> Output:
-    """An output of which the logits alone may be read."""
-    return Output(None, None, None, None, logits)
 
 
 def test_each_view_has_its_own_batch_statistics_and_the_weak_one_comes_first():

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from distiller_zoo import DISTILLERS
 from distiller_zoo.ofd import margins, partial_distance
 from tests.conftest import pair_networks
-from tests.distiller_zoo.helpers import TASK, build, close
+from tests.distiller_zoo.helpers import TASK, build, close, random_maps
 
 PAIRS = (
     ("resnet14", "resnet8"),
@@ -19,10 +19,6 @@ PAIRS = (
     ("resnet14", "ShuffleV2"),
     ("MobileNetV2", "wrn_16_1"),
 )
-
-
-def random_maps(*shapes, scale=1.0):
-    return [scale * torch.randn(shape, dtype=torch.float64) for shape in shapes]
 
 
 def test_margins_have_the_published_values():

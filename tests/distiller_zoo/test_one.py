@@ -15,14 +15,7 @@ from helper.loops import set_modes
 from models import build_model, imagenet_model_dict, model_dict
 from tests.check_values import g
 from tests.conftest import make_batch
-from tests.distiller_zoo.helpers import (
-    TASK,
-    train_step,
-)
-
-
-def parts_that_differ(network: nn.Module, before: dict) -> set[str]:
-    return {name for name, value in network.state_dict().items() if not torch.equal(value, before[name])}
+from tests.distiller_zoo.helpers import TASK, parts_that_differ, train_step
 
 
 @pytest.mark.quick(6)

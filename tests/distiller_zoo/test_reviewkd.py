@@ -9,7 +9,7 @@ from distiller_zoo.reviewkd import WARMUP_EPOCHS, AttentionFusion, ReviewKD, hie
 from helper.recipes import recipe_of
 from tests.check_values import g
 from tests.conftest import make_batch, pair_networks
-from tests.distiller_zoo.helpers import TASK, build
+from tests.distiller_zoo.helpers import TASK, build, doubles
 
 S6, T6 = g((4, 6, 8, 8), 0.29, 0.9), g((4, 6, 8, 8), 0.37, 0.2)
 
@@ -105,10 +105,6 @@ def test_reviewkds_weight_rises_from_zero():
     method.warmup_epochs = 0
     assert torch.allclose(at(0), full, rtol=1e-4)
     assert WARMUP_EPOCHS.full_run == 240
-
-
-def doubles(*shapes):
-    return [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
 
 
 @pytest.mark.parametrize("height", [5, 2, 1])

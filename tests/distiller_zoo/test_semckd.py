@@ -10,7 +10,7 @@ from errors import UserError
 from models.cost import count_parameters
 from tests.check_values import g
 from tests.conftest import make_batch
-from tests.distiller_zoo.helpers import build, take_steps
+from tests.distiller_zoo.helpers import build, doubles, take_steps
 
 S6, T6 = g((4, 6, 8, 8), 0.29, 0.9), g((4, 6, 8, 8), 0.37, 0.2)
 
@@ -51,10 +51,6 @@ def test_semckd_is_the_formula():
 
 def test_semckds_projector_has_the_published_layers():
     assert count_parameters(projector(16, 8)) == 16 * 16 + 9 * 16 * 16 + 16 * 8 + 2 * 2 * 16
-
-
-def doubles(*shapes):
-    return [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
 
 
 def test_the_gradient_of_attention_and_differences():

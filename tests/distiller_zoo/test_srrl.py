@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 from tests.check_values import g
 from tests.conftest import make_batch
-from tests.distiller_zoo.helpers import build, outputs, parts_that_differ, take_steps
+from tests.distiller_zoo.helpers import build, doubles, outputs, parts_that_differ, take_steps
 
 S6, T6 = g((4, 6, 8, 8), 0.29, 0.9), g((4, 6, 8, 8), 0.37, 0.2)
 
@@ -53,10 +53,6 @@ def test_srrls_connector_starts_as_published():
     for form, deviation in (("map", (2 / 512) ** 0.5), ("pooled", (3 * 512) ** -0.5)):
         _, method = build("srrl", ("vgg13", "vgg8"), srrl_form=form)
         assert method.connector[0].weight.std().item() == pytest.approx(deviation, rel=0.01)
-
-
-def doubles(*shapes):
-    return [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
 
 
 @pytest.mark.parametrize("form", ["pooled", "map"])

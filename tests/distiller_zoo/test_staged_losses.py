@@ -14,13 +14,9 @@ from errors import UserError
 from helper.loops import set_modes
 from tests.check_values import NARROW_STUDENT_MAP, STUDENT_MAP, TEACHER_MAP
 from tests.conftest import make_batch
-from tests.distiller_zoo.helpers import PROGRESS, build, close, train_step
+from tests.distiller_zoo.helpers import PROGRESS, build, close, random_maps, train_step
 
 NAMES = ("abound", "factor", "fsp", "kdsvd", "ofd")
-
-
-def random_maps(*shapes, scale=1.0):
-    return [scale * torch.randn(shape, dtype=torch.float64) for shape in shapes]
 
 
 def test_the_losses_have_the_published_values():
