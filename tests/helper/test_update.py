@@ -111,3 +111,22 @@ def test_an_average_is_the_first_step_then_moves_and_takes_counts_over():
     assert not average.module.training and not average.module.weight.requires_grad
     with pytest.raises(ValueError, match=r"shorter|longer"):
         average.update(torch.nn.BatchNorm1d(2, affine=False))
+
+
+def test_micro_batches_of_unequal_size_give_the_gradient_of_the_batch():
+    """Of a classifier on a frozen trunk, whose BatchNorms do not see which images are together."""
+    gradients = []
+    for number in (1, 2):
+        torch.manual_seed(0)
+        method = build("ce", None, pair_networks("resnet14", "resnet8", CLASSES)[1])
+        config = resolve(GIVEN | {"batch_size": 6, "accumulate": number})
+        stage = loops.without_trunk(method.main_stage(3), method)
+        training = loops.Training(stage, method, few_images(CLASSES, 5), config, CPU)
+        training.begin_epoch(Progress(0, 3), 0, None)
+        (batch,) = training.loader.batches()
+        *others, last = training.parts(batch)
+        assert [len(part.targets) for part in (*others, last)] == ([5] if number == 1 else [3, 2])
+        for part in (*others, last):
+            training.add_gradients(batch, part, None, part is last)
+        gradients.append(method.student.fc.weight.grad)
+    assert torch.allclose(*gradients, rtol=1e-4, atol=1e-7)
