@@ -9,19 +9,22 @@ from PIL import Image
 
 import train_cifar_student
 import train_teacher
-from distiller_zoo import DISTILLERS
+from distiller_zoo import DISTILLERS, Progress
 from errors import UserError
 from helper import loops
 from helper import run as run_module
 from helper.command_line import parse, resolve, student_parser
-from helper.networks import read_teacher
+from helper.fast import Fast
+from helper.networks import Network, read_teacher
 from helper.recipes import RECIPES
 from helper.tables.rows import read_rows
+from helper.teacher import Teacher
 from models import build_model
 from scripts import export_student
-from tests.conftest import message_of
+from tests.conftest import message_of, pair_networks
 from tests.distiller_zoo.helpers import PROGRESS, TASK, FrozenTeacher, batch_of
 from tests.run_folders import load, metrics, same_state
+from tests.stages import few_images
 
 
 def draw(path, seed: int, dark: bool = False) -> None:
@@ -204,6 +207,21 @@ def test_a_teacher_teaches_mixed_images_without_labels(distill, learn, images, m
     assert "mixup 1.0" in log and "training accuracy" not in log
     assert trained and all(batch.targets.ndim == 2 and (batch.classes == 0).all() for batch in trained)
     assert judged and all(one is None or not one.mixes for one in judged)
+
+
+def test_epochs_are_judged_by_one_weighting():
+    """NORM's weight of its term rises and falls over the run."""
+    data, (network, student) = few_images(10), pair_networks("resnet14", "resnet8")
+    teacher = Teacher(Network("x.pth", "resnet14", network, 10), data, None, Fast(), torch.device("cpu"))
+    method = DISTILLERS["norm"](student, network, TASK)
+    config = resolve({"distill": "norm", "model_s": "resnet8", "batch_size": 8}, of_teacher={"model_t": "resnet14"})
+    training, found = loops.Training(method.main_stage(240), method, data, config, torch.device("cpu")), []
+    loader = training.judging_loader(data.test, data, torch.arange(24))
+    for epoch in (0, 120, 239):
+        training.begin_epoch(Progress(epoch, 240), epoch, None)
+        method.eval()
+        found.append(loops.matching_loss(training, teacher, loader))
+    assert found[0] == found[1] == found[2] > 0
 
 
 def test_recipes_take_nothing_from_labels_but_the_cross_entropy(images):
