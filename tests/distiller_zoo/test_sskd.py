@@ -8,12 +8,15 @@ import torch
 from distiller_zoo import DISTILLERS
 from distiller_zoo.kd import kl_divergence
 from distiller_zoo.sskd import select, selected_divergence, share, similarities, sources
+from helper.command_line import resolve
+from helper.loops import Training
 from helper.recipes import recipe_of
 from tests.check_values import STUDENT_LOGITS, TEACHER_LOGITS
 from tests.distiller_zoo.helpers import (
     build_alone,
     close,
 )
+from tests.stages import few_images
 
 
 def rows_of(ranks):
@@ -77,3 +80,12 @@ def test_the_first_stages_rate_falls_after_these_shares_of_it():
     assert flag.type("0.5,0.75") == (0.5, 0.75)
     with pytest.raises(ArgumentTypeError, match=r"shares of the stage|from 0 to 1"):
         flag.type("30,45")
+
+
+def test_a_first_stage_has_its_own_rate_which_falls_to_a_tenth_whatever_the_runs_schedule():
+    method, data = build_alone("sskd"), few_images(10)
+    given = {"distill": "sskd", "model_s": "resnet8", "batch_size": 8, "lr_decay": "cos", "lr_warmup_epochs": 9}
+    config = resolve(given | {"learning_rate": 0.3}, of_teacher={"model_t": "resnet14"})
+    training = Training(method.stages(240)[0], method, data, config, torch.device("cpu"))
+    rates = [training.learning_rate(epoch, 0) for epoch in (1, 30, 31, 45, 46, 60)]
+    assert rates == pytest.approx([0.05, 0.05, 0.005, 0.005, 0.0005, 0.0005])
