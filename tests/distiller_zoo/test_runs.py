@@ -171,6 +171,13 @@ def test_a_run_ships_the_student_alone(distil, monkeypatch, name, save_dir):
     assert network.state_dict().keys() == pair_networks("resnet14", "resnet8")[1].state_dict().keys()
 
 
+def test_the_moving_average_begins_with_the_main_stage(distil, monkeypatch):
+    keep_images(monkeypatch, 64, 32)
+    flags = ("--batch_size", "32", "--epochs", "1", "--init_epochs", "1", "--max_steps", "1", "--ema_decay", "0.9")
+    saved = state(distil(*flags, "--allow_teacher_gap", distill="fsp"))
+    assert same_state(saved["ema"], saved["distiller"]), "what the first step of the main stage has left"
+
+
 def test_one_runs_without_a_teacher_and_resumes(distil, monkeypatch):
     keep_images(monkeypatch, 64, 32)
     flags = ("--batch_size", "32", "--epochs", "2")
