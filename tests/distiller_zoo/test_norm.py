@@ -148,6 +148,8 @@ def test_a_classifier_without_a_bias_keeps_the_convolution():
     wrn.fc = torch.nn.Linear(64, 10, bias=False)
     with pytest.raises(UserError, match=r"--ft_position post: .*needs a bias"):
         NORM(wrn, teacher, TASK, ft_position="post")
+    student.classifies_mean, student.get_classifier = False, None  # it ends in something else: nothing asks for it
+    assert "more than one linear layer" in method.export_note()
 
 
 @pytest.mark.parametrize("name", ["resnet8", "vgg8", "MobileNetV2", "ShuffleV2"])
