@@ -13,10 +13,13 @@ import train_cifar_student
 from distiller_zoo import Task, find_distiller
 from helper import fast, settings
 from helper.command_line import parse, resolve, teacher_parser
+from helper.networks import Network
+from helper.teacher import Teacher
 from models import build_model
 from scripts import export_student
 from tests.conftest import ROOT, killed
 from tests.run_folders import config_of, load, metrics, same_state, weights
+from tests.stages import few_images
 
 FLAGS = ("--batch_size", "8", "--max_steps", "4")
 
@@ -92,6 +95,17 @@ def test_the_teacher_is_folded_in_the_run_only(distil, monkeypatch):
     assert not folded
     distil(*FLAGS, "--fold_teacher")
     assert len(folded) == 1
+
+
+@pytest.mark.parametrize("folds", [False, True])
+def test_a_teacher_in_bfloat16_shows_what_it_shows_in_float32(folds):
+    loaded, images = Network("x.pth", "resnet8", build_model("resnet8", 10).eval(), 10), torch.randn(4, 3, 32, 32)
+    plain, quick = (
+        Teacher(loaded, few_images(10), None, chosen, torch.device("cpu")).predict(images)
+        for chosen in (fast.Fast(), fast.Fast(precision="bfloat16", fold_teacher=folds))
+    )
+    assert (plain.dtype, quick.dtype) == (torch.float32, torch.bfloat16)
+    assert (quick.float() - plain).norm() < 0.05 * plain.norm()
 
 
 def test_depthwise_convolutions_stay_in_float32_on_a_cpu(monkeypatch):
