@@ -12,7 +12,7 @@ from PIL import Image
 from dataset import Images, images
 from tests.conftest import ROOT
 
-#: Pixels on a side and number of the images that are measured: enough that what libraries allocate is little beside it.
+#: Pixels on a side and number of the images that are measured: next to them, what libraries allocate is little.
 SIDE, COUNT = 128, 2000
 #: Loads two folders of such images, the first to load libraries; prints the peak growth of the second in bytes.
 MEASURE = """
