@@ -92,3 +92,19 @@ def test_an_optimizer_is_taken_up_where_it_was(name):
     saved["param_groups"][0]["count"] = torch.nan
     with pytest.raises(ValueError, match="not finite"):
         restore_optimizer(resumed, saved["state"], saved["param_groups"])
+
+
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_sgd_is_its_formula(nesterov):
+    config = SimpleNamespace(optimizer="sgd", momentum=0.9, nesterov=nesterov, weight_decay=0.1, compile="off")
+    config.fused_optimizer, config.decay_norms = False, True
+    layer = torch.nn.Linear(3, 1, bias=False)
+    optimizer, expected, velocity = make_optimizer(layer, config), layer.weight.detach().clone(), 0.0
+    optimizer.param_groups[0]["lr"] = 0.5
+    for gradient in torch.randn(3, 1, 3):
+        layer.weight.grad = gradient.clone()
+        optimizer.step()
+        decayed = gradient + 0.1 * expected
+        velocity = 0.9 * velocity + decayed
+        expected = expected - 0.5 * (decayed + 0.9 * velocity if nesterov else velocity)
+        assert torch.allclose(layer.weight, expected, rtol=1e-5)
