@@ -26,6 +26,7 @@ from torch.func import functional_call
 
 from distiller_zoo.base import BETA, INIT_EPOCHS, Condition, Flag, Stage, above_zero, is_one_of, number, widen_output
 from distiller_zoo.kd import FeatureDistiller, LogitDistiller
+from distiller_zoo.maps import describe_left_out
 from distiller_zoo.pathways import STYLES, Pathways, PathwayWeights
 from models.backbone import Backbone, Output, probe_shapes
 from models.synchronised import average
@@ -117,9 +118,13 @@ class DistPro(LogitDistiller):
             for network in (student, teacher)
         )
         self.pathways = Pathways(student_channels, teacher_channels)
+        self._left_out = describe_left_out(student_channels, teacher_channels, from_deepest=True, without="")
         styles = self.distpro_search_style, self.distpro_style
         self.weights = PathwayWeights(len(self.pathways.pairs), self.init_epochs, *styles, self.kd_weight)
         self.search = None if self.distpro_style == "constant" else SearchedStudent(student, self.pathways)
+
+    def notes(self):
+        return [*super().notes(), *filter(None, [self._left_out])]
 
     def stages(self, epochs):
         main = self.main_stage(epochs)

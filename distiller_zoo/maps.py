@@ -65,10 +65,11 @@ def pool_to_smaller(student_map: Tensor, teacher_map: Tensor, map_size: str = "p
     return student_map, match_size(teacher_map, *student_map.shape[2:], "average")
 
 
-def describe_sizes(student: Sequence[int], teacher: Sequence[int], map_size: str, paper: str = "average") -> str:
+def describe_sizes(student: Sequence[int], teacher: Sequence[int], map_size: str | None, paper: str = "average") -> str:
     """One sentence on how maps of shape (C, H, W) are brought to one size; empty where they have one.
 
-    paper: "max" or "average", the pooling of the method's paper where the sizes divide.
+    map_size: the flag's value, None where the method has no such flag and pools. paper: "max" or "average", the pooling
+    of the method's paper where the sizes divide.
     """
     own, other = student[1:], teacher[1:]
     if tuple(own) == tuple(other):
@@ -79,19 +80,24 @@ def describe_sizes(student: Sequence[int], teacher: Sequence[int], map_size: str
     smaller, larger = sorted((tuple(own), tuple(other)))
     kind = "max" if takes_maximum(larger, smaller, paper) else "average"
     whose = "student" if tuple(own) == larger else "teacher"
-    return f"maps of student and teacher are {sizes}: the {whose}'s is {kind}-pooled (--map_size)"
+    flag = " (--map_size)" if map_size else ""
+    return f"maps of student and teacher are {sizes}: the {whose}'s is {kind}-pooled{flag}"
 
 
-def describe_left_out(student: Sequence, teacher: Sequence) -> str:
-    """One sentence on the maps that pairs from the shallowest on leave out of the longer list; empty where none."""
+def describe_left_out(
+    student: Sequence, teacher: Sequence, *, from_deepest: bool = False, without: str = "without the first of each, "
+) -> str:
+    """One sentence on the maps that pairs from the shallowest (or deepest) on leave out of the longer list; empty where
+    none. `without` says which of a network's maps neither list holds."""
     if len(student) == len(teacher):
         return ""
     whose, others = ("student", "teacher") if len(student) > len(teacher) else ("teacher", "student")
     fewer, more = sorted((len(student), len(teacher)))
-    deepest = "deepest is" if more - fewer == 1 else f"{more - fewer} deepest are"
+    paired, unpaired = ("deepest", "shallowest") if from_deepest else ("shallowest", "deepest")
+    left_out = f"{unpaired} is" if more - fewer == 1 else f"{more - fewer} {unpaired} are"
     return (
-        f"without the first of each, the {whose} shows {count_of(more, 'feature map')} and the {others} {fewer}: maps "
-        f"are paired from the shallowest on, and the {whose}'s {deepest} left out"
+        f"{without}the {whose} shows {count_of(more, 'feature map')} and the {others} {fewer}: maps are paired from "
+        f"the {paired} on, and the {whose}'s {left_out} left out"
     )
 
 
@@ -117,7 +123,8 @@ class MapDistiller(FeatureDistiller):
                 )
         pairs = zip(*shapes, strict=False)
         left_out = describe_left_out(*shapes) if self.pairs_maps else ""
-        self._sizes = list(dict.fromkeys([left_out, *(describe_sizes(*pair, self.map_size) for pair in pairs)]))
+        how = self.map_size if MAP_SIZE in self.flags else None
+        self._sizes = list(dict.fromkeys([left_out, *(describe_sizes(*pair, how) for pair in pairs)]))
 
     @staticmethod
     def compared(output: Output | Shapes) -> list:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from distiller_zoo.base import ALPHA, BETA, GAMMA, KD_T
 from distiller_zoo.kd import LOGIT_STANDARDIZATION, FeatureDistiller
-from distiller_zoo.maps import middle_maps, pool_to_smaller
+from distiller_zoo.maps import describe_left_out, describe_sizes, middle_maps, pool_to_smaller
 from errors import UserError
 from models.backbone import Backbone, initialise, probe_shapes
 
@@ -88,10 +88,16 @@ class Overhaul(FeatureDistiller):
 
     def __init__(self, student, teacher, task, **hyper_parameters):
         super().__init__(student, teacher, task, **hyper_parameters)
-        shapes, batch_norms = middle_maps(probe_shapes(student, task.image_size)), _find_batch_norms(teacher)
+        shapes = [middle_maps(probe_shapes(network, task.image_size)) for network in (student, teacher)]
         self.layers = nn.ModuleList(
-            Layer(channels, teacher_bn) for (channels, *_), teacher_bn in _pair_deepest(shapes, batch_norms)
+            Layer(channels, teacher_bn)
+            for (channels, *_), teacher_bn in _pair_deepest(shapes[0], _find_batch_norms(teacher))
         )
+        sizes = (describe_sizes(own, other, None) for own, other in _pair_deepest(*shapes))
+        self._unlike = list(filter(None, [describe_left_out(*shapes, from_deepest=True), *dict.fromkeys(sizes)]))
+
+    def notes(self):
+        return [*super().notes(), *self._unlike]
 
     def feature_loss(self, student, teacher, targets, index):
         pairs = _pair_deepest(middle_maps(student), middle_maps(teacher))

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from distiller_zoo.base import BETA, WARMUP_EPOCHS, Flag, above_zero, count
 from distiller_zoo.kd import FeatureDistiller
-from distiller_zoo.maps import middle_maps
+from distiller_zoo.maps import describe_left_out, middle_maps
 from models.backbone import Backbone, Output, probe_shapes
 
 PLACES = ("before", "behind")
@@ -126,7 +126,9 @@ class ReviewKD(FeatureDistiller):
     def __init__(self, student, teacher, task, **hyper_parameters):
         super().__init__(student, teacher, task, **hyper_parameters)
         self.student_preact, self.teacher_preact = self.review_student == "before", self.review_teacher == "before"
-        student_channels, teacher_channels = (_level_channels(each, task.image_size) for each in (student, teacher))
+        levels = [_level_channels(each, task.image_size) for each in (student, teacher)]
+        student_channels, teacher_channels = levels
+        self._left_out = describe_left_out(*(middle for _, *middle in levels), from_deepest=True)
         deepest, *_ = student_channels
         mid_channels = min(self.review_width, deepest)
         # The lists run from deep to shallow, so that the shorter one decides and the deepest are paired.
@@ -135,6 +137,9 @@ class ReviewKD(FeatureDistiller):
             AttentionFusion(in_channels, mid_channels, out_channels, is_deepest=number == 0)
             for number, (in_channels, out_channels) in enumerate(pairs)
         )
+
+    def notes(self):
+        return [*super().notes(), *filter(None, [self._left_out])]
 
     def feature_loss(self, student, teacher, targets, index):
         losses, deeper = [], None

@@ -53,3 +53,24 @@ def test_maps_that_no_pair_compares_are_said(distill):
     notes = [note for note in DISTILLERS[distill](student, teacher, task).notes() if said in note]
     assert len(notes) == (distill != "semckd")
     assert not describe_left_out([1, 2], [3, 4]) and "2 deepest are left out" in describe_left_out([1], [1, 2, 3])
+
+
+@pytest.mark.parametrize("distill", ["ofd", "reviewkd", "distpro"])
+def test_methods_that_pair_from_the_deepest_say_which_maps_they_leave_out(distill):
+    task, pair = Task(7, 32, 4, torch.arange(8) % 7), (build_model("resnet8", 7), build_model("vgg8", 7))
+    counts = (4, 5) if distill == "distpro" else (3, 4)
+    for student, teacher in (pair, pair[::-1]):
+        notes = DISTILLERS[distill](student, teacher, task).notes()
+        said = "maps are paired from the deepest on, and the {}'s shallowest is left out"
+        whose, other = ("student", "teacher") if student is pair[1] else ("teacher", "student")
+        shown = f"the {whose} shows {counts[1]} feature maps and the {other} {counts[0]}: {said.format(whose)}"
+        assert [shown in note for note in notes] == [True, *(False for _ in notes[1:])]
+        assert distill == "distpro" or notes[0].startswith("without the first of each")
+    assert DISTILLERS[distill](pair[0], build_model("resnet14", 7), task).notes() == []
+
+
+@pytest.mark.parametrize("distill", ["ofd", "simkd"])
+def test_methods_without_map_size_say_their_pooling_and_name_no_flag(distill):
+    task = Task(7, 32, 4, torch.arange(8) % 7)
+    *_, note = DISTILLERS[distill](build_model("resnet8", 7), build_model("vgg8", 7), task).notes()
+    assert note.startswith("maps of student and teacher are 8x8 and 4x4") and note.endswith("'s is average-pooled")
