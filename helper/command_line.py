@@ -22,7 +22,7 @@ from helper.distributed import by_main, find_device, images_per_pass
 from helper.optim import stretch
 from helper.recipes import recipe_of, run_length
 from models.external import is_external
-from setting import FILLED_IN, Setting, as_text, count
+from setting import FILLED_IN, Setting, as_text, count, whole
 
 #: A value of `--resume`: the latest run of the same name, if there is one.
 LATEST = "auto"
@@ -510,6 +510,8 @@ def _scale_epochs(merged: dict, known: Mapping[str, Setting], chosen: set[str], 
         value, source = merged[name]
         scaled = stretch(value if isinstance(value, tuple) else (value,), length, merged["epochs"][0])
         scaled = scaled if isinstance(value, tuple) else scaled[0]
+        if setting.type is whole:  # a warm-up, which leaves an epoch of the main stage: ReviewKD's first has no weight
+            scaled = min(scaled, merged["epochs"][0] - 1)
         if scaled != value:
             merged[name] = (scaled, f"{source}, scaled")
 

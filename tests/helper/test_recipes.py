@@ -91,7 +91,15 @@ def test_the_warm_up_of_a_recipe_scales_with_the_run():
     def warm_up(**given):
         return config("ce", "resnet8", recipe="finetune", **given).lr_warmup_epochs
 
-    assert (warm_up(), warm_up(epochs=40), warm_up(epochs=1), warm_up(epochs=40, lr_warmup_epochs=3)) == (2, 4, 1, 3)
+    assert (warm_up(), warm_up(epochs=40), warm_up(epochs=2), warm_up(epochs=40, lr_warmup_epochs=3)) == (2, 4, 1, 3)
+
+
+def test_a_warm_up_that_scales_is_never_the_whole_run():
+    """ReviewKD's loss has no weight in its first epoch: a run of one would train without it."""
+    of_loss = [config("reviewkd", "resnet8", path_t="t.pth", epochs=epochs).warmup_epochs for epochs in (1, 2, 24)]
+    of_rate = config("ce", "resnet8", recipe="finetune", epochs=1).lr_warmup_epochs
+    given = config("reviewkd", "resnet8", path_t="t.pth", epochs=1, warmup_epochs=5).warmup_epochs
+    assert (of_loss, of_rate, given) == ([0, 1, 2], 0, 5)
 
 
 def test_every_recipe_is_whole_on_every_data_set():
