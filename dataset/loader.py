@@ -107,6 +107,11 @@ class Loader:
         full, rest = divmod(len(self.subset), self.batch_size)
         return full + (rest >= self.min_batch)
 
+    @property
+    def images_shown(self) -> int:
+        """The number of images in the batches of an epoch: all, or those without a last batch that is left out."""
+        return min(len(self) * self.batch_size, len(self.subset))
+
     def batches(self, epoch: int = 0, first: int = 0) -> Iterator[Batch]:
         """The batches of an epoch, from the one with number `first` on."""
         shown, fills = self._shown_in(epoch), self.augmentation is not None

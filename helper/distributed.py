@@ -278,14 +278,16 @@ def average_statistics(module: nn.Module) -> None:
 def describe_batch(config: Any) -> str:
     """One line on how the batch is divided and what that means for the learning rate; empty where it is not divided."""
     processes, parts = count_processes(), config.accumulate
+    without_effect = "--sync_bn changes nothing: there is one process" if config.sync_bn and processes == 1 else ""
     if processes * parts == 1:
-        return ""
+        return without_effect
     factors = f"{processes} processes x " * (processes > 1) + f"{parts} micro-batches x " * (parts > 1)
-    statistics = "all processes'" if config.sync_bn else "each process's own"
+    statistics = "all processes'" if config.sync_bn and processes > 1 else "each process's own"
     return (
         f"batch: {config.batch_size} = {factors}{images_per_pass(config.batch_size, parts)} images; the learning rate, "
         f"{config.learning_rate:g}, belongs to the global batch and is not rescaled; BatchNorm over {statistics} "
         + ("micro-batch" if parts > 1 else "images")
+        + (without_effect and f"; {without_effect}")
     )
 
 

@@ -112,6 +112,16 @@ class Training:
             raise UserError(f"--data: {len(subset)} training images are too few for --distill {config.distill}")
         return loader
 
+    def describe_left_out(self) -> str:
+        """A line on the images of a last batch that is too short to be trained on; empty where there is none."""
+        loader, images = self.loader, len(self.loader.subset)
+        if loader.images_shown == images:
+            return ""
+        return (
+            f"each epoch leaves out {images - loader.images_shown} of {images} training images, others each time: a "
+            f"last batch needs at least {count_of(loader.min_batch, 'image')}"
+        )
+
     @property
     def batch_key(self) -> tuple:
         """Equal for two runs of one process exactly if their batches and micro-batches of an epoch are."""

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from dataset import ImageData, Images, StreamedImages
+from dataset import ImageData, Loader
 from distiller_zoo import Distiller, Progress, build_distiller, check_stages, find_distiller
 from errors import Stopped, UserError, count_of
 from helper.checkpoint import (
@@ -405,8 +405,8 @@ class Run:
         if changes := augmentation.describe(self.data.labelled):
             self.folder.log(changes)
         self.folder.log(describe_method(self.method, self.stages, self.config.model_s, self.data.image_size))
-        if division := describe_batch(self.config):
-            self.folder.log(division)
+        for line in filter(None, (describe_batch(self.config), self.training.describe_left_out())):
+            self.folder.log(line)
         if self.teacher is not None and (line := self.teacher.open_for(self.training)):
             self.folder.log(line)
         self._go_to_next_stage()
@@ -536,22 +536,21 @@ class Run:
 
     def _test_without_labels(self) -> dict[str, float]:
         """How well the student matches its teacher, and what its features are good for."""
-        name, images, subset = self._judged_images()
-        loader = self.training.judging_loader(images, self.data, subset)
+        name, loader = self._judged_images()
         judged = {f"{name}_matching_loss": matching_loss(self.training, self.teacher, loader)}
         if self.inputs.probe is not None:
             network = self.method.export()
             judged |= probe(*(pooled_features(network, part) for part in self.inputs.probe))
         return judged
 
-    def _judged_images(self) -> tuple[str, Images | StreamedImages, torch.Tensor]:
-        """The split that the matching loss is measured on, its images, and which: of training images some, evenly
-        spread."""
+    def _judged_images(self) -> tuple[str, Loader]:
+        """The split that the matching loss is measured on, and its batches: of training images some, evenly spread."""
         if self.inputs.holdout_loader is not None:
             images = self.inputs.holdout_loader.images
-            return "holdout", images, torch.arange(len(images.targets))
+            return "holdout", self.training.judging_loader(images, self.data, torch.arange(len(images.targets)))
         n = len(self.data.train.targets)
-        return "train", self.data.train, torch.arange(0, n, max(-(-n // JUDGED_IMAGES), 1))
+        some = torch.arange(0, n, max(-(-n // JUDGED_IMAGES), 1))
+        return "train", self.training.judging_loader(self.data.train, self.data, some)
 
     # Checkpoints.
 
@@ -635,8 +634,8 @@ class Run:
         if self.data.labelled:
             protocol = describe_protocol(self.config.holdout, self.config.best_by)
             return summarise(self.records, self._best_epoch()) | {"protocol": protocol}
-        name, _, subset = self._judged_images()
-        images = f"{len(subset)} {'training' if name == 'train' else 'held-out'} images"
+        name, loader = self._judged_images()
+        images = f"{loader.images_shown} {'training' if name == 'train' else 'held-out'} images"
         return summarise_without_labels(self.records) | {"protocol": f"lowest matching loss on {images}"}
 
     def _best_epoch(self) -> int:

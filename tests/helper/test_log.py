@@ -6,6 +6,7 @@ import pytest
 
 import train_cifar_student
 from helper import run as run_module
+from helper.distributed import describe_batch
 from helper.log import format_duration, format_result
 from tests.conftest import killed
 
@@ -110,3 +111,26 @@ def test_students_that_take_turns_wait_for_each_other(distil, left):
 
     # The first epoch is known alone; then the turn of the other one counts.
     assert left(run, [5.0] * 6) == ["10 s left", "10 s left", "10 s left", "10 s left", "", ""]
+
+
+@pytest.mark.slow
+def test_what_a_last_batch_leaves_out_is_said(distil, few_images):
+    """SemCKD needs whole batches: of 32 images 2 make no step, and of others one image alone."""
+
+    def said(distill, batch_size, *flags):
+        run = distil("--epochs", "1", "--max_steps", "1", "--batch_size", batch_size, *flags, distill=distill)
+        return [line for line in (run / "log.txt").read_text().splitlines() if line.startswith("each epoch leaves")]
+
+    left_out = "each epoch leaves out {} of 32 training images, others each time: a last batch needs at least {} images"
+    assert said("semckd", "15", "-b", "1") == [left_out.format(2, 15)]
+    assert said("rkd", "31") == [left_out.format(1, 2)]
+    assert said("kd", "31") == []
+
+
+def test_sync_bn_without_other_processes_is_said_to_change_nothing():
+    def said(accumulate, sync_bn):
+        return describe_batch(SimpleNamespace(accumulate=accumulate, sync_bn=sync_bn, batch_size=8, learning_rate=0.1))
+
+    assert said(1, False) == "" and said(1, True) == "--sync_bn changes nothing: there is one process"
+    assert said(2, False).endswith("BatchNorm over each process's own micro-batch")
+    assert said(2, True) == f"{said(2, False)}; {said(1, True)}"

@@ -62,6 +62,12 @@ def result_of(run) -> dict:
     return json.loads((run / "result.json").read_text())
 
 
+def test_the_protocol_counts_the_images_that_the_matching_loss_is_of(learn):
+    """SemCKD compares whole batches: 24 images make two of 10."""
+    run = learn("--batch_size", "10", "--epochs", "1", "-b", "1", distill="semckd")
+    assert result_of(run)["protocol"] == "lowest matching loss on 20 training images"
+
+
 @pytest.mark.slow
 def test_a_feature_method_learns_is_judged_by_its_loss_and_starts_a_classifier(learn, images, save_dir, capsys):
     run = learn("--holdout", "8", distill="norm")
