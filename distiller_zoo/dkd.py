@@ -84,12 +84,12 @@ class DKD(LogitDistiller):
     def losses(self, student, teacher, targets, index, progress):
         logits = self.compared_logits(student, teacher)
         target_class, non_target_class = decoupled_losses(*logits, targets, self.kd_T)
-        risen = self.factor(progress)
-        return {
-            **self.weighted_cross_entropy(student.logits, targets),
-            "tckd": risen * self.dkd_alpha * target_class,
-            "nckd": risen * self.dkd_beta * non_target_class,
-        }
+        risen, terms = self.factor(progress), self.weighted_cross_entropy(student.logits, targets)
+        if self.dkd_alpha:
+            terms["tckd"] = risen * self.dkd_alpha * target_class
+        if self.dkd_beta:
+            terms["nckd"] = risen * self.dkd_beta * non_target_class
+        return terms
 
     def schedule(self, progress):
         return min((progress.epoch + 1) / max(self.warmup_epochs, 1), 1.0)

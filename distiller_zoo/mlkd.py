@@ -104,14 +104,15 @@ class MLKD(LogitDistiller):
             *(correlation_losses(raw_weak, raw_teacher, each) for each in self.mlkd_temperatures), strict=True
         )
         strong_terms = self.weighted_cross_entropy(raw_strong, targets)
-        return {
-            **self.weighted_cross_entropy(raw_weak, targets),
-            **{f"{name}_strong": value for name, value in strong_terms.items()},
-            "kd": self.alpha * images * self.divergence(weak, teacher_weak, self.mlkd_temperatures),
-            "kd_strong": self.alpha * self.divergence(strong, teacher_strong, self.mlkd_temperatures),
-            "class": self.beta * classes * sum(class_level),
-            "batch": self.beta * images * sum(batch_level),
-        }
+        terms = self.weighted_cross_entropy(raw_weak, targets)
+        terms |= {f"{name}_strong": value for name, value in strong_terms.items()}
+        if self.alpha:
+            terms["kd"] = self.alpha * images * self.divergence(weak, teacher_weak, self.mlkd_temperatures)
+            terms["kd_strong"] = self.alpha * self.divergence(strong, teacher_strong, self.mlkd_temperatures)
+        if self.beta:
+            terms["class"] = self.beta * classes * sum(class_level)
+            terms["batch"] = self.beta * images * sum(batch_level)
+        return terms
 
     @staticmethod
     def divergence(student_logits: Tensor, teacher_logits: Tensor, temperatures: Sequence[float]) -> Tensor:

@@ -218,7 +218,8 @@ class NORM(Distiller):
         terms = self.weighted_cross_entropy(student_logits, targets)
         if self.alpha:
             terms |= weighted_kd(self.alpha, student_logits, standardise_logits(teacher.logits, self.scale), self.kd_T)
-        terms["norm"] = self.beta * self.factor(progress) * student.norm_loss
+        if self.beta:
+            terms["norm"] = self.beta * self.factor(progress) * student.norm_loss
         return terms
 
     def schedule(self, progress):

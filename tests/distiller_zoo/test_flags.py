@@ -121,6 +121,17 @@ def test_a_weight_scales_its_terms_and_no_other(name, flag):
         assert once[key] < twice[key] <= 2 * once[key] * (1 + 1e-4), key
 
 
+@pytest.mark.parametrize("name", [name for name in DISTILLERS if name not in ("norm_crd", "sskd")])
+def test_without_any_weight_there_is_no_loss_which_a_run_refuses(name):
+    """The adapters of the other two need their terms: several processes wait for every gradient."""
+    method, teacher = build(name, **dict.fromkeys(ones(name), 0.0))
+    *_, main = method.stages(240)
+    set_modes(main, method)
+    batch = batch_for(method)
+    _, losses = method(batch, teacher(batch.images, method.teacher_preact), Progress(30, 240))
+    assert losses == {}
+
+
 @pytest.mark.parametrize(
     ("name", "flag"),
     [(name, flag) for name, flag in EVERY_FLAG if not is_weight(flag)],

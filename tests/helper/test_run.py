@@ -112,8 +112,9 @@ def test_a_diverging_loss_names_its_term(distil):
 
 
 def test_weights_that_are_all_zero_are_refused(distil, save_dir):
-    with pytest.raises(UserError, match="every loss weight is 0"):
-        distil("-r", "0", "-a", "0", distill="kd")
+    for flags, distill in ((("-r", "0", "-a", "0"), "kd"), (("-r", "0", "-b", "0"), "norm")):
+        with pytest.raises(UserError, match="every loss weight is 0"):
+            distil(*flags, distill=distill)
 
 
 def test_an_unknown_device_is_named(save_dir):
