@@ -379,6 +379,11 @@ class Run:
         """How many steps `--max_steps` leaves of the stage; None where there is no limit."""
         return None if self.config.max_steps is None else max(self.config.max_steps - self.stage_step, 0)
 
+    def _is_cut_short(self) -> bool:
+        """Whether `--max_steps` ends a stage before its epochs do."""
+        most, steps = self.config.max_steps, len(self.training.loader)
+        return most is not None and any(most < stage.epochs * steps for stage in self.stages)
+
     @property
     def first_step(self) -> int:
         """Finished steps of the next epoch."""
@@ -565,7 +570,7 @@ class Run:
             teacher["num_classes"] = counts if loaded.members else loaded.num_classes
         known = {"accuracy": record.get("test_accuracy"), "epoch": self.epoch, "teacher": teacher}
         known |= {"accuracy_ema": record["test_accuracy_ema"]} if "test_accuracy_ema" in record else {}
-        known["max_steps"] = self.config.max_steps
+        known["max_steps"] = self.config.max_steps if self._is_cut_short() else None
         known["identity"] = self.inputs.identity
         averaged = self.average.module if self.average is not None and self.average.has_steps else None
         return make_checkpoint(self.method, self.config, data_record(self.data), averaged, **known)

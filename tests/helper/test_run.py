@@ -117,6 +117,17 @@ def test_weights_that_are_all_zero_are_refused(distil, save_dir):
             distil(*flags, distill=distill)
 
 
+@pytest.mark.parametrize(("most", "recorded"), [("8", None), ("7", 7)])
+def test_a_limit_that_no_stage_reaches_cuts_nothing_short(most, recorded, few_images, tmp_path):
+    """Two epochs are eight steps: a student of that teacher is told of a try-out only where it was one."""
+    train_teacher.main(
+        ["--model", "resnet8", "--epochs", "2", "--max_steps", most, "--save_dir", str(tmp_path)]
+        + ["--batch_size", "8"]
+    )
+    [run] = tmp_path.iterdir()
+    assert load(run / "last.pth")["record"]["max_steps"] == recorded
+
+
 def test_an_unknown_device_is_named(save_dir):
     for device in ("tpu", "cuda:99", "meta"):
         message = message_of(
