@@ -40,6 +40,7 @@ from helper.optim import Guard, parameters_of
 from helper.recipes import CIFAR_PAIRS
 from helper.settings import SETTINGS
 from helper.tables.pages import markdown_table
+from helper.tables.plan import read_pairs
 from helper.teacher import FrozenTeacher
 from models import build_model
 from models.backbone import Output
@@ -58,7 +59,6 @@ from scripts.benchmarks.parts import (
     wait_for,
 )
 from scripts.benchmarks.plain_losses import PlainTransform
-from scripts.reproduce import pairs
 from setting import count, file_to_write, whole
 
 PROGRESS = Progress(120, 240)
@@ -305,7 +305,7 @@ def counts(text: str) -> list[int]:
 def main(argv=None) -> list[dict]:
     parser = Parser.of_script(__doc__)
     every_pair = ",".join(":".join(pair) for pair in CIFAR_PAIRS)
-    parser.add_argument("--pairs", type=pairs, default=every_pair, metavar="T:S,...", help="all of the tables")
+    parser.add_argument("--pairs", type=read_pairs, default=every_pair, metavar="T:S,...", help="all of the tables")
     parser.add_argument("--n", type=counts, default="8", metavar="N,...")
     parser.add_argument("--batch_size", type=count, default=64)
     parser.add_argument("--steps", type=count, default=3, help="steps of a round (3)")

@@ -41,7 +41,7 @@ with starting():
     from helper.log import describe_protocol
     from helper.loops import evaluate
     from helper.run_folder import replacing, write_text
-    from helper.tables.pages import in_markdown
+    from helper.tables.pages import markdown_table
     from models import imagenet_model_dict
     from models.backbone import Backbone
     from models.checkpoints import read_checkpoint
@@ -269,9 +269,9 @@ def model_card(
         "licence": "TO FILL IN",
         "limits": "TO FILL IN: what it must not be used for, and which images it was not tested on",
     }
-    shown = "\n".join(f"| {name} | {in_markdown(str(value))} |" for name, value in rows.items())
+    shown = markdown_table([["", ""], *((name, str(value)) for name, value in rows.items())])
     uses = "\n".join(_call(file, record, program) for file in files)
-    return f"# {CARD}: {record['model_name']}\n\n|  |  |\n| -- | -- |\n{shown}\n\n## Files\n\n{uses}\n\n" + "".join(
+    return f"# {CARD}: {record['model_name']}\n\n{shown}\n\n## Files\n\n{uses}\n\n" + "".join(
         f"{line}\n\n" for line in lines
     )
 

@@ -8,7 +8,6 @@ folder of runs.
 """
 
 import argparse
-import re
 import shlex
 import sys
 from collections import defaultdict
@@ -42,26 +41,10 @@ with starting():
         Variant,
         all_variants,
         by_state,
+        read_pairs,
         read_variants,
-        teachers_of,
     )
-    from models import find_builder
     from setting import count, file_to_write, folder_to_write, must_be
-
-
-def pairs(text: str) -> list[tuple[str, str]]:
-    """(teacher, student) names, read from a flag like resnet32x4:resnet8x4,wrn_40_2:ShuffleV1; of several teachers
-    their names with + between them."""
-    name = "(?:timm:|torchvision:)?[^:+]+"
-    matches = [re.fullmatch(rf"({name}(?:\+{name})*):({name})", part) for part in text.split(",")]
-    found = [(match[1], match[2]) for match in matches if match]
-    if len(found) < len(matches):
-        raise argparse.ArgumentTypeError(
-            f"must be pairs like resnet32x4:resnet8x4,wrn_40_2:ShuffleV1, or like A+B:STUDENT, not {text}"
-        )
-    for network in {network for teacher, student in found for network in (*teachers_of(teacher), student)}:
-        find_builder(network)
-    return found
 
 
 @must_be("numbers of GPUs like 0,1")
@@ -142,7 +125,7 @@ def make_parser() -> Parser:
     add("--table", choices=TABLES, help="of the NORM paper: 1, 2: CIFAR-100; 3, 6: ImageNet")
     add(
         "--pairs",
-        type=pairs,
+        type=read_pairs,
         metavar="T:S,T:S",
         help="teacher:student, teacher+teacher:student; with --table: only these of its pairs",
     )

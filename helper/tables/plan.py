@@ -5,6 +5,7 @@ import os
 import re
 import shlex
 import zlib
+from argparse import ArgumentTypeError
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -23,7 +24,7 @@ from helper.recipes import CIFAR_PAIRS, IMAGENET_PAIRS
 from helper.run_folder import CONFIG, LAST, PREVIOUS, is_taken, next_folder
 from helper.settings import FOUND, SETTINGS
 from helper.tables.rows import key_text, read_config, read_result
-from models import build_model
+from models import build_model, find_builder
 from models.backbone import Backbone, Output
 from models.checkpoints import read_checkpoint
 from models.ensemble import Ensemble, shares_of
@@ -64,6 +65,21 @@ DIGESTS = {one.argument: one.instead_of for one in SETTINGS if one.instead_of an
 def teachers_of(teacher: str) -> list[str]:
     """The names in the first part of a pair: of one teacher, or of several that teach together, A+B."""
     return teacher.split("+")
+
+
+def read_pairs(text: str) -> list[tuple[str, str]]:
+    """(teacher, student) names, read from a flag like resnet32x4:resnet8x4,wrn_40_2:ShuffleV1; of several teachers
+    their names with + between them."""
+    name = "(?:timm:|torchvision:)?[^:+]+"
+    matches = [re.fullmatch(rf"({name}(?:\+{name})*):({name})", part) for part in text.split(",")]
+    found = [(match[1], match[2]) for match in matches if match]
+    if len(found) < len(matches):
+        raise ArgumentTypeError(
+            f"must be pairs like resnet32x4:resnet8x4,wrn_40_2:ShuffleV1, or like A+B:STUDENT, not {text}"
+        )
+    for network in {network for teacher, student in found for network in (*teachers_of(teacher), student)}:
+        find_builder(network)
+    return found
 
 
 class Variant(NamedTuple):

@@ -23,9 +23,10 @@ from helper.distributed import find_device
 from helper.fast import keep_freed_memory
 from helper.loops import augmentation_of
 from helper.recipes import RECIPES
+from helper.tables.pages import markdown_table
+from helper.tables.plan import read_pairs
 from scripts.benchmark import Contender, choose
 from scripts.benchmarks.parts import machine_name, report, seconds_of
-from scripts.reproduce import pairs
 from setting import count, file_to_write
 
 
@@ -82,17 +83,17 @@ def measure(pair: tuple[str, str], data: ImageData, args: Namespace) -> Iterator
 
 def table(records: list[dict]) -> str:
     """The records as Markdown."""
-    lines = ["| images in memory, with | a batch | a fast step | share |", "| -- | -- | -- | -- |"]
+    lines = [["images in memory, with", "a batch", "a fast step", "share"]]
     for record in records:
-        times = f"{1000 * record['batch_s']:.2f} ms | {1000 * record['step_s']:.1f} ms"
-        lines.append(f"| `{record['augmentation']}` | {times} | {100 * record['share']:.1f} % |")
-    return "\n".join(lines)
+        times = [f"{1000 * record['batch_s']:.2f} ms", f"{1000 * record['step_s']:.1f} ms"]
+        lines.append([f"`{record['augmentation']}`", *times, f"{100 * record['share']:.1f} %"])
+    return markdown_table(lines)
 
 
 def main(argv=None) -> list[dict]:
     parser = Parser.of_script(__doc__)
     parser.add_argument(
-        "--pairs", type=pairs, default="resnet32x4:resnet8x4", metavar="T:S,...", help="resnet32x4:resnet8x4"
+        "--pairs", type=read_pairs, default="resnet32x4:resnet8x4", metavar="T:S,...", help="resnet32x4:resnet8x4"
     )
     parser.add_argument("--batch_size", type=count, default=64)
     parser.add_argument("--batches", type=count, default=10, help="of each augmentation in a round (10)")

@@ -83,8 +83,6 @@ def _decode_when_all_are_ready(ready, rates, contents: list[bytes], size: int) -
 
 def side_by_side_rate(contents: list[bytes], size: int, processes: int) -> float:
     """Images per second of that many processes that decode and resize at the same time."""
-    if processes == 1:
-        return decode_rate(contents, size)
     context = multiprocessing.get_context("spawn")
     ready, rates = context.Barrier(processes), context.Queue()
     arguments = (ready, rates, contents, size)
@@ -130,8 +128,9 @@ def measure(path: str, kind: str, args: Namespace) -> Iterator[dict]:
     rates, of_bytes, together = ({workers: [] for workers in sets} for _ in range(3))
     for round_number in range(args.rounds):
         for workers, data in sets.items():
-            limits.append(decode_rate(contents, args.image_size))
-            together[workers].append(side_by_side_rate(contents, args.image_size, busy[workers]))
+            limits.append(alone := decode_rate(contents, args.image_size))
+            several = busy[workers] > 1
+            together[workers].append(side_by_side_rate(contents, args.image_size, busy[workers]) if several else alone)
             rates[workers].append(loader_rate(data, round_number, args))
             of_bytes[workers].append(byte_rate(data, round_number, args))
     for workers, data in sets.items():

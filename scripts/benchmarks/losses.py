@@ -25,11 +25,12 @@ from distiller_zoo.maps import middle_maps
 from errors import UserError, run_script
 from helper.command_line import Parser
 from helper.distributed import find_device
+from helper.tables.pages import markdown_table
+from helper.tables.plan import read_pairs
 from models import build_model
 from models.backbone import Output
 from scripts.benchmarks import plain_losses
 from scripts.benchmarks.parts import peak_memory, report, wait_for
-from scripts.reproduce import pairs
 from setting import count, file_to_write
 
 IMAGES, CLASSES, SIZE, N, NEGATIVES = 50_000, 100, 32, 8, 16_384
@@ -157,17 +158,17 @@ def compare(name: str, case: Case, rounds: int, device: torch.device) -> dict:
 
 def table(records: list[dict]) -> str:
     """The records as Markdown."""
-    lines = ["| loss | as written | here | ratio | memory |", "| -- | -- | -- | -- | -- |"]
+    lines = [["loss", "as written", "here", "ratio", "memory"]]
     for record in records:
+        times = [f"{1000 * record[name]:.2f} ms" for name in ("plain_s", "ours_s")]
         memory = f"{record['plain_bytes'] / 2**20:.1f} -> {record['ours_bytes'] / 2**20:.1f} MiB"
-        times = f"{1000 * record['plain_s']:.2f} ms | {1000 * record['ours_s']:.2f} ms | {record['ratio']:.2f}"
-        lines.append(f"| {record['loss']} | {times} | {memory} |")
-    return "\n".join(lines)
+        lines.append([record["loss"], *times, f"{record['ratio']:.2f}", memory])
+    return markdown_table(lines)
 
 
 def main(argv=None) -> list[dict]:
     parser = Parser.of_script(__doc__)
-    parser.add_argument("--pair", type=pairs, default="resnet32x4:resnet8x4", metavar="T:S")
+    parser.add_argument("--pair", type=read_pairs, default="resnet32x4:resnet8x4", metavar="T:S")
     parser.add_argument("--batch_size", type=count, default=64)
     parser.add_argument("--rounds", type=count, default=9, help="alternating rounds (9)")
     parser.add_argument("--losses", metavar="NAME,...", help="all by default")

@@ -7,7 +7,6 @@ The peak is of everything that training holds: both networks, the transform, gra
 what a step allocates. In the fast path.
 """
 
-import itertools
 import sys
 from argparse import Namespace
 from collections.abc import Iterable
@@ -20,6 +19,7 @@ import torch
 
 from dataset import ImageData, Loader, load_data
 from errors import run_script
+from helper.tables.pages import markdown_table
 from scripts.benchmark import Contender, choose, counts
 from scripts.benchmarks.parts import describe_step, pair_parser, peak_memory, report
 
@@ -50,14 +50,13 @@ def peak(record: dict) -> int:
 
 def table(records: list[dict]) -> str:
     """The records as Markdown, each compared with the first N of its pair."""
-    lines = ["| pair | image | batch | N | peak | relative |", "|--|--|--|--|--|--|"]
-    for pair, of_pair in itertools.groupby(records, key=lambda record: record["pair"]):
-        first, *_ = ordered = list(of_pair)
-        for one in ordered:
-            side, share = one["image_size"], peak(one) / peak(first)
-            size = f"{side}x{side} | {one['batch_size']} | {one['n']} | {peak(one) / 2**20:.1f} MiB | {share:.3f}"
-            lines.append(f"| {pair} | {size} |")
-    return "\n".join(lines)
+    lines = [["pair", "image", "batch", "N", "peak", "relative"]]
+    firsts: dict[str, int] = {}
+    for one in records:
+        share = peak(one) / firsts.setdefault(one["pair"], peak(one))
+        size = [f"{one['image_size']}x{one['image_size']}", str(one["batch_size"]), str(one["n"])]
+        lines.append([one["pair"], *size, f"{peak(one) / 2**20:.1f} MiB", f"{share:.3f}"])
+    return markdown_table(lines)
 
 
 def main(argv=None) -> list[dict]:

@@ -30,11 +30,11 @@ from helper.loops import forward_backward, set_modes
 from helper.metrics import EpochMeter
 from helper.optim import Guard, parameters_of
 from helper.tables.pages import markdown_table
+from helper.tables.plan import read_pairs
 from helper.teacher import FrozenTeacher
 from models import build_model
 from models.backbone import Output
 from scripts.benchmarks.parts import recipe_method, report, seconds_of
-from scripts.reproduce import pairs
 from setting import count, file_to_write
 
 IMAGES, CLASSES, SIZE = 50_000, 100, 32
@@ -172,7 +172,9 @@ def both_tables(records: list[dict]) -> str:
 
 def main(argv=None) -> list[dict]:
     parser = Parser.of_script(__doc__)
-    parser.add_argument("--pairs", type=pairs, default="resnet32x4:resnet8x4,wrn_40_2:ShuffleV1", metavar="T:S,...")
+    parser.add_argument(
+        "--pairs", type=read_pairs, default="resnet32x4:resnet8x4,wrn_40_2:ShuffleV1", metavar="T:S,..."
+    )
     parser.add_argument("--methods", default=",".join(DISTILLERS), metavar="NAME,...", help="all by default")
     parser.add_argument("--batch_size", type=count, default=64)
     parser.add_argument("--steps", type=count, default=5, help="timed steps of each (5)")

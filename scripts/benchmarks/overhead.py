@@ -21,6 +21,7 @@ from dataset import Batch, ImageData, Loader, load_data
 from distiller_zoo import DISTILLERS, Task
 from errors import run_script
 from helper.loops import forward_backward, set_modes
+from helper.tables.pages import markdown_table
 from models import build_model
 from scripts.benchmark import PROGRESS, Contender, choose
 from scripts.benchmarks.parts import describe_step, pair_parser, report, seconds_of
@@ -67,12 +68,12 @@ def measure(pair: tuple[str, str], data: ImageData, args: Namespace) -> dict:
 
 def table(records: list[dict]) -> str:
     """The records as Markdown."""
-    lines = ["| pair | image | N | whole step | teacher | student | ratio |", "|--|--|--|--|--|--|--|"]
+    lines = [["pair", "image", "N", "whole step", "teacher", "student", "ratio"]]
     for one in records:
-        times = " | ".join(f"{1000 * one[name]:.1f} ms" for name in ("step_s", "teacher_s", "student_s"))
-        size = one["image_size"]
-        lines.append(f"| {one['pair']} | {size}x{size} | {one['n']} | {times} | {one['ratio']:.3f} |")
-    return "\n".join(lines)
+        times = [f"{1000 * one[name]:.1f} ms" for name in ("step_s", "teacher_s", "student_s")]
+        size = f"{one['image_size']}x{one['image_size']}"
+        lines.append([one["pair"], size, str(one["n"]), *times, f"{one['ratio']:.3f}"])
+    return markdown_table(lines)
 
 
 def main(argv=None) -> list[dict]:

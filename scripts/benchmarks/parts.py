@@ -23,8 +23,8 @@ from helper.command_line import Parser
 from helper.distributed import find_device
 from helper.recipes import recipe_of
 from helper.run_folder import write_text
+from helper.tables.plan import read_pairs
 from models.backbone import Backbone
-from scripts.reproduce import pairs
 from setting import count, file_to_write
 
 
@@ -73,7 +73,7 @@ def recipe_method(
 def pair_parser(docstring: str | None, usual: str) -> Parser:
     """The flags of a benchmark of steps of pairs, by default of the `usual` ones, on digits of any size."""
     parser = Parser.of_script(docstring)
-    parser.add_argument("--pairs", type=pairs, default=usual, metavar="T:S,...", help=usual)
+    parser.add_argument("--pairs", type=read_pairs, default=usual, metavar="T:S,...", help=usual)
     parser.add_argument("--image_size", type=count, default=224, help="pixels on a side (224)")
     parser.add_argument("--batch_size", type=count, default=32)
     parser.add_argument("--device", type=find_device, default="auto")

@@ -109,11 +109,6 @@ def test_a_table_trains_each_run_once_with_two_plans_at_work(command):
     assert logs == {f"{name}.log" for name in folders}
 
 
-def test_pairs_of_other_libraries_hold_a_colon():
-    found = reproduce.pairs("torchvision:resnet34:timm:resnet18,resnet14:resnet8")
-    assert found == [("torchvision:resnet34", "timm:resnet18"), ("resnet14", "resnet8")]
-
-
 def test_several_teachers_of_a_pair_are_named_with_plus(tmp_path, capsys):
     flags = ["--methods", "kd,norm", "--trials", "1", "--save_dir", str(tmp_path), "--dry_run"]
     reproduce.main(["--pairs", "resnet14+timm:resnet10t:resnet8,resnet14:resnet8", *flags])

@@ -8,7 +8,7 @@ import torch
 from errors import UserError
 from helper.networks import digest_together, read_teacher
 from helper.tables import jobs
-from helper.tables.plan import Plan, Shelf, Variant, read_variants
+from helper.tables.plan import Plan, Shelf, Variant, read_pairs, read_variants
 from models import build_model
 from tests.run_folders import pretend
 
@@ -81,3 +81,8 @@ def test_the_digest_of_several_published_teachers_is_the_runs(tmp_path):
     *_, job = Plan(str(tmp_path), "cifar100").jobs(PAIRS, [Variant("norm", ("--teacher_weights", "3,1"))], 1)
     read = read_teacher(job.config.path_t, None, weights=(0.75, 0.25))
     assert job.teachers == [] and job.config.teacher_digest == read.digest
+
+
+def test_pairs_of_other_libraries_hold_a_colon():
+    found = read_pairs("torchvision:resnet34:timm:resnet18,resnet14+timm:resnet10t:resnet8")
+    assert found == [("torchvision:resnet34", "timm:resnet18"), ("resnet14+timm:resnet10t", "resnet8")]
