@@ -133,7 +133,8 @@ def compare(name: str, case: Case, rounds: int, device: torch.device) -> dict:
 
     forms = {"ours": case.ours, "plain": case.plain}
     values = {key: step(form) for key, form in forms.items()}
-    if case.compare and abs(values["ours"] - values["plain"]) > 1e-3 * abs(values["plain"]) + 1e-9:
+    # PKT's terms nearly cancel: what float32 rounds in them is an absolute error.
+    if case.compare and abs(values["ours"] - values["plain"]) > 1e-3 * abs(values["plain"]) + 3e-8:
         raise UserError(f"{name}: the forms disagree: {values}")
     times: dict[str, list[float]] = {key: [] for key in forms}
     for _ in range(rounds):
