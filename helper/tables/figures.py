@@ -23,7 +23,7 @@ from helper.configuration import row_key
 from helper.export import RecordedData
 from helper.fast import Fast
 from helper.networks import read_at_classes, read_network, read_teacher
-from helper.run_folder import LAST
+from helper.run_folder import EPOCHS, LAST
 from helper.tables.rows import Row, key_text
 from helper.teacher import Teacher
 from models import build_model
@@ -156,7 +156,9 @@ def with_curves(rows: Sequence[Row]) -> list[Row]:
 
 def learning_curves(rows: Sequence[Row], title: str = "", legend: bool = True) -> str | None:
     """Test accuracy by epoch: the mean over seeds, with the range of the seeds. The curve of row K of `with_curves`
-    is the element curve-K, its range band-K."""
+    is the element curve-K, its range band-K. A run that has not kept its epochs is named on stderr."""
+    for record in (record for row in rows for record in row.records if not record.curve):
+        print(f"{record.folder}: no learning curve of its row: {EPOCHS} holds no epochs", file=sys.stderr)
     rows = with_curves(rows)
     names = names_of(rows)
     if not rows:

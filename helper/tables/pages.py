@@ -79,7 +79,7 @@ def write_page(path: Path, text: str) -> None:
 
 def in_markdown(text: str) -> str:
     """A text as a table's cell: a bar would begin the next one, a new line end the table."""
-    return " ".join(text.split()).replace("|", "\\|")
+    return re.sub(r"(\\*)\|", r"\1\1\\|", " ".join(text.split()))
 
 
 def markdown_table(lines: Sequence[Sequence[str]]) -> str:

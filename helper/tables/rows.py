@@ -351,7 +351,9 @@ def read_rows(folders: Iterable[Path]) -> tuple[list[Row], list[Left]]:
             older = runs.get(key)
             if older is not None:
                 older, record = sorted((older, record), key=_age)
-                left.append(Left(older.folder, f"the same settings and seed as {record.folder}, which is newer"))
+                orders = [one.config.get("data_seed") for one in (older, record)]
+                but = "" if orders[0] == orders[1] else f" (but --data_seed {orders[0]}, not {orders[1]})"
+                left.append(Left(older.folder, f"the same settings and seed{but} as {record.folder}, which is newer"))
             runs[key] = record
         except UserError as error:
             left.append(Left(folder, str(error)))

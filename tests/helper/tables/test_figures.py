@@ -9,12 +9,7 @@ import torch
 
 from errors import UserError
 from helper.tables import figures, pages
-from helper.tables.rows import read_rows
-from tests.run_folders import make_run
-
-
-def rows_of(runs):
-    return read_rows(runs)[0]
+from tests.run_folders import make_run, rows_of
 
 
 def texts(svg: str) -> list[str]:
@@ -48,6 +43,14 @@ def test_a_curve_is_the_mean_and_its_band_has_its_colour(tmp_path, monkeypatch):
     assert tuple(band.get_facecolor()[0][:3]) == pytest.approx(torch.tensor(_rgb(kd.get_color())).tolist())
     assert painted[0].get_legend() is None, "the legend is not on the curves"
     assert all(float(tick).is_integer() for tick in painted[0].get_xticks()), "there is no half epoch"
+
+
+def test_a_row_without_a_curve_is_named(tmp_path, capsys):
+    runs = [make_run(tmp_path, "kd", 1, [50.0, 60.0])]
+    runs += [make_run(tmp_path, "norm", seed, [50.0, 60.0]) for seed in (1, 2)]
+    (runs[2] / "metrics.jsonl").unlink()
+    assert "norm" not in texts(figures.learning_curves(rows_of(runs)) or "")
+    assert capsys.readouterr().err == f"{runs[2]}: no learning curve of its row: metrics.jsonl holds no epochs\n"
 
 
 def _rgb(colour: str) -> list[float]:

@@ -133,6 +133,7 @@ def test_no_cell_is_a_formula_and_none_breaks_its_table(tmp_path):
     assert line["run"] == "'=cmd"
     assert [pages.in_csv(cell) for cell in ("+1", "-1", "@a", -1.0, "a=b")] == ["'+1", "'-1", "'@a", -1.0, "a=b"]
     assert "<svg" in pages.as_html(rows, {}), "$ begins no formula"
+    assert pages.in_markdown("a|b \\| c\\d") == "a\\|b \\\\\\| c\\d", "a backslash before a bar would free it"
 
 
 def test_a_mean_of_fewer_than_five_epochs_is_said_to_be_one(tmp_path, capsys):

@@ -178,6 +178,13 @@ def test_of_one_seed_the_newest_run_counts(runs, tmp_path):
     ]
 
 
+def test_of_two_orders_of_the_images_the_one_left_out_is_said(tmp_path):
+    runs = [make_run(tmp_path, "kd", 1, [50.0], data_seed=order) for order in (1, 2)]
+    os.utime(runs[0] / "result.json", (1, 1))
+    [left] = read_rows(runs)[1]
+    assert left.reason == f"the same settings and seed (but --data_seed 1, not 2) as {runs[1]}, which is newer"
+
+
 def test_rows_that_their_method_does_not_tell_apart_are_told_apart_by_their_settings(tmp_path, runs):
     more = [make_run(tmp_path / "x", "kd", 1, [50.0, 51.0, 33.0], learning_rate=0.2, lr_decay_epochs=(1, 2))]
     more += [make_run(tmp_path / "y", "kd", 1, [50.0, 51.0, 33.0], sync_bn=True)]
