@@ -44,10 +44,10 @@ def say_left(folders: Sequence[Path]) -> list[Row]:
     return rows
 
 
-def print_report(folders: Sequence[Path], in_grid: bool = False) -> list[Row]:
+def print_report(folders: Sequence[Path], make: Callable[[Sequence[Row]], str] = make_report) -> list[Row]:
     """Print the table of run folders; returns its rows."""
     rows = say_left(folders)
-    print((make_grid_report if in_grid else make_report)(rows), end="")
+    print(make(rows), end="")
     return rows
 
 
@@ -94,6 +94,7 @@ def make_parser() -> Parser:
     add("--csv", type=file_to_write, metavar="FILE", help="one line per run, unrounded")
     add("--html", type=file_to_write, metavar="FILE", help="one page with everything: tables, settings, figures")
     add("--grid", action="store_true", help="print methods as rows and pairs as columns")
+    add("--comparison", action="store_true", help="print each row against ce and kd, with p and its fidelity")
     add("--figures", type=folder_to_write, metavar="DIR", help="learning curves, accuracy against N and cost, as SVG")
     add("--networks", action="store_true", help="for --html and --figures: t-SNE and correlations of logits")
     add("--update_docs", action="store_true", help="make the tables of README.md and docs/ anew from results/")
@@ -109,7 +110,10 @@ def main(argv=None) -> None:
         if not args.update_docs:
             raise UserError("RUN: name run folders, like save/*, or --update_docs")
         return
-    rows = print_report(args.folders, args.grid)
+    if args.grid and args.comparison:
+        raise UserError("--comparison: --grid prints another table; leave one of them out")
+    make = make_grid_report if args.grid else make_comparison if args.comparison else make_report
+    rows = print_report(args.folders, make)
     if args.csv:
         write_page(args.csv, as_csv(rows))
     pictures = figures.of_networks(rows) if args.networks else {}

@@ -27,6 +27,7 @@ from helper.tables.rows import (
     describe_lead,
     differing_flags,
     flags_of,
+    note_of_other_teachers,
     note_of_shared_order,
     notes_of,
     read_rows,
@@ -119,7 +120,7 @@ def make_comparison(rows: Sequence[Row]) -> str:
         of_row = [*texts, row.config["model_s"], row.label]
         accuracy, measured = spread(row.values("accuracy_last")), map(row.fidelity, fidelities)
         lines.append([*of_row, str(len(row.records)), accuracy, *against, *measured])
-    note = " ".join(filter(None, (COMPARISON_NOTE, note_of_shared_order(rows), SETTINGS)))
+    note = " ".join(filter(None, (COMPARISON_NOTE, note_of_other_teachers(rows), note_of_shared_order(rows), SETTINGS)))
     return f"{markdown_table(lines)}\n\n{note}\n\n{_commands(rows)}\n"
 
 
@@ -220,7 +221,7 @@ def _teachers(rows: Sequence[Row], pair: str, setting: tuple) -> list[tuple[str,
     sources = [source for config in taught for source in (config.get("path_t") or "").split(",")]
     folders = {Path(source).parent.name for source in sources}  # they may have been moved here from another machine
     chosen = (
-        _with_records(alone, lambda record: record.result.get("digest", "") in digests)
+        _with_records(alone, lambda record: str(record.result.get("digest")) in digests)
         or _with_records(alone, lambda record: record.folder.name in folders)
         or alone
     )

@@ -506,6 +506,19 @@ def note_of_shared_order(rows: Sequence[Row]) -> str:
     return f"The seeds of {of} {said}" if shared else ""
 
 
+def note_of_other_teachers(rows: Sequence[Row]) -> str:
+    """Which students were compared with another teacher than their own, or than the table's where they have none."""
+    taught, others = {row.config["teacher_digest"] for row in rows} - {None}, []
+    for row in rows:
+        own = {row.config["teacher_digest"]} - {None} or taught
+        teachers = [record.fidelity.get("teacher") for record in row.records]
+        compared = {str(one["digest"]) for one in teachers if isinstance(one, Mapping) and "digest" in one}
+        others += [row.label] if own and not compared <= own else []
+    return (
+        f"What is compared with the teacher is, of {', '.join(others)}, with another one than theirs." if others else ""
+    )
+
+
 def notes_of(rows: Sequence[Row]) -> str:
     """What is to be said of these rows' accuracies; empty where nothing is."""
     return " ".join(filter(None, (note_of_few_epochs(rows), note_of_shared_order(rows))))

@@ -30,6 +30,9 @@ def test_everything_is_written(runs, tmp_path, capsys):
     ]
     report.main([*names, "--grid"])
     assert "|  | resnet20 -> resnet8 |" in capsys.readouterr().out
+    report.main([*names, "--comparison"])
+    assert "| against ce | against kd |" in capsys.readouterr().out
+    assert "--comparison: --grid prints another" in message_of(report.main, [*names, "--grid", "--comparison"])
 
 
 @pytest.mark.slow

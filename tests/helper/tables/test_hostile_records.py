@@ -14,7 +14,7 @@ from helper.tables.rows import differences, read_rows
 from scripts import compare
 from tests.run_folders import make_run
 
-NAMES = ("config.json", "result.json", "metrics.jsonl")
+NAMES = ("config.json", "result.json", "metrics.jsonl", "fidelity.json")
 #: What an entry may be that no run has written.
 STRANGE = (None, True, -1, 0, 1e308, 10**30, float("nan"), float("inf"), "", "x" * 300, "a|b\n=1", "\0", "$_^{", [], {})
 STRANGE += ([None], [[1]], {"a": 1}, "-5", "1e999", "../..", "timm:", "torchvision:nonesuch", 2**63, 0.5, [1, "a"])
@@ -47,7 +47,8 @@ def damage(path: Path, random_: random.Random) -> None:
 def everything(root: Path) -> int:
     """Whatever reads records: returns how many runs were tabulated."""
     rows, left = read_rows([root])
-    for text in (pages.make_report(rows), pages.make_grid_report(rows), pages.as_csv(rows)):
+    for make in (pages.make_report, pages.make_grid_report, pages.make_comparison, pages.make_overview, pages.as_csv):
+        text = make(rows)
         text.encode("utf-8", "backslashreplace")
     differences(rows)
     for one in left:
@@ -62,6 +63,11 @@ def test_no_damaged_record_ends_a_report(part, tmp_path, monkeypatch):
     random_ = random.Random(part)
     good = make_run(tmp_path / "save", "kd", 1, [50.0, 60.0])
     bad = make_run(tmp_path / "save", "norm", 1, [50.0, 61.0], co_sponge=4)
+    result = json.loads((bad / "result.json").read_text()) | {"digest": "1", "test_images": 9, "test_unreadable": 0}
+    (bad / "result.json").write_text(json.dumps(result))
+    (bad / "fidelity.json").write_text(
+        json.dumps({"agreement": 50.0, "kl": 0.5, "cka": 0.5, "teacher": {"digest": "1"}})
+    )
     originals = {name: (bad / name).read_bytes() for name in NAMES}
     for number in range(100):
         for name, content in originals.items():

@@ -57,6 +57,15 @@ def test_a_student_is_compared_with_the_kd_of_its_own_teacher(tmp_path):
     assert lead(*of_both[2:]) == "- |" and lead(*of_both[2:], of="ce").startswith("-10.00 ")
 
 
+def test_a_fidelity_to_another_teacher_is_said_to_be(tmp_path):
+    runs = [make_run(tmp_path, name, 1, [60.0], teacher) for name, teacher in (("ce", None), ("kd", "resnet20"))]
+    for digests, of in ((("0", "0"), ""), (("1", "0"), "ce"), (("1", "1"), "ce, kd")):
+        for run, digest in zip(runs, digests, strict=True):
+            (run / "fidelity.json").write_text(json.dumps({"agreement": 88.0, "teacher": {"digest": digest * 64}}))
+        said = f"What is compared with the teacher is, of {of}, with another one than theirs."
+        assert (said in pages.make_comparison(rows_of(runs))) == bool(of)
+
+
 def test_a_damaged_fidelity_leaves_its_run_out_by_name(runs):
     (runs[0] / "fidelity.json").write_text('{"agreement": 101}')
     _, left = read_rows(runs)
