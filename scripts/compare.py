@@ -13,6 +13,7 @@ import sys
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from string import ascii_uppercase
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -69,8 +70,8 @@ def judge_briefly(first: list[float], second: list[float]) -> str:
 
 def letters(count: int) -> list[str]:
     """A, B, ... Z, AA, AB, ..."""
-    alphabet = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
-    return ["".join(word) for length in (1, 2) for word in itertools.product(alphabet, repeat=length)][:count]
+    words = (word for length in itertools.count(1) for word in itertools.product(ascii_uppercase, repeat=length))
+    return ["".join(word) for word in itertools.islice(words, count)]
 
 
 def in_short(chosen: Sequence[str], names: Sequence[str]) -> str:

@@ -98,6 +98,11 @@ def test_without_a_baseline_many_groups_are_compared_with_the_first(tmp_path, ca
     assert "  D norm -s 4  +3.00 (p = 0.051)" in printed
 
 
+def test_there_are_names_for_any_number_of_groups():
+    names = compare.letters(800)
+    assert (len(set(names)), names[25:28], names[701:703]) == (800, ["Z", "AA", "AB"], ["ZZ", "AAA"])
+
+
 def test_kd_of_another_teacher_is_no_reference(tmp_path, capsys):
     rows = [("ce", None), ("kd", "resnet20"), ("norm", "resnet20"), ("kd", "resnet32"), ("norm", "resnet32")]
     runs = [make_run(tmp_path, name, seed, [70.0 + seed], teacher) for name, teacher in rows for seed in (1, 2)]
