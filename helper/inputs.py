@@ -43,10 +43,12 @@ from helper.distributed import (
 from helper.fast import LONG_RUN, Fast, check_precision, keep_freed_memory
 from helper.loops import evaluate
 from helper.networks import (
+    TEACHER_NORMALISATION,
     Network,
     classes_of_logits,
     known_classes,
     name_of_published,
+    note_of_normalisation,
     read_at_classes,
     read_initial,
     read_teacher,
@@ -115,8 +117,9 @@ def _open_teacher(stored: dict[str, Any], given: Sequence[dict[str, Any]]) -> Ne
     runs = [stored | run for run in given]
     path, *_ = [command_line.teacher_of(run) for run in runs]  # of all: a run that lacks its teacher is refused
     how = runs[0].get("model_t"), runs[0].get("ema", False), runs[0].get("teacher_weights")
+    normalisation = runs[0].get("teacher_normalisation")
     with blamed_on_record(all("path_t" not in run for run in given), "--path_t", "teacher"):
-        return None if path is None else main_first(lambda: read_teacher(path, *how))
+        return None if path is None else main_first(lambda: read_teacher(path, *how, normalisation))
 
 
 def _check(config: Configuration) -> None:
@@ -310,12 +313,15 @@ def prepare_teacher(loaded: Network | None, inputs: Inputs, config: Configuratio
         shown = _as_held(inputs) if teacher.sees_original else inputs.test_loader
         teacher.accuracy = evaluate(teacher.predict, shown, "checking the teachers")["test_accuracy"]
         notes.append(f"{len(notes)} teachers: {teacher.accuracy:.2f} % by the average of their logits")
+    guessed = [
+        note_of_normalisation(each.path, each.record, data.name, TEACHER_NORMALISATION) for each in loaded.teachers
+    ]
     steps = [each.record.get("max_steps") for each in loaded.teachers]
     notes += [
         f"warning: this teacher was trained for {count_of(each, 'step')} only (--max_steps)" for each in steps if each
     ]
     described = (teacher.network.describe(data.image_size), teacher.seen)
-    teacher.note = "\n".join(filter(None, (*loaded.notes, *described, *notes)))
+    teacher.note = "\n".join(filter(None, (*loaded.notes, *guessed, *described, *notes)))
     return teacher
 
 

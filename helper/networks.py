@@ -37,6 +37,7 @@ from models.wrappers import added_layers, describe_wrapper
 #: Between the classes of `--teacher_classes`; the last of them that a text holds is meant.
 SEPARATORS = (",", ";", "\n")
 INIT, INIT_NAME = "--init", "--model_s"
+TEACHER_NORMALISATION = "--teacher_normalisation"
 
 
 class Network(NamedTuple):
@@ -79,14 +80,23 @@ class Network(NamedTuple):
         }
 
 
-def read_teacher(path: str, model_t: str | None, ema: bool = False, weights: Sequence[float] | None = None) -> Network:
-    """What `--path_t` and `--model_t` name; several teachers as one, with `weights`."""
+def read_teacher(
+    path: str,
+    model_t: str | None,
+    ema: bool = False,
+    weights: Sequence[float] | None = None,
+    normalisation: Sequence[float] | None = None,
+) -> Network:
+    """What `--path_t` and `--model_t` name, those whose file does not say its own with this `normalisation`; several
+    teachers as one, with `weights`."""
     paths = sources_of(path)
     names = [None] * len(paths) if model_t is None else model_t.split(",")
     if len(names) != len(paths):
         named = count_of(len(names), "network")
         raise UserError(f"--model_t: it names {named}, --path_t {len(paths)}; name as many, or none")
     teachers = [read_network(*pair, "--path_t", "--model_t", ema) for pair in zip(paths, names, strict=True)]
+    records = give_normalisation([(each.path, each.record) for each in teachers], normalisation, TEACHER_NORMALISATION)
+    teachers = [each._replace(record=record) for each, record in zip(teachers, records, strict=True)]
     if len(teachers) > 1:
         return _together(path, teachers, weights)
     if weights is not None:
@@ -161,6 +171,36 @@ def network_in(
 
 def _with_digest(network: Network) -> Network:
     return network._replace(digest=weights_digest(network.network.state_dict()))
+
+
+# The mean and deviation that weights were trained with.
+
+
+def says_normalisation(path: str, record: Mapping[str, Any]) -> bool:
+    """Whether the library of weights `path`, or their `record`, says the mean and deviation of their images."""
+    return read_preprocessing(path) is not None or bool(record.get("mean") and record.get("std"))
+
+
+def give_normalisation(
+    known: Sequence[tuple[str, Mapping[str, Any]]], values: Sequence[float] | None, flag: str
+) -> list[dict[str, Any]]:
+    """The records of some weights, given (path, record) of each: where nobody says their mean and deviation those that
+    `flag` names, `values` (6,), if any. Raises `UserError` where that would change nothing."""
+    say = [says_normalisation(*one) for one in known]
+    if values and all(say):
+        raise UserError(f"{flag}: {known[0][0]} says its own mean and std; leave it out")
+    given = {"mean": tuple(values[:3]), "std": tuple(values[3:])} if values else {}
+    return [dict(record) | ({} if said else given) for (_, record), said in zip(known, say, strict=True)]
+
+
+def note_of_normalisation(path: str, record: Mapping[str, Any], dataset: str, flag: str) -> str:
+    """A sentence where nobody says the mean and deviation of weights, so that those of the data set are taken; empty
+    where they are known, as those of RepDistiller's teachers are."""
+    if says_normalisation(path, record) or record.get("dataset") == dataset:
+        return ""
+    return (
+        f"{path} does not say its mean and std, so images have those of the data; {flag} names others ({flag} imagenet)"
+    )
 
 
 @contextmanager

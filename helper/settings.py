@@ -8,6 +8,7 @@ from argparse import ArgumentTypeError
 from typing import Any
 
 from dataset import BALANCED, DATASETS, OF_IMAGE_FILES, POLICIES
+from dataset.sources import IMAGENET_MEAN, IMAGENET_STD
 from distiller_zoo import DISTILLERS, find_distiller
 from errors import UserError
 from helper.fast import COMPILE, LONG_RUN, PRECISIONS, computes_bfloat16, has_matrix_units
@@ -28,6 +29,7 @@ from setting import (
     epochs,
     image_size,
     image_sizes,
+    must_be,
     number,
     number_of_images,
     path,
@@ -83,6 +85,17 @@ def _method(text: str) -> str:
         return find_distiller(text).name
     except UserError as error:
         raise ArgumentTypeError(str(error).removeprefix("--distill: ")) from None
+
+
+@must_be("imagenet, or three means and three standard deviations of pixels in 0..1, with commas")
+def normalisation(text: str) -> tuple[float, ...]:
+    """Mean and standard deviation of red, green and blue, of pixels in 0..1 (6,), read from a flag."""
+    if text == "imagenet":
+        return *IMAGENET_MEAN, *IMAGENET_STD
+    values = tuple(float(part) for part in text.split(","))
+    if len(values) != 6 or not all(0 <= value <= 1 for value in values) or not all(values[3:]):
+        raise ValueError(text)
+    return values
 
 
 def _weights(text: str) -> str:
@@ -158,6 +171,16 @@ SETTINGS: tuple[Setting, ...] = (
             "resolution at which the teacher sees the images, of several teachers one for all or one each, with "
             "commas; default: the one that its weights were trained with",
             metavar="PIXELS",
+            shared=True,
+            decides_outputs=True,
+        ),
+        Setting(
+            ("--teacher_normalisation",),
+            normalisation,
+            None,
+            "mean and std that the teacher's weights were trained with, where its file does not say: imagenet, or six "
+            "numbers, of pixels in 0..1; default: those of the data",
+            metavar="imagenet|R,G,B,R,G,B",
             shared=True,
             decides_outputs=True,
         ),

@@ -31,8 +31,17 @@ with starting():
     from helper.fast import Fast
     from helper.log import progress_bar
     from helper.metrics import METRICS, RESAMPLES, MinibatchCKA, divergences, fidelity, judge
-    from helper.networks import Network, classes_of_logits, network_in, read_network
+    from helper.networks import (
+        TEACHER_NORMALISATION,
+        Network,
+        classes_of_logits,
+        give_normalisation,
+        network_in,
+        note_of_normalisation,
+        read_network,
+    )
     from helper.run_folder import FIDELITY, LAST, RESULT
+    from helper.settings import normalisation
     from helper.tables.pages import render, write_page
     from helper.tables.rows import read_result
     from helper.teacher import Teacher, own_test, shown_as
@@ -144,17 +153,28 @@ def split_note(judged: Judged, wanted: RecordedData) -> Sequence[str]:
     return [f"--split {wanted.split:g}: its run had --split {own:g}, so it was trained on some of these test images"]
 
 
-def teachers_size(judged: Judged, loaded: Network | None) -> int | None:
-    """The size in which the run of a network showed this teacher its images; None: the teacher's own."""
+def as_it_taught(judged: Judged, loaded: Network | None, setting: str) -> Any:
+    """How the run of a network showed this teacher its images, by a setting; None: as the teacher says itself."""
     is_its_own = loaded is not None and judged.record.get("teacher_digest") == loaded.digest
-    return judged.record.get("teacher_image_size") if is_its_own else None
+    return judged.record.get(setting) if is_its_own else None
+
+
+def read_judges_teacher(args, judged: Sequence[Judged]) -> Network | None:
+    """What `--teacher` names, with the normalisation that it has where one of these networks learned from it."""
+    if args.teacher is None:
+        return None
+    loaded = read_network(file_of(args.teacher), args.model_t, "--teacher", "--model_t")
+    taught = (as_it_taught(one, loaded, "teacher_normalisation") for one in judged)
+    values = args.teacher_normalisation or next(filter(None, taught), None)
+    (record,) = give_normalisation([(loaded.path, loaded.record)], values, TEACHER_NORMALISATION)
+    return loaded._replace(record=record)
 
 
 def by_data(
     judged: Sequence[Judged], args, loaded: Network | None
 ) -> Iterator[tuple[ImageData, str | None, str, int | None, list[Judged]]]:
     """The networks that are shown the same images, these images, their folder, how they are shown, where that is the
-    weights' own test, and the `teachers_size`."""
+    weights' own test, and the size in which their run showed the teacher its images."""
     data_sets: dict[RecordedData, ImageData] = {}
     groups: dict[tuple[RecordedData, Preprocessing | None, int | None], list[Judged]] = {}
     for one in judged:
@@ -163,14 +183,15 @@ def by_data(
             data_sets[wanted] = wanted.load()
         one = one._replace(notes=[*one.notes, *split_note(one, wanted)])
         own = own_test(one.source, one.record, data_sets[wanted]) if args.image_size is None else None
-        groups.setdefault((wanted, own, teachers_size(one, loaded)), []).append(one)
+        groups.setdefault((wanted, own, as_it_taught(one, loaded, "teacher_image_size")), []).append(one)
     for (wanted, own, size), members in groups.items():
         data, how = (data_sets[wanted], "") if own is None else shown_as(own, data_sets[wanted])
         yield data, wanted.folder, how, size, members
 
 
-def check_classes(judged: Judged, data: ImageData) -> str:
-    """Raise `UserError` where a network's classes are not those of the data; a sentence where nobody can tell."""
+def check_classes(judged: Judged, data: ImageData) -> Sequence[str]:
+    """Raise `UserError` where a network's classes are not those of the data; a sentence where nobody can tell, and one
+    where nobody can tell its normalisation."""
     classes = judged.record.get("classes")
     number = judged.record.get("num_classes")
     number = classes and len(classes) if number is None else number
@@ -180,7 +201,9 @@ def check_classes(judged: Judged, data: ImageData) -> str:
     others = compare_classes(classes or (own and own.categories), data.classes)
     if others is not None:
         raise UserError(f"--data: {judged.source}: {others}")
-    return matched_by_position(classes or (own and own.categories), data.classes)
+    unknown = matched_by_position(classes or (own and own.categories), data.classes)
+    guessed = note_of_normalisation(judged.source, judged.record, data.name, "--normalisation")
+    return list(filter(None, (unknown, guessed)))
 
 
 def check_size(judged: Judged, data: ImageData) -> None:
@@ -195,14 +218,17 @@ def check_size(judged: Judged, data: ImageData) -> None:
         )
 
 
-def check_teachers_classes(loaded: Network, data: ImageData) -> str:
+def check_teachers_classes(loaded: Network, data: ImageData) -> Sequence[str]:
     """The same of the teacher, whose logits are compared where it has as many classes."""
     classes = classes_of_logits(loaded) if loaded.num_classes == data.num_classes else []
     others = compare_classes(classes, data.classes)
     if others is not None:
         raise UserError(f"--teacher: {loaded.path}: {others}")
-    unknown = matched_by_position(classes, data.classes)
-    return unknown and f"teacher: {unknown}"
+    notes = (
+        matched_by_position(classes, data.classes),
+        note_of_normalisation(loaded.path, loaded.record, data.name, TEACHER_NORMALISATION),
+    )
+    return [f"teacher: {note}" for note in notes if note]
 
 
 # Measuring.
@@ -446,6 +472,11 @@ def make_parser() -> Parser:
     add("networks", nargs="+", metavar=NETWORK, help="run folder, checkpoint, export, torchvision:NAME or timm:NAME")
     add("--teacher", metavar="T", help="compare with this network: agreement, KL, CKA of the last maps")
     add("--model", metavar="NAME", help="the model's name, where a file of another code does not say it")
+    add("--model_t", metavar="NAME", help="the same of the teacher")
+    values = "imagenet|R,G,B,R,G,B"
+    normalised = "mean and std, where a file of another code does not say them; default: those of the data"
+    add("--normalisation", type=normalisation, metavar=values, help=normalised)
+    add(TEACHER_NORMALISATION, type=normalisation, metavar=values, help="the same of the teacher; default: its run's")
     add("--ema", action="store_true", help="the moving average of the weights, where a file of NETWORK holds both")
     add("--dataset", choices=DATASETS, help="default: the network's own, or folder with --data")
     add("--data", metavar="PATH", help="where the data are stored, or test images alone; default: as on record")
@@ -488,15 +519,17 @@ def judge_all(args) -> list[Judgement]:
     """Judge every network, those that want the same data together; prints each one's numbers."""
     device = find_device(args.device)
     judged = [read_judged(source, args.model, device, args.ema) for source in args.networks]
+    records = give_normalisation([(one.source, one.record) for one in judged], args.normalisation, "--normalisation")
+    judged = [one._replace(record=record) for one, record in zip(judged, records, strict=True)]
     for one in judged if args.fidelity else ():
         check_end_of_run(one)
-    loaded = args.teacher and read_network(file_of(args.teacher), None, "--teacher", "--teacher")
+    loaded = read_judges_teacher(args, judged)
     found = []
     for data, folder, how, size, members in by_data(judged, args, loaded):
         for one in members:
             check_size(one, data)
-        of_teacher = check_teachers_classes(loaded, data) if loaded else ""
-        unknown = [list(filter(None, (check_classes(one, data), of_teacher))) for one in members]
+        of_teacher = check_teachers_classes(loaded, data) if loaded else ()
+        unknown = [(*check_classes(one, data), *of_teacher) for one in members]
         members = [one._replace(notes=[*one.notes, *more]) for one, more in zip(members, unknown, strict=True)]
         teacher = Teacher(loaded, data, size, Fast(), device) if loaded else None
         seen = [Seen(one) for one in members]

@@ -283,7 +283,7 @@ def read_outputs(row: Row) -> dict[str, Any]:
     student = read_network(str(folder / LAST), config["model_s"], "RUN", "RUN").network.eval()
     data, device, teacher = RecordedData.of(config)._replace(may_download=False).load(), torch.device("cpu"), None
     if config["path_t"]:
-        how = config.get("ema", False), config.get("teacher_weights")
+        how = config.get("ema", False), config.get("teacher_weights"), config.get("teacher_normalisation")
         source = read_teacher(config["path_t"], config["model_t"], *how)
         if config.get("teacher_classes") is not None:
             source = read_at_classes(source, config["teacher_classes"])

@@ -9,13 +9,15 @@ import train_cifar_student
 import train_teacher
 from dataset import Augmentation, ImageData, Images
 from helper import networks
+from helper.configuration import row_key
 from helper.networks import Network
+from helper.tables.rows import read_record
 from helper.teacher import as_it_was_trained
 from models import build_model
 from scripts import evaluate, export_student
 from tests.conftest import message_of
 from tests.drawn import write_images
-from tests.run_folders import metrics
+from tests.run_folders import metrics, new_run
 
 pytest.importorskip("timm")
 IMAGES = {"known": ("cat", "dog"), "others": ("bus", "car")}
@@ -105,6 +107,36 @@ def test_names_of_classes_are_recorded_as_they_are_read_again(names, tmp_path):
     assert networks.with_class_names(once) == once and once["teacher_classes"] != str(path)
     source = Network("", "resnet8", build_model("resnet8", 2), 2, record={"classes": ["b", *names[:1]]})
     assert networks.read_at_classes(source, once["teacher_classes"]).record["classes"] == names
+
+
+def test_a_file_that_does_not_say_its_normalisation_is_given_one_or_it_is_said(tmp_path, save_dir, capsys):
+    torch.manual_seed(0)
+    torch.save(build_model("resnet8", 10).state_dict(), path := tmp_path / "other.pth")
+    flags = ["--distill", "kd", "--path_t", str(path), "--model_t", "resnet8", *SHORT]
+    run = new_run(train_cifar_student.main, save_dir, *flags, "--trial", "1")
+    out = capsys.readouterr().out
+    assert f"{path} does not say its mean and std, so images have those of the data; --teacher_normalisation" in out
+    given = ("--teacher_normalisation", "0.5,0.5,0.5,0.25,0.25,1")
+    other = new_run(train_cifar_student.main, save_dir, *flags, *given, "--trial", "2")
+    out = capsys.readouterr().out
+    assert "does not say" not in out and "the teacher sees 32x32, with its own mean and std" in out
+    assert run and other
+    configs = [json.loads((each / "config.json").read_text()) for each in (run, other)]
+    assert [each["teacher_normalisation"] for each in configs] == [None, [0.5, 0.5, 0.5, 0.25, 0.25, 1.0]]
+    assert row_key(read_record(run).config) != row_key(read_record(other).config)
+    loaded = networks.read_teacher(str(path), "resnet8", normalisation=configs[1]["teacher_normalisation"])
+    assert (loaded.record["mean"], loaded.record["std"]) == ((0.5, 0.5, 0.5), (0.25, 0.25, 1.0))
+    refused = ["--distill", "kd", "--path_t", str(run / "last.pth"), *SHORT, *given]
+    assert "last.pth says its own mean and std; leave it out" in message_of(train_cifar_student.main, refused)
+    wrong = [*flags, "--teacher_normalisation", "0.5,0.5,0.5,0.25,0.25,0"]
+    assert "must be imagenet, or three means" in message_of(train_cifar_student.main, wrong)
+    # Whoever compares the student with it shows it the images in the same way.
+    (about,) = evaluate.main([str(other), "--teacher", str(path), "--model_t", "resnet8"])
+    (same,) = evaluate.main([str(run), "--teacher", str(path), "--model_t", "resnet8", *given])
+    assert about["teacher"]["accuracy"] == same["teacher"]["accuracy"]
+    assert "does not say its mean" not in capsys.readouterr().out
+    (about,) = evaluate.main([str(run), "--teacher", str(path), "--model_t", "resnet8"])
+    assert "note: teacher:" in capsys.readouterr().out and about["kl"] != same["kl"]
 
 
 def test_the_view_is_the_teachers_own_normalisation_exactly():

@@ -4,12 +4,14 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
 from dataset import load_data
 from errors import UserError
 from helper.export import write_pth
 from models import build_model
 from scripts import evaluate
+from tests.conftest import message_of
 from tests.dataset.image_folders import write_images
 
 
@@ -39,6 +41,21 @@ def test_the_result_names_the_folder_that_was_judged_on(tmp_path):
     folder = write_images(tmp_path / "data", side=32)
     (about,) = evaluate.main([shipped(tmp_path / "it.pth"), "--data", str(folder)])
     assert about["data"] == str(folder) and about["test_images"] == 10
+
+
+def test_weights_of_another_code_are_shown_the_normalisation_that_is_named(tmp_path, capsys):
+    file, folder = shipped(tmp_path / "it.pth"), str(write_images(tmp_path / "data", side=32))
+    torch.save(torch.load(file, weights_only=True)["model"], other := tmp_path / "other.pth")
+    flags = ["--data", folder, "--model", "resnet8"]
+    (known,) = evaluate.main([file, *flags])
+    assert "does not say its mean" not in capsys.readouterr().out
+    (given,) = evaluate.main([str(other), *flags, "--normalisation", "0.4,0.4,0.4,0.3,0.3,0.3"])
+    assert given["loss"] == pytest.approx(known["loss"]) and "does not say" not in capsys.readouterr().out
+    (guessed,) = evaluate.main([str(other), *flags])
+    assert guessed["loss"] != pytest.approx(known["loss"])
+    assert f"note: {other} does not say its mean and std, so images have those" in capsys.readouterr().out
+    said = message_of(evaluate.main, [file, *flags, "--normalisation", "imagenet"])
+    assert "--normalisation: " in said and "says its own mean and std" in said
 
 
 def test_a_folder_of_test_images_alone_is_judged(tmp_path):
