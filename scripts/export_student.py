@@ -46,6 +46,7 @@ with starting():
     from models.backbone import Backbone
     from models.checkpoints import read_checkpoint
     from models.cost import count_parameters, measure_latency
+    from models.external import is_external
     from models.wrappers import describe_wrapper, merge_branches
     from setting import below_one, count, file_to_write, what_hinders
 
@@ -74,9 +75,10 @@ def read_trained(path: str, model_s: str | None, ft: str | None, ema: bool = Fal
         checkpoint = take_average(checkpoint, source)
     if "training" not in checkpoint:
         method, name, notes = rebuild_official(checkpoint, source, model_s, ft or "default")
-        for note in notes:
+        size = 224 if name in imagenet_model_dict or is_external(name) else 32
+        for note in (*notes, f"it does not say how large its images are: taken for {size}x{size}, as usual of {name}"):
             print(f"{path}: {note}")
-        return Trained(method, {"model_name": name, "image_size": 224 if name in imagenet_model_dict else 32})
+        return Trained(method, {"model_name": name, "image_size": size})
     if ft is not None:
         raise UserError(
             f"--ft: is for files of the official code; {path} says itself which transform it has; leave it out"

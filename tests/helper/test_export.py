@@ -144,6 +144,7 @@ def test_a_missing_library_is_named(exported, tmp_path, monkeypatch):
 def test_what_cannot_be_predicted_is_one_line(exported, folder, tmp_path, monkeypatch):
     image = str(next((folder / "val" / "warm").iterdir()))
     assert "there is no file" in message_of(predict.main, [str(tmp_path / "none.pth"), image])
+    assert f"{tmp_path} is a folder; name a file in it" in message_of(predict.main, [str(tmp_path), image])
     (tmp_path / "model.txt").write_text("x")
     argv = [str(tmp_path / "model.txt"), image]
     assert "is no .pth, .safetensors, .pt2, .onnx file" in message_of(predict.main, argv)

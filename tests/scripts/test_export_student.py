@@ -105,7 +105,14 @@ def test_an_official_student_loads_and_folds(name, layers, extra, tmp_path, caps
     images = torch.randn(3, 3, 32, 32)
     with torch.no_grad():
         assert torch.allclose(network(images), predictor(images), rtol=1e-3, atol=1e-4)
-    assert "largest difference" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "largest difference" in out and f"its images are: taken for 32x32, as usual of {name}" in out
+
+
+def test_weights_of_another_librarys_network_are_taken_for_images_of_its_size(tmp_path):
+    torch.save(build_model("timm:resnet10t", 10).state_dict(), tmp_path / "other.pth")
+    trained = export_student.read_trained(str(tmp_path / "other.pth"), "timm:resnet10t", None)
+    assert trained.record["image_size"] == 224
 
 
 def test_a_plain_official_transform_is_named_by_a_flag(tmp_path):
