@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from dataset.changes import Changes
 from dataset.decoding import WHITE
 from dataset.streaming import StreamedImages
+from errors import count_of
 
 #: Policies that leave the bytes of an image as they are.
 UNCHANGED = ("standard", "none")
@@ -141,8 +142,11 @@ class ImageData(NamedTuple):
         return self.resized or self.train.image_size
 
 
-def hold_out(images: Images | StreamedImages, k: int) -> tuple[Images | StreamedImages, Images | StreamedImages]:
-    """Images -> (those that are left, `k` held-out ones), each class in proportion.
+def hold_out(
+    images: Images | StreamedImages, k: int, classes: Sequence[str]
+) -> tuple[Images | StreamedImages, Images | StreamedImages]:
+    """Images of these classes (of no names without labels) -> (those that are left, `k` held-out ones), each class in
+    proportion.
 
     Which ones depends on the data set and k alone, not on a run's seed, so that all seeds and methods are trained and
     chosen on the same images. Those that are left take the memory of `images`, which must not be used any more. Raises
@@ -159,9 +163,16 @@ def hold_out(images: Images | StreamedImages, k: int) -> tuple[Images | Streamed
         share[of_class] = (torch.arange(len(of_class), dtype=torch.float64) + 0.5) / len(of_class)
     is_held_out = torch.zeros(n, dtype=torch.bool)
     is_held_out[share.argsort(stable=True)[:k]] = True
-    classes = len(targets.unique())
-    if any(len(targets[side].unique()) < classes for side in (is_held_out, ~is_held_out)):
-        raise ValueError(f"{k} of {n} images leave a class of {classes} without images on one side")
+    counts, held_out = (torch.bincount(targets[which], minlength=len(classes)) for which in (slice(None), is_held_out))
+    lacking = ((counts > 0) & ((held_out == 0) | (held_out == counts))).nonzero().flatten().tolist()
+    if lacking:
+        smallest = min(lacking, key=lambda target: int(counts[target]))
+        way_out = "hold out fewer" if held_out[smallest] else "hold out more"
+        if counts[smallest] == 1:
+            way_out = "give it more images, or take its folder away"
+        name = f"class {classes[smallest]}" if classes else "the folder"
+        has = count_of(int(counts[smallest]), "image")
+        raise ValueError(f"{k} of {n} images leave {name}, which has {has}, without images on one side; {way_out}")
     is_held_out = is_held_out.to(images.targets.device)
     held_out = images.select(is_held_out)
     return images.keep(~is_held_out), held_out

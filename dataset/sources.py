@@ -204,9 +204,9 @@ def _from_folder(
         return train, test, listed.classes, 0
     k = round(reading.split * len(train.targets)) or reading.holdout
     try:
-        train, test = hold_out(train, k)
+        train, test = hold_out(train, k, listed.classes)
     except ValueError as error:
-        raise UserError(f"--{'split' if reading.split else 'holdout'}: {error}; choose a larger share") from None
+        raise UserError(f"--{'split' if reading.split else 'holdout'}: {error}") from None
     print(f"{printable(folder)} has no test images: {k} training images, each class in proportion, become it")
     return train, test, listed.classes, k
 

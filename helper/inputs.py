@@ -224,9 +224,9 @@ def load_inputs(config: Configuration) -> Inputs:
     holdout_loader = None
     if config.holdout:
         try:
-            train, held_out = hold_out(data.train, config.holdout)
+            train, held_out = hold_out(data.train, config.holdout, data.classes)
         except ValueError as error:
-            raise UserError(f"--holdout: {error}; choose another number") from None
+            raise UserError(f"--holdout: {error}") from None
         data = data._replace(train=train)
         holdout_loader = _part_loader(held_out, data, batch_size, device)
     probe = None if config.data_probe is None else _load_probe(config, load, data, batch_size, device)

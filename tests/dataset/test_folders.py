@@ -139,7 +139,7 @@ def test_a_split_is_stratified_and_the_same_each_time(folder):
     assert len(load(folder, holdout=2).test.targets) == 2
     assert len(load(folder / "train", split=0.3).test.targets) == 4
     assert "neither train/ nor val/" in refusal(folder / "train")
-    assert "--split: 0 of 14 images leave a class" in refusal(folder, split=0.01)
+    assert "--split: 0 of 14 images leave class cat, which has 7 images" in refusal(folder, split=0.01)
 
 
 def test_a_split_where_there_is_one_is_refused(folder):

@@ -126,7 +126,7 @@ def test_the_test_crop_is_the_middle_of_the_resized_image(folder):
 
 def test_images_may_be_kept_apart(folder):
     data = load_data("imagenet", str(folder), 32, 0)
-    left, apart = hold_out(data.train, 4)
+    left, apart = hold_out(data.train, 4, data.classes)
     assert (len(left.targets), apart.targets.tolist()) == (10, [0, 0, 1, 1])
     names = [split.name_of(k) for split in (left, apart) for k in range(len(split.targets))]
     assert sorted(names) == sorted(data.train.name_of(k) for k in range(14))

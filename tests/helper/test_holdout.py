@@ -26,7 +26,7 @@ def numbered(targets: torch.Tensor) -> Images:
 
 def test_every_class_gives_its_share_and_nothing_is_lost():
     targets = torch.tensor([0] * 60 + [1] * 30 + [2] * 10)
-    left, apart = hold_out(numbered(targets), 20)
+    left, apart = hold_out(numbered(targets), 20, list("abc"))
     assert torch.bincount(apart.targets).tolist() == [12, 6, 2] and len(left.targets) == 80
     index = torch.cat([left.pixels.flatten(), apart.pixels.flatten()])
     assert index.sort().values.tolist() == list(range(100))
@@ -36,16 +36,29 @@ def test_every_class_gives_its_share_and_nothing_is_lost():
 def test_the_choice_depends_on_the_images_alone():
     targets = torch.arange(100) % 4
     torch.manual_seed(1)
-    _, first = hold_out(numbered(targets), 8)
+    _, first = hold_out(numbered(targets), 8, list("abcd"))
     torch.manual_seed(2)
-    _, second = hold_out(numbered(targets), 8)
+    _, second = hold_out(numbered(targets), 8, list("abcd"))
     assert torch.equal(first.pixels, second.pixels)
 
 
-@pytest.mark.parametrize("k", [2, 99])
-def test_a_class_without_images_is_refused(k):
-    with pytest.raises(ValueError, match="without images on one side"):
-        hold_out(numbered(torch.arange(100) % 4), k)
+@pytest.mark.parametrize(("k", "way_out"), [(2, "more"), (99, "fewer")])
+def test_a_class_without_images_is_refused(k, way_out):
+    said = f"class [a-d], which has 25 images, without images on one side; hold out {way_out}"
+    with pytest.raises(ValueError, match=said):
+        hold_out(numbered(torch.arange(100) % 4), k, list("abcd"))
+
+
+def test_a_class_that_is_too_small_is_named_with_what_helps():
+    """No share of one image has images on both sides."""
+    targets = torch.tensor([0] * 60 + [1] * 2 + [2])
+    for k in (20, 60):
+        with pytest.raises(
+            ValueError, match=r"class c, which has 1 image, without .* give it more images, or take its"
+        ):
+            hold_out(numbered(targets), k, list("abc"))
+    with pytest.raises(ValueError, match=r"class b, which has 2 images, without .*; hold out more"):
+        hold_out(numbered(targets[:-1]), 6, list("abc"))
 
 
 def test_the_message_names_the_flag(save_dir):
