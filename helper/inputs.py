@@ -215,7 +215,7 @@ def load_inputs(config: Configuration) -> Inputs:
             split=config.split,
             holdout=config.holdout,
             labelled=config.labels != "none",
-            normalisation=_recorded_normalisation(config),
+            normalisation=_known_normalisation(config),
             device_memory=torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None,
         )
     identity = data_identity(data)
@@ -264,10 +264,11 @@ def _is_recorded(config: Configuration, name: str) -> bool:
     return config.origins[name] == "resumed run"
 
 
-def _recorded_normalisation(config: Configuration) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
-    """The mean and deviation that a resumed run has on record."""
+def _known_normalisation(config: Configuration) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
+    """The mean and deviation that a resumed run has on record, or that a new one is given; None: the data set's."""
     if config.folder is None:
-        return None
+        given = config.normalisation
+        return None if given is None else (given[:3], given[3:])
     if config.get("mean") and config.get("std"):
         return config.mean, config.std
     checkpoint = by_main(RunFolder(config.folder).read_last)  # a run from before they were settings

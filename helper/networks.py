@@ -264,8 +264,9 @@ def name_of_published(source: str) -> str:
         return published_name(source)
 
 
-def start_from(initial: Network, student: Backbone, model_s: str, classes: Sequence[str], dataset: str) -> str:
-    """Give a new network its initial weights; returns lines on what was taken."""
+def start_from(initial: Network, student: Backbone, model_s: str, classes: Sequence[str], normalised: str) -> str:
+    """Give a new network its initial weights; returns lines on what was taken, and whose mean and deviation its images
+    are normalised with."""
     others = compare_classes(initial.record.get("classes"), classes)
     source = f"{INIT}: {initial.path}"
     takes_classifier = load_initial(student, model_s, initial.network, source, same_classes=others is None)
@@ -277,7 +278,7 @@ def start_from(initial: Network, student: Backbone, model_s: str, classes: Seque
     unknown = matched_by_position(initial.record.get("classes"), classes) if takes_classifier else ""
     line = (
         f"{INIT} {initial.path}: all weights{'' if takes_classifier else new}; images are normalised with the mean and "
-        f"deviation of {dataset}, whatever these weights were trained with"
+        f"deviation of {normalised}"
     )
     return "\n".join([*initial.notes, line, *([f"{INIT} {initial.path}: {unknown}"] if unknown else [])])
 

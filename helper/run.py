@@ -297,7 +297,9 @@ class Run:
         torch.manual_seed(config.seed)
         student = _new_student(config, data)
         if initial is not None and config.folder is None:
-            self._initial_note = start_from(initial, student, config.model_s, data.classes, config.dataset)
+            of_data = f"{config.dataset}, whatever these weights were trained with (--normalisation names others)"
+            normalised = of_data if config.normalisation is None else "--normalisation"
+            self._initial_note = start_from(initial, student, config.model_s, data.classes, normalised)
         teacher, targets = self.teacher and self.teacher.network, data.train.targets
         method = build_distiller(
             config, student, teacher, data.num_classes, data.image_size, targets, class_weights

@@ -332,6 +332,16 @@ SETTINGS: tuple[Setting, ...] = (
             called=("img_size", "input_size", "resolution", "size", "imgsz", "crop_size"),
         ),
         Setting(
+            ("--normalisation",),
+            normalisation,
+            None,
+            "mean and std by which images are normalised: imagenet, or six numbers, of pixels in 0..1; default: those "
+            "of the data set",
+            metavar="imagenet|R,G,B,R,G,B",
+            shared=True,
+            decides_outputs=True,
+        ),
+        Setting(
             ("--holdout",),
             whole,
             0,

@@ -241,3 +241,15 @@ def test_what_a_method_added_is_named_where_it_is_left_out():
     given = networks.Network("a.pth", "wrn_16_1", FinalConv(build_model("wrn_16_1", 10), 64), 10)
     line = networks.start_from(given, student, "wrn_16_1", classes, "digits")
     assert "the classifier's, which is new: what its method added is left out (final_conv); images" in line
+
+
+def test_images_have_the_normalisation_that_is_given(train, teacher_run, capsys):
+    """Frozen weights need their own; a resumed run keeps it, and is refused another."""
+    initial, imagenet = str(teacher_run / "last.pth"), ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    run = train("--init", initial, "--freeze", "trunk", *FROZEN, "--normalisation", "imagenet")
+    assert "images are normalised with the mean and deviation of --normalisation\n" in capsys.readouterr().out
+    train_teacher.main(["--resume", str(run), "--max_steps", "2"])
+    record = load(run / "last.pth")["record"]
+    assert (tuple(record["mean"]), tuple(record["std"])) == imagenet
+    own = ["--resume", str(run), "--normalisation", "0.3,0.3,0.3,0.3,0.3,0.3"]
+    assert "was run with normalisation (0.485" in message_of(train_teacher.main, own)
