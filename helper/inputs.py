@@ -314,9 +314,8 @@ def prepare_teacher(loaded: Network | None, inputs: Inputs, config: Configuratio
         shown = _as_held(inputs) if teacher.sees_original else inputs.test_loader
         teacher.accuracy = evaluate(teacher.predict, shown, "checking the teachers")["test_accuracy"]
         notes.append(f"{len(notes)} teachers: {teacher.accuracy:.2f} % by the average of their logits")
-    guessed = [
-        note_of_normalisation(each.path, each.record, data.name, TEACHER_NORMALISATION) for each in loaded.teachers
-    ]
+    usual = data.name if config.normalisation is None else None  # whose images are as that data set's usually are
+    guessed = [note_of_normalisation(each.path, each.record, usual, TEACHER_NORMALISATION) for each in loaded.teachers]
     steps = [each.record.get("max_steps") for each in loaded.teachers]
     notes += [
         f"warning: this teacher was trained for {count_of(each, 'step')} only (--max_steps)" for each in steps if each

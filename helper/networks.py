@@ -193,10 +193,10 @@ def give_normalisation(
     return [dict(record) | ({} if said else given) for (_, record), said in zip(known, say, strict=True)]
 
 
-def note_of_normalisation(path: str, record: Mapping[str, Any], dataset: str, flag: str) -> str:
-    """A sentence where nobody says the mean and deviation of weights, so that those of the data set are taken; empty
-    where they are known, as those of RepDistiller's teachers are."""
-    if says_normalisation(path, record) or record.get("dataset") == dataset:
+def note_of_normalisation(path: str, record: Mapping[str, Any], dataset: str | None, flag: str) -> str:
+    """A sentence where nobody says the mean and deviation of weights, so that those of the data are taken; empty where
+    they are known, as those of RepDistiller's teachers are on the data set whose usual ones the images have."""
+    if says_normalisation(path, record) or (dataset is not None and record.get("dataset") == dataset):
         return ""
     return (
         f"{path} does not say its mean and std, so images have those of the data; {flag} names others ({flag} imagenet)"

@@ -218,15 +218,16 @@ def check_size(judged: Judged, data: ImageData) -> None:
         )
 
 
-def check_teachers_classes(loaded: Network, data: ImageData) -> Sequence[str]:
-    """The same of the teacher, whose logits are compared where it has as many classes."""
+def check_teachers_classes(loaded: Network, data: ImageData, members: Sequence[Judged]) -> Sequence[str]:
+    """The same of the teacher of these networks, whose logits are compared where it has as many classes."""
     classes = classes_of_logits(loaded) if loaded.num_classes == data.num_classes else []
     others = compare_classes(classes, data.classes)
     if others is not None:
         raise UserError(f"--teacher: {loaded.path}: {others}")
+    usual = None if any(one.record.get("normalisation") for one in members) else data.name
     notes = (
         matched_by_position(classes, data.classes),
-        note_of_normalisation(loaded.path, loaded.record, data.name, TEACHER_NORMALISATION),
+        note_of_normalisation(loaded.path, loaded.record, usual, TEACHER_NORMALISATION),
     )
     return [f"teacher: {note}" for note in notes if note]
 
@@ -528,7 +529,7 @@ def judge_all(args) -> list[Judgement]:
     for data, folder, how, size, members in by_data(judged, args, loaded):
         for one in members:
             check_size(one, data)
-        of_teacher = check_teachers_classes(loaded, data) if loaded else ()
+        of_teacher = check_teachers_classes(loaded, data, members) if loaded else ()
         unknown = [(*check_classes(one, data), *of_teacher) for one in members]
         members = [one._replace(notes=[*one.notes, *more]) for one, more in zip(members, unknown, strict=True)]
         teacher = Teacher(loaded, data, size, Fast(), device) if loaded else None

@@ -130,6 +130,10 @@ def test_a_file_that_does_not_say_its_normalisation_is_given_one_or_it_is_said(t
     assert "last.pth says its own mean and std; leave it out" in message_of(train_cifar_student.main, refused)
     wrong = [*flags, "--teacher_normalisation", "0.5,0.5,0.5,0.25,0.25,0"]
     assert "must be imagenet, or three means" in message_of(train_cifar_student.main, wrong)
+    # RepDistiller's files are known to have the usual normalisation of their data set, which images may not have.
+    known = ("x.pth", {"dataset": "cifar100"})
+    assert not networks.note_of_normalisation(*known, "cifar100", "--flag")
+    assert all("--flag" in networks.note_of_normalisation(*known, each, "--flag") for each in ("folder", None))
     # Whoever compares the student with it shows it the images in the same way.
     (about,) = evaluate.main([str(other), "--teacher", str(path), "--model_t", "resnet8"])
     (same,) = evaluate.main([str(run), "--teacher", str(path), "--model_t", "resnet8", *given])
