@@ -56,10 +56,10 @@ class DIST(LogitDistiller):
         return [*super().notes(), *missing]
 
     def losses(self, student, teacher, targets, index, progress):
-        inter, intra = relation_losses(*self.compared_logits(student, teacher), self.kd_T)
         terms = self.weighted_cross_entropy(student.logits, targets)
         if not self.beta:
             return terms
+        inter, intra = relation_losses(*self.compared_logits(student, teacher), self.kd_T)
         if self.has_inter:
             terms["inter"] = self.beta * inter
         return {**terms, "intra": self.beta * intra}
