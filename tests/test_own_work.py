@@ -95,9 +95,9 @@ def test_the_commands_run_in_their_order(photographs, _downloads, _methods_of_th
         ran.append(script)
     assert set(ran) == set(SCRIPTS)
     printed = capsys.readouterr().out
-    assert "| folder | resnet20 | resnet8 | mean_map -b 10 |" in printed
-    assert "| folder | resnet20 | resnet8 | regressed_map -b 10 --map_power 1 |" in printed
-    assert "| folder | - | resnet18 | ce --init torchvision:resnet18 |" in printed
+    assert "| folder photographs | resnet20 | resnet8 | mean_map -b 10 |" in printed
+    assert "| folder photographs | resnet20 | resnet8 | regressed_map -b 10 --map_power 1 |" in printed
+    assert "| folder photographs | - | resnet18 | ce --init torchvision:resnet18 |" in printed
     assert "which is new: 1000 classes there, 2 here" in printed
     assert all(Path(name).exists() for name in ("report.html", "student.onnx"))
     assert list(Path("figures").glob("learning_curves*.svg"))
