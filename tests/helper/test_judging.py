@@ -1,4 +1,4 @@
-"""What is measured of logits and maps, against definitions written out."""
+"""What is measured of logits and maps, against definitions written out; which images a network is judged on."""
 
 import itertools
 
@@ -7,7 +7,12 @@ import pytest
 import torch
 from sklearn import metrics
 
+from dataset import load_data
+from errors import UserError
+from helper.export import RecordedData
+from helper.judging import Judged, check_size, split_note
 from helper.metrics import BINS, MinibatchCKA, calibration, divergences, fidelity, judge
+from models import build_model
 
 
 def hsic(x: torch.Tensor, y: torch.Tensor) -> float:
@@ -89,3 +94,28 @@ def test_fidelity_counts_agreement_and_who_is_right():
     p, q = theirs.double().softmax(1), ours.double().softmax(1)
     assert about["kl"] == pytest.approx(float((p * (p / q).log()).sum(1).mean()))
     assert divergences(ours, ours).tolist() == [0] * 5
+
+
+def test_a_size_that_a_network_cannot_read_is_refused():
+    def refusal(network, size: int) -> str:
+        judged = Judged("it", "a network", {"image_size": 32}, lambda images: images, network)
+        with pytest.raises(UserError) as caught:
+            check_size(judged, load_data("digits", image_size=size))
+        return str(caught.value)
+
+    assert refusal(None, 64) == (
+        "--image_size: it reads images of 32x32 alone, as it was exported; leave it out, or judge the checkpoint"
+    )
+    assert "cannot read images of 40x40" in refusal(build_model("timm:vit_tiny_patch16_224", 10, 32), 40)
+    check_size(Judged("it", "a program", {"image_size": 32}, lambda x: x), load_data("digits"))
+
+
+def test_another_split_of_the_runs_own_folder_is_said(tmp_path):
+    def notes(split: float, folder: str):
+        record = {"split": 0.2, "data": str(tmp_path / "photographs")}
+        wanted = RecordedData.of(record, "folder", folder)._replace(split=split)
+        return split_note(Judged("run", "resnet8", record, lambda images: images), wanted)
+
+    own = str(tmp_path / "photographs" / "..") + "/photographs"
+    assert notes(0.2, own) == notes(0.5, str(tmp_path / "others")) == ()
+    assert notes(0.5, own) == ["--split 0.5: its run had --split 0.2, so it was trained on some of these test images"]

@@ -10,15 +10,12 @@ import torch
 from sklearn import metrics
 
 import train_teacher
-from helper import networks
-from helper.export import RecordedData
-from helper.metrics import judge
+from helper import judging, networks
 from helper.tables.rows import read_record
 from helper.teacher import Teacher
 from models import build_model
 from models.preprocessing import read_preprocessing
 from scripts import evaluate, export_student
-from tests.browser import check_page, needs_chromium
 from tests.conftest import message_of
 from tests.dataset.image_folders import write_images
 from tests.helper.test_teachers_own_test import picture, theirs
@@ -109,7 +106,7 @@ def test_a_teacher_is_shown_the_size_in_which_it_taught(distil, teacher_run, mon
         sizes.append(size)
         return Teacher(source, data, size, *others)
 
-    monkeypatch.setattr(evaluate, "Teacher", note)
+    monkeypatch.setattr(judging, "Teacher", note)
     evaluate.main([str(run), "--teacher", str(teacher_run)])
     evaluate.main([str(run), "--teacher", str(run)])
     assert sizes == [16, None], "another teacher is shown its own"
@@ -129,34 +126,6 @@ def test_the_page_holds_everything_it_shows(distil, teacher_run, tmp_path):
     assert f"{about['accuracy']:.2f} %" in text and f"{about['kl']:.4f} nats" in text
     shown = [int(n) for n in re.findall(r'title="\d as \d: (\d+)"', text)]
     assert shown == [n for row in about["confusion"] for n in row]
-
-
-@pytest.mark.slow
-def judgement(name: str, classes: list[str]) -> evaluate.Judgement:
-    """A network that was judged on random logits."""
-    targets = torch.randint(0, len(classes), (200,), generator=torch.Generator().manual_seed(0))
-    about = judge(torch.randn(200, len(classes)), targets) | {"network": name, "model": "resnet8", "digest": "0" * 16}
-    about |= {"dataset": "folder", "image_size": 32, "test_images": 200, "test_unreadable": 0, "classes": classes}
-    return evaluate.Judgement(about, evaluate.Judged(name, "resnet8", {}, lambda images: images), {})
-
-
-def test_the_page_of_several_networks_begins_with_their_comparison():
-    found = [judgement(name, list("abcdefg")) for name in ("first", "second")]
-    text = evaluate.as_html(found)
-    table, _, rest = text.partition("</table>")
-    for number, one in enumerate(found, 1):
-        assert f'<a href="#network{number}">{one.about["network"]}</a></td><td>{one.about["accuracy"]:.2f} %' in table
-        assert f'<section id="network{number}">' in rest
-    assert "compared" not in evaluate.as_html(found[:1]).partition("</style>")[2]
-
-
-@pytest.mark.slow
-@needs_chromium
-@pytest.mark.parametrize("width", [1280, 400])
-def test_a_browser_shows_the_whole_width(tmp_path, width):
-    names = ("save/a_run_of_a_long_name_", "save/another_", "/data/of/a/project/")
-    classes = [f"class of several words {number}" for number in range(20)]
-    check_page(evaluate.as_html([judgement(4 * name, classes) for name in names]), tmp_path, width)
 
 
 @pytest.mark.slow
@@ -185,7 +154,7 @@ def test_the_average_of_the_weights_is_judged_where_it_is_asked_for(distil):
 @pytest.mark.slow
 def test_a_file_is_read_once(distil, monkeypatch):
     run, read = distil(*SHORT, distill="kd"), []
-    for module in (evaluate, networks):
+    for module in (judging, networks):
         one = module.read_checkpoint
         monkeypatch.setattr(module, "read_checkpoint", lambda path, flag, one=one: read.append(path) or one(path, flag))
     evaluate.main([str(run)])
@@ -224,7 +193,7 @@ def test_faults_are_named(distil, tmp_path, monkeypatch):
     exported = str(export_student.main([str(run / "last.pth")]))
     assert "--fidelity: name the teacher" in message_of(evaluate.main, [exported, "--fidelity"])
     with monkeypatch.context() as patch:  # before anything is measured
-        patch.setattr(evaluate, "test", None)
+        patch.setattr(judging, "test", None)
         shutil.copy(exported, tmp_path / "alone.pth")
         argv = [str(tmp_path / "alone.pth"), "--fidelity", "--teacher", str(run)]
         assert "alone.pth is in no run folder" in message_of(evaluate.main, argv)
@@ -262,17 +231,6 @@ def test_json_on_standard_output_is_alone_there(distil, capsys):
     printed = capsys.readouterr()
     assert json.loads(printed.out) == about and "balanced accuracy" in printed.err
     assert re.search(r"per class +\d: \d", printed.err) and re.search(r"most confused +\d as \d \(\d", printed.err)
-
-
-def test_another_split_of_the_runs_own_folder_is_said(tmp_path):
-    def notes(split: float, folder: str):
-        record = {"split": 0.2, "data": str(tmp_path / "photographs")}
-        wanted = RecordedData.of(record, "folder", folder)._replace(split=split)
-        return evaluate.split_note(evaluate.Judged("run", "resnet8", record, lambda images: images), wanted)
-
-    own = str(tmp_path / "photographs" / "..") + "/photographs"
-    assert notes(0.2, own) == notes(0.5, str(tmp_path / "others")) == ()
-    assert notes(0.5, own) == ["--split 0.5: its run had --split 0.2, so it was trained on some of these test images"]
 
 
 @pytest.mark.parametrize("stream", ["off", "on"])

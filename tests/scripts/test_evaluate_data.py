@@ -6,8 +6,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from dataset import load_data
-from errors import UserError
 from helper.export import write_pth
 from models import build_model
 from scripts import evaluate
@@ -21,20 +19,6 @@ def shipped(path: Path, classes=("cat", "dog"), **record) -> str:
     record |= {"dataset": "folder", "data": "/elsewhere", "mean": [0.4] * 3, "std": [0.3] * 3}
     write_pth(build_model("resnet8", len(classes)), record, str(path))
     return str(path)
-
-
-def test_a_size_that_a_network_cannot_read_is_refused():
-    def refusal(network, size: int) -> str:
-        judged = evaluate.Judged("it", "a network", {"image_size": 32}, lambda images: images, network)
-        with pytest.raises(UserError) as caught:
-            evaluate.check_size(judged, load_data("digits", image_size=size))
-        return str(caught.value)
-
-    assert refusal(None, 64) == (
-        "--image_size: it reads images of 32x32 alone, as it was exported; leave it out, or judge the checkpoint"
-    )
-    assert "cannot read images of 40x40" in refusal(build_model("timm:vit_tiny_patch16_224", 10, 32), 40)
-    evaluate.check_size(evaluate.Judged("it", "a program", {"image_size": 32}, lambda x: x), load_data("digits"))
 
 
 def test_the_result_names_the_folder_that_was_judged_on(tmp_path):
