@@ -191,6 +191,8 @@ def write_pt2(network: nn.Module, record: Mapping, path: str, program: Program =
     """
     with _exporting("pt2", record):
         exported = torch.export.export(*_traced(network, record, program), dynamic_shapes=_any_batch())
+    for node in exported.graph.nodes:
+        node.meta.pop("stack_trace", None)  # names files of this machine
     content = io.BytesIO()
     with _without_warnings():
         torch.export.save(exported, content, extra_files={RECORD: json.dumps(program.recorded(record))})
@@ -212,6 +214,8 @@ def write_onnx(network: nn.Module, record: Mapping, path: str, program: Program 
     with _exporting("onnx", record):
         whole, images = _traced(network, record, program)
         model: Any = torch.onnx.export(whole, images, dynamo=True, verbose=False, dynamic_shapes=_any_batch(), **names)
+    for node in model.model.graph:
+        node.metadata_props.pop("pkg.torch.onnx.stack_trace", None)  # names files of this machine
     model.model.metadata_props[RECORD] = json.dumps(program.recorded(record))
     model.save(path, external_data=False)
     opset, _ = onnx_versions(path)

@@ -142,11 +142,19 @@ def data_for(judged: Judged, asked: Asked) -> RecordedData:
 
 
 def split_note(judged: Judged, wanted: RecordedData) -> Sequence[str]:
-    """Says where another share of its folder becomes the test split: a network was trained on some of these images."""
-    own, there, here = judged.record.get("split") or 0.0, judged.record.get("data"), wanted.folder
-    if not there or not here or Path(there).resolve() != Path(here).resolve() or wanted.split == own:
+    """Says where another share of its folder becomes the test split, or may: a network was trained on some of these
+    images."""
+    record, here = judged.record, wanted.folder
+    own, there = record.get("split") or 0.0, record.get("data")
+    if not here or wanted.split == own:
         return ()
-    return [f"--split {wanted.split:g}: its run had --split {own:g}, so it was trained on some of these test images"]
+    # An export does not say where its images were, and a checkpoint may have come here from another machine.
+    is_unknown = "split" in record and not (there and Path(there).exists())
+    if not is_unknown and (not there or Path(there).resolve() != Path(here).resolve()):
+        return ()
+    where = ", where these are the images of its run" if is_unknown else ""
+    was = f"it was trained on some of these test images{where}"
+    return [f"--split {wanted.split:g}: its run had --split {own:g}, so {was}"]
 
 
 def as_it_taught(judged: Judged, loaded: Network | None, setting: str) -> Any:

@@ -48,7 +48,7 @@ def main(argv=None) -> None:
     networks = [Predictor(rebuild(checkpoint, "RUN")[0]).eval() for checkpoint in checkpoints]
     exported, record = load_exported(read_checkpoint(args.folded), str(args.folded))
     networks.append(exported)
-    data = load_data(record["dataset"], record["data"], record["image_size"], may_download=False)
+    data = load_data(record["dataset"], None, record["image_size"], may_download=False)
     loader = Loader(data.test, data, 256, torch.device("cpu"))
     latencies = measure_latency(networks, data.image_size)
     print(f"{'':<14}{'test accuracy':>14}{'parameters':>12}{'latency':>10}")

@@ -315,6 +315,7 @@ def main(argv=None) -> Path:
     _, of_network = network_of(trained.method)
     described = {"wrapper": describe_wrapper(network), "images": describe_preparation(trained.record)}
     record = trained.record | of_network | described
+    record.pop("data", None)  # a folder of this machine
     for kind, file in files.items():
         write, read = FORMATS[kind]
         with replacing(file) as temporary:

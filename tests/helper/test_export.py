@@ -14,7 +14,7 @@ from errors import UserError
 from helper import export
 from helper.export import FORMATS, read_deployed
 from scripts import export_student, predict
-from tests.conftest import message_of
+from tests.conftest import ROOT, message_of
 
 SHORT = ("--batch_size", "256", "--max_steps", "4")
 
@@ -55,6 +55,15 @@ def test_every_format_predicts_the_same_for_any_batch_and_carries_its_record(exp
     assert other.record["classes"] == ["cold", "warm"] and other.record["image_size"] == 16
     beside = json.loads(exported.with_suffix(".json").read_text())
     assert all(other.record[name] == beside[name] for name in beside)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", [*FORMATS, "json", "md"])
+def test_what_is_shipped_names_no_folder_of_this_machine(exported, folder, kind):
+    """Neither where the images are nor, as torch's exporters would, the source of every operation."""
+    content = exported.with_suffix(f".{kind}").read_bytes()
+    assert b"cold" in content, "it is not compressed"
+    assert not [place for place in (folder, ROOT, torch.__path__[0]) if str(place).encode() in content]
 
 
 @pytest.mark.slow

@@ -111,11 +111,16 @@ def test_a_size_that_a_network_cannot_read_is_refused():
 
 
 def test_another_split_of_the_runs_own_folder_is_said(tmp_path):
-    def notes(split: float, folder: str):
-        record = {"split": 0.2, "data": str(tmp_path / "photographs")}
+    def notes(split: float, folder: str, place: str | None = "photographs"):
+        record = {"split": 0.2, "data": place and str(tmp_path / place)}
         wanted = RecordedData.of(record, "folder", folder)._replace(split=split)
         return split_note(Judged("run", "resnet8", record, lambda images: images), wanted)
 
+    (tmp_path / "photographs").mkdir()
     own = str(tmp_path / "photographs" / "..") + "/photographs"
     assert notes(0.2, own) == notes(0.5, str(tmp_path / "others")) == ()
-    assert notes(0.5, own) == ["--split 0.5: its run had --split 0.2, so it was trained on some of these test images"]
+    said = "--split 0.5: its run had --split 0.2, so it was trained on some of these test images"
+    assert notes(0.5, own) == [said]
+    for place in (None, "moved"):  # an export says no place; that of a checkpoint may be on another machine
+        assert notes(0.2, own, place) == ()
+        assert notes(0.5, own, place) == [f"{said}, where these are the images of its run"]
