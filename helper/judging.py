@@ -24,6 +24,7 @@ from helper.networks import (
     read_network,
 )
 from helper.run_folder import LAST, RESULT
+from helper.settings import sources_of
 from helper.teacher import Teacher, own_test, shown_as
 from models.backbone import Backbone, Output, probe_shapes
 from models.checkpoints import read_checkpoint
@@ -167,7 +168,10 @@ def read_judges_teacher(
     source: str, model: str | None, normalisation: Sequence[float] | None, judged: Sequence[Judged]
 ) -> Network:
     """What `--teacher` names, with the normalisation that it has where one of these networks learned from it."""
-    loaded = read_network(file_of(source), model, "--teacher", "--model_t")
+    path = file_of(source)
+    if len(sources_of(path)) > 1:
+        raise UserError(f"--teacher: {source} names several networks; name one, and the others in further calls")
+    loaded = read_network(path, model, "--teacher", "--model_t", None)
     taught = (as_it_taught(one, loaded, "teacher_normalisation") for one in judged)
     values = normalisation or next(filter(None, taught), None)
     (record,) = give_normalisation([(loaded.path, loaded.record)], values, TEACHER_NORMALISATION)
@@ -191,7 +195,7 @@ def by_data(judged: Sequence[Judged], asked: Asked, loaded: Network | None) -> I
         for one in members:
             check_size(one, data)
         of_teacher = check_teachers_classes(loaded, data, members) if loaded else ()
-        unknown = [(*check_classes(one, data), *of_teacher) for one in members]
+        unknown = [(*check_classes(one, data), *note_of_teacher(one, loaded), *of_teacher) for one in members]
         members = [one._replace(notes=[*one.notes, *more]) for one, more in zip(members, unknown, strict=True)]
         yield Group(members, data, wanted.folder, how, size)
 
@@ -225,6 +229,17 @@ def check_size(judged: Judged, data: ImageData) -> None:
         )
 
 
+def note_of_teacher(judged: Judged, loaded: Network | None) -> Sequence[str]:
+    """Says where a network did not learn from the teacher that it is compared with, or not from that alone."""
+    record = judged.record
+    own = {"name": record.get("model_t"), "digest": record.get("teacher_digest")} | dict(record.get("teacher") or {})
+    if loaded is None or own["digest"] in (None, loaded.digest):
+        return ()
+    several = len(str(own["name"]).split(","))
+    its = f"{several} teachers together" if several > 1 else "another teacher"
+    return [f"its run had {its}: {own['name']} (digest {own['digest']})"]
+
+
 def check_teachers_classes(loaded: Network, data: ImageData, members: Sequence[Judged]) -> Sequence[str]:
     """The same of the teacher of these networks, whose logits are compared where it has as many classes."""
     classes = classes_of_logits(loaded) if loaded.num_classes == data.num_classes else []
@@ -233,6 +248,7 @@ def check_teachers_classes(loaded: Network, data: ImageData, members: Sequence[J
         raise UserError(f"--teacher: {loaded.path}: {others}")
     usual = None if any(one.record.get("normalisation") for one in members) else data.name
     notes = (
+        *loaded.notes,
         matched_by_position(classes, data.classes),
         note_of_normalisation(loaded.path, loaded.record, usual, TEACHER_NORMALISATION),
     )

@@ -133,9 +133,9 @@ def read_initial(source: str, model_s: str | None, ema: bool = False) -> Network
     return read_network(source, model_s, INIT, INIT_NAME, ema)
 
 
-def read_network(path: str, name: str | None, flag: str, name_flag: str, ema: bool = False) -> Network:
+def read_network(path: str, name: str | None, flag: str, name_flag: str, ema: bool | None = False) -> Network:
     """Read a run's checkpoint, an exported network, weights of any other code (of which `ema` takes the moving
-    average), or published weights by name, `torchvision:NAME` or `timm:NAME`.
+    average; None: no flag asks for it), or published weights by name, `torchvision:NAME` or `timm:NAME`.
 
     `name` is the model's, where it is known. Raises `UserError`, naming `flag`, or `name_flag` where that would help.
     """
@@ -146,7 +146,7 @@ def read_network(path: str, name: str | None, flag: str, name_flag: str, ema: bo
 
 
 def network_in(
-    checkpoint: Mapping[str, Any], path: str, name: str | None, flag: str, name_flag: str, ema: bool = False
+    checkpoint: Mapping[str, Any], path: str, name: str | None, flag: str, name_flag: str, ema: bool | None = False
 ) -> Network:
     """The same of a file at `path` that was read already, and brought up to date by `checkpoint.upgrade`."""
     source = f"{flag}: {path}"
@@ -155,9 +155,12 @@ def network_in(
         if "record" in checkpoint or "model_name" in checkpoint:
             if AVERAGE in checkpoint:
                 checkpoint = take_average(checkpoint, source) if ema else checkpoint
-                notes += ["it holds raw weights and their moving average; --ema takes the average"] * (not ema)
+                way = "the raw ones are taken" if ema is None else "--ema takes the average"
+                notes += [f"it holds raw weights and their moving average; {way}"] * (not ema)
             else:
-                notes += ["it is a file of this toolbox, which holds one set of weights: --ema changes nothing"] * ema
+                notes += ["it is a file of this toolbox, which holds one set of weights: --ema changes nothing"] * bool(
+                    ema
+                )
             network, record = load_exported(checkpoint, source)
             found = record["model_name"]
         else:
@@ -213,7 +216,7 @@ def naming(flag: str) -> Iterator[None]:
 
 
 def _read_foreign(
-    path: str, source: str, name: str | None, name_flag: str, checkpoint: Mapping[str, Any], ema: bool
+    path: str, source: str, name: str | None, name_flag: str, checkpoint: Mapping[str, Any], ema: bool | None
 ) -> tuple[str, Backbone, dict[str, Any], list[str]]:
     """Weights of another code -> (the model's name, the network, what is known of it, what was converted)."""
     weights, notes = locate_weights(checkpoint, source, ema)

@@ -38,9 +38,9 @@ class Accuracy(NamedTuple):
     notes: list[str]
 
 
-def locate_weights(checkpoint: Mapping, source: str, ema: bool = False) -> Found:
+def locate_weights(checkpoint: Mapping, source: str, ema: bool | None = False) -> Found:
     """The state_dict in a checkpoint: an entry with one of the usual names, the one entry that is a mapping of tensors,
-    or the dictionary itself; with `ema` the moving average of the weights.
+    or the dictionary itself; with `ema` the moving average of the weights (None: no flag asks for it).
 
     Keys lose what DataParallel, DDP and torch.compile put before them. Raises `UserError`, naming `source`, where there
     are no weights, several that might be meant, or a pickled module.
@@ -53,7 +53,8 @@ def locate_weights(checkpoint: Mapping, source: str, ema: bool = False) -> Found
     if raw is None and average is None:
         raise UserError(f"{source} holds no weights; it holds {list_names(checkpoint)}")
     if raw and average:
-        other = f"{EMA_FLAG} takes the moving average" if not ema else f"without {EMA_FLAG} the others are taken"
+        asked, unasked = f"without {EMA_FLAG} the others are taken", f"{EMA_FLAG} takes the moving average"
+        other = "the raw ones are taken" if ema is None else asked if ema else unasked
         notes.append(f"it holds raw weights ({raw[0]}) and their moving average ({average[0]}); {other}")
     place, entries = average if ema or raw is None else raw
     if place not in ("", *ENTRIES[:2]):

@@ -29,6 +29,12 @@ def _are_three(value: object, low: float) -> bool:
     return isinstance(value, list | tuple) and len(value) == 3 and all(_is_number(part, low, 1e3) for part in value)
 
 
+def _is_teacher(value: object) -> bool:
+    if not isinstance(value, Mapping) or not all(_is_text(value.get(name)) for name in ("name", "digest")):
+        return False
+    return value.get("accuracy") is None or _is_number(value["accuracy"], 0, 100)
+
+
 def _is_colour(value: object) -> bool:
     return isinstance(value, list | tuple) and len(value) == 3 and all(_is_count(part, 0, 255) for part in value)
 
@@ -48,6 +54,7 @@ ENTRIES: dict[str, tuple[Callable[[object], bool], str]] = {
     "num_classes": (lambda value: _is_count(value, 0, MOST_CLASSES), f"a number of classes, 0 to {MOST_CLASSES}"),
     "split": (lambda value: _is_number(value, 0, 1) and value != 1, "a share, 0 to below 1"),
     "accuracy": (lambda value: _is_number(value, 0, 100), "a percentage"),
+    "teacher": (_is_teacher, "a name, a digest and a percentage"),
     **dict.fromkeys(("dataset", "data", "model_name"), (_is_text, "text")),
 }
 

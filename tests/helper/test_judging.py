@@ -1,4 +1,4 @@
-"""What is measured of logits and maps, against definitions written out; which images a network is judged on."""
+"""What is measured of logits and maps, against definitions written out; with which images and teacher."""
 
 import itertools
 
@@ -10,8 +10,9 @@ from sklearn import metrics
 from dataset import load_data
 from errors import UserError
 from helper.export import RecordedData
-from helper.judging import Judged, check_size, split_note
+from helper.judging import Judged, check_size, note_of_teacher, read_judges_teacher, split_note
 from helper.metrics import BINS, MinibatchCKA, calibration, divergences, fidelity, judge
+from helper.networks import Network
 from models import build_model
 
 
@@ -124,3 +125,22 @@ def test_another_split_of_the_runs_own_folder_is_said(tmp_path):
     for place in (None, "moved"):  # an export says no place; that of a checkpoint may be on another machine
         assert notes(0.2, own, place) == ()
         assert notes(0.5, own, place) == [f"{said}, where these are the images of its run"]
+
+
+def test_another_teacher_than_the_runs_own_is_said():
+    """A run's checkpoint knows its teacher by the settings too, an export by its record alone."""
+    loaded = Network("t.pth", "resnet14", build_model("resnet14", 10), 10, digest="abc")
+
+    def notes(**record) -> list[str]:
+        return list(note_of_teacher(Judged("it", "resnet8", record, lambda images: images), loaded))
+
+    assert notes() == notes(teacher=None, teacher_digest=None, model_t=None) == []
+    assert notes(teacher_digest="abc", model_t="resnet14") == notes(teacher={"name": "resnet14", "digest": "abc"}) == []
+    assert notes(teacher_digest="0", model_t="vgg8") == ["its run had another teacher: vgg8 (digest 0)"]
+    several = {"name": "resnet14,vgg8", "digest": "1"}
+    assert notes(teacher=several) == ["its run had 2 teachers together: resnet14,vgg8 (digest 1)"]
+
+
+def test_several_teachers_are_refused_by_name():
+    with pytest.raises(UserError, match=r"^--teacher: a\.pth,b\.pth names several networks; name one"):
+        read_judges_teacher("a.pth,b.pth", None, None, [])

@@ -80,6 +80,8 @@ def test_a_sound_record_stays_as_it_is(exported):
         ({"classes": ["a", 1, "c"]}, "its classes is not a list of names"),
         ({"classes": ["a", "b"]}, "it names 2 classes of 3"),
         ({"accuracy": 930.0}, "its accuracy is not a percentage"),
+        ({"teacher": "resnet20"}, "its teacher is not a name, a digest"),
+        ({"teacher": {"name": "resnet20", "digest": "0", "accuracy": "high"}}, "its teacher is not a name, a digest"),
         ({3: 4}, "no dictionary"),
         ({"num_classes": 999_999}, "its weights are of another size"),
         ({"wrapper": {"kind": "final_conv", "channels": 2**40}}, "its weights are of another size"),

@@ -143,12 +143,15 @@ def test_a_teacher_is_given_the_images_as_they_are_held(distil, teacher_run, mon
 
 
 @pytest.mark.slow
-def test_the_average_of_the_weights_is_judged_where_it_is_asked_for(distil):
+def test_the_average_of_the_weights_is_judged_where_it_is_asked_for(distil, capsys):
     run = distil(*SHORT, "--ema_decay", "0.5")
     result = json.loads((run / "result.json").read_text())
     found = [evaluate.main([str(run), *flags])[0] for flags in ((), ("--ema",))]
     assert [one["accuracy"] for one in found] == [result["accuracy_last"], result["accuracy_last_ema"]]
     assert found[0]["digest"] != found[1]["digest"]
+    capsys.readouterr()
+    evaluate.main([str(run), "--teacher", str(run), "--ema"])
+    assert "teacher: " in (note := capsys.readouterr().out.rpartition("note: ")[2]) and "the raw ones are taken" in note
 
 
 @pytest.mark.slow
