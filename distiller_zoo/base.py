@@ -184,8 +184,8 @@ class Distiller(nn.Module):
         ):
             if reads and network is not None and not network.shows_preactivations:
                 raise UserError(
-                    f"--distill {self.name}: it reads the {whose}'s maps before their last ReLU, which only our own "
-                    f"networks show, not {network.name}; choose another --distill or --model_{whose[0]}"
+                    f"--distill {self.name}: it reads the {whose}'s maps before their last ReLU, which {network.name} "
+                    f"does not show (shows_preactivations); choose another --distill or --model_{whose[0]}"
                 )
         fits = teacher is None or (teacher.num_classes and task.num_classes in (0, teacher.num_classes))
         if not fits and self.reads_teacher_logits():

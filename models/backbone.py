@@ -46,19 +46,23 @@ class Shapes(NamedTuple):
 class Backbone(nn.Module):
     """A classification network whose last feature map can be reached, and changed, before the head reads it."""
 
-    #: True where a BatchNorm and a ReLU are between `final` and the pooling (pre-activation networks).
+    #: What messages call it: its class, unless it says more.
+    name: str
+    #: Whether something is between `final` and the pooling: BatchNorm and ReLU in pre-activation networks. True in a
+    #: class that writes `activate`.
     activates_final = False
-    #: True where the classifier reads the average of the activated map over its pixels, and nothing else.
+    #: Whether the classifier reads the average of the activated map over its pixels, and nothing else. False in a class
+    #: that writes `classify` and says nothing of it, like the next.
     classifies_average = True
-    #: True where the classifier reads a weighted mean of the activated map's positions, so that one affine map of every
+    #: Whether the classifier reads a weighted mean of the activated map's positions, so that one affine map of every
     #: position can be folded into it.
     classifies_mean = True
     #: Why the final map cannot be changed before the head reads it; empty where it can.
     cannot_change = ""
     #: A side of images, in pixels, that it surely reads; None where that is not known.
     reads_size: int | None = None
-    #: Whether the stage outputs can be shown before their last ReLU.
-    shows_preactivations = True
+    #: Whether `preact` shows the stage outputs before their last ReLU.
+    shows_preactivations = False
     #: Names of the sub-modules below the last stage.
     trunk: tuple[str, ...] = ()
     #: Names of the sub-modules between the last stage output and the classifier.
@@ -67,6 +71,14 @@ class Backbone(nn.Module):
     shares: Sequence[float] = (1.0,)
     #: One sentence that a run says of the network; empty where its name says enough.
     note = ""
+
+    def __init_subclass__(cls, **options):
+        super().__init_subclass__(**options)
+        cls.name = cls.__name__
+        # Nothing is known of a head of its own: a transform that is folded into it may make another network.
+        cls.activates_final = vars(cls).get("activates_final", "activate" in vars(cls) or cls.activates_final)
+        for name in ("classifies_average", "classifies_mean"):
+            setattr(cls, name, vars(cls).get(name, "classify" not in vars(cls) and getattr(cls, name)))
 
     def forward_trunk(self, x: Tensor, preact: bool = False) -> tuple[list[Tensor], Tensor]:
         """Images (B, 3, H, W) -> (stage outputs but the last, the map that enters the last stage)."""
@@ -172,7 +184,7 @@ def probe_shapes(network: Backbone, image_size: int) -> Shapes:
         with evaluating(network):
             output = network.outputs(torch.zeros(1, 3, image_size, image_size).to(parameter))
     except (AssertionError, RuntimeError, ValueError) as error:
-        name, reason, size = getattr(network, "name", type(network).__name__), first_line(error), network.reads_size
+        name, reason, size = network.name, first_line(error), network.reads_size
         hint = f"; it reads {size}x{size}" if size not in (None, image_size) else ""
         raise UserError(
             f"--image_size: {name} cannot read images of {image_size}x{image_size} ({reason}){hint}"
@@ -236,7 +248,7 @@ class Wrapper(Backbone):
     def __init__(self, network: Backbone):
         super().__init__()
         self.network = network
-        self.name = getattr(network, "name", type(network).__name__)
+        self.name = network.name
         self.activates_final, self.cannot_change = network.activates_final, network.cannot_change
         self.classifies_average, self.classifies_mean = network.classifies_average, network.classifies_mean
         self.shows_preactivations = network.shows_preactivations

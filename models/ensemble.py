@@ -44,10 +44,7 @@ class Ensemble(Backbone):
         counts = {network.num_classes for network in networks}
         self._num_classes = counts.pop() if len(counts) == 1 else 0
         self.shows_preactivations = networks[0].shows_preactivations
-
-    @property
-    def name(self) -> str:
-        return ",".join(getattr(network, "name", type(network).__name__) for network in self.networks)
+        self.name = ",".join(network.name for network in networks)
 
     @property
     def num_classes(self):

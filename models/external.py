@@ -28,8 +28,6 @@ DROPS = ("drop_rate", "drop_path_rate")
 class External(Backbone):
     """A foreign network under our contract; its weights keep their own names, below `network`."""
 
-    shows_preactivations = False
-
     def __init__(self, name: str, network: nn.Module, split: Split, num_classes: int):
         super().__init__()
         self.name, self.network, self.split, self._num_classes = name, network, split, num_classes

@@ -36,6 +36,7 @@ def _separable(in_channels: int, out_channels: int, stride: int) -> nn.Sequentia
 class MobileNetV1(Backbone):
     """The published names split the chain in two: `model1` (stem and stages 1-3) and `model2` (stage 4)."""
 
+    shows_preactivations = True
     trunk = ("model1",)
 
     def __init__(self, num_classes: int = 1000):

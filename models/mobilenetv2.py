@@ -41,6 +41,7 @@ class MobileNetV2(Backbone):
     of the official NORM code: for parity only (docs/norm.md).
     """
 
+    shows_preactivations = True
     trunk = ("conv1", *(f"blocks.{group}" for group in range(5)))
     head = ("conv2",)
 

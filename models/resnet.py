@@ -88,6 +88,8 @@ class ResNet(Backbone):
     `imagenet_stem` chooses the 7x7 stride-2 convolution with max-pooling over the 3x3 convolution of CIFAR.
     """
 
+    shows_preactivations = True
+
     def __init__(
         self,
         block: type[_Block],

@@ -45,6 +45,7 @@ class ShuffleUnit(nn.Module):
 
 
 class ShuffleNetV1(Backbone):
+    shows_preactivations = True
     trunk = ("conv1", "bn1", "layer1", "layer2")
 
     def __init__(self, widths=(240, 480, 960), depths=(4, 8, 4), groups: int = 3, num_classes: int = 100):

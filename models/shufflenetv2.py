@@ -75,6 +75,7 @@ class ShuffleNetV2(Backbone):
     Pre-activations are listed as RepDistiller lists them: both halves side by side, before the shuffle.
     """
 
+    shows_preactivations = True
     trunk = ("conv1", "bn1", "layer1", "layer2")
     head = ("conv2", "bn2")
 

@@ -20,6 +20,7 @@ def _block(in_channels: int, widths: Sequence[int]) -> nn.Sequential:
 class VGG(Backbone):
     """Five blocks; max-pooling after the first three (and after the fourth for images of 64 pixels)."""
 
+    shows_preactivations = True
     trunk = ("block0", "block1", "block2", "block3")
 
     def __init__(self, block_widths: Sequence[Sequence[int]], num_classes: int = 100):

@@ -50,7 +50,7 @@ def _normalise_once_more(bn: nn.BatchNorm2d, x: Tensor) -> Tensor:
 
 
 class WideResNet(Backbone):
-    activates_final = True
+    shows_preactivations = True
     trunk = ("conv1", "block1", "block2")
     head = ("bn1",)
 

@@ -16,6 +16,8 @@ class StandIn(Backbone):
     `shown` maps take the place of the zeros. `batch_norms` are those that OFD reads its margins from.
     """
 
+    classifies_average = shows_preactivations = True
+
     def __init__(self, maps: Sequence[Shape], pooled: int, num_classes: int, batch_norms: Sequence[nn.Module] = ()):
         super().__init__()
         self.shapes, self.batch_norms = list(maps), list(batch_norms)

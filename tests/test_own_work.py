@@ -125,8 +125,10 @@ def test_the_network_of_the_page_teaches_and_learns(few_images, teacher_run, tmp
     short = ["--epochs", "1", "--save_dir", str(tmp_path)]
     train_teacher.main(["--model", "tiny", *short])
     teacher = tmp_path / "digits_ce_tiny_trial1" / "last.pth"
-    for distill in ("norm", "attention", "abound"):  # the last trains its layers below the head alone, first
+    for distill in ("norm", "attention", "fsp"):  # the last trains its layers below the head alone, first
         train_cifar_student.main(["--distill", distill, "--path_t", str(teacher), "--model_s", "tiny", *short])
+    before_relu = ["--distill", "abound", "--path_t", str(teacher), "--model_s", "tiny", *short]
+    assert "maps before their last ReLU, which Tiny does not show" in message_of(train_cifar_student.main, before_relu)
     of_ours = ["--path_t", str(teacher_run / "last.pth"), "--model_s", "tiny", "--max_steps", "1"]
     train_cifar_student.main(["--distill", "norm", *of_ours, *short])
     export_student.main([str(tmp_path / "digits_norm_tiny_tiny_trial1" / "last.pth")])

@@ -26,6 +26,8 @@ from tests.distiller_zoo.helpers import (
 class Tiny(Backbone):
     """Two smooth stages and a BatchNorm, for derivatives of the second order."""
 
+    shows_preactivations = True  # there is no ReLU
+
     def __init__(self, width):
         super().__init__()
         self.stem, self.stage = nn.Conv2d(3, width, 3, padding=1), nn.Conv2d(width, width + 1, 3, stride=2, padding=1)

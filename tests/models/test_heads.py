@@ -8,6 +8,7 @@ from errors import UserError
 from models import build_model
 from models.backbone import FinalConv, evaluating, select_classes
 from models.external import External
+from models.vgg import VGG
 from models.wrappers import describe_wrapper, merge_branches, wrap
 from tests.conftest import make_batch
 
@@ -183,3 +184,31 @@ def test_a_head_is_looked_at_on_more_than_one_pixel():
     assert small.split.final[1:] == large.split.final[1:] == (5, 5)
     built_for_its_size = build_model("timm:gmixer_12_224", CLASSES, 32)
     assert built_for_its_size.split.final[1:] == (2, 2) and "32x32" in built_for_its_size.describe(32)
+
+
+class Peaks(VGG):
+    """Its head pools by maximum."""
+
+    def classify(self, activated):
+        pooled = activated.amax((2, 3))
+        return pooled, self.get_classifier()(pooled)
+
+
+class Squares(VGG):
+    """Something is in front of its pooling."""
+
+    def activate(self, final):
+        return final.square()
+
+
+@pytest.mark.parametrize("family", [Peaks, Squares])
+def test_nothing_is_folded_into_a_head_of_its_own(family):
+    """A network that writes a part of its head and says nothing more of it ships what was trained."""
+    student, teacher = family([[8], [8], [8], [8], [8]], CLASSES), build_model("resnet14", CLASSES)
+    method = DISTILLERS["norm"](student, teacher, TASK)
+    one_step(method, teacher)
+    exported = method.eval().export()
+    assert isinstance(exported, FinalConv)
+    with torch.no_grad():
+        assert torch.allclose(exported(images()), method.predict(images()), atol=1e-4)
+    assert Squares.classifies_average and not Peaks.classifies_average  # SimKD reuses the classifier of an average
