@@ -41,6 +41,8 @@ def check_class(method: type, base: type, renamed: Mapping[str, str]) -> None:
         for flag in flags:
             if not isinstance(flag, Setting):
                 raise UserError(f"{where.format('flags')} holds {flag!r}; each must be a Flag")
+            if hasattr(base, flag.argument):  # every method has an attribute of that name
+                raise UserError(f"{where.format('flags')} holds {flag.names[0]}, a name of the contract; rename it")
         _check_names(own.get("flags_work_if", ()), [flag.argument for flag in flags], where.format("flags_work_if"))
 
 

@@ -823,12 +823,19 @@ SETTINGS: tuple[Setting, ...] = (
 
 
 def method_settings() -> dict[str, Setting]:
-    """The settings of all methods, by argument."""
+    """The settings of all methods, by argument; raises `UserError` for one that would be taken for another."""
     found: dict[str, Setting] = {}
-    for flag in [flag for method in DISTILLERS.values() for flag in method.flags]:
-        known = found.setdefault(flag.argument, flag)
-        if known.choices and flag.choices:  # a method may take some of them alone; it checks that itself
-            found[flag.argument] = known._replace(choices=tuple(dict.fromkeys((*known.choices, *flag.choices))))
+    of_run = {name for setting in SETTINGS for name in (*setting.names, setting.argument)}
+    for method in DISTILLERS.values():
+        for flag in method.flags:
+            known, is_of_run = found.setdefault(flag.argument, flag), bool(of_run & {*flag.names, flag.argument})
+            if is_of_run or (known.names, known.type) != (flag.names, flag.type):
+                raise UserError(
+                    f"{method.__module__}: {'/'.join(flag.names)} of {method.__name__} is a setting of "
+                    f"{'every run' if is_of_run else 'another method'}; rename it"
+                )
+            if known.choices and flag.choices:  # a method may take some of them alone; it checks that itself
+                found[flag.argument] = known._replace(choices=tuple(dict.fromkeys((*known.choices, *flag.choices))))
     return found
 
 

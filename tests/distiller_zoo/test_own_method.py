@@ -8,12 +8,14 @@ import pytest
 import torch
 from torch import nn
 
-from distiller_zoo import DISTILLERS, Progress, Stage, build_distiller, check_stages
+from distiller_zoo import DISTILLERS, Flag, Progress, Stage, build_distiller, check_stages
 from distiller_zoo.kd import FeatureDistiller
 from errors import UserError
 from helper import loops
 from helper.command_line import resolve
+from helper.settings import all_settings
 from helper.teacher import FrozenTeacher
+from setting import count, number
 from tests.conftest import pair_networks
 from tests.distiller_zoo.helpers import batch_of
 from tests.stages import Shown, StageRun, few_images
@@ -69,6 +71,7 @@ def mine(tmp_path, monkeypatch):
         ({"min_batch": "2"}, "min_batch of Mine is '2'; it must be a int"),
         ({"refuses_mixing": True}, "refuses_mixing of Mine is True; it must be a str"),
         ({"flags": ("--power",)}, "flags of Mine holds '--power'; each must be a Flag"),
+        ({"flags": (Flag(("--views",), count, 2, "views"),)}, "flags of Mine holds --views, a name of the contract"),
         ({"flags_work_if": {"kd_t": ()}}, "flags_work_if of Mine names 'kd_t'; did you mean kd_T"),
         ({"name": "MeanMap"}, "name of Mine is 'MeanMap'; it must be of lower-case letters"),
     ],
@@ -76,6 +79,22 @@ def mine(tmp_path, monkeypatch):
 def test_what_a_class_declares_and_the_contract_does_not_know_is_refused(declared, message):
     with pytest.raises(UserError, match=message):
         type("Mine", (FeatureDistiller,), declared | {"__module__": __name__})
+
+
+@pytest.mark.parametrize(
+    ("flag", "whose"),
+    [
+        (Flag(("--mean",), number, 0.5, "what a run finds out of its images"), "every run"),
+        (Flag(("--seed",), count, 1, "a flag of every run"), "every run"),
+        (Flag(("--branches",), number, 0.5, "ONE's are counted"), "another method"),
+        (Flag(("-w", "--branches"), count, 1, "ONE's have no short name"), "another method"),
+    ],
+)
+def test_a_flag_that_would_be_taken_for_another_is_refused(flag, whose, monkeypatch):
+    method = type("Mine", (FeatureDistiller,), {"name": "mine", "flags": (flag,), "__module__": __name__})
+    monkeypatch.setitem(DISTILLERS, "mine", method)
+    with pytest.raises(UserError, match=f"{flag.names[0]}.* of Mine is a setting of {whose}; rename it"):
+        all_settings()
 
 
 def test_parts_that_would_not_be_trained_are_refused(mine):
