@@ -118,8 +118,8 @@ class Training:
         if loader.images_shown == images:
             return ""
         return (
-            f"each epoch leaves out {images - loader.images_shown} of {images} training images, others each time: a "
-            f"last batch needs at least {count_of(loader.min_batch, 'image')}"
+            f"each {_of_stage(self.stage.name)}epoch leaves out {images - loader.images_shown} of {images} training "
+            f"images, others each time: a last batch needs at least {count_of(loader.min_batch, 'image')}"
         )
 
     @property
@@ -541,8 +541,11 @@ def forward_backward(
 
 def format_title(stage: str, progress: Progress) -> str:
     """The name of an epoch on a progress bar and in the log."""
-    prefix = "" if stage == "main" else f"{stage} "
-    return f"{prefix}epoch {progress.epoch + 1}/{progress.epochs}"
+    return f"{_of_stage(stage)}epoch {progress.epoch + 1}/{progress.epochs}"
+
+
+def _of_stage(stage: str) -> str:
+    return "" if stage == "main" else f"{stage} "
 
 
 def _uses_all_weights(method: Distiller) -> bool:

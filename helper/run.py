@@ -412,16 +412,24 @@ class Run:
         if changes := augmentation.describe(self.data.labelled):
             self.folder.log(changes)
         self.folder.log(describe_method(self.method, self.stages, self.config.model_s, self.data.image_size))
-        for line in filter(None, (describe_batch(self.config), self.training.describe_left_out())):
+        if line := describe_batch(self.config):
             self.folder.log(line)
-        if self.teacher is not None and (line := self.teacher.open_for(self.training)):
-            self.folder.log(line)
+        self._describe_batches()
         self._go_to_next_stage()
+
+    def _describe_batches(self) -> None:
+        """Say what the epochs of the stage leave out, and where the teacher's outputs for them are stored."""
+        lines = [self.training.describe_left_out()]
+        if self.teacher is not None and self.training.stage.reads_teacher:
+            lines.append(self.teacher.open_for(self.training))
+        for line in filter(None, lines):
+            self.folder.log(line)
 
     def _go_to_next_stage(self) -> None:
         """Where a stage is finished, begin the next; after the last write the result."""
         while self._stage_is_over() and not self.in_main_stage:
             self._enter_stage(self.stage_number + 1)
+            self._describe_batches()
         if self._stage_is_over():
             self._finish()
 

@@ -115,16 +115,21 @@ def test_students_that_take_turns_wait_for_each_other(distil, left):
 
 @pytest.mark.slow
 def test_what_a_last_batch_leaves_out_is_said(distil, few_images):
-    """SemCKD needs whole batches: of 32 images 2 make no step, and of others one image alone."""
+    """SemCKD needs whole batches: of 32 images 2 make no step, of others one image. DistPro's search has 26."""
 
     def said(distill, batch_size, *flags):
         run = distil("--epochs", "1", "--max_steps", "1", "--batch_size", batch_size, *flags, distill=distill)
-        return [line for line in (run / "log.txt").read_text().splitlines() if line.startswith("each epoch leaves")]
+        return [line for line in (run / "log.txt").read_text().splitlines() if "leaves out" in line]
 
-    left_out = "each epoch leaves out {} of 32 training images, others each time: a last batch needs at least {} images"
-    assert said("semckd", "15", "-b", "1") == [left_out.format(2, 15)]
-    assert said("rkd", "31") == [left_out.format(1, 2)]
+    left_out = (
+        "each {}epoch leaves out {} of {} training images, others each time: a last batch needs at least {} images"
+    )
+    assert said("semckd", "15", "-b", "1") == [left_out.format("", 2, 32, 15)]
+    assert said("rkd", "31") == [left_out.format("", 1, 32, 2)]
     assert said("kd", "31") == []
+    one_pixel = ("--image_size", "8", "--model_s", "vgg8", "--init_epochs", "1")
+    assert said("distpro", "25", *one_pixel) == [left_out.format("search ", 1, 26, 2)]
+    assert said("distpro", "31", *one_pixel) == [left_out.format("", 1, 32, 2)]
 
 
 def test_sync_bn_without_other_processes_is_said_to_change_nothing():
