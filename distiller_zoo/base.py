@@ -35,6 +35,10 @@ WARMUP_EPOCHS = Flag(
 )
 
 
+#: What a run is refused with whose losses are all left out.
+NOTHING_TO_TRAIN = "every loss weight is 0: there is nothing to train; set -r, -a or -b"
+
+
 class Condition(NamedTuple):
     """What must hold for a flag to have an effect."""
 
@@ -143,7 +147,7 @@ class Distiller(nn.Module):
     refuses_mixing = ""
     #: Why the method cannot learn from images without labels, whose targets are all 0, with -r 0; empty where it can.
     refuses_unlabelled = ""
-    #: Whether the losses of every step depend on everything that is trained, apart from weights of 0.
+    #: Whether the losses of every step depend on everything that is trained, apart from -r, -a or -b 0.
     uses_everything = True
     #: Children that the main stage does not train.
     frozen: tuple[str, ...] = ()

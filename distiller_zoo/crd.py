@@ -84,8 +84,11 @@ class NORM_CRD(NORM):
 
     def __init__(self, student, teacher, task, **hyper_parameters):
         super().__init__(student, teacher, task, **hyper_parameters)
+        self.uses_everything = self.crd_weight > 0
         attach_contrast(self, teacher, task)
 
     def losses(self, student, teacher, targets, index, progress):
-        crd = contrast_term(self, student, teacher, targets, index)
-        return {**super().losses(student, teacher, targets, index, progress), "crd": self.crd_weight * crd}
+        terms = super().losses(student, teacher, targets, index, progress)
+        if self.crd_weight:
+            terms["crd"] = self.crd_weight * contrast_term(self, student, teacher, targets, index)
+        return terms

@@ -24,14 +24,14 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from distiller_zoo.base import BETA, INIT_EPOCHS, Condition, Flag, Stage, above_zero, is_one_of, number, widen_output
+from distiller_zoo.base import BETA, INIT_EPOCHS, Condition, Flag, Stage, above_zero, is_one_of, positive, widen_output
 from distiller_zoo.kd import FeatureDistiller, LogitDistiller
 from distiller_zoo.maps import describe_left_out
 from distiller_zoo.pathways import STYLES, Pathways, PathwayWeights
 from models.backbone import Backbone, Output, probe_shapes
 from models.synchronised import average
 
-KD_WEIGHT = Flag(("--kd_weight",), number, 1.0, "DistPro's factor on the weights of the styles scaled and constant")
+KD_WEIGHT = Flag(("--kd_weight",), positive, 1.0, "DistPro's factor on the weights of the styles scaled and constant")
 DISTPRO_STYLE = Flag(
     ("--distpro_style",),
     str,

@@ -139,6 +139,8 @@ class NORM(Distiller):
 
     def __init__(self, student: Backbone, teacher: Backbone | None, task, **hyper_parameters):
         super().__init__(student, teacher, task, **hyper_parameters)
+        if not self.beta1:
+            self.beta = 0.0  # a factor of 0 leaves the term out
         #: The scale of the standardised logits that the losses read; 0: raw logits.
         self.scale = self.ceta if task.num_classes > CONSTANT_CLASSES else 0.0
         if self.co_sponge < 1:

@@ -80,6 +80,8 @@ class RKD(FeatureDistiller):
 
     def __init__(self, student, teacher, task, **hyper_parameters):
         super().__init__(student, teacher, task, **hyper_parameters)
+        if not (self.distance_weight or self.angle_weight):
+            self.beta = 0.0  # its term has neither part
         self.criterion = RKDLoss(self.distance_weight, self.angle_weight)
 
     def feature_loss(self, student, teacher, targets, index):

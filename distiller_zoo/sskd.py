@@ -145,6 +145,7 @@ class SSKD(LogitDistiller):
 
     def __init__(self, student, teacher, task, **hyper_parameters):
         super().__init__(student, teacher, task, **hyper_parameters)
+        self.uses_everything = self.ss_weight > 0
         self.student_head = head(probe_shapes(student, task.image_size).pooled)
         self.teacher_head = head(probe_shapes(teacher, task.image_size).pooled)
 
@@ -170,15 +171,16 @@ class SSKD(LogitDistiller):
         (upright, turned), (teacher_upright, teacher_turned) = (
             logits.split([len(targets), len(logits) - len(targets)]) for logits in compared
         )
-        rows, teacher_rows = (
-            similarities(self.student_head(student.pooled)),
-            similarities(self.teacher_head(teacher.pooled)),
-        )
-        confident = select(teacher_turned, targets.repeat(VIEWS - 1), self.ratio_tf)
-        alike = select(teacher_rows, sources(teacher_rows), self.ratio_ss)
-        return {
-            **self.weighted_cross_entropy(student.logits[: len(targets)], targets),
-            **weighted_kd(self.alpha, upright, teacher_upright, self.kd_T),
-            "tf": self.tf_weight * selected_divergence(turned, teacher_turned, confident, self.kd_T),
-            "ss": self.ss_weight * selected_divergence(rows, teacher_rows, alike, self.ss_T),
-        }
+        terms = self.weighted_cross_entropy(student.logits[: len(targets)], targets)
+        terms |= weighted_kd(self.alpha, upright, teacher_upright, self.kd_T)
+        if self.tf_weight:
+            confident = select(teacher_turned, targets.repeat(VIEWS - 1), self.ratio_tf)
+            terms["tf"] = self.tf_weight * selected_divergence(turned, teacher_turned, confident, self.kd_T)
+        if self.ss_weight:
+            rows, teacher_rows = (
+                similarities(self.student_head(student.pooled)),
+                similarities(self.teacher_head(teacher.pooled)),
+            )
+            alike = select(teacher_rows, sources(teacher_rows), self.ratio_ss)
+            terms["ss"] = self.ss_weight * selected_divergence(rows, teacher_rows, alike, self.ss_T)
+        return terms

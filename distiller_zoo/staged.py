@@ -2,8 +2,9 @@
 
 from torch import Tensor
 
-from distiller_zoo.base import INIT_EPOCHS, Stage
+from distiller_zoo.base import INIT_EPOCHS, NOTHING_TO_TRAIN, Stage
 from distiller_zoo.kd import LogitDistiller
+from errors import UserError
 from models.backbone import Output
 
 
@@ -18,6 +19,11 @@ class FeaturesFirst(LogitDistiller):
     reads = ("maps",)
     refuses_unlabelled = "after its first stage the cross entropy is what trains"
     flags = (*LogitDistiller.flags, INIT_EPOCHS)
+
+    def __init__(self, student, teacher, task, **hyper_parameters):
+        super().__init__(student, teacher, task, **hyper_parameters)
+        if not (self.gamma or self.alpha):  # said before the first stage, not after it
+            raise UserError(NOTHING_TO_TRAIN)
 
     def first_loss(self, student: Output, teacher: Output) -> Tensor:
         """The method's own loss, a scalar."""

@@ -16,7 +16,7 @@ from torch import Tensor, distributed, nn
 
 from dataset import VIEWS, Augmentation, Batch, ImageData, Images, Loader, StreamedImages, epoch_seed
 from distiller_zoo import Distiller, Progress, Stage, explained
-from distiller_zoo.base import ALPHA, BETA, GAMMA
+from distiller_zoo.base import ALPHA, BETA, GAMMA, NOTHING_TO_TRAIN
 from errors import StoppedAtOnce, UserError, count_of
 from helper.configuration import Configuration
 from helper.distributed import Replica, count_processes, images_per_pass, rank, total_of
@@ -532,7 +532,7 @@ def forward_backward(
     with autocast or nullcontext():
         logits, losses = compute(batch, teacher_output, progress, stage)
     if not losses:
-        raise UserError("every loss weight is 0: there is nothing to train; set -r, -a or -b")
+        raise UserError(NOTHING_TO_TRAIN)
     total = functools.reduce(operator.add, losses.values())
     total = total if share == 1 else share * total
     (scale(total) if scale else total).backward()

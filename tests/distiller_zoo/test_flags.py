@@ -1,15 +1,18 @@
 """Every flag of every method does what it says: weights scale their terms, everything else changes the training."""
 
 import functools
+import itertools
 
 import pytest
 import torch
 
 from dataset import Batch
 from distiller_zoo import DISTILLERS, Progress, Task
-from helper.loops import set_modes
+from distiller_zoo.base import NOTHING_TO_TRAIN
+from errors import UserError
+from helper.loops import _uses_all_weights, set_modes
 from helper.teacher import FrozenTeacher
-from setting import Setting
+from setting import Setting, positive
 from tests.conftest import pair_networks
 from tests.distiller_zoo.helpers import train_step
 
@@ -121,15 +124,28 @@ def test_a_weight_scales_its_terms_and_no_other(name, flag):
         assert once[key] < twice[key] <= 2 * once[key] * (1 + 1e-4), key
 
 
-@pytest.mark.parametrize("name", [name for name in DISTILLERS if name not in ("norm_crd", "sskd")])
-def test_without_any_weight_there_is_no_loss_which_a_run_refuses(name):
-    """The adapters of the other two need their terms: several processes wait for every gradient."""
-    method, teacher = build(name, **dict.fromkeys(ones(name), 0.0))
-    *_, main = method.stages(240)
-    set_modes(main, method)
-    batch = batch_for(method)
-    _, losses = method(batch, teacher(batch.images, method.teacher_preact), Progress(30, 240))
-    assert losses == {}
+@pytest.mark.parametrize("name", DISTILLERS)
+def test_a_term_without_weight_is_left_out_and_a_run_without_terms_refused(name):
+    """Of every choice of weights that are 0, with that of the logits."""
+    argument = {flag.argument: flag for flag in DISTILLERS[name].flags}
+    weights = [one for one in (*ones(name), *({"beta1"} & set(argument))) if argument[one].type is not positive]
+    others = [one for one in weights if one != "alpha"]
+    for kept in itertools.chain.from_iterable(itertools.combinations(others, n) for n in range(len(others) + 1)):
+        values = dict.fromkeys(weights, 0.0) | dict.fromkeys(kept, 1.0)
+        try:
+            method, teacher = build(name, **values)
+        except UserError as error:  # at once where a first stage would be trained in vain
+            assert str(error) == NOTHING_TO_TRAIN
+            continue
+        set_modes(method.main_stage(240), method)
+        batch = batch_for(method)
+        _, losses = method(batch, teacher(batch.images, method.teacher_preact), Progress(30, 240))
+        assert all(value.item() for value in losses.values()), f"{losses} of {values}"
+        assert kept or not losses, losses
+        if losses:  # several processes wait for every gradient unless they look for those that are not there
+            torch.stack([*losses.values()]).sum().backward()
+            unused = [key for key, one in method.named_parameters() if one.requires_grad and one.grad is None]
+            assert not unused or not (method.uses_everything and _uses_all_weights(method)), f"{unused} of {values}"
 
 
 @pytest.mark.parametrize(

@@ -112,9 +112,13 @@ def test_a_diverging_loss_names_its_term(distil):
 
 
 def test_weights_that_are_all_zero_are_refused(distil, save_dir):
-    for flags, distill in ((("-r", "0", "-a", "0"), "kd"), (("-r", "0", "-b", "0"), "norm")):
+    for distill, flags in (("kd", "-a 0"), ("norm", "-b 0"), ("norm", "-b1 0"), ("norm_crd", "-b 0 --crd_weight 0")):
         with pytest.raises(UserError, match="every loss weight is 0"):
-            distil(*flags, distill=distill)
+            distil("-r", "0", *flags.split(), distill=distill)
+    runs = len(list(save_dir.iterdir()))
+    with pytest.raises(UserError, match="every loss weight is 0"):
+        distil("-r", "0", distill="fsp")
+    assert len(list(save_dir.iterdir())) == runs, "refused before its first stage"
 
 
 @pytest.mark.parametrize(("most", "recorded"), [("8", None), ("7", 7)])
