@@ -145,7 +145,8 @@ class Paraphrasing(MapDistiller):
             learning_rate=self.init_learning_rate,
             milestones=(),
         )
-        return [first, self.main_stage(epochs)]
+        main = self.main_stage(epochs)
+        return [first, main] if self.beta else [main]  # nothing else reads the paraphraser
 
     def reconstruction_losses(self, student, teacher, targets, index, progress):
         """The first stage's loss: what the paraphraser leaves out of the teacher's map."""

@@ -159,7 +159,8 @@ class SSKD(LogitDistiller):
             learning_rate=self.init_learning_rate,
             milestones=tuple(math.ceil(part * self.init_epochs) for part in self.init_milestones),
         )
-        return [first, self.main_stage(epochs)]
+        main = self.main_stage(epochs)
+        return [first, main] if self.ss_weight else [main]  # nothing else reads the head
 
     def head_losses(self, student, teacher, targets, index, progress):
         """The first stage's loss: which upright image each turned one comes from."""
