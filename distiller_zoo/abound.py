@@ -86,13 +86,10 @@ class ActivationBoundaries(FeaturesFirst):
     def __init__(self, student, teacher, task, **hyper_parameters):
         super().__init__(student, teacher, task, **hyper_parameters)
         shapes = [middle_maps(probe_shapes(network, task.image_size)) for network in (student, teacher)]
-        self._left_out = describe_left_out(*shapes)
+        self.note(describe_left_out(*shapes))
         layers = min(map(len, shapes))
         self.connector = Connector(*(each[:layers] for each in shapes))
         self.criterion = ABLoss(layers)
-
-    def notes(self):
-        return [*super().notes(), *filter(None, [self._left_out])]
 
     def first_loss(self, student, teacher):
         return sum(self.criterion(self.connector(middle_maps(student)), middle_maps(teacher)))

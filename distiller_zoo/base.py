@@ -167,6 +167,7 @@ class Distiller(nn.Module):
     def __init__(self, student: Backbone, teacher: Backbone | None, task: Task, **hyper_parameters):
         super().__init__()
         self.student = student
+        self._notes: dict[str, None] = {}
         self.label_smoothing = task.label_smoothing
         self.register_buffer("class_weights", task.class_weights, persistent=False)
         unknown = set(hyper_parameters) - {flag.argument for flag in self.flags}
@@ -291,9 +292,13 @@ class Distiller(nn.Module):
         """The plain network to ship, in eval mode, independent of this module."""
         return copy.deepcopy(self.student).eval()
 
+    def note(self, *lines: str) -> None:
+        """Keep lines for the log, for a method's constructor; empty ones are left out, and those that are there."""
+        self._notes |= dict.fromkeys(filter(None, lines))
+
     def notes(self) -> list[str]:
         """Lines for the log: what the task and the networks have changed of the method's flags, or decided."""
-        return []
+        return list(self._notes)
 
     def export_note(self) -> str:
         """One sentence on what `export` kept in addition to the plain student; empty where it is the plain student."""

@@ -50,10 +50,8 @@ class DIST(LogitDistiller):
     def __init__(self, student, teacher, task, **hyper_parameters):
         super().__init__(student, teacher, task, **hyper_parameters)
         self.has_inter = task.num_classes > CONSTANT_CLASSES
-
-    def notes(self):
-        missing = [] if self.has_inter else ["DIST's inter term is off: the correlation of two classes is a constant"]
-        return [*super().notes(), *missing]
+        if not self.has_inter:
+            self.note("DIST's inter term is off: the correlation of two classes is a constant")
 
     def losses(self, student, teacher, targets, index, progress):
         terms = self.weighted_cross_entropy(student.logits, targets)

@@ -118,14 +118,11 @@ class DistPro(LogitDistiller):
             for network in (student, teacher)
         )
         self.pathways = Pathways(student_channels, teacher_channels)
-        self._left_out = describe_left_out(student_channels, teacher_channels, from_deepest=True, without="")
+        self.note(describe_left_out(student_channels, teacher_channels, from_deepest=True, without=""))
         styles = self.distpro_search_style, self.distpro_style
         self.weights = PathwayWeights(len(self.pathways.pairs), self.init_epochs, *styles, self.kd_weight)
         searches = self.beta and self.distpro_style != "constant"  # without -b nothing reads what is found
         self.search = SearchedStudent(student, self.pathways) if searches else None
-
-    def notes(self):
-        return [*super().notes(), *filter(None, [self._left_out])]
 
     def stages(self, epochs):
         main = self.main_stage(epochs)

@@ -96,12 +96,9 @@ class FitNet(FeatureDistiller):
         # The regressor reaches every size up to its own, and twice its own; elsewhere the teacher's map is resized.
         reaches = all(ours >= theirs or 2 * ours == theirs for ours, theirs in zip(own[1:], size, strict=True))
         self._resizes = self.map_size == "interpolate" or not reaches
-        self._sizes = describe_sizes(own, (channels, *size), self.map_size) if self._resizes else ""
+        self.note(describe_sizes(own, (channels, *size), self.map_size) if self._resizes else "")
         self.regressor = ConvReg(own, (channels, *(own[1:] if self._resizes else size)))
         self.criterion = HintLoss()
-
-    def notes(self):
-        return [*super().notes(), *filter(None, [self._sizes])]
 
     def _hinted(self, network: Output | Shapes):
         return network.maps[self.hint_layer]

@@ -55,13 +55,10 @@ class LogitDistiller(Distiller):
     def __init__(self, student, teacher, task, **hyper_parameters):
         super().__init__(student, teacher, task, **hyper_parameters)
         self.standardises = self.logit_standardization and task.num_classes > CONSTANT_CLASSES
-
-    def notes(self):
         if self.logit_standardization and not self.standardises:
-            return [
+            self.note(
                 "--logit_standardization is off: standardised logits of two classes are constants, without gradient"
-            ]
-        return []
+            )
 
     def compared_logits(self, student: Output, teacher: Output) -> tuple[Tensor, Tensor]:
         """The logits (B, K) that logit losses compare: raw, or standardised with `--logit_standardization`.

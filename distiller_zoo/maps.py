@@ -124,15 +124,12 @@ class MapDistiller(FeatureDistiller):
         pairs = zip(*shapes, strict=False)
         left_out = describe_left_out(*shapes) if self.pairs_maps else ""
         how = self.map_size if MAP_SIZE in self.flags else None
-        self._sizes = list(dict.fromkeys([left_out, *(describe_sizes(*pair, how) for pair in pairs)]))
+        self.note(left_out, *(describe_sizes(*pair, how) for pair in pairs))
 
     @staticmethod
     def compared(output: Output | Shapes) -> list:
         """The maps of a network that are compared, or their shapes."""
         return middle_maps(output)
-
-    def notes(self):
-        return [*super().notes(), *filter(None, self._sizes)]
 
     def sized(self, student_maps: list[Tensor], teacher_maps: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         """Both lists of maps (B, C, H, W), of the length of the shorter one, ready to be compared in pairs."""

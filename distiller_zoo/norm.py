@@ -155,7 +155,11 @@ class NORM(Distiller):
             for each in teacher_maps:
                 _check_sizes(student_map, each, self.larger_student, self.ft_form)
         sizes = (describe_sizes(student_map, each, self.map_size, "max") for each in teacher_maps)
-        self._sizes = list(filter(None, dict.fromkeys(sizes)))
+        self.note(*sizes)
+        if self.scale != self.ceta and student.num_classes:
+            self.note(
+                f"-c/--ceta {self.ceta} is off: standardised logits of two classes are constants, without gradient"
+            )
         if self.ft_position == "post" and student.activates_final and not self._folds_into_classifier():
             raise UserError(
                 "--ft_position post: the transform cannot be folded into this student's classifier, which needs a bias "
@@ -175,14 +179,6 @@ class NORM(Distiller):
             self.transform = FeatureTransform(
                 channels, teacher_channels, self.co_sponge, residual, self.ft_form, shares
             )
-
-    def notes(self):
-        notes = list(self._sizes)
-        if self.scale != self.ceta and self.student.num_classes:
-            notes += [
-                f"-c/--ceta {self.ceta} is off: standardised logits of two classes are constants, without gradient"
-            ]
-        return notes
 
     def respond(self, images: Tensor, teacher: Output | None) -> NormOutput:
         student = self.student

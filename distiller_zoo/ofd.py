@@ -94,10 +94,7 @@ class Overhaul(FeatureDistiller):
             for (channels, *_), teacher_bn in _pair_deepest(shapes[0], _find_batch_norms(teacher))
         )
         sizes = (describe_sizes(own, other, None) for own, other in _pair_deepest(*shapes))
-        self._unlike = list(filter(None, [describe_left_out(*shapes, from_deepest=True), *dict.fromkeys(sizes)]))
-
-    def notes(self):
-        return [*super().notes(), *self._unlike]
+        self.note(describe_left_out(*shapes, from_deepest=True), *sizes)
 
     def feature_loss(self, student, teacher, targets, index):
         pairs = _pair_deepest(middle_maps(student), middle_maps(teacher))

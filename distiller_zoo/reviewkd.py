@@ -128,7 +128,7 @@ class ReviewKD(FeatureDistiller):
         self.student_preact, self.teacher_preact = self.review_student == "before", self.review_teacher == "before"
         levels = [_level_channels(each, task.image_size) for each in (student, teacher)]
         student_channels, teacher_channels = levels
-        self._left_out = describe_left_out(*(middle for _, *middle in levels), from_deepest=True)
+        self.note(describe_left_out(*(middle for _, *middle in levels), from_deepest=True))
         deepest, *_ = student_channels
         mid_channels = min(self.review_width, deepest)
         # The lists run from deep to shallow, so that the shorter one decides and the deepest are paired.
@@ -137,9 +137,6 @@ class ReviewKD(FeatureDistiller):
             AttentionFusion(in_channels, mid_channels, out_channels, is_deepest=number == 0)
             for number, (in_channels, out_channels) in enumerate(pairs)
         )
-
-    def notes(self):
-        return [*super().notes(), *filter(None, [self._left_out])]
 
     def feature_loss(self, student, teacher, targets, index):
         losses, deeper = [], None
