@@ -142,6 +142,8 @@ class DistPro(LogitDistiller):
         return [search, main]
 
     def losses(self, student, teacher, targets, index, progress):
+        if not self.beta:
+            return self.label_and_logit_losses(student, teacher, targets)
         pathway_losses = self.pathways(student.maps, teacher.maps)
         return self._terms(student, teacher, targets, self.factor(progress), pathway_losses)
 
@@ -158,9 +160,7 @@ class DistPro(LogitDistiller):
 
     def _terms(self, student, teacher, targets, weights: Tensor, pathway_losses: Tensor) -> dict[str, Tensor]:
         terms = self.label_and_logit_losses(student, teacher, targets)
-        if self.beta:
-            terms["distpro"] = self.beta * (weights * pathway_losses).sum()
-        return terms
+        return {**terms, "distpro": self.beta * (weights * pathway_losses).sum()}
 
     def move_scores(self, optimizer, batch, teacher, held_out, progress) -> None:
         """One step of the scores; weights, statistics and gradients of the searched student stay as they are."""

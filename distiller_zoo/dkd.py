@@ -82,9 +82,11 @@ class DKD(LogitDistiller):
             raise UserError("--distill dkd compares a target with other classes; it needs more than one")
 
     def losses(self, student, teacher, targets, index, progress):
+        terms, risen = self.weighted_cross_entropy(student.logits, targets), self.factor(progress)
+        if not (self.dkd_alpha or self.dkd_beta):
+            return terms
         logits = self.compared_logits(student, teacher)
         target_class, non_target_class = decoupled_losses(*logits, targets, self.kd_T)
-        risen, terms = self.factor(progress), self.weighted_cross_entropy(student.logits, targets)
         if self.dkd_alpha:
             terms["tckd"] = risen * self.dkd_alpha * target_class
         if self.dkd_beta:

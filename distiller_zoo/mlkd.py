@@ -95,21 +95,22 @@ class MLKD(LogitDistiller):
         return self.student(images)
 
     def losses(self, student, teacher, targets, index, progress):
-        compared = self.compared_logits(student, teacher)
-        (weak, strong), (teacher_weak, teacher_strong) = (logits.chunk(2) for logits in compared)
         raw_weak, raw_strong = student.logits.chunk(2)
-        raw_teacher, _ = teacher.logits.chunk(2)
-        images, classes = unsure_shares(raw_teacher)
-        class_level, batch_level = zip(
-            *(correlation_losses(raw_weak, raw_teacher, each) for each in self.mlkd_temperatures), strict=True
-        )
         strong_terms = self.weighted_cross_entropy(raw_strong, targets)
         terms = self.weighted_cross_entropy(raw_weak, targets)
         terms |= {f"{name}_strong": value for name, value in strong_terms.items()}
+        if not (self.alpha or self.beta):
+            return terms
+        raw_teacher, _ = teacher.logits.chunk(2)
+        images, classes = unsure_shares(raw_teacher)
         if self.alpha:
+            compared = self.compared_logits(student, teacher)
+            (weak, strong), (teacher_weak, teacher_strong) = (logits.chunk(2) for logits in compared)
             terms["kd"] = self.alpha * images * self.divergence(weak, teacher_weak, self.mlkd_temperatures)
             terms["kd_strong"] = self.alpha * self.divergence(strong, teacher_strong, self.mlkd_temperatures)
         if self.beta:
+            levels = (correlation_losses(raw_weak, raw_teacher, each) for each in self.mlkd_temperatures)
+            class_level, batch_level = zip(*levels, strict=True)
             terms["class"] = self.beta * classes * sum(class_level)
             terms["batch"] = self.beta * images * sum(batch_level)
         return terms

@@ -168,12 +168,13 @@ class SSKD(LogitDistiller):
         return {"head": F.cross_entropy(rows, sources(rows))}
 
     def losses(self, student, teacher, targets, index, progress):
-        compared = self.compared_logits(student, teacher)
-        (upright, turned), (teacher_upright, teacher_turned) = (
-            logits.split([len(targets), len(logits) - len(targets)]) for logits in compared
-        )
         terms = self.weighted_cross_entropy(student.logits[: len(targets)], targets)
-        terms |= weighted_kd(self.alpha, upright, teacher_upright, self.kd_T)
+        if self.alpha or self.tf_weight:
+            compared = self.compared_logits(student, teacher)
+            (upright, turned), (teacher_upright, teacher_turned) = (
+                logits.split([len(targets), len(logits) - len(targets)]) for logits in compared
+            )
+            terms |= weighted_kd(self.alpha, upright, teacher_upright, self.kd_T)
         if self.tf_weight:
             confident = select(teacher_turned, targets.repeat(VIEWS - 1), self.ratio_tf)
             terms["tf"] = self.tf_weight * selected_divergence(turned, teacher_turned, confident, self.kd_T)

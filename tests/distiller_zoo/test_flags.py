@@ -150,6 +150,15 @@ def test_a_term_without_weight_is_left_out_and_a_run_without_terms_refused(name)
             assert not unused or not (method.uses_everything and _uses_all_weights(method)), f"{unused} of {values}"
 
 
+@pytest.mark.parametrize("name", [name for name, flag in EVERY_FLAG if flag.argument == "gamma"])
+def test_with_the_weight_of_the_labels_alone_nothing_is_computed_of_the_teacher(name):
+    weights = {flag: 0.0 for flag in ones(name) if flag != "kd_weight"}
+    method, _ = build(name, **weights | {"gamma": 1.0})
+    set_modes(method.main_stage(240), method)
+    _, losses = method(batch_for(method), None, Progress(30, 240))
+    assert losses and all(key.startswith("ce") for key in losses)
+
+
 @pytest.mark.parametrize(
     ("name", "flag"),
     [(name, flag) for name, flag in EVERY_FLAG if not is_weight(flag)],
