@@ -4,7 +4,8 @@ python scripts/compare.py RUN RUN ...
 
 Runs that differ in nothing but trial and seed are one group. Every two groups are compared by Welch's t-test of each
 accuracy (two-sided; scipy.stats.ttest_ind with unequal variances); of more than three groups each is compared with the
-student alone and with KD of its student, its teacher and its number of epochs, or else with the first group there.
+student alone and with KD of its student, its teacher and its number of epochs, of several with the one of the most
+settings in common, or else with the first group there.
 """
 
 import itertools
@@ -29,6 +30,7 @@ with starting():
         differences,
         notes_of,
         read_rows,
+        references_of,
         shortened,
         spread,
         welch,
@@ -107,22 +109,24 @@ def compare_all(named: Mapping[str, Row]) -> None:
 
 
 def compare_with_references(named: Mapping[str, Row]) -> None:
-    """Print a table for every reference, a group on each line; a reference is compared with groups of its student,
-    teacher, data set, number of epochs and protocol, the first group where there is none of any teacher's."""
+    """Print a table for every reference, a group on each line; without one of a student, data set, number of epochs and
+    protocol for its first group."""
     kinds = defaultdict(dict)
     for name, row in named.items():
         kinds[row.config["model_s"], row.setting][name] = row
     count, width = 0, max(len(f"{name} {row.label}") for name, row in named.items())
     compared = set()
     for groups in kinds.values():
-        references = [name for name, row in groups.items() if row.label in REFERENCES]
-        for reference in references or list(groups)[:1]:
-            of_reference = groups[reference]
-            others = [name for name in groups if name != reference]
-            if references:
-                others = [name for name in others if groups[name].is_taught_like(of_reference)]
-            if not others:
-                continue
+        found, names = defaultdict(list), {id(row): name for name, row in groups.items()}
+        for (name, row), method in itertools.product(groups.items(), REFERENCES):
+            for one in references_of(row, list(groups.values()), method):
+                if one is not row:
+                    found[names[id(one)]].append(name)
+        first, *rest = groups
+        if not found and rest:
+            found[first] = rest
+        for reference in (name for name in groups if name in found):
+            of_reference, others = groups[reference], found[reference]
             against = f"against {reference} {of_reference.label}"
             print(f"\n{against:<{width + 3}} {' '.join(f'{title:<21}' for title in ACCURACIES.values())}".rstrip())
             for name in others:
@@ -138,7 +142,8 @@ def compare_with_references(named: Mapping[str, Row]) -> None:
         f"these are {count} comparisons; no test: one seed, or no spread"
     )
     if alone:
-        print(f"compared with none (another student, teacher, data set, epochs or protocol): {' '.join(alone)}")
+        why = "another student, teacher, data set, epochs or protocol, or a reference of none"
+        print(f"compared with none ({why}): {' '.join(alone)}")
     print(f"name the runs of {FEW_GROUPS} settings or fewer to compare every two of them")
 
 

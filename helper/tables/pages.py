@@ -28,9 +28,11 @@ from helper.tables.rows import (
     differing_flags,
     flags_of,
     note_of_other_teachers,
+    note_of_references,
     note_of_shared_order,
     notes_of,
     read_rows,
+    references_of,
     spread,
     welch,
 )
@@ -114,13 +116,12 @@ def make_comparison(rows: Sequence[Row]) -> str:
     header = ["student", "method", "seeds", ACCURACIES["accuracy_last"], *(f"against {one}" for one in REFERENCES)]
     lines = [[*several, *header, *fidelities.values()]]
     for row, *texts in zip(rows, *several.values(), strict=True):
-        alike = [one for one in rows if (one.config["model_s"], one.setting) == (row.config["model_s"], row.setting)]
-        comparable = [one for one in alike if row.is_taught_like(one)]
-        against = [_lead(row, [one for one in comparable if one.label == name]) for name in REFERENCES]
+        against = [_lead(row, references_of(row, rows, name)) for name in REFERENCES]
         of_row = [*texts, row.config["model_s"], row.label]
         accuracy, measured = spread(row.values("accuracy_last")), map(row.fidelity, fidelities)
         lines.append([*of_row, str(len(row.records)), accuracy, *against, *measured])
-    note = " ".join(filter(None, (COMPARISON_NOTE, note_of_other_teachers(rows), note_of_shared_order(rows), SETTINGS)))
+    more = (note_of_references(rows, REFERENCES), note_of_other_teachers(rows), note_of_shared_order(rows))
+    note = " ".join(filter(None, (COMPARISON_NOTE, *more, SETTINGS)))
     return f"{markdown_table(lines)}\n\n{note}\n\n{_commands(rows)}\n"
 
 

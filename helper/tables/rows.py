@@ -281,8 +281,7 @@ class Row(NamedTuple):
     @property
     def method(self) -> str:
         """The method, and the flags in which it differs from its recipe."""
-        config, known, recipe = self.config, settings_of(self.config["distill"]), self._recipe
-        flags = find_distiller(config["distill"]).flags
+        config, known = self.config, settings_of(self.config["distill"])
         label = [config["distill"]]
         # A run that started from other weights or was cut short is not what a paper reports.
         unusual = {
@@ -290,14 +289,21 @@ class Row(NamedTuple):
             "max_steps": config["max_steps"],
         }
         label += [known[name].written(value) for name, value in unusual.items() if value is not None]
-        for flag in (flag for flag in flags if flag.tells_apart == "row"):
-            usual = recipe.get(flag.argument, (flag.default, ""))[0]
-            value = config.get(flag.argument, usual)
-            if flag.full_run is None and flag.written(value) != flag.written(usual):
-                label.append(flag.written(value))
+        label += self.unusual_flags
         if config.get("teacher_steps"):  # a full run may have learnt from a try-out
             label.append(f"teacher {known['max_steps'].written(config['teacher_steps'])}")
         return " ".join(filter(None, label))
+
+    @property
+    def unusual_flags(self) -> list[str]:
+        """The method's own flags in which it differs from its recipe."""
+        config, recipe, written = self.config, self._recipe, []
+        for flag in (flag for flag in find_distiller(config["distill"]).flags if flag.tells_apart == "row"):
+            usual = recipe.get(flag.argument, (flag.default, ""))[0]
+            value = config.get(flag.argument, usual)
+            if flag.full_run is None and flag.written(value) != flag.written(usual):
+                written.append(flag.written(value))
+        return written
 
     @property
     def _recipe(self) -> Mapping[str, tuple[Any, str]]:
@@ -423,6 +429,21 @@ def differences(rows: Sequence[Row]) -> dict[str, list[Any]]:
     return {name: of_rows for name, of_rows in values.items() if any(value != of_rows[0] for value in of_rows)}
 
 
+def references_of(row: Row, rows: Sequence[Row], method: str) -> list[Row]:
+    """The rows of a method, with its recipe's flags, that a row is compared with: of the same student, teacher, data
+    set, epochs and protocol, and of several those that differ from the row in the fewest settings. A row without a
+    teacher has some for each."""
+    own, found = row.config, defaultdict(lambda: defaultdict(list))
+    for one in rows:
+        config = one.config
+        same = config["model_s"] == own["model_s"] and one.setting == row.setting and row.is_taught_like(one)
+        same &= (config["init_digest"] or config["init"]) in (None, own["init_digest"] or own["init"])
+        same &= config["max_steps"] in (None, own["max_steps"])
+        if same and config["distill"] == method and not one.unusual_flags:
+            found[config["teacher_digest"]][len(differences([row, one]))].append(one)
+    return [one for of_teacher in found.values() for one in of_teacher[min(of_teacher)]]
+
+
 def differing_flags(rows: Sequence[Row]) -> list[str]:
     """The settings that are not the same in all of the rows, as flags; of every row its own."""
     texts: list[list[str]] = [[] for _ in rows]
@@ -516,6 +537,17 @@ def note_of_other_teachers(rows: Sequence[Row]) -> str:
         others += [row.label] if own and not compared <= own else []
     return (
         f"What is compared with the teacher is, of {', '.join(others)}, with another one than theirs." if others else ""
+    )
+
+
+def note_of_references(rows: Sequence[Row], methods: Collection[str]) -> str:
+    """With which of several rows of one of these methods the others are compared; empty where there is one of each."""
+    several = dict.fromkeys(row.config["distill"] for row in rows if row.apart and not row.unusual_flags)
+    names = " or ".join(name for name in methods if name in several)
+    return (
+        f"Of several rows of {names} a row is\ncompared with the one it has the most settings in common with."
+        if names
+        else ""
     )
 
 

@@ -87,7 +87,10 @@ def test_many_groups_are_compared_with_the_references_on_a_line_each(tmp_path, c
     assert any(line.startswith("  E dkd") and f"+5.00 (p = {p:.2g}) *" in line for line in table)
     assert any(line.startswith("  D hint") and "*" not in line for line in table)
     assert len(table) == 11 and "against A ce" in printed and "these are 20 comparisons" in printed
-    assert "compared with none (another student, teacher, data set, epochs or protocol): C" in printed
+    assert (
+        "compared with none (another student, teacher, data set, epochs or protocol, or a reference of none): C"
+        in printed
+    )
     assert "  epochs                 1 (A B D-L), 2 (C)" in printed and "co_sponge              1 (F), 2 (G)" in printed
 
 
@@ -101,6 +104,18 @@ def test_without_a_baseline_many_groups_are_compared_with_the_first(tmp_path, ca
 def test_there_are_names_for_any_number_of_groups():
     names = compare.letters(800)
     assert (len(set(names)), names[25:28], names[701:703]) == (800, ["Z", "AA", "AB"], ["ZZ", "AAA"])
+
+
+def test_of_two_baselines_a_group_is_compared_with_the_one_of_its_settings(tmp_path, capsys):
+    rows = [("ce", 0.05), ("ce", 0.1), ("norm", 0.05), ("norm", 0.1), ("hint", 0.05)]
+    runs = [
+        make_run(tmp_path, name, 1, [70.0], "resnet20" if name != "ce" else None, learning_rate=rate)
+        for name, rate in rows
+    ]
+    printed = output(capsys, runs)
+    tables = printed.split("\nagainst ")[1:]
+    assert [(table.count(" norm "), table.count(" hint ")) for table in tables] == [(1, 0), (1, 1)]
+    assert "these are 3 comparisons" in printed and "compared with none" not in printed
 
 
 def test_kd_of_another_teacher_is_no_reference(tmp_path, capsys):

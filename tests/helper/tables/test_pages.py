@@ -57,6 +57,23 @@ def test_a_student_is_compared_with_the_kd_of_its_own_teacher(tmp_path):
     assert lead(*of_both[2:]) == "- |" and lead(*of_both[2:], of="ce").startswith("-10.00 ")
 
 
+def test_of_several_baselines_a_student_is_compared_with_the_one_of_its_settings(tmp_path):
+    smooth, rate, start = {"label_smoothing": 0.2}, {"learning_rate": 0.1}, {"init": str(tmp_path / "w.pth")}
+    ce = [make_run(tmp_path / f"{n}", "ce", 1, [60.0 - n], None, **flags) for n, flags in enumerate(({}, rate, start))]
+    students = {0.5: {}, 1.5: rate, 2.5: smooth, 3.5: rate | smooth, 4.5: start, 5.5: {"learning_rate": 0.2}}
+    norm = [make_run(tmp_path / f"{more}", "norm", 1, [60.0 + more], **flags) for more, flags in students.items()]
+
+    def leads(*runs) -> dict[str, str]:
+        cells = [line.split(" | ") for line in pages.make_comparison(rows_of([*runs])).splitlines()]
+        return {of[3]: of[4].split()[0] for of in cells if of[0] == "| resnet8"}
+
+    expected = {"60.50": "+0.50", "61.50": "+2.50", "62.50": "+2.50", "63.50": "+4.50", "64.50": "+6.50", "65.50": "-"}
+    assert leads(*ce, *norm) == expected | dict.fromkeys(("60.00", "59.00", "58.00"), "-")
+    said = "Of several rows of ce a row is\ncompared with the one it has the most settings in common with."
+    assert said in pages.make_comparison(rows_of(ce)) and said not in pages.make_comparison(rows_of(ce[1:2]))
+    assert leads(ce[2], norm[0])["60.50"] == "-", "random weights are not compared with given ones"
+
+
 def test_a_fidelity_to_another_teacher_is_said_to_be(tmp_path):
     runs = [make_run(tmp_path, name, 1, [60.0], teacher) for name, teacher in (("ce", None), ("kd", "resnet20"))]
     for digests, of in ((("0", "0"), ""), (("1", "0"), "ce"), (("1", "1"), "ce, kd")):
