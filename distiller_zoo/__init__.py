@@ -12,7 +12,7 @@ from torch import Tensor
 from crd import CRDLoss
 from distiller_zoo.abound import ABLoss, Connector
 from distiller_zoo.attention import Attention
-from distiller_zoo.base import Distiller, Flag, Predictor, Progress, Stage, Task, refuse_without_effect
+from distiller_zoo.base import Distiller, Flag, Predictor, Progress, Stage, Task, refuse_without_effect, unmet
 from distiller_zoo.contract import check_built, check_stages, explained
 from distiller_zoo.correlation import Correlation, LinearEmbed
 from distiller_zoo.factor import FactorTransfer, Paraphraser, Translator
@@ -116,5 +116,6 @@ __all__ = [
     "explained",
     "find_distiller",
     "refuse_without_effect",
+    "unmet",
     *(module.__name__ for module in REPDISTILLER),
 ]

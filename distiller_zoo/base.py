@@ -305,6 +305,12 @@ class Distiller(nn.Module):
         return ""
 
 
+def unmet(method: type[Distiller], flag: Flag, values: Mapping[str, Any]) -> Condition | None:
+    """Why a flag changes nothing, given the resolved `values` of all flags; None where it has an effect."""
+    conditions = method.flags_work_if.get(flag.argument, ())
+    return next((one for one in conditions if not one.holds(*(values[each.argument] for each in one.flags))), None)
+
+
 def refuse_without_effect(method: type[Distiller], values: Mapping[str, Any], given: Mapping[str, Any]) -> None:
     """Raise `UserError` for a flag in `given` that changes nothing, given the resolved `values` of all flags.
 
@@ -313,16 +319,12 @@ def refuse_without_effect(method: type[Distiller], values: Mapping[str, Any], gi
     for flag in method.flags:
         if flag.argument not in given or (flag.is_weight and not given[flag.argument]):
             continue
-        for condition in method.flags_work_if.get(flag.argument, ()):
-            found = [values[other.argument] for other in condition.flags]
-            if not condition.holds(*found):
-                state = ", ".join(
-                    f"{spelling(other)} {value}" for other, value in zip(condition.flags, found, strict=True)
-                )
-                raise UserError(
-                    f"{spelling(flag)}: has no effect on --distill {method.name} with {state}; leave it out, or give "
-                    f"{condition.remedy}"
-                )
+        if (condition := unmet(method, flag, values)) is not None:
+            state = ", ".join(f"{spelling(other)} {values[other.argument]}" for other in condition.flags)
+            raise UserError(
+                f"{spelling(flag)}: has no effect on --distill {method.name} with {state}; leave it out, or give "
+                f"{condition.remedy}"
+            )
 
 
 class Predictor(nn.Module):

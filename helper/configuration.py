@@ -10,10 +10,11 @@ from types import MappingProxyType
 from typing import Any
 
 from dataset import data_changes
+from distiller_zoo import find_distiller, unmet
 from errors import UserError
 from helper import settings
 from helper.settings import all_settings, settings_of
-from setting import FILLED_IN
+from setting import FILLED_IN, Setting
 
 
 class Configuration(Mapping):
@@ -94,10 +95,20 @@ def read_stored(stored: object, source: str) -> dict:
 # Runs of one row, and runs of one process.
 
 
+def has_effect(setting: Setting, config: Mapping[str, Any]) -> bool:
+    """Whether a setting changes anything in a run with these values of all settings: of the milestones with a cosine
+    it does not."""
+    if setting.works_with is not None:
+        other, values = setting.works_with
+        return config.get(other, FILLED_IN) in (*values, FILLED_IN)
+    return unmet(find_distiller(config["distill"]), setting, config) is None
+
+
 def row_key(config: Mapping[str, Any]) -> dict[str, Any]:
     """Equal for two runs exactly if they belong in the same row of a table, as two seeds do.
 
-    Files count by the digests of their weights. Runs from before a setting existed had its default.
+    Files count by the digests of their weights, and what has no effect does not. Runs from before a setting existed had
+    its default.
     """
     return _telling_apart(config, ("row",))
 
@@ -116,6 +127,7 @@ def _telling_apart(config: Mapping[str, Any], whats: tuple[str, ...]) -> dict[st
         name: value
         for name, value in values.items()
         if name in known and known[name].tells_apart in whats and value not in (None, FILLED_IN)
+        if has_effect(known[name], values)
     }
     for replaced in {known[name].instead_of for name in kept}:  # a run from before digests were kept has its path
         kept.pop(replaced, None)

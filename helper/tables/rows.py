@@ -13,10 +13,10 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from distiller_zoo import Distiller, find_distiller, refuse_without_effect
+from distiller_zoo import find_distiller
 from errors import UserError, count_of
 from helper import command_line
-from helper.configuration import read_stored, row_key, run_key
+from helper.configuration import has_effect, read_stored, row_key, run_key
 from helper.log import describe_protocol
 from helper.recipes import recipe_of
 from helper.run_folder import CONFIG, EPOCHS, FIDELITY, RESULT
@@ -298,10 +298,11 @@ class Row(NamedTuple):
     def unusual_flags(self) -> list[str]:
         """The method's own flags in which it differs from its recipe."""
         config, recipe, written = self.config, self._recipe, []
-        for flag in (flag for flag in find_distiller(config["distill"]).flags if flag.tells_apart == "row"):
+        for flag in find_distiller(config["distill"]).flags:
             usual = recipe.get(flag.argument, (flag.default, ""))[0]
             value = config.get(flag.argument, usual)
-            if flag.full_run is None and flag.written(value) != flag.written(usual):
+            told = flag.tells_apart == "row" and flag.full_run is None and has_effect(flag, config)
+            if told and flag.written(value) != flag.written(usual):
                 written.append(flag.written(value))
         return written
 
@@ -573,7 +574,7 @@ def flags_of(record: Record) -> list[str]:
     usual = {**_usual(config, epochs=config["epochs"]), **of_pass}
     groups = (TEACHER, DATA, TRAINING, AUGMENTATION, SPEED, INITIAL, FOUND)
     unusual = [one for one in _unusual(config, usual, groups) if one not in always]
-    flags = [flag for flag in method.flags if _has_effect(method, config, flag)]
+    flags = [flag for flag in method.flags if has_effect(flag, config)]
     networks = f"--model_t {config['model_t']} " if config["model_t"] else ""
     shown = [one.written(config[one.argument]) for one in (*flags, *always) if one.argument in record.stored]
     shown += [_written(one, config[one.argument]) for one in unusual if one.argument in record.stored]
@@ -592,17 +593,7 @@ def _unusual(config: Mapping[str, Any], usual: Mapping[str, Any], groups: Collec
     return [
         one
         for one in settings_of(config["distill"]).values()
-        if one.group in groups and one.tells_apart == "row"
+        if one.group in groups and one.tells_apart == "row" and has_effect(one, config)
         if one.argument not in ("data", "path_t") and not one.instead_of
         if config.get(one.argument) not in (None, usual.get(one.argument))
     ]
-
-
-def _has_effect(method: type[Distiller], config: Mapping[str, Any], flag: Setting) -> bool:
-    """Whether a method's flag changes anything; one that does not could not be given again."""
-    values = dict.fromkeys(other.argument for other in method.flags) | dict(config)
-    try:
-        refuse_without_effect(method, values, {flag.argument: config.get(flag.argument)})
-    except UserError:
-        return False
-    return True

@@ -1,5 +1,6 @@
 """Every flag of every method does what it says: weights scale their terms, everything else changes the training."""
 
+import collections
 import functools
 import itertools
 
@@ -176,3 +177,25 @@ def test_a_flag_changes_the_training(name, flag):
         "map_size",
     )  # it compares all pairs
     assert same == expected, f"{flag.names[-1]}: {losses} {other_losses}"
+
+
+def outcome(name: str, flags: dict) -> tuple[list, list[dict[str, float]], dict[str, list]]:
+    """The stages, the losses of `train` and the student behind it."""
+    losses, state = train(name, flags)
+    return stages_of(name, flags), losses, {k: v.tolist() for k, v in state.items() if k.startswith("student.")}
+
+
+@pytest.mark.quick(3)
+@pytest.mark.parametrize("name", [name for name, method in DISTILLERS.items() if method.flags_work_if])
+def test_flags_whose_condition_does_not_hold_change_nothing(name):
+    """So that runs which differ in them are one row of a table."""
+    known, unused = {flag.argument: flag for flag in DISTILLERS[name].flags}, collections.defaultdict(dict)
+    for argument, conditions in DISTILLERS[name].flags_work_if.items():
+        for condition in conditions:
+            deciding = [each.argument for each in condition.flags]
+            for values in itertools.product(*(known[each].choices or (0.0,) for each in deciding)):
+                if not condition.holds(*values):
+                    unused[(*zip(deciding, values, strict=True),)][argument] = other_value(known[argument])
+    for deciding, changed in unused.items():
+        given = ones(name) | dict(deciding)
+        assert outcome(name, given) == outcome(name, given | changed), (given, changed)
