@@ -232,6 +232,15 @@ def _check_epoch_state(state: Mapping) -> None:
     torch.Generator().set_state(state["random"]["cpu"])
 
 
+def check_computed_by(stored: Sequence[Mapping], now: Mapping) -> list[dict]:
+    """What a run has been trained by, with the names and kinds of `now`, or None where a version did not keep it;
+    raises `ValueError`."""
+    for each in stored:
+        if each.keys() != now.keys() or any(type(each[name]) not in (type(now[name]), type(None)) for name in now):
+            raise ValueError(f"it was computed by {str(each)[:40]}")
+    return [dict(each) for each in stored]
+
+
 def check_optimizer(state: Mapping, parameters: Sequence[Tensor]) -> dict:
     """An optimizer's state by the number of its parameter; raises `ValueError` where it does not fit."""
     for number, entry in state["state"].items():

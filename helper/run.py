@@ -20,6 +20,7 @@ from dataset import ImageData, Loader
 from distiller_zoo import Distiller, Progress, build_distiller, check_stages, find_distiller
 from errors import Stopped, UserError, count_of
 from helper.checkpoint import (
+    check_computed_by,
     check_optimizer,
     check_progress,
     contained,
@@ -281,6 +282,7 @@ class Run:
         self.guard = Guard(config.max_bad_steps)
         self.step, self.epochs_over, self.seconds = 0, 0, 0.0  # finished, in all stages
         self.records: list[dict] = []  # of every epoch of the main stage
+        self.computed_by: list[dict[str, int | str | None]] = []  # what has trained it, others after it was resumed
         self.epoch_state: dict | None = None  # where a resumed run is within an epoch
         self.error: UserError | None = None
         self.result: dict | None = None
@@ -435,10 +437,17 @@ class Run:
 
     def begin_epoch(self) -> None:
         """Prepare the next epoch."""
+        if (now := self._computing()) not in self.computed_by:
+            self.computed_by.append(now)
         before = self.epoch_state["meter"]["counts"][3] if self.epoch_state else 0.0  # seconds before a stop
         self._started = time.perf_counter() - before
         progress = Progress(self.epoch, self.stages[self.stage_number].epochs)
         self.training.begin_epoch(progress, self.epochs_over, self.epoch_state)
+
+    def _computing(self) -> dict[str, int | str | None]:
+        """What trains the run now, on which the last digits of its numbers depend."""
+        version, device = str(torch.__version__), str(self.inputs.device)
+        return {"processes": count_processes(), "torch": version, "device": device, "threads": torch.get_num_threads()}
 
     def finish_step(self, number: int) -> None:
         """The optimizer's step, and a line in the log where one is due."""
@@ -589,6 +598,7 @@ class Run:
         state = {name: getattr(self, name) for name in STATE} | {"epoch_state": epoch_state}
         state |= {"skipped_steps": self.guard.skipped, "optimizer": self.training.optimizer.state_dict()}
         state |= {"overflows": self.guard.overflows, "scaler": self.training.scaler.state_dict()}
+        state |= {"computed_by": self.computed_by}
         self.folder.save(LAST, checkpoint | {"training": checkpoint["training"] | state})
 
     def _save(self, record: dict) -> None:
@@ -624,6 +634,8 @@ class Run:
         for name in STATE:
             setattr(self, name, training[name])
         self.guard.skipped, self.guard.overflows = training["skipped_steps"], training.get("overflows", 0)
+        unknown = [dict.fromkeys(self._computing())]  # of an older version
+        self.computed_by = check_computed_by(training.get("computed_by", unknown), self._computing())
         if self.training.scaler.is_enabled():
             self.training.scaler.load_state_dict(training["scaler"])
         if self.average is not None and "ema" in training:
@@ -688,11 +700,13 @@ class Run:
             "seed": self.config.seed,
             "digest": network_of(self.method)[1]["digest"],
             "seconds": self.seconds,
-            "processes": count_processes(),
-            "torch": torch.__version__,
-            "device": str(self.inputs.device),
-            "threads": torch.get_num_threads(),
+            **self._computed(),
         }
+
+    def _computed(self) -> dict[str, Any]:
+        """What has trained the run; lists where that changed when it was resumed."""
+        found = {name: [*dict.fromkeys(each[name] for each in self.computed_by)] for name in self._computing()}
+        return {name: values[0] if len(values) == 1 else values for name, values in found.items()}
 
     def _flag_for_more(self) -> str:
         """The flag that gives a finished run more to train."""

@@ -8,7 +8,7 @@ import torch
 import train_cifar_student
 from dataset import load_data
 from distiller_zoo import DISTILLERS, Distiller, Task
-from helper.checkpoint import check_progress, data_record, network_of, upgrade
+from helper.checkpoint import check_computed_by, check_progress, data_record, network_of, upgrade
 from helper.networks import read_network, read_teacher
 from models import build_model, model_dict
 from models.checkpoints import weights_digest
@@ -155,3 +155,11 @@ def test_progress_of_another_kind_is_refused(entry, value, message):
     holder[entry[-1]] = value
     with pytest.raises(ValueError, match=message):
         check_progress(training, in_main_stage=True)
+
+
+def test_what_has_computed_a_run_is_known_or_refused():
+    now = {"processes": 1, "device": "cpu"}
+    assert check_computed_by([now, dict.fromkeys(now)], now) == [now, dict.fromkeys(now)]
+    for bad in ({"processes": 1}, now | {"processes": "1"}, now | {"device": torch.zeros(1)}):
+        with pytest.raises(ValueError, match="it was computed by"):
+            check_computed_by([bad], now)

@@ -1,5 +1,6 @@
 """Several processes on a CPU (gloo): the same training as one, the same end after a kill, one end for all."""
 
+import json
 import os
 import socket
 import subprocess
@@ -130,6 +131,7 @@ def test_a_run_goes_on_in_another_number_of_processes(together, tmp_path, monkey
     train_teacher.main(["--resume", str(together / run), "--max_steps", "9"])
     alone, resumed = (state(folder / run) for folder in (tmp_path, together))
     assert alone["step"] == resumed["step"] == 9
+    assert json.loads((together / run / "result.json").read_text())["processes"] == [2, 1]
     for key, value in alone["distiller"].items():
         assert torch.allclose(value.double(), resumed["distiller"][key].double(), rtol=1e-4, atol=1e-4), key
 

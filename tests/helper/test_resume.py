@@ -4,6 +4,7 @@ import json
 import shutil
 
 import pytest
+import torch
 
 import train_cifar_student
 import train_teacher
@@ -34,6 +35,26 @@ def test_one_epoch_and_its_resumption_equal_two_epochs(distil, distill, capsys):
     assert "resumed after epoch 1" in capsys.readouterr().out
     assert_same_end(whole, cut)
     assert json.loads((cut / "result.json").read_text())["accuracy_last"] == state(cut)["records"][-1]["test_accuracy"]
+
+
+@pytest.mark.parametrize(("kept", "threads"), [(True, [1, 2]), (False, [None, 2])])
+def test_a_result_tells_everything_that_has_trained_the_run(kept, threads, distil, save_dir):
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with killed():
+        distil("--batch_size", "8", "--epochs", "2")
+    [cut] = save_dir.iterdir()
+    if not kept:  # as an older version wrote it
+        checkpoint = load(cut / "last.pth")
+        del checkpoint["training"]["computed_by"]
+        torch.save(checkpoint, cut / "last.pth")
+    torch.set_num_threads(2)
+    try:
+        train_cifar_student.main(["--resume", str(cut)])
+    finally:
+        torch.set_num_threads(before)
+    result = json.loads((cut / "result.json").read_text())
+    assert (result["threads"], result["processes"]) == (threads, 1 if kept else [None, 1])
 
 
 @pytest.mark.parametrize(("flags", "way_on"), [(("--epochs", "1"), "--epochs K"), (SHORT[2:], "--max_steps K")])
