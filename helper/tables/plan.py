@@ -1,5 +1,6 @@
 """The runs of a table: which there are, which exist, which command trains each that does not."""
 
+import copy
 import itertools
 import os
 import re
@@ -25,10 +26,10 @@ from helper.run_folder import CONFIG, LAST, PREVIOUS, is_taken, next_folder
 from helper.settings import FOUND, SETTINGS
 from helper.tables.rows import key_text, read_config, read_result
 from models import build_model, find_builder
-from models.backbone import Backbone, Output
+from models.backbone import Backbone, Output, probe_shapes
 from models.checkpoints import read_checkpoint
 from models.ensemble import Ensemble, shares_of
-from models.external import is_external
+from models.external import DROPS, is_external
 
 #: The pairs of the NORM paper's tables: CIFAR-100 within a family, across families; ImageNet.
 TABLES = {
@@ -310,7 +311,7 @@ class Plan:
         for (teacher, student), variant in itertools.product(pairs, variants):
             of_pair = tuple(sources[name] for name in teachers_of(teacher))
             first = self._student(of_pair, teacher, student, variant, 1)
-            reason = self._refusal(teacher, student, first.config)
+            reason = self._refusal(teacher, student, first)
             if reason:
                 self.inapplicable.append((first.row, reason))
                 continue
@@ -333,6 +334,8 @@ class Plan:
 
     def _network(self, name: str, number: int, flags: Sequence[str] = ()) -> Job:
         own = self._job(f"{name} with labels alone", ("--model", name, *self.common, *flags), number, flags)
+        if is_external(name):
+            self._foreign_of_shapes(name, "student", own.config)
         if not flags:
             return own
         usual = self._network(name, number)
@@ -396,20 +399,38 @@ class Plan:
             self._networks[name, role] = network
         return self._networks[name, role]
 
-    def _refusal(self, teacher: str, student: str, config: Configuration) -> str:
-        """Why the method cannot be built on the pair; empty where it can."""
+    def _foreign_of_shapes(self, name: str, role: str, config: Configuration) -> Backbone:
+        """The same of another library, which is split by the numbers it computes: built with them first, as its run
+        does; raises `UserError` where that is impossible."""
+        drops = {one: rate for one in DROPS if role == "student" and (rate := config[one]) is not None}
+        key = name, f"{role} {config.image_size} {drops}"
+        if key not in self._networks:
+            computing = build_model(name, 10, config.image_size, drops).eval()
+            network = copy.deepcopy(computing).to("meta")
+            network.outputs = _remembering(computing.outputs)
+            probe_shapes(network, config.image_size)
+            self._networks[key] = network
+        return self._networks[key]
+
+    def _refusal(self, teacher: str, student: str, job: Job) -> str:
+        """Why the method cannot be built on the pair; empty where it can, or where that depends on the images that
+        another library's published teacher sees."""
+        config, names = job.config, teachers_of(teacher) if job.config.model_t else []
         targets = torch.arange(1000) % 10  # more than a batch, and few: a method may sort them
+        if any(is_external(name) for name in names) and len(job.teachers) < len(names):
+            return ""
+        known = [(student, "student"), *((name, "teacher") for name in names)]
         try:
+            foreign = {one: self._foreign_of_shapes(*one, config) for one in known if is_external(one[0])}
             with torch.device("meta"), ShapesAlone():  # so that hundreds of rows are listed in seconds
-                of_student = self._network_of_shapes(student, "student")
-                networks = [self._network_of_shapes(name, "teacher") for name in teachers_of(teacher) if config.model_t]
+                of_student, *networks = (foreign.get(one) or self._network_of_shapes(*one) for one in known)
                 of_teacher = Ensemble(networks) if len(networks) > 1 else next(iter(networks), None)
                 parts = list(of_student.modules())
                 try:
                     build_distiller(config, of_student, of_teacher, 10, config.image_size, targets)
                 finally:
                     if list(of_student.modules()) != parts:  # a method that replaces parts of its student
-                        del self._networks[student, "student"]
+                        self._networks = {key: one for key, one in self._networks.items() if one is not of_student}
         except UserError as error:
             return str(error)
         except (NotImplementedError, RuntimeError):
