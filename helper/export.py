@@ -27,6 +27,7 @@ from helper.settings import count_cores
 from models.backbone import Backbone
 from models.checkpoints import load_exported, read_checkpoint
 from models.files import RECORD
+from models.record import check_record
 
 #: The entries of the record without which an image file cannot be brought to the network.
 NEEDED = ("classes", "mean", "std", "image_size")
@@ -296,6 +297,12 @@ def read_onnx(path: str, flag: str = "MODEL", device: torch.device = CPU) -> Dep
         raise _unreadable(path, flag, error) from None
     record = _read_record(session.get_modelmeta().custom_metadata_map.get(RECORD), path, flag)
     program = Program.of(record)
+    names = [[one.name for one in ends] for ends in (session.get_inputs(), session.get_outputs())]
+    if names != [[program.input], [program.output]]:
+        raise UserError(
+            f"{flag}: {path} is damaged: it says that it takes {program.input} and gives {program.output}, but takes "
+            f"{', '.join(names[0])} and gives {', '.join(names[1])}"
+        )
 
     def predict(images: Tensor) -> Tensor:
         (output,) = session.run([program.output], {program.input: images.numpy()})
@@ -384,4 +391,4 @@ def _read_record(text: str | bytes | None, path: str, flag: str) -> dict:
         record = None
     if not isinstance(record, dict):
         raise UserError(f"{flag}: {path} does not say what it was trained on; was it written by export_student.py?")
-    return record
+    return check_record(record, f"{flag}: {path}")

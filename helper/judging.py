@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dataset import ImageData, Loader, StreamedImages, dataset_at
 from errors import UserError, count_of
-from helper.checkpoint import AVERAGE, rebuild, take_average, upgrade
+from helper.checkpoint import AVERAGE, contained, rebuild, take_average, upgrade
 from helper.export import PROGRAMS, RecordedData, check_classifies, read_deployed
 from helper.fast import Fast
 from helper.log import progress_bar
@@ -31,6 +31,7 @@ from models.checkpoints import read_checkpoint
 from models.classes import compare_classes, matched_by_position
 from models.external import is_external
 from models.preprocessing import Preprocessing, read_preprocessing
+from models.record import check_record
 
 NETWORK = "NETWORK"
 #: How many of the worst errors, and of the images on which two networks disagree most, are named.
@@ -86,9 +87,10 @@ def _read(source: str, model: str | None, device: torch.device, ema: bool) -> Ju
         found = network_in(checkpoint, path, model, NETWORK, "--model", ema)
     check_classifies(found.network, f"{NETWORK}: {source}")
     network, trained, notes, record = found.network.eval().to(device), None, list(found.notes), dict(found.record)
-    if "training" in checkpoint:
+    if isinstance(training := checkpoint.get("training"), Mapping):
         checkpoint = take_average(checkpoint, path) if ema and AVERAGE in checkpoint else checkpoint
-        record = checkpoint["training"].get("config", {}) | record
+        with contained(f"{NETWORK}: {path} is not a whole checkpoint of a run"):
+            record = check_record(dict(training.get("config") or {}) | record, f"{NETWORK}: {path}")
         try:
             method, _ = rebuild(checkpoint, path)
             trained = _responding(method.to(device))

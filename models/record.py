@@ -55,7 +55,11 @@ ENTRIES: dict[str, tuple[Callable[[object], bool], str]] = {
     "split": (lambda value: _is_number(value, 0, 1) and value != 1, "a share, 0 to below 1"),
     "accuracy": (lambda value: _is_number(value, 0, 100), "a percentage"),
     "teacher": (_is_teacher, "a name, a digest and a percentage"),
-    **dict.fromkeys(("dataset", "data", "model_name"), (_is_text, "text")),
+    "identity": (lambda value: isinstance(value, Mapping), "what is known of its data"),
+    **dict.fromkeys(
+        ("holdout", "epoch", "max_steps"), (lambda value: _is_count(value, 0, 2**40), "a whole number, 0 or more")
+    ),
+    **dict.fromkeys(("dataset", "data", "model_name", "distill", "digest"), (_is_text, "text")),
 }
 
 

@@ -47,6 +47,7 @@ with starting():
     from models.checkpoints import read_checkpoint
     from models.cost import count_parameters, measure_latency
     from models.external import is_external
+    from models.record import check_record
     from models.wrappers import describe_wrapper, merge_branches
     from setting import below_one, count, file_to_write, what_hinders
 
@@ -89,7 +90,7 @@ def read_trained(path: str, model_s: str | None, ft: str | None, ema: bool = Fal
     of_data = {name: config.get(name) for name in ("split", "holdout")}
     of_data["best_by"] = config.get("best_by")
     of_data["background"] = list(config.get("background") or WHITE)  # as JSON holds it
-    return Trained(method, of_data | dict(checkpoint["record"]))
+    return Trained(method, of_data | check_record(checkpoint["record"], source))
 
 
 def data_to_compare(record: dict, dataset: str | None, folder: str | None, split: float | None = None) -> ImageData:

@@ -3,6 +3,7 @@
 import json
 import sys
 
+import onnx
 import pytest
 import torch
 from PIL import Image
@@ -13,6 +14,7 @@ from dataset.sources import digits, load_data
 from errors import UserError
 from helper import export
 from helper.export import FORMATS, read_deployed
+from models.files import RECORD
 from scripts import export_student, predict
 from tests.conftest import ROOT, message_of
 
@@ -64,6 +66,25 @@ def test_what_is_shipped_names_no_folder_of_this_machine(exported, folder, kind)
     content = exported.with_suffix(f".{kind}").read_bytes()
     assert b"cold" in content, "it is not compressed"
     assert not [place for place in (folder, ROOT, torch.__path__[0]) if str(place).encode() in content]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("entry", "said"),
+    [
+        ({"mean": [0, 0]}, "its mean is not three finite numbers"),
+        ({"classes": ["cold"]}, "it names 1 class of 2"),
+        ({"input": "pixels"}, "it says that it takes pixels and gives logits, but takes images and gives logits"),
+        ({"output": "probabilities"}, "gives probabilities, but takes images and gives logits"),
+    ],
+)
+def test_a_program_whose_record_is_wrong_is_refused(exported, tmp_path, entry, said):
+    model = onnx.load(exported.with_suffix(".onnx"))
+    (record,) = (one for one in model.metadata_props if one.key == RECORD)
+    record.value = json.dumps(json.loads(record.value) | entry)
+    onnx.save(model, path := tmp_path / "wrong.onnx")
+    with pytest.raises(UserError, match=f"^MODEL: {path} is damaged: .*{said}"):
+        read_deployed(str(path))
 
 
 @pytest.mark.slow

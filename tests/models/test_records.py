@@ -82,6 +82,8 @@ def test_a_sound_record_stays_as_it_is(exported):
         ({"accuracy": 930.0}, "its accuracy is not a percentage"),
         ({"teacher": "resnet20"}, "its teacher is not a name, a digest"),
         ({"teacher": {"name": "resnet20", "digest": "0", "accuracy": "high"}}, "its teacher is not a name, a digest"),
+        ({"identity": 3}, "its identity is not what is known of its data"),
+        ({"holdout": "none"}, "its holdout is not a whole number"),
         ({3: 4}, "no dictionary"),
         ({"num_classes": 999_999}, "its weights are of another size"),
         ({"wrapper": {"kind": "final_conv", "channels": 2**40}}, "its weights are of another size"),

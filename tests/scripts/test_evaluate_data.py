@@ -21,6 +21,14 @@ def shipped(path: Path, classes=("cat", "dog"), **record) -> str:
     return str(path)
 
 
+def test_settings_of_a_checkpoint_that_are_of_another_kind_are_no_traceback(tmp_path):
+    file, folder = shipped(tmp_path / "it.pth"), str(write_images(tmp_path / "data", side=32))
+    sound = torch.load(file, weights_only=True)
+    for config, said in ((5, "is not a whole checkpoint of a run"), ({"holdout": "few"}, "its holdout is not a")):
+        torch.save(sound | {"training": {"config": config}}, file)
+        assert said in message_of(evaluate.main, [file, "--data", folder])
+
+
 def test_the_result_names_the_folder_that_was_judged_on(tmp_path):
     folder = write_images(tmp_path / "data", side=32)
     (about,) = evaluate.main([shipped(tmp_path / "it.pth"), "--data", str(folder)])
