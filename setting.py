@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 LARGEST = 1e30
 #: As a default: a recipe fills it in when the run is resolved, or what the run reads.
 FILLED_IN = object()
+#: As a file for a result: standard output.
+STDOUT = Path("-")
 
 
 # What a value may be: the types of flags, and of what a run stores.
@@ -126,13 +128,22 @@ def path(text: str) -> str:
 def file_to_write(text: str) -> Path:
     """The file for a result, read from a flag: what hinders writing is said before the work, not after it."""
     file = Path(path(text))
+    if file == STDOUT:
+        raise ArgumentTypeError("- is standard output, which this is not written to; name a file")
     if os.path.isdir(file):
         raise ArgumentTypeError(f"{text} is a folder; name a file in it")
+    if os.path.exists(file) and not os.path.isfile(file):  # /dev/null would be replaced by a file
+        raise ArgumentTypeError(f"{text} is a device or a pipe; name a file")
     if not os.path.isdir(file.parent):
         raise ArgumentTypeError(f"there is no folder {file.parent}; make it, or name another place")
     if reason := what_hinders(file.parent):
         raise ArgumentTypeError(reason)
     return file
+
+
+def file_or_stdout(text: str) -> Path:
+    """The same, or a dash for standard output."""
+    return STDOUT if text == str(STDOUT) else file_to_write(text)
 
 
 def what_hinders(folder: Path) -> str:

@@ -22,7 +22,7 @@ from helper.distributed import by_main, find_device, images_per_pass
 from helper.optim import stretch
 from helper.recipes import recipe_of, run_length
 from models.external import is_external
-from setting import FILLED_IN, Setting, as_text, count, whole
+from setting import FILLED_IN, Setting, as_text, count, file_or_stdout, file_to_write, whole
 
 #: A value of `--resume`: the latest run of the same name, if there is one.
 LATEST = "auto"
@@ -42,6 +42,7 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, description: str | None):
         self.names: list[str] = []
+        self.files: dict[str, str] = {}  # where the file for a result is -> its flag
         self.unless_given: dict[str, Any] = {}  # what the script's name says; a resumed run knows better
         self.aliases: dict[str, str] = {}  # what this script calls a setting -> its argument
         formatter = argparse.RawDescriptionHelpFormatter
@@ -56,7 +57,18 @@ class Parser(argparse.ArgumentParser):
 
     def add_argument(self, *names, **options):
         self.names += names
-        return super().add_argument(*names, **options)
+        action = super().add_argument(*names, **options)
+        if options.get("type") in (file_to_write, file_or_stdout):
+            self.files[action.dest] = names[-1]
+        return action
+
+    def parse_args(self, *arguments, **named):
+        found, places = super().parse_args(*arguments, **named), {}
+        for name, flag in self.files.items():
+            file = getattr(found, name)
+            if file is not None and (other := places.setdefault(os.path.realpath(file), flag)) != flag:
+                self.error(f"argument {flag}: {file} is {other}'s already; name another")
+        return found
 
     def add_argument_group(self, *arguments, **named):
         group = super().add_argument_group(*arguments, **named)

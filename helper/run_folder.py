@@ -32,18 +32,19 @@ DAMAGED = "last.damaged.pth"
 
 @contextmanager
 def replacing(path: str | os.PathLike) -> Iterator[str]:
-    """A temporary name next to `path`; it replaces `path` if the block ends well, and is removed otherwise.
+    """A temporary name next to `path`; it replaces that if the block ends well, and is removed otherwise.
 
     The content is on the disk before the name is, so that a power cut leaves the old file or the new one. Raises
     `UserError` where the system refuses to write. Two processes that write one file do not meet.
     """
-    temporary = f"{path}.{os.getpid()}{PART}"
+    target = os.path.realpath(path)  # of a link it is replaced, not the link
+    temporary = f"{target}.{os.getpid()}{PART}"
     try:
         with writing(path):
             yield temporary
             _flush(temporary)
-            os.replace(temporary, path)
-            _flush(os.path.dirname(os.path.abspath(path)))
+            os.replace(temporary, target)
+            _flush(os.path.dirname(target))
     finally:
         if os.path.exists(temporary):
             os.remove(temporary)

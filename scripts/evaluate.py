@@ -26,9 +26,7 @@ with starting():
     from helper.tables.judgement import Judgement, as_html, as_text, pictures_of
     from helper.tables.pages import write_page
     from helper.tables.rows import read_result
-    from setting import below_one, count, file_to_write
-
-STDOUT = Path("-")
+    from setting import STDOUT, below_one, count, file_or_stdout, file_to_write
 
 
 def make_parser() -> Parser:
@@ -52,7 +50,7 @@ def make_parser() -> Parser:
     add("--device", default="auto", help="auto (CUDA where there is a GPU), cpu, cuda, cuda:1, ...")
     add(
         "--json",
-        type=file_to_write,
+        type=file_or_stdout,
         metavar="FILE",
         help="all numbers, of several networks a list; - is standard output",
     )

@@ -35,10 +35,10 @@ with starting():
     from helper.run_folder import replacing
     from helper.settings import count_cores
     from helper.tables.pages import in_csv
-    from setting import count, file_to_write
+    from setting import STDOUT, count, file_or_stdout
 
-#: Stands for a list on standard input, and for standard output.
-DASH, STDOUT = "-", Path("-")
+#: Stands for a list on standard input.
+DASH = "-"
 
 
 class Prediction(NamedTuple):
@@ -148,8 +148,6 @@ WRITERS = {"csv": csv_writer, "json": json_writer}
 def open_writers(args, top: int, files: ExitStack) -> list[Writer]:
     """One for every file that was asked for, and lines on standard output where nothing else goes there."""
     asked = {name: path for name in WRITERS if (path := getattr(args, name)) is not None}
-    if list(asked.values()).count(STDOUT) > 1:
-        raise UserError("--json: only one of --csv and --json can go to standard output")
     writers = [] if asked else [text_writer(sys.stdout, top, files)]
     for name, path in asked.items():
         place = path if path == STDOUT else files.enter_context(replacing(path))
@@ -175,8 +173,8 @@ def make_parser() -> Parser:
     add("model", metavar="MODEL", help="a .pth, .onnx or (your own) .pt2 by export_student.py")
     add("images", metavar="IMAGE", nargs="+", help='file, folder, pattern like "*.jpg", or - for a list of names')
     add("--top", type=count, default=1, metavar="K", help="classes to name of every image (1)")
-    add("--csv", type=file_to_write, metavar="FILE", help="a table instead of lines; - is standard output")
-    add("--json", type=file_to_write, metavar="FILE", help="a list of entries instead of lines; - is standard output")
+    add("--csv", type=file_or_stdout, metavar="FILE", help="a table instead of lines; - is standard output")
+    add("--json", type=file_or_stdout, metavar="FILE", help="a list of entries instead of lines; - is standard output")
     add("--batch_size", type=count, default=64, metavar="B", help="images that are computed at once (64)")
     add("--device", default="auto", help="auto (CUDA where there is a GPU), cpu, cuda, cuda:1, ...")
     return parser

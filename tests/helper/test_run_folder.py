@@ -142,3 +142,12 @@ def test_a_file_that_fails_to_be_written_leaves_the_old_one(tmp_path):
         Path(temporary).write_text("half")
         raise RuntimeError
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_link_stays_and_the_file_that_it_names_is_replaced(tmp_path):
+    (tmp_path / "real").mkdir()
+    (target := tmp_path / "real" / "page.html").write_text("old")
+    (link := tmp_path / "link.html").symlink_to(target)
+    with replacing(link) as temporary:
+        Path(temporary).write_text("new")
+    assert link.is_symlink() and target.read_text() == "new" and sorted(target.parent.iterdir()) == [target]

@@ -10,8 +10,9 @@ import pytest
 from errors import UserError
 from helper.command_line import Parser
 from helper.settings import all_settings
-from setting import file_to_write, folder_to_write
-from tests.conftest import ROOT
+from scripts import evaluate
+from setting import file_or_stdout, file_to_write, folder_to_write
+from tests.conftest import ROOT, message_of
 
 SCRIPTS = ("compare", "evaluate", "export_student", "fetch", "predict", "report", "reproduce")
 #: Every script of Python with flags.
@@ -70,9 +71,11 @@ def test_every_flag_says_what_it_must_be_and_what_hinders_its_file(name, argumen
         for text in ("x", "", "'", "1.5x", "9" * 5000, "nan") if read else ():
             refusal(read, text)
         if options.get("metavar") in ("FILE", "DIR", "TARGET"):
-            assert read in (file_to_write, folder_to_write), names
-            missing = "nodir/x" if read is file_to_write else "file/x"
-            assert refusal(read, missing) and refusal(read, "." if read is file_to_write else "file")
+            assert read in (file_to_write, file_or_stdout, folder_to_write), names
+            missing = "file/x" if read is folder_to_write else "nodir/x"
+            assert refusal(read, missing) and refusal(read, "file" if read is folder_to_write else ".")
+            assert read is folder_to_write or "is a device or a pipe" in refusal(read, os.devnull)
+            assert (refusal(read, "-") == "") == (read is not file_to_write)
             assert refusal(read, "new") == ""
             monkeypatch.setattr(os, "access", lambda *arguments: False)
             assert "is not writable; name another place" in refusal(read, "new")
@@ -83,3 +86,9 @@ def test_every_flag_of_a_run_says_what_it_must_be():
     for setting in all_settings().values():
         for text in ("x", "", "'", "1.5x", "9" * 5000, "nan") if setting.is_flag else ():
             refusal(setting.type, text)
+
+
+def test_two_results_are_not_written_to_one_file(tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path / "x")
+    argv = ["network.pth", "--html", str(tmp_path / "link"), "--json", str(tmp_path / "x")]
+    assert "argument --html: " in (said := message_of(evaluate.main, argv)) and "link is --json's already" in said

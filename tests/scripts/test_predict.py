@@ -96,6 +96,6 @@ def test_faults_are_named(images, tmp_path):
     assert "empty is a folder without images" in message_of(predict.main, ["model.onnx", "empty"])
     assert "*.tiff matches no file" in message_of(predict.main, ["model.onnx", "all/*.tiff"])
     both = ["model.onnx", "all/a.png", "--csv", "-", "--json", "-"]
-    assert "only one of --csv and --json" in message_of(predict.main, both)
+    assert "--json: - is --csv's already; name another" in message_of(predict.main, both)
     place = ["model.onnx", "all/a.png", "--csv", "none/out.csv"]
     assert "argument --csv: there is no folder none; make it" in message_of(predict.main, place)
