@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.export.passes import move_to_device_pass
 
-from dataset import ImageData, describe_preparation, load_data
+from dataset import OF_IMAGE_FILES, ImageData, describe_preparation, load_data
 from errors import UserError, first_line
 from helper.run_folder import save
 from helper.settings import count_cores
@@ -75,6 +75,9 @@ class RecordedData(NamedTuple):
         mean, std = record.get("mean"), record.get("std")
         normalisation = (tuple(mean), tuple(std)) if mean and std else None
         splits = (record.get("split") or 0.0, record.get("holdout") or 0) if is_recorded else (0.0, 0)
+        if split and name not in OF_IMAGE_FILES:
+            known = " or ".join(OF_IMAGE_FILES)
+            raise UserError(f"--split: has no effect with --dataset {name}; leave it out, or take --dataset {known}")
         splits = splits if split is None else (split, splits[1])
         background = cast(tuple[int, int, int], tuple(record.get("background") or (255, 255, 255)))
         return cls(name, place, size, normalisation, background, *splits, place is None or folder is not None)

@@ -77,8 +77,12 @@ def _read(source: str, model: str | None, device: torch.device, ema: bool) -> Ju
     path, folder = file_of(source), Path(source) if Path(source).is_dir() else None
     if not is_external(source) and Path(path).suffix.lower().lstrip(".") in PROGRAMS:
         program = read_deployed(path, NETWORK)
+        name = program.record.get("model_name", "?")
+        if model not in (None, name):
+            raise UserError(f"{NETWORK}: {path} holds another architecture, {name}, than --model {model}")
+        notes = [f"{path}: it is a program, which holds one set of weights: --ema changes nothing"] * ema
         on_cpu = lambda images: program.predict(images.cpu()).to(device)  # noqa: E731
-        return Judged(source, program.record.get("model_name", "?"), program.record, on_cpu)
+        return Judged(source, name, program.record, on_cpu, notes=notes)
     checkpoint: Mapping[str, Any] = {}
     if is_external(path):
         found = read_network(path, model, NETWORK, "--model", ema)

@@ -97,8 +97,9 @@ def data_to_compare(record: dict, dataset: str | None, folder: str | None, split
     """The data set that the flags name, or the run's own, as far as it is there, else digits; of the run's size."""
     if dataset is None and folder is not None:
         dataset = dataset_at(folder, record.get("dataset"))
+    wanted = RecordedData.of(record, dataset, folder, split=split)
     try:
-        return RecordedData.of(record, dataset, folder, split=split).load()
+        return wanted.load()
     except UserError as error:
         if dataset is not None:
             raise

@@ -15,7 +15,7 @@ from errors import UserError
 from helper import export
 from helper.export import FORMATS, read_deployed
 from models.files import RECORD
-from scripts import export_student, predict
+from scripts import evaluate, export_student, predict
 from tests.conftest import ROOT, message_of
 
 SHORT = ("--batch_size", "256", "--max_steps", "4")
@@ -85,6 +85,16 @@ def test_a_program_whose_record_is_wrong_is_refused(exported, tmp_path, entry, s
     onnx.save(model, path := tmp_path / "wrong.onnx")
     with pytest.raises(UserError, match=f"^MODEL: {path} is damaged: .*{said}"):
         read_deployed(str(path))
+
+
+@pytest.mark.slow
+def test_what_a_program_cannot_be_asked_for_is_said(exported, folder, capsys):
+    argv = [str(exported.with_suffix(".onnx")), "--data", str(folder)]
+    assert "another architecture, resnet8, than --model resnet20" in message_of(
+        evaluate.main, [*argv, "--model", "resnet20"]
+    )
+    evaluate.main([*argv, "--ema"])
+    assert "one set of weights: --ema changes nothing" in capsys.readouterr().out
 
 
 @pytest.mark.slow

@@ -141,6 +141,12 @@ def test_another_teacher_than_the_runs_own_is_said():
     assert notes(teacher=several) == ["its run had 2 teachers together: resnet14,vgg8 (digest 1)"]
 
 
+def test_a_split_of_data_that_have_their_own_is_refused():
+    with pytest.raises(UserError, match=r"^--split: has no effect with --dataset digits; leave it out"):
+        RecordedData.of({"dataset": "digits"}, split=0.5)
+    assert RecordedData.of({"dataset": "folder"}, split=0.5).split == 0.5
+
+
 def test_several_teachers_are_refused_by_name():
     with pytest.raises(UserError, match=r"^--teacher: a\.pth,b\.pth names several networks; name one"):
         read_judges_teacher("a.pth,b.pth", None, None, [])
