@@ -11,16 +11,19 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from errors import UserError
-from models.backbone import Backbone, Output, probe_shapes
+from models.backbone import Backbone, Output, evaluating, probe_shapes
 from setting import Setting
 
 #: What `reads` may name: the parts of an `Output`, and what is said of a batch.
 READS = (*(name for name in Output._fields if name != "others"), "sample index and negatives")
 #: How much of a name must be that of the contract to be taken for a misspelt one (difflib's ratio).
 CLOSE = 0.85
+#: How far shipped logits may be from the tested ones, as a share of them: what is folded is rounded anew.
+ROUNDING = 0.01
 
 
 def check_class(method: type, base: type, renamed: Mapping[str, str]) -> None:
@@ -86,6 +89,20 @@ def check_built(method: nn.Module) -> None:
                 f"{where.format(name)} is a {type(value).__name__} of modules, which are neither trained nor saved in "
                 "it; make it an nn.ModuleList, nn.ModuleDict or nn.ParameterList"
             )
+
+
+def check_shipped(method: Any, image_size: int) -> None:
+    """Raise `UserError` where a method ships another network than the one that it is tested by."""
+    images = torch.randn(2, 3, image_size, image_size, generator=torch.Generator().manual_seed(0))
+    images = images.to(next(method.parameters()))
+    with explained(type(method), "its predict or export", method.student, image_size), evaluating(method):
+        tested = method.predict(images)
+        difference = method.export()(images) - tested
+    if difference.norm() > ROUNDING * tested.norm():
+        raise UserError(
+            f"{_where(type(method)).format('export')} gives another network than predict tests; write export so that "
+            "what respond adds to the student is shipped with it, or predict without that"
+        )
 
 
 def check_stages(method: nn.Module, stages: Sequence) -> None:

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from dataset import ImageData, Loader
-from distiller_zoo import Distiller, Progress, build_distiller, check_stages, find_distiller
+from distiller_zoo import Distiller, Progress, build_distiller, check_shipped, check_stages, find_distiller
 from errors import Stopped, UserError, count_of
 from helper.checkpoint import (
     check_computed_by,
@@ -306,6 +306,7 @@ class Run:
         method = build_distiller(
             config, student, teacher, data.num_classes, data.image_size, targets, class_weights
         ).to(self.inputs.device)
+        check_shipped(method, data.image_size)
         if teacher is not None:
             check_apart(method, teacher, config.distill)
         if config.sync_bn and count_processes() > 1:

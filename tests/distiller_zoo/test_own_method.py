@@ -15,6 +15,7 @@ from helper import loops
 from helper.command_line import resolve
 from helper.settings import all_settings
 from helper.teacher import FrozenTeacher
+from models.backbone import Output
 from setting import count, number
 from tests.conftest import pair_networks
 from tests.distiller_zoo.helpers import batch_of
@@ -95,6 +96,36 @@ def test_a_flag_that_would_be_taken_for_another_is_refused(flag, whose, monkeypa
     monkeypatch.setitem(DISTILLERS, "mine", method)
     with pytest.raises(UserError, match=f"{flag.names[0]}.* of Mine is a setting of {whose}; rename it"):
         all_settings()
+
+
+class Longer(FeatureDistiller):
+    """A layer in front of the student's head, which the exported student lacks."""
+
+    def __init__(self, student, teacher, task, **hyper_parameters):
+        super().__init__(student, teacher, task, **hyper_parameters)
+        self.layer = nn.Conv2d(64, 64, 1)
+
+    def respond(self, images, teacher):
+        maps, final = self.student.forward_maps(images)
+        final = self.layer(final)
+        return Output(maps, final, final, *self.student.classify(final))
+
+
+class LongerInTraining(Longer):
+    """The same, but the plain student predicts, as it is exported."""
+
+    def predict(self, images):
+        return self.student(images)
+
+
+@pytest.mark.usefixtures("few_images")
+def test_what_is_shipped_is_what_is_tested(distil, monkeypatch):
+    monkeypatch.setitem(DISTILLERS, "mine", type("Mine", (Longer,), {"name": "mine", "__module__": __name__}))
+    with pytest.raises(UserError, match="export of Mine gives another network than predict tests; write export so"):
+        distil("--epochs", "1", "-b", "0", distill="mine")
+    method = type("Mine", (LongerInTraining,), {"name": "mine", "__module__": __name__})
+    monkeypatch.setitem(DISTILLERS, "mine", method)
+    distil("--epochs", "1", "-b", "0", distill="mine")
 
 
 def test_parts_that_would_not_be_trained_are_refused(mine):
