@@ -99,7 +99,7 @@ class Stage(NamedTuple):
     holdout: float = 0.0  # share of the training images that is kept from the steps and given to `before_step`
     #: Called before each step as before_step(optimizer, batch, teacher's outputs, held-out batch, progress).
     before_step: Callable[..., None] | None = None
-    #: Called after each epoch with its progress, to record what the epoch has found.
+    #: Called after each epoch, and its test, with its progress, to record what the epoch has found.
     after_epoch: Callable[[Progress], None] | None = None
 
 

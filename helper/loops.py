@@ -287,8 +287,6 @@ class Training:
 
     def end_epoch(self) -> dict[str, float]:
         """The means of the epoch."""
-        if self.stage.after_epoch is not None:
-            self.stage.after_epoch(self.progress)
         self.guard.look()
         means = self.meter.summary()
         if not means:

@@ -504,6 +504,8 @@ class Run:
     def _record_epoch(self, measured: dict[str, float]) -> None:
         """Count the epoch, log it and save."""
         stage, progress, steps = self.stages[self.stage_number], self.training.progress, self.last_step
+        if stage.after_epoch is not None:  # once: an epoch whose test was interrupted is tested again
+            stage.after_epoch(progress)
         self.epoch_state = None
         self.epoch, self.stage_step, self.step = self.epoch + 1, self.stage_step + steps, self.step + steps
         self._ends.append(time.perf_counter())

@@ -45,6 +45,8 @@ class StageRun:
 
     def end_epoch(self) -> None:
         """Nothing is tested."""
+        if self.training.stage.after_epoch is not None:
+            self.training.stage.after_epoch(self.progress)
 
 
 class Shown:

@@ -2,12 +2,16 @@
 
 import json
 import shutil
+import signal
 
 import pytest
 import torch
 
 import train_cifar_student
 import train_teacher
+from distiller_zoo import DISTILLERS
+from distiller_zoo.kd import KD
+from errors import StoppedAtOnce
 from helper import run as run_module
 from helper.run_folder import RunFolder
 from tests.conftest import killed, message_of
@@ -55,6 +59,38 @@ def test_a_result_tells_everything_that_has_trained_the_run(kept, threads, disti
         torch.set_num_threads(before)
     result = json.loads((cut / "result.json").read_text())
     assert (result["threads"], result["processes"]) == (threads, 1 if kept else [None, 1])
+
+
+class Counting(KD):
+    """KD that counts its epochs where it is saved."""
+
+    name = "counting"
+
+    def __init__(self, student, teacher, task, **hyper_parameters):
+        super().__init__(student, teacher, task, **hyper_parameters)
+        self.register_buffer("counted", torch.zeros(()))
+
+    def main_stage(self, epochs):
+        return super().main_stage(epochs)._replace(after_epoch=lambda progress: self.counted.add_(1))
+
+
+def test_a_run_that_is_stopped_in_its_test_ends_as_if_it_had_not_been(distil, monkeypatch, capsys):
+    """The steps of the epoch are saved, and its end is made once."""
+    monkeypatch.setitem(DISTILLERS, "counting", Counting)
+    flags = ("--batch_size", "8", "--epochs", "2", "--allow_teacher_gap")
+    whole = distil(*flags, distill="counting")
+
+    def stop(*_):
+        raise StoppedAtOnce(signal.SIGTERM, "no step ended in time")
+
+    with monkeypatch.context() as patch, pytest.raises(StoppedAtOnce):
+        patch.setattr(run_module.Run, "_test", stop)
+        distil(*flags, "--trial", "cut", "--seed", "1", distill="counting")
+    cut = next(path for path in whole.parent.iterdir() if path.name.endswith("trialcut"))
+    assert state(cut)["epoch"] == 0 and state(cut)["epoch_state"]["steps"] == 4
+    train_cifar_student.main(["--resume", str(cut)])
+    assert_same_end(whole, cut)
+    assert state(cut)["distiller"]["counted"] == state(whole)["distiller"]["counted"] == 2
 
 
 @pytest.mark.parametrize(("flags", "way_on"), [(("--epochs", "1"), "--epochs K"), (SHORT[2:], "--max_steps K")])
