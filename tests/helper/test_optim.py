@@ -14,6 +14,7 @@ from helper.optim import (
     step_learning_rate,
     warm_up,
 )
+from tests.run_folders import metrics
 
 
 def test_learning_rates_are_those_of_the_recipe():
@@ -57,6 +58,13 @@ def test_warm_up_goes_by_steps_and_the_cosine_takes_the_rest():
     found = rates(3, 1000, lr_warmup_epochs=1)
     assert found[:2] == pytest.approx([0.001, 0.002]) and found[999] == 1.0
     assert found[1000:2000] == [1.0] * 1000 and found[2000] == pytest.approx(0.5, abs=2e-3)
+
+
+@pytest.mark.usefixtures("few_images")
+def test_the_rate_of_a_first_stage_does_not_warm_up(distil):
+    flags = ("--batch_size", "8", "--epochs", "2", "--init_epochs", "1", "--lr_warmup_epochs", "2")
+    first, second, _ = metrics(distil(*flags, "--allow_teacher_gap", distill="fsp"))
+    assert (first["stage"], first["learning_rate"], second["learning_rate"]) == ("features", 0.05, 0.025)
 
 
 def test_no_schedule_falls_below_its_floor():
