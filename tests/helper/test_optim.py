@@ -62,9 +62,11 @@ def test_warm_up_goes_by_steps_and_the_cosine_takes_the_rest():
 
 @pytest.mark.usefixtures("few_images")
 def test_the_rate_of_a_first_stage_does_not_warm_up(distil):
-    flags = ("--batch_size", "8", "--epochs", "2", "--init_epochs", "1", "--lr_warmup_epochs", "2")
-    first, second, _ = metrics(distil(*flags, "--allow_teacher_gap", distill="fsp"))
+    flags = ("--batch_size", "8", "--epochs", "2", "--lr_warmup_epochs", "2", "--allow_teacher_gap")
+    first, second, _ = metrics(distil(*flags, "--init_epochs", "1", distill="fsp"))
     assert (first["stage"], first["learning_rate"], second["learning_rate"]) == ("features", 0.05, 0.025)
+    [cut] = metrics(distil(*flags, "--max_steps", "2", distill="kd"))
+    assert cut["learning_rate"] == 0.0125, "that of the last step that was made, of 8"
 
 
 def test_no_schedule_falls_below_its_floor():

@@ -14,7 +14,7 @@ from distiller_zoo.kd import KD
 from errors import StoppedAtOnce
 from helper import run as run_module
 from helper.run_folder import RunFolder
-from tests.conftest import killed, message_of
+from tests.conftest import killed, killed_within_an_epoch, message_of
 from tests.run_folders import assert_same_end, config_of, load, metrics, new_run, same_state, state
 
 SHORT = ("--batch_size", "8", "--max_steps", "3")
@@ -128,6 +128,22 @@ def test_a_run_cannot_become_shorter_than_it_is(distil):
     run = distil("--batch_size", "16", "--epochs", "2")
     message = message_of(train_cifar_student.main, ["--resume", str(run), "--epochs", "1"])
     assert message.startswith("--epochs: 2 are trained already")
+
+
+def test_steps_that_are_more_than_are_asked_for_now_end_the_run(distil, save_dir):
+    with killed_within_an_epoch():
+        distil("--batch_size", "8", "--epochs", "2", "--save_every_steps", "1", "--allow_teacher_gap", distill="kd")
+    [run] = save_dir.iterdir()
+    train_cifar_student.main(["--resume", str(run), "--max_steps", "5"])
+    assert (state(run)["epoch"], state(run)["step"], len(metrics(run))) == (2, 6, 2)
+    assert load(run / "last.pth")["record"]["max_steps"] == 5
+
+
+def test_a_limit_that_cuts_nothing_off_is_no_try_out(distil):
+    flags = ("--batch_size", "8", "--epochs", "1", "--allow_teacher_gap")
+    for steps, recorded in (("3", 3), ("4", None)):
+        run = distil(*flags, "--max_steps", steps, distill="kd")
+        assert load(run / "last.pth")["record"]["max_steps"] == recorded
 
 
 def test_resuming_with_other_settings_is_refused(distil, save_dir):

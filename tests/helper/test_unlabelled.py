@@ -215,19 +215,29 @@ def test_a_teacher_teaches_mixed_images_without_labels(distill, learn, images, m
     assert judged and all(one is None or not one.mixes for one in judged)
 
 
-def test_epochs_are_judged_by_one_weighting():
-    """NORM's weight of its term rises and falls over the run."""
+def matching_loss_of(distill: str, epoch: int = 0, batch_size: int = 8, images: int = 24) -> float:
+    """The matching loss of fresh networks in an epoch of 240."""
+    torch.manual_seed(0)
     data, (network, student) = few_images(10), pair_networks("resnet14", "resnet8")
     teacher = Teacher(Network("x.pth", "resnet14", network, 10), data, None, Fast(), torch.device("cpu"))
-    method = DISTILLERS["norm"](student, network, TASK)
-    config = resolve({"distill": "norm", "model_s": "resnet8", "batch_size": 8}, of_teacher={"model_t": "resnet14"})
-    training, found = loops.Training(method.main_stage(240), method, data, config, torch.device("cpu")), []
-    loader = training.judging_loader(data.test, data, torch.arange(24))
-    for epoch in (0, 120, 239):
-        training.begin_epoch(Progress(epoch, 240), epoch, None)
-        method.eval()
-        found.append(loops.matching_loss(training, teacher, loader))
-    assert found[0] == found[1] == found[2] > 0
+    method = DISTILLERS[distill](student, network, TASK, alpha=0.5)
+    given = {"distill": distill, "model_s": "resnet8", "batch_size": batch_size}
+    config = resolve(given, of_teacher={"model_t": "resnet14"})
+    training = loops.Training(method.main_stage(240), method, data, config, torch.device("cpu"))
+    training.begin_epoch(Progress(epoch, 240), epoch, None)
+    method.eval()
+    return loops.matching_loss(training, teacher, training.judging_loader(data.test, data, torch.arange(images)))
+
+
+def test_epochs_are_judged_by_one_weighting():
+    """NORM's weight of its term rises and falls over the run."""
+    assert matching_loss_of("norm", 0) == matching_loss_of("norm", 120) == matching_loss_of("norm", 239) > 0
+
+
+def test_the_matching_loss_is_a_mean_over_images():
+    """Also where the last batch is shorter."""
+    found, whole = (matching_loss_of("kd", batch_size=size, images=17) for size in (8, 17))
+    assert found == pytest.approx(whole)
 
 
 def test_recipes_take_nothing_from_labels_but_the_cross_entropy(images):
