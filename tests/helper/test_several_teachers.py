@@ -1,5 +1,7 @@
 """Several teachers by --path_t A,B: their run is recorded, resumed, shipped and told from others."""
 
+import json
+
 import pytest
 import torch
 
@@ -34,6 +36,13 @@ def distil(save_dir, paths: list[str], *flags: str):
     train_cifar_student.main(argv)
     (run,) = set(save_dir.iterdir()) - known
     return run
+
+
+def test_teachers_without_an_average_have_no_accuracy_together(pair, save_dir):
+    """One of them has the classes of the data: its accuracy is its own."""
+    torch.save({"model": build_model("vgg8", 7).state_dict()}, pair[1])
+    run = distil(save_dir, pair, "--max_steps", "1")
+    assert json.loads((run / "result.json").read_text())["teacher_accuracy"] is None
 
 
 @pytest.mark.slow

@@ -68,6 +68,20 @@ def test_the_protocol_counts_the_images_that_the_matching_loss_is_of(learn):
     assert result_of(run)["protocol"] == "lowest matching loss on 20 training images"
 
 
+def test_the_judged_images_are_spread_over_all(learn, monkeypatch):
+    """They are in the order of their folders."""
+    monkeypatch.setattr(run_module, "JUDGED_IMAGES", 10)
+    measure, seen = run_module.matching_loss, []
+
+    def see(training, teacher, loader):
+        seen.append(loader.subset.tolist())
+        return measure(training, teacher, loader)
+
+    monkeypatch.setattr(run_module, "matching_loss", see)
+    learn("--epochs", "1", distill="kd")
+    assert seen == [[*range(0, 24, 3)]]
+
+
 @pytest.mark.slow
 def test_a_feature_method_learns_is_judged_by_its_loss_and_starts_a_classifier(learn, images, save_dir, capsys):
     run = learn("--holdout", "8", distill="norm")
