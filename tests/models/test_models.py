@@ -5,7 +5,7 @@ import torch
 
 from errors import UserError
 from models import build_model, imagenet_model_dict, model_dict
-from models.backbone import evaluating, probe_shapes
+from models.backbone import evaluating, normalises_single_values, probe_shapes
 from models.checkpoints import identify, load_weights
 from models.cost import count_parameters
 
@@ -72,6 +72,19 @@ def test_activated_preactivations_are_the_maps(name):
         assert torch.allclose(preacts[-1].relu(), network.outputs(x).activated)
     else:
         assert all(torch.equal(after, before.relu()) for after, before in zip(maps, preacts, strict=True))
+
+
+@pytest.mark.parametrize("name", ["resnet8", "wrn_16_1", "vgg8", "MobileNet", "MobileNetV2", "ShuffleV1", "ShuffleV2"])
+def test_the_first_map_stays_behind_its_relu(name):
+    """As in RepDistiller's lists of pre-activations."""
+    network, x = build_model(name, 5).eval(), torch.randn(2, 3, 32, 32)
+    assert torch.equal(network.outputs(x).maps[0], network.outputs(x, preact=True).maps[0])
+
+
+def test_one_batch_norm_that_sees_one_value_of_an_image_is_enough():
+    sizes = {"vgg8": 8, "MobileNetV2": 16, "resnet8": 4}
+    assert all(normalises_single_values(build_model(name, 5), size) for name, size in sizes.items())
+    assert not any(normalises_single_values(build_model(name, 5), 2 * size) for name, size in sizes.items())
 
 
 def test_parameter_counts_are_the_published_ones():
