@@ -68,18 +68,18 @@ def test_the_protocol_counts_the_images_that_the_matching_loss_is_of(learn):
     assert result_of(run)["protocol"] == "lowest matching loss on 20 training images"
 
 
-def test_the_judged_images_are_spread_over_all(learn, monkeypatch):
-    """They are in the order of their folders."""
+def test_the_judged_images_are_spread_over_all_and_shown_as_they_are(learn, monkeypatch):
+    """They are in the order of their folders, and neither cropped nor mirrored."""
     monkeypatch.setattr(run_module, "JUDGED_IMAGES", 10)
     measure, seen = run_module.matching_loss, []
 
     def see(training, teacher, loader):
-        seen.append(loader.subset.tolist())
+        seen.append((loader.subset.tolist(), loader.augmentation))
         return measure(training, teacher, loader)
 
     monkeypatch.setattr(run_module, "matching_loss", see)
     learn("--epochs", "1", distill="kd")
-    assert seen == [[*range(0, 24, 3)]]
+    assert seen == [([*range(0, 24, 3)], None)]
 
 
 @pytest.mark.slow
