@@ -130,6 +130,17 @@ def test_a_run_cannot_become_shorter_than_it_is(distil):
     assert message.startswith("--epochs: 2 are trained already")
 
 
+def test_momentum_is_dropped_at_a_milestone_and_not_where_the_epoch_behind_it_is_resumed(distil):
+    flags = ("--batch_size", "8", "--epochs", "2", "--save_every_steps", "1", "--allow_teacher_gap")
+    flags += ("--drop_momentum", "--lr_decay_epochs", "1")
+    whole = distil(*flags, distill="kd")
+    with killed_within_an_epoch():
+        distil(*flags, "--trial", "cut", "--seed", "1", distill="kd")
+    cut = next(path for path in whole.parent.iterdir() if path.name.endswith("trialcut"))
+    train_cifar_student.main(["--resume", str(cut)])
+    assert_same_end(whole, cut)
+
+
 def test_steps_that_are_more_than_are_asked_for_now_end_the_run(distil, save_dir):
     with killed_within_an_epoch():
         distil("--batch_size", "8", "--epochs", "2", "--save_every_steps", "1", "--allow_teacher_gap", distill="kd")
