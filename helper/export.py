@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.export.passes import move_to_device_pass
 
 from dataset import OF_IMAGE_FILES, ImageData, describe_preparation, load_data
-from errors import UserError, first_line
+from errors import UserError, count_of, first_line
 from helper.run_folder import save
 from helper.settings import count_cores
 from models.backbone import Backbone
@@ -273,6 +273,17 @@ def check_classifies(network: Backbone, source: str) -> None:
             f"{source} has no classifier: it is an encoder, whose features are no classes to export, predict or judge; "
             "train a classifier on it with --init, or let it teach (--path_t)"
         )
+
+
+def check_finite(logits: Tensor, source: str) -> Tensor:
+    """The logits (n, K) of a network; raises `UserError` where some are not finite, of which the largest would still
+    be taken for a class."""
+    if bad := int((~logits.isfinite()).any(1).sum()):
+        raise UserError(
+            f"{source}: its logits of {bad} of {count_of(len(logits), 'image')} are not finite; its training diverged, "
+            "or the file is damaged: take another"
+        )
+    return logits
 
 
 def read_pt2(path: str, flag: str = "MODEL", device: torch.device = CPU) -> Deployed:

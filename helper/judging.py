@@ -10,7 +10,7 @@ from torch import Tensor
 from dataset import ImageData, Loader, StreamedImages, dataset_at
 from errors import UserError, count_of
 from helper.checkpoint import AVERAGE, contained, rebuild, take_average, upgrade
-from helper.export import PROGRAMS, RecordedData, check_classifies, read_deployed
+from helper.export import PROGRAMS, RecordedData, check_classifies, check_finite, read_deployed
 from helper.fast import Fast
 from helper.log import progress_bar
 from helper.metrics import METRICS, MinibatchCKA, divergences, fidelity, judge
@@ -315,7 +315,8 @@ def test(seen: Sequence[Seen], teacher: Teacher | None, data: ImageData, device:
         logits.append(Tensor() if output is None else output.logits.float().cpu())
     if not index:
         raise UserError("--data: no readable image; repair or remove the files")
-    return Tested(torch.cat(index), torch.cat(targets), None if teacher is None else torch.cat(logits))
+    theirs = None if teacher is None else check_finite(torch.cat(logits), f"--teacher: {teacher.loaded.path}")
+    return Tested(torch.cat(index), torch.cat(targets), theirs)
 
 
 def name_of(data: ImageData, sample: int) -> str:
@@ -337,7 +338,8 @@ def measure_all(
 
 def measure(seen: Seen, tested: Tested, teacher: Teacher | None, data: ImageData) -> dict[str, Any]:
     """Everything that is said of a network, as JSON can hold it."""
-    judged, logits, record = seen.judged, seen.logits, seen.judged.record
+    judged, record = seen.judged, seen.judged.record
+    logits = check_finite(seen.logits, f"{NETWORK}: {judged.source}")
     left_out = len(data.test.targets) - len(tested.targets) + len(data.unreadable)
     about: dict[str, Any] = {
         "network": judged.source,

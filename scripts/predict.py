@@ -31,7 +31,7 @@ with starting():
     from dataset import LOOKED_AT, Place, describe_dark, find_images, read_normalised
     from helper.command_line import Parser
     from helper.distributed import find_device
-    from helper.export import NEEDED, Deployed, read_deployed
+    from helper.export import NEEDED, Deployed, check_finite, read_deployed
     from helper.run_folder import replacing
     from helper.settings import count_cores
     from helper.tables.pages import in_csv
@@ -93,7 +93,8 @@ def _read(path: str, record: dict) -> Tensor | str:
 
 @torch.inference_mode()
 def _likeliest(model: Deployed, images: Tensor, top: int) -> list[list[tuple[int, float]]]:
-    probabilities, indices = model.predict(images).float().softmax(1).topk(top, 1)
+    logits = check_finite(model.predict(images).float(), "MODEL")
+    probabilities, indices = logits.softmax(1).topk(top, 1)
     return [list(zip(*row, strict=True)) for row in zip(indices.tolist(), probabilities.tolist(), strict=True)]
 
 

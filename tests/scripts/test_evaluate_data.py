@@ -8,7 +8,7 @@ import torch
 
 from helper.export import write_pth
 from models import build_model
-from scripts import evaluate
+from scripts import evaluate, predict
 from tests.conftest import message_of
 from tests.dataset.image_folders import write_images
 
@@ -27,6 +27,22 @@ def test_settings_of_a_checkpoint_that_are_of_another_kind_are_no_traceback(tmp_
     for config, said in ((5, "is not a whole checkpoint of a run"), ({"holdout": "few"}, "its holdout is not a")):
         torch.save(sound | {"training": {"config": config}}, file)
         assert said in message_of(evaluate.main, [file, "--data", folder])
+
+
+def test_logits_that_are_not_finite_are_no_accuracy(tmp_path):
+    file, folder, bad = (
+        shipped(tmp_path / "it.pth"),
+        write_images(tmp_path / "data", side=32),
+        str(tmp_path / "bad.pth"),
+    )
+    content = torch.load(file, weights_only=True)
+    content["model"]["fc.weight"].fill_(3e38)  # finite, as what is read must be
+    torch.save(content, bad)
+    argv, out = ["--data", str(folder), "--json", str(tmp_path / "out.json")], tmp_path / "out.json"
+    assert f"NETWORK: {bad}: its logits of 10 of 10 images are not" in message_of(evaluate.main, [bad, *argv])
+    assert f"--teacher: {bad}: its logits of 10" in message_of(evaluate.main, [file, "--teacher", bad, *argv])
+    assert "MODEL: its logits of 10 of 10" in message_of(predict.main, [bad, str(folder / "val"), *argv[2:]])
+    assert not out.exists()
 
 
 def test_the_result_names_the_folder_that_was_judged_on(tmp_path):
