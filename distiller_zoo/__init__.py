@@ -13,7 +13,7 @@ from crd import CRDLoss
 from distiller_zoo.abound import ABLoss, Connector
 from distiller_zoo.attention import Attention
 from distiller_zoo.base import Distiller, Flag, Predictor, Progress, Stage, Task, refuse_without_effect, unmet
-from distiller_zoo.contract import check_built, check_shipped, check_stages, explained
+from distiller_zoo.contract import check_built, check_shipped, check_stages, check_state, explained
 from distiller_zoo.correlation import Correlation, LinearEmbed
 from distiller_zoo.factor import FactorTransfer, Paraphraser, Translator
 from distiller_zoo.fsp import FSP
@@ -114,6 +114,7 @@ __all__ = [
     "build_distiller",
     "check_shipped",
     "check_stages",
+    "check_state",
     "explained",
     "find_distiller",
     "refuse_without_effect",

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from errors import UserError
 from models.backbone import Backbone, Output, evaluating, probe_shapes
@@ -24,6 +24,8 @@ READS = (*(name for name in Output._fields if name != "others"), "sample index a
 CLOSE = 0.85
 #: How far shipped logits may be from the tested ones, as a share of them: what is folded is rounded anew.
 ROUNDING = 0.01
+#: What every module has, its parameters and buffers among it.
+OF_TORCH = vars(nn.Module())
 
 
 def check_class(method: type, base: type, renamed: Mapping[str, str]) -> None:
@@ -44,6 +46,8 @@ def check_class(method: type, base: type, renamed: Mapping[str, str]) -> None:
         for flag in flags:
             if not isinstance(flag, Setting):
                 raise UserError(f"{where.format('flags')} holds {flag!r}; each must be a Flag")
+            if not flag.argument.isidentifier():  # a - would be a _ on the command line, and the default would be kept
+                raise UserError(f"{where.format('flags')} holds {flag.names[-1]}; name it with letters, digits and _")
             if hasattr(base, flag.argument):  # every method has an attribute of that name
                 raise UserError(f"{where.format('flags')} holds {flag.names[0]}, a name of the contract; rename it")
         _check_names(own.get("flags_work_if", ()), [flag.argument for flag in flags], where.format("flags_work_if"))
@@ -89,6 +93,7 @@ def check_built(method: nn.Module) -> None:
                 f"{where.format(name)} is a {type(value).__name__} of modules, which are neither trained nor saved in "
                 "it; make it an nn.ModuleList, nn.ModuleDict or nn.ParameterList"
             )
+    check_state(method)
 
 
 def check_shipped(method: Any, image_size: int) -> None:
@@ -105,14 +110,33 @@ def check_shipped(method: Any, image_size: int) -> None:
         )
 
 
-def check_stages(method: nn.Module, stages: Sequence) -> None:
-    """Raise `UserError` for a stage that trains what is no part of the method."""
-    known = {*method.parameters()}
+def check_state(method: nn.Module) -> None:
+    """Raise `UserError` for a tensor of a method that no checkpoint holds: a resumed run would begin with another."""
+    for name, value in vars(method).items():
+        parts = value if isinstance(value, list | tuple) else value.values() if isinstance(value, dict) else (value,)
+        if name not in OF_TORCH and any(isinstance(part, Tensor) for part in parts):
+            raise UserError(
+                f"{_where(type(method)).format(name)} holds a tensor, which is neither saved nor resumed; make it a "
+                "buffer (self.register_buffer)"
+            )
+
+
+def check_stages(method: Any, stages: Sequence) -> None:
+    """Raise `UserError` for a stage that trains what is no part of the method, and for a parameter that none trains."""
+    known, trained = {*method.parameters()}, {*method.student.parameters()}
     for stage in stages:
         modules = stage.trained if isinstance(stage.trained, list | tuple) else ()
         if not modules or not known.issuperset(nn.ModuleList(modules).parameters()):
             what = _where(type(method)).format(f"trained of stage {stage.name}")
             raise UserError(f"{what} must be a list of modules that are parts of the method")
+        trained.update(nn.ModuleList(modules).parameters())
+    trained |= {part for name in method.frozen for part in method.get_submodule(name).parameters()}
+    for name, parameter in method.named_parameters():
+        if parameter.requires_grad and parameter not in trained:
+            raise UserError(
+                f"{_where(type(method)).format(name)} is trained by no stage: stages train modules; make a parameter a "
+                "part of one (nn.ParameterList), and name a module in a stage's trained or in frozen"
+            )
 
 
 def check_losses(method: nn.Module, losses: Any) -> None:

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from dataset import ImageData, Loader
-from distiller_zoo import Distiller, Progress, build_distiller, check_shipped, check_stages, find_distiller
+from distiller_zoo import Distiller, Progress, build_distiller, check_shipped, check_stages, check_state, find_distiller
 from errors import Stopped, UserError, count_of
 from helper.checkpoint import (
     check_computed_by,
@@ -583,6 +583,7 @@ class Run:
 
     def _checkpoint(self, record: Mapping[str, float]) -> dict:
         """The networks and what is known of them; never of diverged ones."""
+        check_state(self.method)
         self.guard.check_weights(self.method)
         teacher = None
         if self.teacher is not None:

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from distiller_zoo import DISTILLERS, Distiller, Progress, refuse_without_effect
+from distiller_zoo import DISTILLERS, Distiller, Progress, check_stages, check_state, refuse_without_effect
 from distiller_zoo.base import RENAMED
 from errors import UserError
 from helper.loops import set_modes
@@ -48,6 +48,7 @@ def terms_of(name: str, method, teacher, batch, progress=PROGRESS) -> dict[str, 
 def test_every_stage_trains_what_it_says_and_nothing_else(name, pair):
     teacher, method = whole(name, pair=pair)
     known = copy.deepcopy(teacher.state_dict())
+    check_stages(method, method.stages(240))
     for stage in method.stages(240):
         before = copy.deepcopy(method.state_dict())
         losses, _ = take_steps(method, teacher, [batch_of(method) for _ in range(2)], stage, lr=1e-4)
@@ -63,6 +64,7 @@ def test_every_stage_trains_what_it_says_and_nothing_else(name, pair):
             if isinstance(module, nn.BatchNorm2d) and id(module) not in in_training:
                 assert torch.equal(module.running_mean, before[f"{prefix}.running_mean"]), (stage.name, prefix)
         method.zero_grad(set_to_none=True)
+    check_state(method)
     assert all(torch.equal(value, known[key]) for key, value in teacher.state_dict().items())
     assert all(parameter.grad is None for parameter in teacher.parameters())
     assert not any(key.startswith("teacher.") for key in method.state_dict())

@@ -23,6 +23,7 @@ from tests.stages import Shown, StageRun, few_images
 
 CONFIG = {"distill": "mine", "batch_size": 4}
 SOURCE = """
+import torch
 from torch import nn
 from torch.nn import functional as F
 from distiller_zoo.kd import FeatureDistiller
@@ -73,6 +74,10 @@ def mine(tmp_path, monkeypatch):
         ({"refuses_mixing": True}, "refuses_mixing of Mine is True; it must be a str"),
         ({"flags": ("--power",)}, "flags of Mine holds '--power'; each must be a Flag"),
         ({"flags": (Flag(("--views",), count, 2, "views"),)}, "flags of Mine holds --views, a name of the contract"),
+        (
+            {"flags": (Flag(("--map-power",), number, 2.0, "power"),)},
+            "flags of Mine holds --map-power; name it with let",
+        ),
         ({"flags_work_if": {"kd_t": ()}}, "flags_work_if of Mine names 'kd_t'; did you mean kd_T"),
         ({"name": "MeanMap"}, "name of Mine is 'MeanMap'; it must be of lower-case letters"),
     ],
@@ -133,10 +138,39 @@ def test_parts_that_would_not_be_trained_are_refused(mine):
         mine(made="self.adapters = [nn.Conv2d(1, 1, 1)]")
     with pytest.raises(UserError, match="frozen of Mine names 'conector'; did you mean connector\\?"):
         mine(made="self.connector, self.frozen = nn.Linear(1, 1), ('conector',)")
-    _, method = mine()
+    _, method = mine(made="self.scale = nn.Parameter(torch.ones(10))")
+    with pytest.raises(UserError, match="mine: scale of Mine is trained by no stage: stages train modules"):
+        check_stages(method, method.stages(1))
+    _, method = mine(
+        made="self.adapter, self.scale = nn.Linear(1, 1), nn.ParameterList([nn.Parameter(torch.ones(10))])"
+    )
+    check_stages(method, method.stages(1))
+    main = method.main_stage(1)
+    with pytest.raises(
+        UserError, match=r"mine: adapter.weight of Mine is trained by no stage: .* a stage's trained or"
+    ):
+        check_stages(method, [main._replace(trained=[method.student, method.scale])])
+    method.frozen = ("adapter",)
+    check_stages(method, method.stages(1))
     for trained in ([nn.Linear(1, 1)], method.student, []):
         with pytest.raises(UserError, match="mine: trained of stage first of Mine must be a list of modules that are"):
             check_stages(method, [Stage("first", 1, trained, method.losses, method.respond), method.main_stage(1)])
+
+
+@pytest.mark.parametrize("made", ["mean = torch.zeros(3)", "_rows = [torch.zeros(3)]", "rows = {0: torch.zeros(3)}"])
+def test_tensors_that_no_checkpoint_would_hold_are_refused(mine, made):
+    with pytest.raises(
+        UserError, match=r"mine: _?(mean|rows) of Mine holds a tensor, which is neither saved nor resumed"
+    ):
+        mine(made=f"self.{made}")
+    mine(made="self.register_buffer('mean', torch.zeros(3))")
+
+
+@pytest.mark.usefixtures("few_images")
+def test_tensors_that_a_loss_makes_are_refused_when_they_would_be_saved(mine, distil):
+    mine(loss="setattr(self, 'mean', teacher.pooled.mean(0)) or F.mse_loss(student.pooled.mean(0), self.mean)")
+    with pytest.raises(UserError, match="mine: mean of Mine holds a tensor"):
+        distil("--max_steps", "1", distill="mine")
 
 
 @pytest.mark.parametrize(
@@ -146,7 +180,7 @@ def test_parts_that_would_not_be_trained_are_refused(mine):
 def test_an_error_in_a_constructor_says_where(mine, made, error):
     with pytest.raises(error) as caught:
         mine(made=made)
-    assert re.fullmatch(r"in --distill mine: __init__, line 13 of .*mine\.py", caught.value.__notes__[0])
+    assert re.fullmatch(r"in --distill mine: __init__, line 14 of .*mine\.py", caught.value.__notes__[0])
 
 
 @pytest.mark.parametrize(
@@ -156,14 +190,14 @@ def test_an_error_in_a_constructor_says_where(mine, made, error):
             "F.mse_loss(student.maps[9], teacher.maps[0])",
             IndexError,
             [
-                r"in --distill mine: feature_loss, line 16 of .*mine\.py",
+                r"in --distill mine: feature_loss, line 17 of .*mine\.py",
                 r".*student: 16x32x32, .*, final 64x8x8; teacher: .*",
             ],
         ),
         (
             "(student.maps[0] - teacher.final).mean()",
             RuntimeError,
-            [r".*line 16 of .*", r".*student: .*; teacher: 16x.*"],
+            [r".*line 17 of .*", r".*student: .*; teacher: 16x.*"],
         ),
         (
             "(student.final - teacher.final).pow(2)",
