@@ -162,6 +162,8 @@ def explained(method: type, call: str, student: Backbone, image_size: int, teach
         error.add_note(f"in --distill {method.name}: {_place(error, file) or f'{call} ({file})'}")
         if "scalar outputs" in str(error):
             error.add_note("a loss must be one number: take its mean over the batch")
+        elif "finished reduction in the prior iteration" in str(error):  # torch's, of several processes
+            error.add_note("a loss does not read everything that is trained: give the method uses_everything = False")
         elif isinstance(error, IndexError | RuntimeError | ValueError | AssertionError):
             with suppress(Exception):  # of a network that cannot be run
                 sides = (("student", student), ("teacher", teacher))

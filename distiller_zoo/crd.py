@@ -84,7 +84,6 @@ class NORM_CRD(NORM):
 
     def __init__(self, student, teacher, task, **hyper_parameters):
         super().__init__(student, teacher, task, **hyper_parameters)
-        self.uses_everything = self.crd_weight > 0
         attach_contrast(self, teacher, task)
 
     def losses(self, student, teacher, targets, index, progress):

@@ -16,7 +16,7 @@ from torch import Tensor, distributed, nn
 
 from dataset import VIEWS, Augmentation, Batch, ImageData, Images, Loader, StreamedImages, epoch_seed
 from distiller_zoo import Distiller, Progress, Stage, explained
-from distiller_zoo.base import ALPHA, BETA, GAMMA, NOTHING_TO_TRAIN
+from distiller_zoo.base import ALPHA, GAMMA, NOTHING_TO_TRAIN
 from errors import StoppedAtOnce, UserError, count_of
 from helper.configuration import Configuration
 from helper.distributed import Replica, count_processes, images_per_pass, rank, total_of
@@ -547,9 +547,10 @@ def _of_stage(stage: str) -> str:
 
 
 def _uses_all_weights(method: Distiller) -> bool:
-    """Whether some term reads the logits, and the method's own term is not switched off."""
-    of_logits = [getattr(method, flag.argument) for flag in (GAMMA, ALPHA) if flag in method.flags]
-    return any(of_logits or [True]) and bool(getattr(method, BETA.argument, True))
+    """Whether some term reads the logits, and no other term is switched off."""
+    weights = {flag.argument: getattr(method, flag.argument) for flag in method.flags if flag.is_weight}
+    of_logits = [weights.pop(flag.argument) for flag in (GAMMA, ALPHA) if flag.argument in weights]
+    return any(of_logits or [True]) and all(weights.values())
 
 
 def _split(n: int, holdout: float, seed: int) -> tuple[Tensor, Tensor]:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from distiller_zoo import DISTILLERS, Flag, Progress, Stage, build_distiller, check_stages
+from distiller_zoo import DISTILLERS, Flag, Progress, Stage, build_distiller, check_stages, explained
 from distiller_zoo.kd import FeatureDistiller
 from errors import UserError
 from helper import loops
@@ -21,6 +21,7 @@ from tests.conftest import pair_networks
 from tests.distiller_zoo.helpers import batch_of
 from tests.stages import Shown, StageRun, few_images
 
+OWN_WEIGHT = Flag(("--own_weight",), number, 1.0, "weight of a second term", is_weight=True)
 CONFIG = {"distill": "mine", "batch_size": 4}
 SOURCE = """
 import torch
@@ -221,6 +222,17 @@ def test_an_error_in_a_loss_says_where_and_what_the_networks_show(mine, loss, er
         loops.step([run], batch, Shown(FrozenTeacher(teacher)), 1)
     assert len(caught.value.__notes__) == len(notes)
     assert all(map(re.fullmatch, notes, caught.value.__notes__)), caught.value.__notes__
+
+
+def test_unread_parameters_are_looked_for_where_a_weight_of_the_methods_own_is_0(mine, monkeypatch):
+    monkeypatch.setattr(FeatureDistiller, "flags", (*FeatureDistiller.flags, OWN_WEIGHT))
+    _, method = mine()
+    assert loops._uses_all_weights(method)
+    method.own_weight = 0.0
+    assert not loops._uses_all_weights(method)
+    with pytest.raises(RuntimeError) as caught, explained(type(method), "its losses", method.student, 32):
+        raise RuntimeError("Expected to have finished reduction in the prior iteration before starting a new one.")
+    assert "give the method uses_everything = False" in caught.value.__notes__[1]
 
 
 @pytest.mark.parametrize(("returned", "kind"), [(None, "NoneType"), (torch.zeros(()), "Tensor")])
