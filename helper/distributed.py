@@ -3,6 +3,7 @@
 Several, which train one student together, are started by torchrun. Without it there is one, which agrees with itself.
 """
 
+import itertools
 import os
 import signal
 import sys
@@ -23,6 +24,8 @@ FAILURES = "failures"
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 #: Seconds after which a run that has not come to save is stopped without, and how often it is looked at then.
 GRACE, LOOK = 2.0, 0.2
+#: How far the sums of a buffer may be apart in two processes, as a share of its size: devices may add in any order.
+ALIKE = 1e-4
 
 
 @contextmanager
@@ -273,6 +276,23 @@ def average_statistics(module: nn.Module) -> None:
         means = average(torch.cat([buffer.flatten() for buffer in buffers])).split([len(buffer) for buffer in buffers])
         for buffer, mean in zip(buffers, means, strict=True):
             buffer.copy_(mean)
+
+
+def check_alike(method: nn.Module, distill: str) -> None:
+    """Raise `UserError`, in all processes, where a buffer of a method is another in each, statistics apart, which have
+    been averaged: a checkpoint would hold that of the main one."""
+    buffers = {name: one for name, one in method.named_buffers() if one.is_floating_point()}
+    if count_processes() == 1 or not buffers:
+        return
+    sums = [[each.sum(dtype=torch.float64).cpu() for each in (one, -one, one.abs())] for one in buffers.values()]
+    extremes = torch.tensor(sums)
+    distributed.all_reduce(extremes, distributed.ReduceOp.MAX)
+    highest, minus_lowest, size = extremes.T
+    for name in itertools.compress(buffers, (highest + minus_lowest > ALIKE * size).tolist()):
+        raise UserError(
+            f"--distill {distill}: its buffer {name} is another in each process, which updates it by its own images; "
+            "update it by those of all (gather_rows in crd/processes.py), or train in one process"
+        )
 
 
 def describe_batch(config: Any) -> str:

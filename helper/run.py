@@ -30,7 +30,15 @@ from helper.checkpoint import (
     upgrade,
 )
 from helper.configuration import Configuration, check_found, run_key
-from helper.distributed import StopRequest, average_statistics, by_main, count_processes, describe_batch, is_main
+from helper.distributed import (
+    StopRequest,
+    average_statistics,
+    by_main,
+    check_alike,
+    count_processes,
+    describe_batch,
+    is_main,
+)
 from helper.fast import Fast
 from helper.inputs import Inputs, Opened, class_weights_of
 from helper.log import (
@@ -477,8 +485,9 @@ class Run:
             self.method.eval()
 
     def _average_statistics(self) -> None:
-        """Of all processes, each of which has seen its own part of the batches."""
+        """Of all processes, each of which has seen its own part of the batches; all else that they keep is alike."""
         average_statistics(self.method)
+        check_alike(self.method, self.config.distill)
         if self.average is not None:
             average_statistics(self.average.module.train())
             self.average.module.eval()

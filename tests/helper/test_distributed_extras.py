@@ -10,10 +10,12 @@ import torch
 from torch.multiprocessing import spawn
 
 import train_teacher
+from crd.processes import gather_rows, rows_of_all
 from dataset import DATASETS
 from distiller_zoo.ce import CrossEntropy
+from errors import UserError
 from helper import inputs
-from helper.distributed import count_processes, rank
+from helper.distributed import check_alike, count_processes, joined, rank
 from tests.conftest import WHOLE_DIGITS
 from tests.helper.distributed_cases import few_images
 from tests.run_folders import metrics, state
@@ -59,15 +61,18 @@ def train_in_process(number: int, port: int, folder: str) -> None:
     train(folder)
 
 
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        return probe.getsockname()[1]
+
+
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory) -> dict[str, tuple[Path, Path]]:
     """name -> the folders of its run in one process, and in two."""
     one, two = (tmp_path_factory.mktemp(name) for name in ("one", "two"))
     train(str(one))
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        port = probe.getsockname()[1]
-    spawn(train_in_process, (port, str(two)), nprocs=2)
+    spawn(train_in_process, (free_port(), str(two)), nprocs=2)
     found = {}
     for name in RUNS:
         found[name] = tuple(next(root.glob(f"*trial{name}*")) for root in (one, two))
@@ -107,3 +112,33 @@ def test_an_overflow_of_float16_in_one_process_is_skipped_in_all(runs):
         assert metrics(run)[0]["overflowed_steps"] == 1 and "step 2/3 skipped" in (run / "log.txt").read_text()
     for part in ("distiller", "ema"):
         assert_close(runs["float16"], part, 2e-3)
+
+
+class Remembering(torch.nn.Module):
+    """A bank with a row for each of six images, of which a process sees three, as methods of one's own may have."""
+
+    def __init__(self, of_all: bool):
+        super().__init__()
+        self.register_buffer("bank", torch.zeros(6))
+        self.register_buffer("nothing", torch.zeros(0))
+        index = torch.arange(3) + 3 * rank()
+        index = gather_rows(index, rows_of_all(len(index))) if of_all else index
+        self.bank[index] = index + 1.0
+
+
+def remember_in_process(number: int, port: int, folder: str) -> None:
+    """What is said of a bank that is updated by the images of all processes, and of one that is not."""
+    os.environ.update(RANK=str(number), LOCAL_RANK=str(number), WORLD_SIZE="2", MASTER_ADDR="localhost")
+    os.environ["MASTER_PORT"] = str(port)
+    with joined():
+        check_alike(Remembering(of_all=True), "mine")
+        with pytest.raises(UserError) as caught:
+            check_alike(Remembering(of_all=False), "mine")
+        Path(folder, str(number)).write_text(str(caught.value))
+
+
+def test_a_buffer_that_each_process_has_of_its_own_is_refused(tmp_path):
+    spawn(remember_in_process, (free_port(), str(tmp_path)), nprocs=2)
+    for number in (0, 1):
+        assert "--distill mine: its buffer bank is another in each process" in (tmp_path / str(number)).read_text()
+    check_alike(Remembering(of_all=False), "mine")  # alone
