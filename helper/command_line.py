@@ -475,6 +475,13 @@ def _check_labels(values: Mapping[str, Any]) -> None:
             f"--labels none: --distill {method.name} cannot train without labels: {method.refuses_unlabelled}; choose "
             "another method"
         )
+    if (
+        values["holdout"] and "sample index and negatives" in method.reads
+    ):  # without labels, the losses judge those images
+        raise UserError(
+            f"--holdout: --distill {method.name} keeps something of every training image, and held-out ones have "
+            "nothing; without labels (--labels none) leave it out"
+        )
     known = settings.settings_of(method.name)
     given = [name for name, one in known.items() if one.needs_labels and values.get(name) not in (None, one.default)]
     if given:

@@ -487,8 +487,12 @@ def set_random_state(state: dict[str, Tensor]) -> None:
 
 
 def set_modes(stage: Stage, method: Distiller) -> None:
-    """Put what the stage trains into train mode, with gradients, and everything else of the method into neither."""
+    """Put what the stage trains into train mode, with gradients, and everything else of the method into neither.
+
+    The method's own flag is that of a step, in every stage, so that its losses can tell one from a judgement.
+    """
     method.requires_grad_(False).eval()
+    method.training = True
     for module in stage.trained:
         module.requires_grad_(True).train()
 

@@ -10,6 +10,7 @@ from PIL import Image
 import train_cifar_student
 import train_teacher
 from distiller_zoo import DISTILLERS, Progress
+from distiller_zoo.kd import FeatureDistiller
 from errors import UserError
 from helper import loops
 from helper import run as run_module
@@ -259,3 +260,28 @@ def test_recipes_take_nothing_from_labels_but_the_cross_entropy(images):
     for recipe in RECIPES:
         argv += ["--data", str(images / "all"), "--recipe", recipe]
         assert resolve(parse(student_parser(), argv).runs[0]).gamma == 0
+
+
+class Bank(FeatureDistiller):
+    """Counts the steps that have seen each training image."""
+
+    name = "mine"
+    reads = ("pooled", "sample index and negatives")
+
+    def __init__(self, student, teacher, task, **hyper_parameters):
+        super().__init__(student, teacher, task, **hyper_parameters)
+        self.register_buffer("steps", torch.zeros(len(task.train_targets)))
+
+    def feature_loss(self, student, teacher, targets, index):
+        if self.training:
+            self.steps[index] += 1
+        return (student.pooled - teacher.pooled).square().mean()
+
+
+def test_a_bank_is_updated_by_steps_alone_and_not_by_what_it_is_judged_with(learn, monkeypatch):
+    monkeypatch.setitem(DISTILLERS, "mine", Bank)
+    run = learn(distill="mine")
+    assert load(run / "last.pth")["training"]["distiller"]["steps"].eq(2).all()
+    assert "--holdout: --distill mine keeps something of every training image" in message_of(
+        lambda flags: learn(*flags, distill="mine"), ["--holdout", "6"]
+    )
