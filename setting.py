@@ -231,9 +231,11 @@ class Setting(NamedTuple):
         return self.names[0].startswith("-")
 
     def written(self, value: Any) -> str:
-        """The flag with a value, as a command line has it; nothing for a switch that is off."""
+        """The flag with a value, as a command line has it; nothing for None and for a switch that is off by default."""
+        if value is None or (self.type is bool and not value and not self.default):
+            return ""
         if self.type is bool:
-            return self.names[0] if value else ""
+            return self.names[0] if value else f"--no-{self.argument}"
         return f"{self.names[0]} {as_text(value)}"
 
     def read(self, value: Any) -> Any:

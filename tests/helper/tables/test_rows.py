@@ -6,13 +6,14 @@ import shutil
 
 import pytest
 
-from distiller_zoo import DISTILLERS
+from distiller_zoo import DISTILLERS, Flag
 from errors import UserError
 from helper import command_line
 from helper.command_line import resolve, student_parser
 from helper.tables import published, rows
 from helper.tables.published import Published, judge
 from helper.tables.rows import find_folders, flags_of, read_rows
+from setting import count
 from tests.run_folders import make_run
 
 IMAGENET = {"model_s": "resnet18", "dataset": "imagenet"}
@@ -52,6 +53,21 @@ def test_a_row_is_named_by_flags_as_they_are_written(tmp_path):
     usual = make_run(tmp_path, "mlkd", 1, [50.0])  # its temperatures are a list in config.json
     other = make_run(tmp_path, "mlkd", 2, [50.0], mlkd_temperatures=(2.0, 5.0), logit_standardization=True)
     assert labels([usual, other]) == ["mlkd", "mlkd --mlkd_temperatures 2,5 --logit_standardization"]
+
+
+def test_a_row_is_named_by_a_switch_that_is_off_where_it_is_usually_on(tmp_path, monkeypatch):
+    own = (
+        Flag(("--centre",), bool, True, "a switch that is on"),
+        Flag(("--layer",), count, None, "may be absent"),
+        Flag(("--log_own",), count, 1, "changes nothing", tells_apart="none"),
+    )
+    monkeypatch.setattr(DISTILLERS["kd"], "flags", (*DISTILLERS["kd"].flags, *own))
+    usual, other = make_run(tmp_path, "kd", 1, [50.0]), make_run(tmp_path, "kd", 2, [50.0], centre=False, log_own=2)
+    assert labels([usual]) == ["kd"] and labels([other]) == ["kd --no-centre"]
+    for run, switch in ((usual, "--centre"), (other, "--no-centre")):
+        [row], _ = read_rows([run])
+        texts = flags_of(row.records[0])
+        assert switch in texts and not any("--layer" in text or "--log_own" in text for text in texts)
 
 
 @pytest.mark.parametrize("name", DISTILLERS)
