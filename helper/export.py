@@ -218,6 +218,11 @@ def write_onnx(network: nn.Module, record: Mapping, path: str, program: Program 
     with _exporting("onnx", record):
         whole, images = _traced(network, record, program)
         model: Any = torch.onnx.export(whole, images, dynamo=True, verbose=False, dynamic_shapes=_any_batch(), **names)
+        if isinstance(model.model.graph.inputs[0].shape[0], int):
+            raise ValueError(
+                "it reads the size of a batch as a number, and would be written for that alone: x.shape[0] in its code "
+                "keeps it open, len(x) does not"
+            )
     for node in model.model.graph:
         node.metadata_props.pop("pkg.torch.onnx.stack_trace", None)  # names files of this machine
     model.model.metadata_props[RECORD] = json.dumps(program.recorded(record))

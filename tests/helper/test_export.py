@@ -228,3 +228,18 @@ def test_a_network_that_torch_cannot_export_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"--format onnx: torch .* cannot export timm:some_vit .*4D.*; choose another"):
         export.write_onnx(Attention(), record, str(tmp_path / "network.onnx"))
     assert not list(tmp_path.iterdir())
+
+
+class OfOneSize(torch.nn.Module):
+    """Its code reads the size of a batch as a number."""
+
+    def forward(self, images):
+        return torch.zeros(1, 1).expand(len(images), -1) + images.mean((2, 3))
+
+
+def test_a_network_that_torch_would_write_for_one_size_of_batch_is_refused(tmp_path):
+    pytest.importorskip("onnxscript")
+    record = {"image_size": 8, "model_name": "mine"}
+    with pytest.raises(UserError, match=r"--format onnx: .* cannot export mine \(.*x.shape\[0\] .* keeps it open, len"):
+        export.write_onnx(OfOneSize(), record, str(tmp_path / "mine.onnx"))
+    assert not list(tmp_path.iterdir())
