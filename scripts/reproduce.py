@@ -59,11 +59,11 @@ def flags(text: str) -> list[str]:
     return shlex.split(text)
 
 
-def read_rows(methods: str | None, variants: str | None) -> list[Variant]:
+def read_rows(methods: str | None, variants: Sequence[str] | None) -> list[Variant]:
     """The rows that are asked for; all of them where nothing is named."""
     if methods is None and variants is None:
         return all_variants()
-    return list(dict.fromkeys(read_variants((methods or "").replace(",", ";")) + read_variants(variants or "")))
+    return list(dict.fromkeys(read_variants(";".join([(methods or "").replace(",", ";"), *(variants or ())]))))
 
 
 def choose_pairs(args: argparse.Namespace) -> Sequence[tuple[str, str]]:
@@ -130,7 +130,12 @@ def make_parser() -> Parser:
         help="teacher:student, teacher+teacher:student; with --table: only these of its pairs",
     )
     add("--methods", metavar="M,M", help="rows, each with its recipe; default: every method that applies")
-    add("--variants", metavar="'M FLAGS; M FLAGS'", help="rows with flags of their own, like 'norm -c 0; norm -s 1'")
+    add(
+        "--variants",
+        action="append",
+        metavar="'M FLAGS; M FLAGS'",
+        help="rows with flags of their own, like 'norm -c 0; norm -s 1'; may be given again",
+    )
     add("--trials", type=count, default=3, metavar="K", help="seeds of every row and of the baseline (3)")
     add(
         "--save_dir",

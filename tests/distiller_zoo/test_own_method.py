@@ -32,7 +32,7 @@ from distiller_zoo.kd import FeatureDistiller
 
 class Mine(FeatureDistiller):
     name = "mine"
-    reads = ("maps",)
+    reads = ("maps", "final", "pooled")
 
     def __init__(self, student, teacher, task, **hyper_parameters):
         super().__init__(student, teacher, task, **hyper_parameters)
@@ -242,6 +242,18 @@ def test_losses_without_names_are_refused(mine, monkeypatch, returned, kind):
     batch = batch_of(method)
     with pytest.raises(UserError, match=rf"mine: losses of Mine returned a {kind}; return a dictionary"):
         method(batch, FrozenTeacher(teacher)(batch.images, False), Progress(0, 1))
+
+
+def test_a_loss_of_maps_that_reads_does_not_name_is_not_computed_in_bfloat16(mine):
+    teacher, method = mine()
+    batch = batch_of(method)
+    with torch.autocast("cpu", torch.bfloat16):
+        shown = FrozenTeacher(teacher)(batch.images, False)
+        _, losses = method(batch, shown, Progress(0, 1))
+        assert all(value.dtype == torch.float32 for value in losses.values())
+        method.reads = ("maps",)
+        with pytest.raises(UserError, match="losses of Mine computed mine in bfloat16; name what it reads of"):
+            method(batch, shown, Progress(0, 1))
 
 
 def test_views_that_nobody_makes_are_refused(mine):

@@ -31,6 +31,8 @@ def test_a_dry_run_only_lists(command, capsys):
     printed = capsys.readouterr().out
     assert "1 missing" in printed and "resnet14 -> resnet8: norm -c 0 -s 2" in printed
     assert "4 runs: 0 finished, 0 begun, 4 missing" in printed
+    reproduce.main([*flags, "--variants", "kd -a 2", "--dry_run", *extra])  # adds to the one before
+    assert "5 runs: 0 finished, 0 begun, 5 missing" in capsys.readouterr().out
     for given, fault in (("nodes=two", "nodes must be a whole number"), ("nodes", "must be NAME=VALUE")):
         assert fault in message_of(reproduce.main, [*flags, "--dry_run", "--slurm", given, *extra])
     assert message_of(reproduce.main, [*flags, *NO_CLUSTER, *extra]).startswith("--slurm: ")
