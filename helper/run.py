@@ -525,6 +525,8 @@ class Run:
         record = {"epoch": self.epoch, "step": self.step, "learning_rate": rate, **measured, **skipped}
         if self.in_main_stage:
             self.records.append(record)
+            if len(self.records) == 1:  # what was the same when it was made, as layers of zeros are, may now differ
+                check_shipped(self.method, self.data.image_size)
         else:
             record = {"stage": stage.name, **record}
         self.folder.append_metrics(record, self.epochs_over)

@@ -124,11 +124,26 @@ class LongerInTraining(Longer):
         return self.student(images)
 
 
+class Residual(Longer):
+    """The layer is added, and changes nothing before it is trained."""
+
+    def __init__(self, student, teacher, task, **hyper_parameters):
+        super().__init__(student, teacher, task, **hyper_parameters)
+        nn.init.zeros_(self.layer.weight)
+        nn.init.zeros_(self.layer.bias)
+
+    def respond(self, images, teacher):
+        maps, final = self.student.forward_maps(images)
+        final = final + self.layer(final)
+        return Output(maps, final, final, *self.student.classify(final))
+
+
 @pytest.mark.usefixtures("few_images")
 def test_what_is_shipped_is_what_is_tested(distil, monkeypatch):
-    monkeypatch.setitem(DISTILLERS, "mine", type("Mine", (Longer,), {"name": "mine", "__module__": __name__}))
-    with pytest.raises(UserError, match="export of Mine gives another network than predict tests; write export so"):
-        distil("--epochs", "1", "-b", "0", distill="mine")
+    for bad in (Longer, Residual):
+        monkeypatch.setitem(DISTILLERS, "mine", type("Mine", (bad,), {"name": "mine", "__module__": __name__}))
+        with pytest.raises(UserError, match="export of Mine gives another network than predict tests; write export so"):
+            distil("--epochs", "1", "-b", "0", distill="mine")
     method = type("Mine", (LongerInTraining,), {"name": "mine", "__module__": __name__})
     monkeypatch.setitem(DISTILLERS, "mine", method)
     distil("--epochs", "1", "-b", "0", distill="mine")
