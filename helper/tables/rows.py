@@ -574,7 +574,7 @@ def flags_of(record: Record) -> list[str]:
     usual = {**_usual(config, epochs=config["epochs"]), **of_pass}
     groups = (TEACHER, DATA, TRAINING, AUGMENTATION, SPEED, INITIAL, FOUND)
     unusual = [one for one in _unusual(config, usual, groups) if one not in always]
-    flags = [flag for flag in method.flags if flag.tells_apart == "row" and has_effect(flag, config)]
+    flags = [flag for flag in method.flags if has_effect(flag, config)]
     networks = f"--model_t {config['model_t']} " if config["model_t"] else ""
     shown = [one.written(config[one.argument]) for one in (*flags, *always) if one.argument in record.stored]
     shown += [_written(one, config[one.argument]) for one in unusual if one.argument in record.stored]

@@ -59,15 +59,14 @@ def test_a_row_is_named_by_a_switch_that_is_off_where_it_is_usually_on(tmp_path,
     own = (
         Flag(("--centre",), bool, True, "a switch that is on"),
         Flag(("--layer",), count, None, "may be absent"),
-        Flag(("--log_own",), count, 1, "changes nothing", tells_apart="none"),
     )
     monkeypatch.setattr(DISTILLERS["kd"], "flags", (*DISTILLERS["kd"].flags, *own))
-    usual, other = make_run(tmp_path, "kd", 1, [50.0]), make_run(tmp_path, "kd", 2, [50.0], centre=False, log_own=2)
+    usual, other = make_run(tmp_path, "kd", 1, [50.0]), make_run(tmp_path, "kd", 2, [50.0], centre=False)
     assert labels([usual]) == ["kd"] and labels([other]) == ["kd --no-centre"]
     for run, switch in ((usual, "--centre"), (other, "--no-centre")):
         [row], _ = read_rows([run])
         texts = flags_of(row.records[0])
-        assert switch in texts and not any("--layer" in text or "--log_own" in text for text in texts)
+        assert switch in texts and not any("--layer" in text for text in texts)
 
 
 @pytest.mark.parametrize("name", DISTILLERS)
