@@ -13,7 +13,7 @@ from tests.run_folders import make_run
 
 #: Of these a digest tells apart, and another setting or a column is seen.
 BY_DIGEST = {"data", "path_t", "teacher_digest", "data_digest", "init_digest"}
-OF_FOLDERS = {"split", "background"}
+OF_FOLDERS = ("split", "background")
 TEXTS = ("0.25", "3", "7", "2,5", "a", "0.5,0.5", "9,9,9", "resnet14", "16", "imagenet")
 FOUND = {"images_per_pass": 16}
 
