@@ -23,8 +23,8 @@ from errors import UserError, run_script, starting
 with starting():
     from helper.command_line import Parser
     from helper.tables.pages import REFERENCES, describe_left
+    from helper.tables.records import ACCURACIES
     from helper.tables.rows import (
-        ACCURACIES,
         Row,
         describe_lead,
         differences,

@@ -18,7 +18,7 @@ from helper.checkpoint import rebuild, upgrade
 from helper.command_line import Parser
 from helper.loops import evaluate
 from helper.run_folder import LAST
-from helper.tables.rows import read_record
+from helper.tables.records import read_record
 from models.checkpoints import load_exported, read_checkpoint
 from models.cost import count_parameters, measure_latency
 

@@ -25,7 +25,7 @@ with starting():
     from helper.settings import normalisation
     from helper.tables.judgement import Judgement, as_html, as_text, pictures_of
     from helper.tables.pages import write_page
-    from helper.tables.rows import read_result
+    from helper.tables.records import read_result
     from setting import STDOUT, below_one, count, file_or_stdout, file_to_write
 
 

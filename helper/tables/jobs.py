@@ -25,7 +25,7 @@ from filelock import FileLock, Timeout
 from errors import Stopped, UserError
 from helper.run_folder import acquire, writing
 from helper.tables.plan import Job, Shelf
-from helper.tables.rows import LAST_EPOCHS, find_folders, read_record
+from helper.tables.records import LAST_EPOCHS, find_folders, read_record
 
 #: A GPU is free where others have taken no more than this share of its memory.
 TAKEN_BY_OTHERS = 0.1

@@ -17,12 +17,9 @@ from errors import UserError, count_of
 from helper.distributed import is_main
 from helper.run_folder import write_text
 from helper.tables import figures
+from helper.tables.records import ACCURACIES, FIDELITIES, HELD_OUT, Record
 from helper.tables.rows import (
-    ACCURACIES,
-    FIDELITIES,
-    HELD_OUT,
     Left,
-    Record,
     Row,
     describe_lead,
     differing_flags,

@@ -24,7 +24,8 @@ from helper.networks import INIT, Network, digest_together, naming, read_network
 from helper.recipes import CIFAR_PAIRS, IMAGENET_PAIRS
 from helper.run_folder import CONFIG, LAST, PREVIOUS, is_taken, next_folder
 from helper.settings import FOUND, SETTINGS
-from helper.tables.rows import key_text, read_config, read_result
+from helper.tables.records import read_config, read_result
+from helper.tables.rows import key_text
 from models import build_model, find_builder
 from models.backbone import Backbone, Output, probe_shapes
 from models.checkpoints import read_checkpoint

@@ -11,7 +11,7 @@ from dataset import Augmentation, ImageData, Images
 from helper import networks
 from helper.configuration import row_key
 from helper.networks import Network
-from helper.tables.rows import read_record
+from helper.tables.records import read_record
 from helper.teacher import as_it_was_trained
 from models import build_model
 from scripts import evaluate, export_student

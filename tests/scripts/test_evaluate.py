@@ -11,7 +11,7 @@ from sklearn import metrics
 
 import train_teacher
 from helper import judging, networks
-from helper.tables.rows import read_record
+from helper.tables.records import read_record
 from helper.teacher import Teacher
 from models import build_model
 from models.preprocessing import read_preprocessing

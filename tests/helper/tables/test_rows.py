@@ -12,7 +12,8 @@ from helper import command_line
 from helper.command_line import resolve, student_parser
 from helper.tables import published, rows
 from helper.tables.published import Published, judge
-from helper.tables.rows import find_folders, flags_of, read_rows
+from helper.tables.records import find_folders
+from helper.tables.rows import flags_of, read_rows
 from setting import count
 from tests.run_folders import make_run
 
