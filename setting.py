@@ -238,6 +238,13 @@ class Setting(NamedTuple):
             return self.names[0] if value else f"--no-{self.argument}"
         return f"{self.names[0]} {as_text(value)}"
 
+    def works(self, values: Mapping[str, Any]) -> bool:
+        """Whether it may have an effect with these values of other settings, by `works_with`."""
+        if self.works_with is None:
+            return True
+        other, with_these = self.works_with
+        return values.get(other, FILLED_IN) in (*with_these, FILLED_IN)
+
     def read(self, value: Any) -> Any:
         """A stored value, of JSON or a checkpoint, as its flag would have been read; raises `ValueError`."""
         if value is None and self.default is None:

@@ -9,7 +9,7 @@ import difflib
 import itertools
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -26,6 +26,8 @@ from setting import FILLED_IN, Setting, as_text, count, file_or_stdout, file_to_
 
 #: A value of `--resume`: the latest run of the same name, if there is one.
 LATEST = "auto"
+#: The headings of the flags that every training script has.
+GROUPS = (settings.INITIAL, settings.DATA, settings.TRAINING, settings.AUGMENTATION, settings.SPEED, settings.RUN)
 #: How much of a misspelt flag must be that of the one that is suggested (difflib's ratio).
 CLOSE = 0.75
 
@@ -129,13 +131,10 @@ def _add(group, setting: Setting) -> None:
         help_text = f"{setting.help} ({'on' if setting.default else 'off'})"
         group.add_argument(*setting.names, action=argparse.BooleanOptionalAction, default=None, help=help_text)
         return
-    default = f" ({as_text(setting.default)})" if setting.default not in (None, FILLED_IN, "") else ""
-    if setting.default is not FILLED_IN and default and default.strip(" ()") in setting.help:
-        default = ""
+    is_said = setting.default in (None, FILLED_IN) or as_text(setting.default) in setting.help
+    help_text = setting.help if is_said else f"{setting.help} ({as_text(setting.default)})"
     metavar = setting.metavar or (None if setting.choices else setting.argument.upper())
-    group.add_argument(
-        *setting.names, type=setting.type, choices=setting.choices, metavar=metavar, help=f"{setting.help}{default}"
-    )
+    group.add_argument(*setting.names, type=setting.type, choices=setting.choices, metavar=metavar, help=help_text)
 
 
 def _add_settings(parser: Parser, groups: Iterable[str]) -> None:
@@ -170,9 +169,6 @@ def _add_run_flags(parser: Parser) -> None:
         metavar="RUN",
         help="resume a run folder; without a value: the latest run of this name, if there is one",
     )
-
-
-GROUPS = (settings.INITIAL, settings.DATA, settings.TRAINING, settings.AUGMENTATION, settings.SPEED, settings.RUN)
 
 
 def _list_methods() -> str:
@@ -276,24 +272,30 @@ def _refuse_unused(given: Mapping[str, Any]) -> None:
 # --trials and --sweep.
 
 
+class Swept(NamedTuple):
+    """One of the values of a swept setting, and how the name of a trial has it."""
+
+    argument: str
+    value: Any
+    label: str
+
+
 def _expand(given: dict[str, Any], aliases: Mapping[str, str]) -> list[dict[str, Any]]:
     """The values of every run: trials of each combination of the swept values."""
     trials, swept = given.pop("trials", 1), [_read_sweep(text, aliases) for text in given.pop("sweep", ())]
-    names = [argument for values in swept for argument in values[0][1]]
+    names = [values[0].argument for values in swept]
     for name in names:
         if name in given or names.count(name) > 1:
             raise UserError(f"--sweep: {name} is given twice; leave one out")
     runs: list[dict[str, Any]] = []
     unread = set(names)
     for combination in itertools.product(*swept):
-        varied = {argument: value for _, values in combination for argument, value in values.items()}
-        used = settings.settings_of((given | varied).get("distill", _default("distill")))
+        varied = {one.argument: one.value for one in combination}
+        used = settings.settings_of((given | varied).get("distill", settings.default_of("distill")))
         varied = {argument: value for argument, value in varied.items() if argument in used}
         unread -= set(varied)
-        in_name = ("distill", "model_s")  # of the run folder anyway
-        label = "_".join(
-            text for text, values in combination if not set(values) & set(in_name) and set(values) <= set(varied)
-        )
+        labelled = varied.keys() - {"distill", "model_s"}  # these are in the name of the run folder anyway
+        label = "_".join(one.label for one in combination if one.argument in labelled)
         for number in range(trials):
             run = given | varied | _trial(given, number, trials, label)
             if run not in runs:  # a value that this method does not read
@@ -303,8 +305,8 @@ def _expand(given: dict[str, Any], aliases: Mapping[str, str]) -> list[dict[str,
     return runs
 
 
-def _read_sweep(text: str, aliases: Mapping[str, str]) -> list[tuple[str, dict[str, Any]]]:
-    """b=0.5,1 -> [(label, {argument: the value as its flag reads it}), ...]; values with commas are separated by ;."""
+def _read_sweep(text: str, aliases: Mapping[str, str]) -> list[Swept]:
+    """b=0.5,1 -> its values, as the flag reads them; those that hold commas are separated by ;."""
     name, _, values = text.partition("=")
     known, wanted = settings.all_settings().values(), aliases.get(name, name)
     setting = next((one for one in known if {f"-{wanted}", f"--{wanted}"} & set(one.names)), None)
@@ -318,7 +320,7 @@ def _read_sweep(text: str, aliases: Mapping[str, str]) -> list[tuple[str, dict[s
         flag = setting.names[0]
         words = [flag, value] if setting.type is not bool else _switch(setting, value)
         label = re.sub(r"[^A-Za-z0-9._-]", "", f"{name}{value}".replace("_", "").replace(",", "_"))
-        read.append((label, {setting.argument: getattr(parser.parse_args(words), setting.argument)}))
+        read.append(Swept(setting.argument, getattr(parser.parse_args(words), setting.argument), label))
     return read
 
 
@@ -330,7 +332,7 @@ def _switch(setting: Setting, value: str) -> list[str]:
 
 def _trial(given: Mapping[str, Any], number: int, trials: int, label: str) -> dict[str, Any]:
     """Consecutive names and seeds of trials; the label of a swept combination is added to the name."""
-    name = given.get("trial", _default("trial"))
+    name = given.get("trial", settings.default_of("trial"))
     if trials > 1:
         if not name.isdecimal():
             raise UserError(f"--trials gives consecutive trial numbers, so --trial must be a number, not {name}")
@@ -361,13 +363,9 @@ def share_order(configs: Sequence[Configuration], given: Given) -> list[Configur
 # One run.
 
 
-def _default(argument: str) -> Any:
-    return next(setting.default for setting in settings.SETTINGS if setting.argument == argument)
-
-
 def teacher_of(values: Mapping[str, Any]) -> str | None:
     """The teacher's file of a run with these given and stored values; None where the method reads none."""
-    method = find_distiller(values.get("distill", _default("distill")))
+    method = find_distiller(values.get("distill", settings.default_of("distill")))
     if not method.reads_teacher:
         return None
     if values.get("path_t") is None:
@@ -392,36 +390,41 @@ def resolve(
         check_given(folder, stored, given, digest)
         stored = stored | ({"teacher_digest": digest} if digest else {})
     told = of_initial | stored | given
-    distill = told.get("distill", _default("distill"))
+    distill = told.get("distill", settings.default_of("distill"))
     _refuse_unused(given | {"distill": distill})
     if told.get("model_s") is None:
         raise UserError("--model_s is missing: name the network to train, like --model_s resnet8")
-    dataset = given.get("dataset", stored.get("dataset", of_teacher.get("dataset") or _default("dataset")))
+    dataset = told.get("dataset") or of_teacher.get("dataset") or settings.default_of("dataset")
     of_teacher = _without_other_data(of_teacher, dataset, told)
     known = settings.settings_of(distill)
-    chosen = {argument: value for argument, value in (stored | given).items() if argument in known}
+    stored, given = ({name: value for name, value in each.items() if name in known} for each in (stored, given))
+    chosen = stored | given
     recipe = recipe_of(dataset, of_teacher.get("model_t"), told["model_s"], distill, chosen)
     layers = (
         {name: (one.default, "default") for name, one in known.items() if one.default is not FILLED_IN},
         recipe,
         {name: (value, "from --init") for name, value in of_initial.items()},
         {name: (value, "teacher's record") for name, value in of_teacher.items() if value is not None},
-        {name: (value, "resumed run") for name, value in stored.items() if name in known},
-        {name: (value, "command line") for name, value in given.items() if name in known},
+        {name: (value, "resumed run") for name, value in stored.items()},
+        {name: (value, "command line") for name, value in given.items()},
     )
     merged = {name: pair for layer in layers for name, pair in layer.items()}
-    _scale_epochs(merged, known, {*given, *stored}, recipe)
-    _leave_without_effect(merged, known, {*given, *stored})
+    _scale_epochs(merged, known, chosen, recipe)
+    _leave_without_effect(merged, known, chosen)
     _derive(merged, known)
-    if merged["labels"][0] == "none":
-        _without_labels(merged)
+    _leave_labels_out(merged)
     values: dict[str, Any] = {name: value for name, (value, _) in merged.items()}
     origins = {name: origin for name, (_, origin) in merged.items()}
+    _check(given, values)
+    return Configuration(values, origins, folder, in_folder)
+
+
+def _check(given: Mapping[str, Any], values: Mapping[str, Any]) -> None:
+    """Raise `UserError` where the resolved values of a run, some of them given, contradict each other."""
     _refuse_without_effect(given, values)
     _check_labels(values)
     _check_targets(values)
     _check_cache(values)
-    return Configuration(values, origins, folder, in_folder)
 
 
 def _refuse_without_effect(given: Mapping[str, Any], values: Mapping[str, Any]) -> None:
@@ -429,13 +432,12 @@ def _refuse_without_effect(given: Mapping[str, Any], values: Mapping[str, Any]) 
     refuse_without_effect(find_distiller(values["distill"]), values, given)
     for setting in settings.SETTINGS:
         value = given.get(setting.argument)
-        if setting.works_with is not None and value and value != setting.default:
+        if setting.works_with is not None and value and value != setting.default and not setting.works(values):
             other, known = setting.works_with
-            if values[other] not in known:
-                raise UserError(
-                    f"--{setting.argument}: has no effect with --{other} {values[other]}; leave it out, or take "
-                    f"--{other} {' or '.join(known)}"
-                )
+            raise UserError(
+                f"--{setting.argument}: has no effect with --{other} {values[other]}; leave it out, or take "
+                f"--{other} {' or '.join(known)}"
+            )
 
 
 def _check_targets(values: Mapping[str, Any]) -> None:
@@ -454,15 +456,6 @@ def _check_targets(values: Mapping[str, Any]) -> None:
         raise UserError("--balanced_sampling: --class_weights makes up for rare classes already; leave one of them out")
 
 
-def _without_labels(merged: dict) -> None:
-    """Leave the cross entropy out; raise `UserError` where it was asked for."""
-    gamma = GAMMA.argument
-    if gamma in merged and merged[gamma][0] and merged[gamma][1] in ("command line", "resumed run"):
-        raise UserError("-r/--gamma: without labels (--labels none) there is no cross entropy; leave it out")
-    if gamma in merged:
-        merged[gamma] = (0.0, "--labels none")
-
-
 def _check_labels(values: Mapping[str, Any]) -> None:
     """Raise `UserError` where something needs labels, and there are none."""
     method = find_distiller(values["distill"])
@@ -475,9 +468,8 @@ def _check_labels(values: Mapping[str, Any]) -> None:
             f"--labels none: --distill {method.name} cannot train without labels: {method.refuses_unlabelled}; choose "
             "another method"
         )
-    if (
-        values["holdout"] and "sample index and negatives" in method.reads
-    ):  # without labels, the losses judge those images
+    # Without labels the losses judge the held-out images.
+    if values["holdout"] and "sample index and negatives" in method.reads:
         raise UserError(
             f"--holdout: --distill {method.name} keeps something of every training image, and held-out ones have "
             "nothing; without labels (--labels none) leave it out"
@@ -520,7 +512,7 @@ def _without_other_data(of_teacher: dict[str, Any], dataset: str, told: Mapping[
     return of_teacher
 
 
-def _scale_epochs(merged: dict, known: Mapping[str, Setting], chosen: set[str], recipe: Mapping) -> None:
+def _scale_epochs(merged: dict, known: Mapping[str, Setting], chosen: Collection[str], recipe: Mapping) -> None:
     """Scale numbers of epochs that belong to a run of another length, unless they were chosen."""
     for name, setting in known.items():
         if setting.full_run is None or name in chosen or name not in merged or not merged[name][0]:
@@ -535,20 +527,30 @@ def _scale_epochs(merged: dict, known: Mapping[str, Setting], chosen: set[str], 
             merged[name] = (scaled, f"{source}, scaled")
 
 
-def _leave_without_effect(merged: dict, known: Mapping[str, Setting], chosen: set[str]) -> None:
+def _leave_without_effect(merged: dict, known: Mapping[str, Setting], chosen: Collection[str]) -> None:
     """Give settings that a recipe has for another choice their defaults: SGD's with --optimizer adamw, say."""
+    values = {name: value for name, (value, _) in merged.items()}
     for name, setting in known.items():
         if setting.works_with is None or setting.default is FILLED_IN or name in chosen:
             continue
-        other, values = setting.works_with
-        if merged[other][0] not in values and merged[name][0] != setting.default:
-            merged[name] = (setting.default, f"its value is for --{other} {' or '.join(values)}")
+        if not setting.works(values) and values[name] != setting.default:
+            other, with_these = setting.works_with
+            merged[name] = (setting.default, f"its value is for --{other} {' or '.join(with_these)}")
+
+
+def _leave_labels_out(merged: dict) -> None:
+    """Leave the cross entropy out where there are no labels; raise `UserError` where it was asked for."""
+    gamma = GAMMA.argument
+    if merged["labels"][0] != "none" or gamma not in merged:
+        return
+    if merged[gamma][0] and merged[gamma][1] in ("command line", "resumed run"):
+        raise UserError("-r/--gamma: without labels (--labels none) there is no cross entropy; leave it out")
+    merged[gamma] = (0.0, "--labels none")
 
 
 def _derive(merged: dict, known: Mapping[str, Setting]) -> None:
     """Fill in what follows from other settings: the parts of --fast, seeds, the size of a forward pass."""
-    fast = merged["fast"][0]
-    if fast == "auto":
+    if merged["fast"][0] == "auto":
         device = find_device(merged["device"][0])
         for name, setting in known.items():
             if setting.auto is not None and merged[name][1] == "default":

@@ -98,10 +98,7 @@ def read_stored(stored: object, source: str) -> dict:
 def has_effect(setting: Setting, config: Mapping[str, Any]) -> bool:
     """Whether a setting changes anything in a run with these values of all settings: of the milestones with a cosine
     it does not."""
-    if setting.works_with is not None:
-        other, values = setting.works_with
-        return config.get(other, FILLED_IN) in (*values, FILLED_IN)
-    return unmet(find_distiller(config["distill"]), setting, config) is None
+    return setting.works(config) and unmet(find_distiller(config["distill"]), setting, config) is None
 
 
 def row_key(config: Mapping[str, Any]) -> dict[str, Any]:

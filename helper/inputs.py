@@ -56,7 +56,7 @@ from helper.networks import (
 )
 from helper.optim import check_rates
 from helper.run_folder import CONFIG, RunFolder
-from helper.settings import all_settings
+from helper.settings import default_of
 from helper.teacher import CachedTeacher, Teacher, check_accuracy, own_test, shown_as
 from models.classes import compare_classes, matched_by_position
 from models.external import is_external
@@ -142,7 +142,7 @@ def _check_place(configs: Sequence[Configuration]) -> None:
 
 def _dataset_of(values: Mapping[str, Any], of_teacher: Mapping[str, Any]) -> dict[str, str]:
     """What `--data` says of the data set where nothing else does: {"dataset": "folder"} for a folder of images."""
-    known = values.get("dataset") or of_teacher.get("dataset") or all_settings()["dataset"].default
+    known = values.get("dataset") or of_teacher.get("dataset") or default_of("dataset")
     if values.get("labels") == "none" and values.get("data") is not None and known not in OF_IMAGE_FILES:
         if "dataset" in values:
             return {}  # what is wrong is said where the images are read

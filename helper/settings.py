@@ -844,6 +844,11 @@ def settings_of(distill: str) -> dict[str, Setting]:
     return {setting.argument: setting for setting in (*SETTINGS, *find_distiller(distill).flags)}
 
 
+def default_of(argument: str) -> Any:
+    """The default of a setting of every run."""
+    return next(setting.default for setting in SETTINGS if setting.argument == argument)
+
+
 def all_settings() -> dict[str, Setting]:
     """Every setting that some run has, by argument."""
     return {setting.argument: setting for setting in (*SETTINGS, *method_settings().values())}
