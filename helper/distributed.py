@@ -1,4 +1,4 @@
-"""The processes of a training: joining, agreeing, stopping after the same step, and ending together.
+"""The processes of a training: joining, their devices, agreeing, stopping after the same step, ending together.
 
 Several, which train one student together, are started by torchrun. Without it there is one, which agrees with itself.
 """
@@ -189,6 +189,15 @@ def total_of(values: Sequence[Tensor | float]) -> list[float]:
     return sums.tolist()
 
 
+def list_of_all(here: list) -> list:
+    """The entries of every process's list, in the order of their ranks, pickled."""
+    if count_processes() == 1:
+        return here
+    gathered: list = [None] * count_processes()
+    distributed.all_gather_object(gathered, here)
+    return [entry for of_process in gathered for entry in of_process]
+
+
 def largest(number: int) -> int:
     """The largest of all processes' numbers."""
     if count_processes() == 1:
@@ -293,22 +302,6 @@ def check_alike(method: nn.Module, distill: str) -> None:
             f"--distill {distill}: its buffer {name} is another in each process, which updates it by its own images; "
             "update it by those of all (gather_rows in crd/processes.py), or train in one process"
         )
-
-
-def describe_batch(config: Any) -> str:
-    """One line on how the batch is divided and what that means for the learning rate; empty where it is not divided."""
-    processes, parts = count_processes(), config.accumulate
-    without_effect = "--sync_bn changes nothing: there is one process" if config.sync_bn and processes == 1 else ""
-    if processes * parts == 1:
-        return without_effect
-    factors = f"{processes} processes x " * (processes > 1) + f"{parts} micro-batches x " * (parts > 1)
-    statistics = "all processes'" if config.sync_bn and processes > 1 else "each process's own"
-    return (
-        f"batch: {config.batch_size} = {factors}{images_per_pass(config.batch_size, parts)} images; the learning rate, "
-        f"{config.learning_rate:g}, belongs to the global batch and is not rescaled; BatchNorm over {statistics} "
-        + ("micro-batch" if parts > 1 else "images")
-        + (without_effect and f"; {without_effect}")
-    )
 
 
 def images_per_pass(batch_size: int, parts: int) -> int:

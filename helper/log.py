@@ -8,9 +8,10 @@ from torch import nn
 from tqdm import tqdm
 
 from dataset import ImageData
-from distiller_zoo import Distiller, Stage
+from distiller_zoo import Distiller, Progress, Stage
 from errors import count_of
-from helper.distributed import is_main
+from helper.configuration import Configuration
+from helper.distributed import count_processes, images_per_pass, is_main
 from helper.metrics import MATCHING_LOSSES, PROBE_ACCURACIES
 from models.cost import count_multiply_adds, count_parameters
 
@@ -33,6 +34,22 @@ def describe_data(data: ImageData, device: torch.device) -> str:
     )
 
 
+def describe_batch(config: Configuration) -> str:
+    """One line on how the batch is divided and what that means for the learning rate; empty where it is not divided."""
+    processes, parts = count_processes(), config.accumulate
+    without_effect = "--sync_bn changes nothing: there is one process" if config.sync_bn and processes == 1 else ""
+    if processes * parts == 1:
+        return without_effect
+    factors = f"{processes} processes x " * (processes > 1) + f"{parts} micro-batches x " * (parts > 1)
+    statistics = "all processes'" if config.sync_bn and processes > 1 else "each process's own"
+    return (
+        f"batch: {config.batch_size} = {factors}{images_per_pass(config.batch_size, parts)} images; the learning rate, "
+        f"{config.learning_rate:g}, belongs to the global batch and is not rescaled; BatchNorm over {statistics} "
+        + ("micro-batch" if parts > 1 else "images")
+        + (without_effect and f"; {without_effect}")
+    )
+
+
 def describe_method(distiller: Distiller, stages: Sequence[Stage], model_name: str, image_size: int) -> str:
     """What the student costs, what is trained in each stage, and what is shipped in addition to the student."""
     student = distiller.student
@@ -46,10 +63,20 @@ def describe_method(distiller: Distiller, stages: Sequence[Stage], model_name: s
     )
 
 
-def describe_protocol(holdout: int | None, metric: str = "accuracy") -> str:
+def describe_protocol(holdout: int | None, metric: str) -> str:
     """Which images the best epoch of a run is chosen on, and by what, as `result.json` and tables say it."""
     images = f"best on {holdout} held-out" if holdout else "best on test"
     return images if metric == "accuracy" else f"{images} by {metric}"
+
+
+def format_title(stage: str, progress: Progress) -> str:
+    """The name of an epoch on a progress bar and in the log."""
+    return f"{of_stage(stage)}epoch {progress.epoch + 1}/{progress.epochs}"
+
+
+def of_stage(stage: str) -> str:
+    """The name of a stage before a word; empty for the main one."""
+    return "" if stage == "main" else f"{stage} "
 
 
 def format_losses(means: dict[str, float]) -> str:
@@ -70,8 +97,8 @@ def format_duration(seconds: float) -> str:
     return f"{minutes // 60} h {minutes % 60} min" if hours < 48 else f"{hours // 24} days {hours % 24} h"
 
 
-def format_epoch(record: dict, title: str, left: str = "") -> str:
-    """An epoch's line in the log; `left` says how long the rest of the run takes."""
+def format_epoch(record: dict, title: str, left: str) -> str:
+    """An epoch's line in the log; `left` says how long the rest of the run takes, empty at its end."""
     seconds = record["data_wait_s"] + record["compute_s"]
     kinds = {f"{name}_accuracy{of}": f"{name}{of and ' of EMA'}" for of in ("", "_ema") for name in ("holdout", "test")}
     test = "".join(f", {kind} {record[name]:.2f} %" for name, kind in kinds.items() if name in record)

@@ -9,19 +9,19 @@ import itertools
 import operator
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 
 import torch
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 
 from dataset import VIEWS, Augmentation, Batch, ImageData, Images, Loader, StreamedImages, epoch_seed
 from distiller_zoo import Distiller, Progress, Stage, explained
 from distiller_zoo.base import ALPHA, GAMMA, NOTHING_TO_TRAIN
 from errors import StoppedAtOnce, UserError, count_of
 from helper.configuration import Configuration
-from helper.distributed import Replica, count_processes, images_per_pass, rank, total_of
+from helper.distributed import Replica, count_processes, images_per_pass, list_of_all, rank, total_of
 from helper.fast import Fast
-from helper.log import progress_bar
+from helper.log import format_title, of_stage, progress_bar
 from helper.metrics import EpochMeter, measure_all
 from helper.optim import SCHEDULES, Average, Guard, make_optimizer, parameters_of, step_learning_rate, warm_up
 from helper.teacher import Teacher
@@ -118,7 +118,7 @@ class Training:
         if loader.images_shown == images:
             return ""
         return (
-            f"each {_of_stage(self.stage.name)}epoch leaves out {images - loader.images_shown} of {images} training "
+            f"each {of_stage(self.stage.name)}epoch leaves out {images - loader.images_shown} of {images} training "
             f"images, others each time: a last batch needs at least {count_of(loader.min_batch, 'image')}"
         )
 
@@ -422,7 +422,8 @@ def evaluate(predict: Callable[[Tensor], Tensor], loader: Loader, title: str = "
     the split can be read.
     """
     bar = progress_bar(loader.batches(), title, len(loader))
-    found = _of_all_processes([(predict(batch.images).float(), batch.targets) for batch in bar])
+    here = [(predict(batch.images).float(), batch.targets) for batch in bar]
+    found = list_of_all([(logits.cpu(), targets.cpu()) for logits, targets in here])
     if not any(len(targets) for _, targets in found):
         raise UserError(f"--data: {title}: no readable image; repair or remove the files")
     logits, targets = (torch.cat(parts) for parts in zip(*found, strict=True))
@@ -459,16 +460,6 @@ def pooled_features(network: Backbone, loader: Loader) -> tuple[Tensor, Tensor]:
         features.append(network.outputs(batch.images).pooled.float().cpu())
         classes.append(batch.targets.cpu())
     return torch.cat(features), torch.cat(classes)
-
-
-def _of_all_processes(pairs: list[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor]]:
-    """The pairs of every process, in the order of their ranks, on the CPU."""
-    here = [(first.cpu(), second.cpu()) for first, second in pairs]
-    if count_processes() == 1:
-        return here
-    gathered: list = [None] * count_processes()
-    distributed.all_gather_object(gathered, here)
-    return [pair for of_process in gathered for pair in of_process]
 
 
 def random_state() -> dict[str, Tensor]:
@@ -522,16 +513,16 @@ def forward_backward(
     batch: Batch,
     teacher_output: Output | None,
     progress: Progress,
-    autocast: AbstractContextManager | None = None,
+    autocast: AbstractContextManager,
     share: float = 1.0,
     scale: Callable[[Tensor], Tensor] | None = None,
 ) -> tuple[dict[str, Tensor], Tensor | None]:
-    """Forward of a method, which `compute` calls (in the context `autocast`, if any), and backward of its losses times
-    `share`, `scale`d.
+    """Forward of a method, which `compute` calls in the context `autocast`, and backward of its losses times `share`,
+    `scale`d.
 
     Returns (named weighted losses, student's logits); gradients are added to those that there are.
     """
-    with autocast or nullcontext():
+    with autocast:
         logits, losses = compute(batch, teacher_output, progress, stage)
     if not losses:
         raise UserError(NOTHING_TO_TRAIN)
@@ -539,15 +530,6 @@ def forward_backward(
     total = total if share == 1 else share * total
     (scale(total) if scale else total).backward()
     return losses, logits
-
-
-def format_title(stage: str, progress: Progress) -> str:
-    """The name of an epoch on a progress bar and in the log."""
-    return f"{_of_stage(stage)}epoch {progress.epoch + 1}/{progress.epochs}"
-
-
-def _of_stage(stage: str) -> str:
-    return "" if stage == "main" else f"{stage} "
 
 
 def _uses_all_weights(method: Distiller) -> bool:

@@ -11,6 +11,7 @@ import textwrap
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
+from functools import partial
 from typing import Any
 
 import torch
@@ -36,12 +37,12 @@ from helper.distributed import (
     by_main,
     check_alike,
     count_processes,
-    describe_batch,
     is_main,
 )
 from helper.fast import Fast
 from helper.inputs import Inputs, Opened, class_weights_of
 from helper.log import (
+    describe_batch,
     describe_data,
     describe_method,
     describe_protocol,
@@ -49,11 +50,11 @@ from helper.log import (
     format_epoch,
     format_losses,
     format_result,
+    format_title,
 )
 from helper.loops import (
     Training,
     evaluate,
-    format_title,
     matching_loss,
     pooled_features,
     random_state,
@@ -209,17 +210,8 @@ def train(runs: Sequence["Run"], teacher: Teacher | None) -> list[dict]:
         while waiting := [run for run in runs if not run.is_over]:
             first = min(waiting, key=lambda run: run.epochs_over)
             group = [run for run in waiting if run.epoch_key == first.epoch_key]
-
-            def after_step(number: int, group=group) -> None:
-                """Save within an epoch where that is due, or before the runs stop."""
-                heard = stop.heard_by_any()  # once: a signal that comes during the saves waits for the next step
-                for run in group:
-                    with run.own_turn():
-                        run.save_within_epoch(number, stopping=heard is not None)
-                _stop_if(heard, runs)
-
             try:
-                train_epoch(group, teacher, stop.finishing, after_step)
+                train_epoch(group, teacher, stop.finishing, partial(_save_or_stop, group, runs, stop))
             except UserError as error:  # the images are unreadable: none of the group can continue
                 for run in group:
                     run.fail(error)
@@ -228,6 +220,15 @@ def train(runs: Sequence["Run"], teacher: Teacher | None) -> list[dict]:
             _stop_if(stop.heard_by_any(), runs)
     _raise_failures(runs)
     return [run.result for run in runs if run.result is not None]
+
+
+def _save_or_stop(group: Sequence["Run"], runs: Sequence["Run"], stop: StopRequest, number: int) -> None:
+    """After a step of a group, of this number: save its runs where that is due, or before all of them stop."""
+    heard = stop.heard_by_any()  # once: a signal that comes during the saves waits for the next step
+    for run in group:
+        with run.own_turn():
+            run.save_within_epoch(number, stopping=heard is not None)
+    _stop_if(heard, runs)
 
 
 def _stop_if(number: int | None, runs: Sequence["Run"]) -> None:
@@ -596,24 +597,27 @@ class Run:
         """The networks and what is known of them; never of diverged ones."""
         check_state(self.method)
         self.guard.check_weights(self.method)
-        teacher = None
-        if self.teacher is not None:
-            loaded = self.teacher.loaded
-            teacher = {"name": loaded.name, "digest": loaded.digest, "accuracy": self.teacher.accuracy}
-            counts = [each.num_classes for each in loaded.teachers]
-            teacher["num_classes"] = counts if loaded.members else loaded.num_classes
-        known = {"accuracy": record.get("test_accuracy"), "epoch": self.epoch, "teacher": teacher}
-        known |= {"accuracy_ema": record["test_accuracy_ema"]} if "test_accuracy_ema" in record else {}
-        known["max_steps"] = self.config.max_steps if self._is_cut_short() else None
-        known["identity"] = self.inputs.identity
+        known = {
+            "accuracy": record.get("test_accuracy"),
+            "epoch": self.epoch,
+            "teacher": self.teacher and self.teacher.record(),
+            "max_steps": self.config.max_steps if self._is_cut_short() else None,
+            "identity": self.inputs.identity,
+        }
+        if "test_accuracy_ema" in record:
+            known["accuracy_ema"] = record["test_accuracy_ema"]
         averaged = self.average.module if self.average is not None and self.average.has_steps else None
         return make_checkpoint(self.method, self.config, data_record(self.data), averaged, **known)
 
     def _save_last(self, checkpoint: dict, epoch_state: dict | None) -> None:
-        state = {name: getattr(self, name) for name in STATE} | {"epoch_state": epoch_state}
-        state |= {"skipped_steps": self.guard.skipped, "optimizer": self.training.optimizer.state_dict()}
-        state |= {"overflows": self.guard.overflows, "scaler": self.training.scaler.state_dict()}
-        state |= {"computed_by": self.computed_by}
+        state = {name: getattr(self, name) for name in STATE} | {
+            "epoch_state": epoch_state,
+            "skipped_steps": self.guard.skipped,
+            "overflows": self.guard.overflows,
+            "optimizer": self.training.optimizer.state_dict(),
+            "scaler": self.training.scaler.state_dict(),
+            "computed_by": self.computed_by,
+        }
         self.folder.save(LAST, checkpoint | {"training": checkpoint["training"] | state})
 
     def _save(self, record: dict) -> None:

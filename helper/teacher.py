@@ -146,6 +146,16 @@ class Teacher:
     def _together(self, networks: Sequence[Backbone]) -> Backbone:
         return Ensemble(networks, self.loaded.network.shares) if len(networks) > 1 else networks[0]
 
+    def record(self) -> dict[str, Any]:
+        """What the checkpoint of a student says of its teacher."""
+        counts = [each.num_classes for each in self.loaded.teachers]
+        return {
+            "name": self.loaded.name,
+            "digest": self.loaded.digest,
+            "accuracy": self.accuracy,
+            "num_classes": counts if self.loaded.members else counts[0],
+        }
+
     def __call__(self, images: Tensor, preact: bool, is_whole: bool) -> Output:
         """The outputs for images (B, 3, H, W) of a batch that may be whole."""
         compute = self._compiled if is_whole else self.frozen

@@ -6,8 +6,7 @@ import pytest
 
 import train_cifar_student
 from helper import run as run_module
-from helper.distributed import describe_batch
-from helper.log import format_duration, format_result
+from helper.log import describe_batch, format_duration, format_result
 from tests.conftest import killed
 
 
