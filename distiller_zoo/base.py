@@ -107,16 +107,6 @@ def without_student(images: Tensor, teacher: Output | None) -> None:
     """The `respond` of a stage that does not run the student."""
 
 
-#: What earlier versions called parts of the contract -> today's names: what is set under those would be ignored.
-RENAMED = {
-    "needs_teacher": "reads_teacher",
-    "needs_teacher_output": "reads_teacher_output",
-    "needs_teacher_logits": "reads_teacher_logits",
-    "needs_targets": "refuses_unlabelled",
-    "needs": "flags_work_if",
-}
-
-
 class Distiller(nn.Module):
     """A method: student, adapters and losses in one module.
 
@@ -162,7 +152,7 @@ class Distiller(nn.Module):
 
     def __init_subclass__(cls, **options):
         super().__init_subclass__(**options)
-        check_class(cls, Distiller, RENAMED)
+        check_class(cls, Distiller)
 
     def __init__(self, student: Backbone, teacher: Backbone | None, task: Task, **hyper_parameters):
         super().__init__()

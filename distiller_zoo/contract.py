@@ -26,18 +26,23 @@ CLOSE = 0.85
 ROUNDING = 0.01
 #: What every module has, its parameters and buffers among it.
 OF_TORCH = vars(nn.Module())
+#: What earlier versions called parts of the contract -> today's names: what is set under those would be ignored.
+RENAMED = {
+    "needs_teacher": "reads_teacher",
+    "needs_teacher_output": "reads_teacher_output",
+    "needs_teacher_logits": "reads_teacher_logits",
+    "needs_targets": "refuses_unlabelled",
+    "needs": "flags_work_if",
+}
 
 
-def check_class(method: type, base: type, renamed: Mapping[str, str]) -> None:
-    """Raise `UserError` for what a class declares that the contract of `base` does not know.
-
-    `renamed`: names of earlier versions -> today's.
-    """
+def check_class(method: type, base: type) -> None:
+    """Raise `UserError` for what a class declares that the contract of `base` does not know."""
     own = {name: value for name, value in vars(method).items() if not name.startswith("_")}
     where = _where(method)
     for name, value in own.items():
-        if name in renamed:
-            raise UserError(f"{where.format(name)} is called {renamed[name]} now; rename it")
+        if name in RENAMED:
+            raise UserError(f"{where.format(name)} is called {RENAMED[name]} now; rename it")
         _check_declared(method, base, name, value, where.format(name))
     if (name := own.get("name", "")) and not re.fullmatch(r"[a-z0-9_.]+", name):
         raise UserError(f"{where.format('name')} is '{name}'; it must be of lower-case letters, digits and _")

@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from distiller_zoo import DISTILLERS, Distiller, Progress, check_stages, check_state, refuse_without_effect
-from distiller_zoo.base import RENAMED
+from distiller_zoo.contract import RENAMED
 from errors import UserError
 from helper.loops import set_modes
 from models.backbone import Output
