@@ -86,12 +86,10 @@ def open_runs(given: Given) -> Opened:
     first = stored | given.runs[0]  # the settings of files are shared by all runs
     teacher = _open_teacher(stored, given.runs)
     of_teacher = {} if teacher is None else teacher.settings_as_teacher()
-    runs = [
-        by_main(lambda run=run: with_class_names(run) | _dataset_of(stored | run, of_teacher)) for run in given.runs
-    ]
+    runs = by_main(lambda: [with_class_names(run) | _dataset_of(stored | run, of_teacher) for run in given.runs])
     source, ema = None if folder else first.get("init"), first.get("ema", False)
     initial, of_initial = None, {}
-    if source is not None and "model_s" not in first:
+    if source is not None and "model_s" not in first:  # the model is that of the weights
         initial = None if is_external(source) else main_first(lambda: read_initial(source, None, ema))
         of_initial = {"model_s": name_of_published(source) if initial is None else initial.name}
 
@@ -283,12 +281,6 @@ def _part_loader(images: Images | StreamedImages, data: ImageData, batch_size: i
     return Loader(images, data, batch_size, device, subset=mine)
 
 
-def _as_held(inputs: Inputs) -> Loader:
-    """The test images in the size in which they are held; whatever else sees them resizes that."""
-    data = inputs.data._replace(resized=None)
-    return _part_loader(data.test, data, inputs.test_loader.batch_size, inputs.device)
-
-
 def class_weights_of(configs: Sequence[Configuration], data: ImageData) -> dict[str | None, torch.Tensor | None]:
     """What each value of `--class_weights` among some runs gives the classes (K,); a file is read once, by the main
     process."""
@@ -311,7 +303,7 @@ def prepare_teacher(loaded: Network | None, inputs: Inputs, config: Configuratio
     teacher = _make_teacher(loaded, inputs, config)
     notes = [_check_teacher(teacher, number, inputs, config) for number in range(len(loaded.teachers))]
     if data.labelled and loaded.members and loaded.num_classes == data.num_classes:
-        shown = _as_held(inputs) if teacher.sees_original else inputs.test_loader
+        shown = _shown_to(teacher, inputs)
         teacher.accuracy = evaluate(teacher.predict, shown, "checking the teachers")["test_accuracy"]
         notes.append(f"{len(notes)} teachers: {teacher.accuracy:.2f} % by the average of their logits")
     usual = data.name if config.normalisation is None else None  # whose images are as that data set's usually are
@@ -336,18 +328,12 @@ def _make_teacher(loaded: Network, inputs: Inputs, config: Configuration) -> Tea
 
 
 def _check_teacher(teacher: Teacher, number: int, inputs: Inputs, config: Configuration) -> str:
-    """A line on the accuracy of one of the teachers, tested as its weights' own test does where that is known and the
-    data are image files, which is kept in the `teacher` where it is the only one; raises `UserError` where it does not
-    fit the data or its record."""
+    """A line on the accuracy of one of the teachers, which is kept in the `teacher` where it is the only one; raises
+    `UserError` where it does not fit the data or its record."""
     loaded, data = teacher.loaded.teachers[number], inputs.data
     if not data.labelled:
-        first = known_classes(teacher.loaded)
-        others = compare_classes(known_classes(loaded), first) if first and teacher.loaded.num_classes else None
-        if others is not None and not config.allow_teacher_gap:
-            raise UserError(
-                f"--path_t: {teacher.loaded.teachers[0].path} and {loaded.path} have classes in another order, so "
-                "their logits have no average; choose other teachers, or --allow_teacher_gap"
-            )
+        if not config.allow_teacher_gap:
+            _check_same_classes(teacher.loaded, loaded)
         return f"teacher {loaded.name}: its accuracy is not measured: the images have no labels"
     if loaded.num_classes != data.num_classes:
         has = f"its {loaded.num_classes} classes are not those of the data" if loaded.num_classes else "no classifier"
@@ -355,15 +341,42 @@ def _check_teacher(teacher: Teacher, number: int, inputs: Inputs, config: Config
     others = compare_classes(classes_of_logits(loaded), data.classes)
     if others is not None and not config.allow_teacher_gap:
         raise UserError(f"--path_t: {others}; use the data that the teacher knows, or --allow_teacher_gap")
+    accuracy, how = _test_teacher(teacher, number, inputs)
+    teacher.accuracy = None if teacher.loaded.members else accuracy
+    line = check_accuracy(loaded, data.name, accuracy, config.allow_teacher_gap)
+    unknown = matched_by_position(classes_of_logits(loaded), data.classes)
+    return "\n".join(filter(None, (f"{line}; {how}" if how else line, unknown and f"teacher {loaded.name}: {unknown}")))
+
+
+def _check_same_classes(together: Network, one: Network) -> None:
+    """Raise `UserError` where one of several teachers has its classes in another order than the first: no data say
+    which is right."""
+    first = known_classes(together)
+    if first and together.num_classes and compare_classes(known_classes(one), first) is not None:
+        raise UserError(
+            f"--path_t: {together.teachers[0].path} and {one.path} have classes in another order, so their logits have "
+            "no average; choose other teachers, or --allow_teacher_gap"
+        )
+
+
+def _test_teacher(teacher: Teacher, number: int, inputs: Inputs) -> tuple[float, str]:
+    """The accuracy (%) of one of the teachers, tested as its weights' own test does where that is known and the data
+    are image files, and how that is, in words; else as in training, and an empty text."""
+    loaded, data = teacher.loaded.teachers[number], inputs.data
     own, how = own_test(loaded.path, loaded.record, data), ""
-    shown = _as_held(inputs) if teacher.sees_original else inputs.test_loader
+    shown = _shown_to(teacher, inputs)
     if own is not None:
         as_theirs, how = shown_as(own, data)
         test = as_theirs.test.to(inputs.device)
         shown = _part_loader(test, as_theirs, inputs.test_loader.batch_size, inputs.device)
     predict = functools.partial(teacher.predict_alone, number, as_tested=own is not None)
-    accuracy = evaluate(predict, shown, "checking the teacher")["test_accuracy"]
-    teacher.accuracy = None if teacher.loaded.members else accuracy
-    line = check_accuracy(loaded, data.name, accuracy, config.allow_teacher_gap)
-    unknown = matched_by_position(classes_of_logits(loaded), data.classes)
-    return "\n".join(filter(None, (f"{line}; {how}" if how else line, unknown and f"teacher {loaded.name}: {unknown}")))
+    return evaluate(predict, shown, "checking the teacher")["test_accuracy"], how
+
+
+def _shown_to(teacher: Teacher, inputs: Inputs) -> Loader:
+    """The test images as the teacher sees them in training: in the size in which they are held, where it resizes them
+    itself."""
+    if not teacher.sees_original:
+        return inputs.test_loader
+    data = inputs.data._replace(resized=None)
+    return _part_loader(data.test, data, inputs.test_loader.batch_size, inputs.device)
