@@ -142,7 +142,7 @@ def file_to_write(text: str) -> Path:
 
 
 def file_or_stdout(text: str) -> Path:
-    """The same, or a dash for standard output."""
+    """The file for a result, or a dash for standard output, read from a flag."""
     return STDOUT if text == str(STDOUT) else file_to_write(text)
 
 

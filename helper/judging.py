@@ -200,7 +200,7 @@ def by_data(judged: Sequence[Judged], asked: Asked, loaded: Network | None) -> I
         data, how = (data_sets[wanted], "") if own is None else shown_as(own, data_sets[wanted])
         for one in members:
             check_size(one, data)
-        of_teacher = check_teachers_classes(loaded, data, members) if loaded else ()
+        of_teacher = check_teacher(loaded, data, members) if loaded else ()
         unknown = [(*check_classes(one, data), *note_of_teacher(one, loaded), *of_teacher) for one in members]
         members = [one._replace(notes=[*one.notes, *more]) for one, more in zip(members, unknown, strict=True)]
         yield Group(members, data, wanted.folder, how, size)
@@ -215,10 +215,11 @@ def check_classes(judged: Judged, data: ImageData) -> Sequence[str]:
     if number is not None and number != data.num_classes:
         raise UserError(f"--data: {judged.source} has {count_of(number, 'class')}, the data {data.num_classes}")
     own = read_preprocessing(judged.source)
-    others = compare_classes(classes or (own and own.categories), data.classes)
+    known = classes or (own and own.categories)
+    others = compare_classes(known, data.classes)
     if others is not None:
         raise UserError(f"--data: {judged.source}: {others}")
-    unknown = matched_by_position(classes or (own and own.categories), data.classes)
+    unknown = matched_by_position(known, data.classes)
     guessed = note_of_normalisation(judged.source, judged.record, data.name, "--normalisation")
     return list(filter(None, (unknown, guessed)))
 
@@ -246,8 +247,9 @@ def note_of_teacher(judged: Judged, loaded: Network | None) -> Sequence[str]:
     return [f"its run had {its}: {own['name']} (digest {own['digest']})"]
 
 
-def check_teachers_classes(loaded: Network, data: ImageData, members: Sequence[Judged]) -> Sequence[str]:
-    """The same of the teacher of these networks, whose logits are compared where it has as many classes."""
+def check_teacher(loaded: Network, data: ImageData, members: Sequence[Judged]) -> Sequence[str]:
+    """What there is to say of the teacher of these networks; raises `UserError` where its logits, which are compared
+    where it has as many classes as the data, are of others."""
     classes = classes_of_logits(loaded) if loaded.num_classes == data.num_classes else []
     others = compare_classes(classes, data.classes)
     if others is not None:
@@ -340,6 +342,8 @@ def measure(seen: Seen, tested: Tested, teacher: Teacher | None, data: ImageData
     """Everything that is said of a network, as JSON can hold it."""
     judged, record = seen.judged, seen.judged.record
     logits = check_finite(seen.logits, f"{NETWORK}: {judged.source}")
+    if tested.teacher_logits is not None and tested.teacher_logits.shape != logits.shape:
+        tested = tested._replace(teacher_logits=None)  # of other classes
     left_out = len(data.test.targets) - len(tested.targets) + len(data.unreadable)
     about: dict[str, Any] = {
         "network": judged.source,
@@ -352,15 +356,15 @@ def measure(seen: Seen, tested: Tested, teacher: Teacher | None, data: ImageData
         "classes": list(data.classes),
     }
     about |= judge(logits, tested.targets)
-    wrong = logits.double().softmax(1).amax(1).masked_fill(logits.argmax(1) == tested.targets, -1)
-    about["worst_errors"] = _shown(wrong, wrong >= 0, logits, tested, data)
+    confidence = logits.double().softmax(1).amax(1)
+    about["worst_errors"] = _shown(confidence, logits.argmax(1) != tested.targets, logits, tested, data)
     if teacher is None:
         return about
     loaded = teacher.loaded
     about["teacher"] = {"network": loaded.path, "model": loaded.name, "digest": loaded.digest}
     cka = {"cka_unfolded": seen.cka_unfolded if seen.folds else None, "cka": seen.cka if judged.network else None}
     about |= {name: value for name, one in cka.items() if one and (value := one.value()) is not None}
-    if tested.teacher_logits is not None and tested.teacher_logits.shape == logits.shape:
+    if tested.teacher_logits is not None:
         compared = fidelity(logits, tested.teacher_logits, tested.targets)
         about["intervals"] |= compared.pop("intervals")
         about |= compared
@@ -378,7 +382,7 @@ def _shown(values: Tensor, which: Tensor, logits: Tensor, tested: Tested, data: 
         predicted, sample = int(logits[row].argmax()), int(tested.index[row])
         one = {"image": name_of(data, sample), "sample": sample, "class": data.classes[int(tested.targets[row])]}
         one |= {"predicted": data.classes[predicted], "confidence": 100 * float(probabilities[row, predicted])}
-        if tested.teacher_logits is not None and tested.teacher_logits.shape == logits.shape:
+        if tested.teacher_logits is not None:
             one["teacher"] = data.classes[int(tested.teacher_logits[row].argmax())]
         found.append(one)
     return found

@@ -206,7 +206,7 @@ def mean_intervals(of_images: Mapping[str, numpy.ndarray]) -> dict[str, list[flo
 
 
 def _class_intervals(true: numpy.ndarray, found: numpy.ndarray, classes: int) -> dict[str, list[float]]:
-    """The same of the means over classes. To resample images is to draw how often each (true, found) occurs."""
+    """Such intervals of the means over classes. To resample images is to draw how often each (true, found) occurs."""
     pairs, counts = numpy.unique(numpy.stack([true, found]), axis=1, return_counts=True)
     drawn = numpy.random.default_rng(0).multinomial(len(true), counts / len(true), RESAMPLES).astype(float)
     of_true, of_found = (drawn @ numpy.eye(classes)[side] for side in pairs)  # images (resamples, K)

@@ -146,21 +146,20 @@ def read_network(path: str, name: str | None, flag: str, name_flag: str, ema: bo
 
 
 def network_in(
-    checkpoint: Mapping[str, Any], path: str, name: str | None, flag: str, name_flag: str, ema: bool | None = False
+    checkpoint: Mapping[str, Any], path: str, name: str | None, flag: str, name_flag: str, ema: bool | None
 ) -> Network:
-    """The same of a file at `path` that was read already, and brought up to date by `checkpoint.upgrade`."""
+    """As `read_network`, of a file at `path` that was read already and brought up to date by `checkpoint.upgrade`."""
     source = f"{flag}: {path}"
     with contained(f"{source} cannot be used"):
         notes: list[str] = []
         if "record" in checkpoint or "model_name" in checkpoint:
-            if AVERAGE in checkpoint:
-                checkpoint = take_average(checkpoint, source) if ema else checkpoint
+            if AVERAGE in checkpoint and ema:
+                checkpoint = take_average(checkpoint, source)
+            elif AVERAGE in checkpoint:
                 way = "the raw ones are taken" if ema is None else "--ema takes the average"
-                notes += [f"it holds raw weights and their moving average; {way}"] * (not ema)
-            else:
-                notes += ["it is a file of this toolbox, which holds one set of weights: --ema changes nothing"] * bool(
-                    ema
-                )
+                notes.append(f"it holds raw weights and their moving average; {way}")
+            elif ema:
+                notes.append("it is a file of this toolbox, which holds one set of weights: --ema changes nothing")
             network, record = load_exported(checkpoint, source)
             found = record["model_name"]
         else:
