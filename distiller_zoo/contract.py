@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from errors import UserError
-from models.backbone import Backbone, Output, evaluating, probe_shapes
+from models.backbone import Backbone, Output, evaluating, probe_shapes, random_images
 from setting import Setting
 
 #: What `reads` may name: the parts of an `Output`, and what is said of a batch.
@@ -103,8 +103,7 @@ def check_built(method: nn.Module) -> None:
 
 def check_shipped(method: Any, image_size: int) -> None:
     """Raise `UserError` where a method ships another network than the one that it is tested by."""
-    images = torch.randn(2, 3, image_size, image_size, generator=torch.Generator().manual_seed(0))
-    images = images.to(next(method.parameters()))
+    images = random_images(image_size).to(next(method.parameters()))
     with explained(type(method), "its predict or export", method.student, image_size), evaluating(method):
         tested = method.predict(images)
         difference = method.export()(images) - tested

@@ -21,9 +21,10 @@ from torch import Tensor, nn
 from torch.export.passes import move_to_device_pass
 
 from dataset import OF_IMAGE_FILES, ImageData, describe_preparation, load_data
+from dataset.decoding import WHITE
 from errors import UserError, count_of, first_line
 from helper.run_folder import save
-from helper.settings import count_cores
+from helper.settings import default_of
 from models.backbone import Backbone
 from models.checkpoints import load_exported, read_checkpoint
 from models.files import RECORD
@@ -70,7 +71,7 @@ class RecordedData(NamedTuple):
     ) -> "RecordedData":
         """The data that a record names, or `dataset` and `folder`, which have splits of their own; `split` is given."""
         is_recorded = dataset is None and folder is None
-        name, place = dataset or record.get("dataset") or "digits", folder or record.get("data")
+        name, place = dataset or record.get("dataset") or default_of("dataset"), folder or record.get("data")
         size = image_size or record.get("image_size") or (224 if name == "imagenet" else 32)
         mean, std = record.get("mean"), record.get("std")
         normalisation = (tuple(mean), tuple(std)) if mean and std else None
@@ -79,7 +80,7 @@ class RecordedData(NamedTuple):
             known = " or ".join(OF_IMAGE_FILES)
             raise UserError(f"--split: has no effect with --dataset {name}; leave it out, or take --dataset {known}")
         splits = splits if split is None else (split, splits[1])
-        background = cast(tuple[int, int, int], tuple(record.get("background") or (255, 255, 255)))
+        background = cast(tuple[int, int, int], tuple(record.get("background") or WHITE))
         return cls(name, place, size, normalisation, background, *splits, place is None or folder is not None)
 
     def load(self) -> ImageData:
@@ -88,7 +89,7 @@ class RecordedData(NamedTuple):
             self.dataset,
             self.folder,
             self.image_size,
-            num_workers=min(4, count_cores()),
+            num_workers=default_of("num_workers"),
             max_broken=sys.maxsize,
             may_download=self.may_download,
             background=self.background,

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from errors import UserError, first_line
-from models.backbone import Backbone, Output
+from models.backbone import Backbone, Output, random_images
 from models.folding import fold_batch_norms
 from models.fusing import fuse_activations
 
@@ -119,8 +119,8 @@ class Fast(NamedTuple):
         if not self.fold_teacher or self.compile != "off":  # a compiler fuses by itself
             return network
         device = next(network.parameters()).device
-        images = torch.randn(2, 3, image_size, image_size, generator=torch.Generator().manual_seed(0))
-        return fuse_activations(network, self.lay_out(images.to(device)), lambda: self.autocast(device))
+        images = self.lay_out(random_images(image_size).to(device))
+        return fuse_activations(network, images, lambda: self.autocast(device))
 
     def lay_out(self, value: Any) -> Any:
         """The same network or images (B, C, H, W) in the chosen memory layout."""

@@ -8,6 +8,7 @@ from argparse import ArgumentTypeError
 from typing import Any
 
 from dataset import BALANCED, DATASETS, OF_IMAGE_FILES, POLICIES
+from dataset.decoding import WHITE
 from dataset.sources import IMAGENET_MEAN, IMAGENET_STD
 from distiller_zoo import DISTILLERS, find_distiller
 from errors import UserError
@@ -305,7 +306,7 @@ SETTINGS: tuple[Setting, ...] = (
         Setting(
             ("--background",),
             colour,
-            (255, 255, 255),
+            WHITE,
             "colour under transparent images of a folder, red,green,blue",
             metavar="R,G,B",
             shared=True,

@@ -174,6 +174,11 @@ def evaluating(network: nn.Module) -> Iterator[None]:
             module.training = training
 
 
+def random_images(image_size: int) -> Tensor:
+    """Two images (2, 3, image_size, image_size) of noise, the same ones each time, to compare networks on."""
+    return torch.randn(2, 3, image_size, image_size, generator=torch.Generator().manual_seed(0))
+
+
 def probe_shapes(network: Backbone, image_size: int) -> Shapes:
     """Shapes of every output for images of (3, image_size, image_size), found by running one blank image.
 

@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from errors import UserError, first_line
-from models.backbone import Backbone, FinalConv, Wrapper
+from models.backbone import Backbone, FinalConv, Wrapper, random_images
 from models.cost import count_parameters
 from models.external import External
 
@@ -119,8 +119,7 @@ def merge_branches(network: Backbone, image_size: int) -> tuple[Backbone, str]:
     """
     if not _with_branches(network) or isinstance(network, Reparameterised):
         return network, ""
-    images = torch.randn(2, 3, image_size, image_size, generator=torch.Generator().manual_seed(0))
-    images = images.to(next(network.parameters()))
+    images = random_images(image_size).to(next(network.parameters()))
     try:
         merged = Reparameterised(copy.deepcopy(network)).eval()
         expected, logits = network.eval()(images), merged(images)
