@@ -20,7 +20,7 @@ from helper import settings
 from helper.configuration import Configuration, check_given
 from helper.distributed import by_main, find_device, images_per_pass
 from helper.optim import stretch
-from helper.recipes import recipe_of, run_length
+from helper.recipes import find_rows, recipe_of, run_length
 from models.external import is_external
 from setting import FILLED_IN, Setting, as_text, count, file_or_stdout, file_to_write, whole
 
@@ -399,17 +399,17 @@ def resolve(
     known = settings.settings_of(distill)
     stored, given = ({name: value for name, value in each.items() if name in known} for each in (stored, given))
     chosen = stored | given
-    recipe = recipe_of(dataset, of_teacher.get("model_t"), told["model_s"], distill, chosen)
+    place = dataset, of_teacher.get("model_t"), told["model_s"], distill
     layers = (
         {name: (one.default, "default") for name, one in known.items() if one.default is not FILLED_IN},
-        recipe,
+        recipe_of(*place, chosen),
         {name: (value, "from --init") for name, value in of_initial.items()},
         {name: (value, "teacher's record") for name, value in of_teacher.items() if value is not None},
         {name: (value, "resumed run") for name, value in stored.items()},
         {name: (value, "command line") for name, value in given.items()},
     )
     merged = {name: pair for layer in layers for name, pair in layer.items()}
-    _scale_epochs(merged, known, chosen, recipe)
+    _scale_epochs(merged, known, chosen, find_rows(*place, chosen))
     _leave_without_effect(merged, known, chosen)
     _derive(merged, known)
     _leave_labels_out(merged)
@@ -512,12 +512,12 @@ def _without_other_data(of_teacher: dict[str, Any], dataset: str, told: Mapping[
     return of_teacher
 
 
-def _scale_epochs(merged: dict, known: Mapping[str, Setting], chosen: Collection[str], recipe: Mapping) -> None:
+def _scale_epochs(merged: dict, known: Mapping[str, Setting], chosen: Collection[str], rows: Mapping) -> None:
     """Scale numbers of epochs that belong to a run of another length, unless they were chosen."""
     for name, setting in known.items():
         if setting.full_run is None or name in chosen or name not in merged or not merged[name][0]:
             continue
-        length = run_length(setting, merged["dataset"][0], merged["distill"][0], recipe)
+        length = run_length(setting, rows)
         value, source = merged[name]
         scaled = stretch(value if isinstance(value, tuple) else (value,), length, merged["epochs"][0])
         scaled = scaled if isinstance(value, tuple) else scaled[0]

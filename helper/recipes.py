@@ -131,9 +131,7 @@ WEIGHTS = (
     Row({"gamma": 1.0, "dkd_alpha": 1.0, "dkd_beta": 8.0}, "mdistiller configs/cifar100/dkd", ("dkd",)),
     Row({"gamma": 1.0, "beta": 2.0, "kd_T": 4.0}, "DIST, CIFAR-100 runs", ("dist",)),
     Row(
-        _weights(0.1, 0.9, 0.9, learning_rate=0.025),
-        "Multi-Level-Logit-Distillation configs/cifar100/ours",
-        ("mlkd",),
+        _weights(0.1, 0.9, 0.9, learning_rate=0.025), "Multi-Level-Logit-Distillation configs/cifar100/ours", ("mlkd",)
     ),
     Row({"learning_rate": 0.01}, "the same", ("mlkd",), student=MOBILE),
 )
@@ -143,12 +141,7 @@ _MLKD_480 = {"epochs": 480, "lr_decay_epochs": (300, 360, 420)}
 #: The run of a method's authors on CIFAR-100, where it is not that of CRD's tables.
 CIFAR = (
     Row(_LARGE_BATCH, "ReviewKD CIFAR-100/train.py", ("reviewkd",), SMALL_IMAGES),
-    Row(
-        {**_LARGE_BATCH, "drop_momentum": True},
-        "DistPro train_with_distillation.py",
-        ("distpro",),
-        SMALL_IMAGES,
-    ),
+    Row({**_LARGE_BATCH, "drop_momentum": True}, "DistPro train_with_distillation.py", ("distpro",), SMALL_IMAGES),
     Row(
         {**_LARGE_BATCH, "drop_momentum": True, "epochs": 200, "lr_decay_epochs": (100, 150)},
         "OFD CIFAR-100/train_with_distillation.py",
@@ -231,11 +224,7 @@ def _imagenet(
 #: The run of a method's authors on ImageNet. For CC, SP, RKD, ONE, DistPro and OFD (but ResNet50 -> MobileNet) no
 #: source gives a weight: CIFAR's.
 IMAGENET = (
-    _imagenet(
-        _BOTH_NORMS,
-        {"beta1": "imagenet", "lr_decay": "cos"},
-        "official NORM code, the ImageNet loop",
-    ),
+    _imagenet(_BOTH_NORMS, {"beta1": "imagenet", "lr_decay": "cos"}, "official NORM code, the ImageNet loop"),
     _imagenet("ft", {"lr_decay": "cos"}, "NORM's schedule"),
     _imagenet(_BOTH_NORMS, _NORM_IMAGENET, "official NORM ImageNet script", _R18),
     _imagenet(_BOTH_NORMS, _NORM_IMAGENET | {"gamma": 0.125}, "official NORM ImageNet script", _MOBILENET),
@@ -501,10 +490,11 @@ def find_rows(
     return {argument: row for row in ROWS if row.applies(place, chosen) for argument in row.values}
 
 
-def run_length(flag: Setting, dataset: str, method: str, recipe: Mapping[str, tuple[Any, str]]) -> int:
-    """The epochs of the run that a flag's number of epochs belongs to.
+def run_length(flag: Setting, rows: Mapping[str, Row]) -> Any:
+    """The epochs of the run that a flag's number of epochs belongs to, given the rows of `find_rows`.
 
     What a method publishes for a data set belongs to its run there, everything else to the flag's own `full_run`.
     """
-    (_, source), (epochs, _) = recipe.get(flag.argument, (flag.default, "default")), recipe["epochs"]
-    return epochs if flag.full_run == "recipe" or source == f"{method} on {dataset}" else flag.full_run
+    row = rows.get(flag.argument)
+    is_of_recipe = flag.full_run == "recipe" or (row is not None and row.method and row.dataset)
+    return rows["epochs"].values["epochs"] if is_of_recipe else flag.full_run

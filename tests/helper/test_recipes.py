@@ -4,9 +4,10 @@ import re
 
 from dataset import DATASETS
 from distiller_zoo import DISTILLERS
+from helper import recipes
 from helper.command_line import resolve
 from helper.configuration import row_key
-from helper.recipes import CIFAR_PAIRS, IMAGENET_PAIRS, NAMED_RECIPES, RECIPES, ROWS, find_rows, recipe_of
+from helper.recipes import CIFAR_PAIRS, IMAGENET_PAIRS, NAMED_RECIPES, RECIPES, ROWS, Row, find_rows, recipe_of
 from helper.settings import SETTINGS as TABLE
 from helper.settings import all_settings
 from models import imagenet_model_dict, model_dict
@@ -100,6 +101,16 @@ def test_a_warm_up_that_scales_is_never_the_whole_run():
     of_rate = config("ce", "resnet8", recipe="finetune", epochs=1).lr_warmup_epochs
     given = config("reviewkd", "resnet8", path_t="t.pth", epochs=1, warmup_epochs=5).warmup_epochs
     assert (of_loss, of_rate, given) == ([0, 1, 2], 0, 5)
+
+
+def test_epochs_that_a_method_publishes_for_a_data_set_belong_to_its_run_there(monkeypatch):
+    def of(teacher):
+        return config("fsp", "resnet18", {"path_t": "t.pth", "model_t": teacher, "dataset": "imagenet"}).init_epochs
+
+    assert of("resnet34") == of("resnet50") == 12  # 30 in a run of 240
+    row = Row({"init_epochs": 40}, "a paper", ("fsp",), ("imagenet",), ("resnet34",), ("resnet18",))
+    monkeypatch.setattr(recipes, "ROWS", (*ROWS, row))
+    assert (of("resnet34"), of("resnet50")) == (40, 12)
 
 
 def test_every_recipe_is_whole_on_every_data_set():
