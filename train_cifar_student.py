@@ -18,9 +18,9 @@ with starting():
     from helper.tables.pages import show_table
 
 
-def main(argv=None, parser=student_parser):
+def main(argv=None, make_parser=student_parser):
     with joined():
-        given = parse(parser(), argv)
+        given = parse(make_parser(), argv)
         opened = open_runs(given)  # teacher, initial weights, runs to resume: each file once
         inputs = load_inputs(opened.configs[0])
         opened = decide_compiler(opened, inputs)

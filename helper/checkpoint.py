@@ -20,14 +20,7 @@ from errors import UserError, first_line
 from helper.configuration import Configuration, read_stored
 from models import build_model
 from models.backbone import Backbone
-from models.checkpoints import (
-    Weights,
-    build_with,
-    identify,
-    load_weights,
-    split_official_norm,
-    weights_digest,
-)
+from models.checkpoints import Weights, build_with, identify, load_weights, split_official_norm, weights_digest
 from models.ensemble import Ensemble
 from models.found import locate_weights
 from models.preprocessing import TeacherView

@@ -67,7 +67,9 @@ class Training:
         self._held_out = self._loader(data, held_out, config.data_seed + 1, unmixed) if stage.holdout else None
         self._held_out_batches: Iterator[Batch] | None = None
         self._labelled = data.labelled
-        self.meter, self._number = EpochMeter(device), torch.zeros((), device=device)
+        self.meter, self._number = EpochMeter(device), torch.zeros((), device=device)  # of the step, for the guard
+        self._has_stepped = False  # whether the step before was made, and not skipped
+        self._repeats = False  # whether this step changes only what a step before it has made
         #: Of the step's micro-batches: losses, logits, classes.
         self._outcomes: list[tuple[dict[str, Tensor], Tensor | None, Tensor]] = []
         has_tensors = all(isinstance(group["lr"], Tensor) for group in self.optimizer.param_groups)
@@ -230,17 +232,17 @@ class Training:
         losses = {name: value.detach() for name, value in losses.items()}
         logits = logits.detach() if logits is not None and self._labelled else None
         self._outcomes.append((losses, logits, part.classes))
-        self._is_known = self.is_whole(part) and self._has_stepped
+        self._repeats = self.is_whole(part) and self._has_stepped
 
     def finish_step(self) -> bool:
         """What follows the gradients; returns False where the step was skipped.
 
-        The first step of an epoch makes what is then there: sums of the losses, the optimizer's state, an average.
+        The first step of an epoch makes what the others change: sums of the losses, the optimizer's state, an average.
         """
-        update = self._captured_update if self._is_known else Training._update
+        update = self._captured_update if self._repeats else Training._update
         with self.fast.naming_compiler():
             self._has_stepped = update(self, self._outcomes)
-        if not self._is_known:
+        if not self._repeats:
             self.fast.hold([*self.guard.kept, *self.meter.kept])
         return self._has_stepped
 

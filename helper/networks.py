@@ -269,20 +269,17 @@ def name_of_published(source: str) -> str:
 def start_from(initial: Network, student: Backbone, model_s: str, classes: Sequence[str], normalised: str) -> str:
     """Give a new network its initial weights; returns lines on what was taken, and whose mean and deviation its images
     are normalised with."""
-    others = compare_classes(initial.record.get("classes"), classes)
-    source = f"{INIT}: {initial.path}"
-    takes_classifier = load_initial(student, model_s, initial.network, source, same_classes=others is None)
-    counts = f"{count_of(initial.num_classes, 'class')} there, {len(classes)} here"
-    added = added_layers(initial.network)
-    added = f"what its method added is left out ({', '.join(added)})" if added else ""
-    reasons = "; ".join(filter(None, (others, added))) or counts
-    new = f" but the classifier's, which is new: {reasons}"
-    unknown = matched_by_position(initial.record.get("classes"), classes) if takes_classifier else ""
-    line = (
-        f"{INIT} {initial.path}: all weights{'' if takes_classifier else new}; images are normalised with the mean and "
-        f"deviation of {normalised}"
-    )
-    return "\n".join([*initial.notes, line, *([f"{INIT} {initial.path}: {unknown}"] if unknown else [])])
+    known, source = initial.record.get("classes"), f"{INIT}: {initial.path}"
+    others = compare_classes(known, classes)
+    if load_initial(student, model_s, initial.network, source, same_classes=others is None):
+        taken, unknown = "all weights", matched_by_position(known, classes)
+    else:
+        added = ", ".join(added_layers(initial.network))
+        reasons = filter(None, (others, added and f"what its method added is left out ({added})"))
+        counts = f"{count_of(initial.num_classes, 'class')} there, {len(classes)} here"
+        taken, unknown = f"all weights but the classifier's, which is new: {'; '.join(reasons) or counts}", ""
+    lines = [f"{taken}; images are normalised with the mean and deviation of {normalised}", *filter(None, (unknown,))]
+    return "\n".join([*initial.notes, *(f"{INIT} {initial.path}: {line}" for line in lines)])
 
 
 # The classes that a teacher's logits are of.

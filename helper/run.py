@@ -31,14 +31,7 @@ from helper.checkpoint import (
     upgrade,
 )
 from helper.configuration import Configuration, check_found, run_key
-from helper.distributed import (
-    StopRequest,
-    average_statistics,
-    by_main,
-    check_alike,
-    count_processes,
-    is_main,
-)
+from helper.distributed import StopRequest, average_statistics, by_main, check_alike, count_processes, is_main
 from helper.fast import Fast
 from helper.inputs import Inputs, Opened, class_weights_of
 from helper.log import (
@@ -170,9 +163,16 @@ def _record_settings(config: Configuration, folder: RunFolder, shown: Configurat
     folder.write_json(CONFIG, config.as_json())
 
 
+def _forget_result(folder: RunFolder) -> None:
+    """Remove what was measured of a run that is not finished any more."""
+    folder.remove(RESULT)
+    if (folder.path / FIDELITY).exists():
+        folder.remove(FIDELITY)
+        folder.log(f"{FIDELITY} is removed: it was measured before this training")
+
+
 def _record_changes(run: "Run") -> None:
-    """Write down which settings a resumed run has changed, so that it is continued and tabulated as what it is now;
-    remove what was measured of a shorter one."""
+    """Write down which settings a resumed run has changed, so that it is continued and tabulated as what it is now."""
     if not is_main():
         return
     folder = run.folder
@@ -184,11 +184,6 @@ def _record_changes(run: "Run") -> None:
             if origins[name] == "command line":
                 folder.log(f"  {name:<18} {now[name]!s:<24} (not recorded: nothing is left to train with it)")
             del changed[name]
-    if not run.is_over:
-        folder.remove(RESULT)  # it is not finished any more
-        if (folder.path / FIDELITY).exists():
-            folder.remove(FIDELITY)
-            folder.log(f"{FIDELITY} is removed: it was measured before this training")
     for name, value in sorted(changed.items()):
         folder.log(f"  {name:<18} {value!s:<24} (was {stored.get(name, 'unknown')})")
     if changed:
@@ -331,6 +326,8 @@ class Run:
             self.folder.log(note)
         if self.config.folder is not None:
             self.restore()
+            if not self.is_over:
+                _forget_result(self.folder)
             _record_changes(self)
 
     def _enter_stage(self, number: int, epoch: int = 0, stage_step: int = 0) -> None:
