@@ -122,9 +122,8 @@ def device_of(name: str) -> torch.device:
         return find_device(name)
     if ":" in name:
         raise UserError(f"--device: {name} is one device, but every process needs its own; give --device cuda")
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    return find_device(f"cuda:{local_rank()}" if name == "cuda" else name)
+    with_cuda = name in ("auto", "cuda") and torch.cuda.is_available()
+    return find_device(f"cuda:{local_rank()}" if with_cuda else name)
 
 
 def untested_on(device: torch.device) -> str:

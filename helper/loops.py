@@ -304,20 +304,22 @@ def _global_size(batch: Batch) -> int:
 
 def _check_stage(stage: Stage, config: Configuration) -> None:
     """Raise `UserError` where a stage cannot be trained with these settings."""
+    if config.compile == "reduce-overhead" and config.accumulate > 1:
+        # The gradients of one micro-batch would be where the next one's graph writes.
+        raise UserError("--accumulate: --compile reduce-overhead needs whole batches; take --compile default")
+    if stage.before_step is None:
+        return
     which = f"stage {stage.name} of --distill {config.distill}"
-    if stage.before_step is not None and config.precision == "float16":
+    if config.precision == "float16":
         raise UserError(f"--precision float16: {which} takes gradients of its own, which are not scaled; take bfloat16")
-    if stage.before_step is not None and (config.optimizer != "sgd" or config.clip_grad):
+    if config.optimizer != "sgd" or config.clip_grad:
         flag = "--clip_grad" if config.optimizer == "sgd" else f"--optimizer {config.optimizer}"
         raise UserError(
             f"{flag}: {which} looks ahead of sgd's next step, without clipping; give --optimizer sgd --clip_grad 0, or "
             "choose another method"
         )
-    if stage.before_step is not None and config.accumulate > 1:
+    if config.accumulate > 1:
         raise UserError(f"--accumulate: {which} needs whole batches")
-    if config.compile == "reduce-overhead" and config.accumulate > 1:
-        # The gradients of one micro-batch would be where the next one's graph writes.
-        raise UserError("--accumulate: --compile reduce-overhead needs whole batches; take --compile default")
 
 
 def augmentation_of(config: Configuration, data: ImageData) -> Augmentation:

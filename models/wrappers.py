@@ -17,6 +17,9 @@ from models.backbone import Backbone, FinalConv, Wrapper, random_images
 from models.cost import count_parameters
 from models.external import External
 
+#: How far the logits of a network with merged branches may be from the network's, relative to the largest.
+MERGED_TOLERANCE = 1e-3
+
 
 class ReusedClassifier(Wrapper):
     """A network with a projector and another network's classifier in place of its own (SimKD's student).
@@ -135,8 +138,6 @@ def merge_branches(network: Backbone, image_size: int) -> tuple[Backbone, str]:
     )
 
 
-#: How far the logits of a network with merged branches may be from the network's, relative to the largest.
-MERGED_TOLERANCE = 1e-3
 #: The kinds by the name that files give them. Their sizes are the arguments of their constructors behind the network.
 WRAPPERS: dict[str, type[Wrapper]] = {
     "final_conv": FinalConv,
