@@ -385,7 +385,7 @@ def resolve(
     """The configuration of a run: what is given, over the resumed run in `folder` that has `stored`, over what the
     files of the teacher and of the initial weights say, over recipes, over defaults."""
     stored, of_teacher, of_initial = dict(stored or {}), dict(of_teacher or {}), dict(of_initial or {})
-    given, in_folder, digest = dict(given), stored, of_teacher.get("teacher_digest")
+    given, digest = dict(given), of_teacher.get("teacher_digest")
     if folder is not None:
         check_given(folder, stored, given, digest)
         stored = stored | ({"teacher_digest": digest} if digest else {})
@@ -416,7 +416,7 @@ def resolve(
     values: dict[str, Any] = {name: value for name, (value, _) in merged.items()}
     origins = {name: origin for name, (_, origin) in merged.items()}
     _check(given, values)
-    return Configuration(values, origins, folder, in_folder)
+    return Configuration(values, origins, folder)
 
 
 def _check(given: Mapping[str, Any], values: Mapping[str, Any]) -> None:

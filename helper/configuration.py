@@ -6,7 +6,6 @@ run is compared with what it has on record.
 
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 from dataset import data_changes
@@ -20,18 +19,11 @@ from setting import FILLED_IN, Setting
 class Configuration(Mapping):
     """The resolved settings of one run, each of its setting's type; read as attributes or as a mapping.
 
-    `origins` says where each value comes from. Of a run that is resumed, `folder` is its run folder and `stored` what
-    its config.json holds; None and empty for a new run.
+    `origins` says where each value comes from; `folder` is the run folder of a run that is resumed, None for a new one.
     """
 
-    def __init__(
-        self,
-        values: Mapping[str, Any],
-        origins: Mapping[str, str],
-        folder: str | None = None,
-        stored: Mapping[str, Any] = MappingProxyType({}),
-    ):
-        self._values, self.origins, self.folder, self.stored = dict(values), dict(origins), folder, stored
+    def __init__(self, values: Mapping[str, Any], origins: Mapping[str, str], folder: str | None = None):
+        self._values, self.origins, self.folder = dict(values), dict(origins), folder
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -51,7 +43,7 @@ class Configuration(Mapping):
     def replace(self, origin: str, **values: Any) -> "Configuration":
         """The same run with other values, which come from `origin`."""
         origins = self.origins | dict.fromkeys(values, origin)
-        return Configuration(self._values | values, origins, self.folder, self.stored)
+        return Configuration(self._values | values, origins, self.folder)
 
     @property
     def name(self) -> str:
@@ -149,7 +141,7 @@ def check_shared(configs: Iterable[Configuration]) -> None:
 
 
 # A resumed run: what is on record against what is given now. The first function needs the teacher's file alone and is
-# called before the data are read, the second when they are.
+# called before the data are read, the others when they are.
 
 
 def check_given(
@@ -171,11 +163,20 @@ def check_given(
         )
 
 
+def check_class_weights(config: Configuration, digest: str) -> None:
+    """Raise `UserError` where the class weights of a resumed run are not those that it began with."""
+    if config.get("weights_digest") not in (None, digest) and not config.accepts_changes:
+        raise UserError(
+            f"--class_weights: {config.class_weights} is not what {config.folder} began with; restore the file, or "
+            "accept the new weights with --accept_changes"
+        )
+
+
 def check_found(
     config: Configuration, record: Mapping[str, Any], identity: Mapping[str, Any], trained: int, epochs: int
 ) -> None:
-    """Raise `UserError` where the data or the class weights of a resumed run are not those that it began with, or where
-    its main stage is to be shorter than what is trained of it.
+    """Raise `UserError` where the data of a resumed run are not those that it began with, or where its main stage is to
+    be shorter than what is trained of it.
 
     `record` is its checkpoint's, `identity` that of the data now; `trained` of the `epochs` are at least begun.
     """
@@ -184,11 +185,6 @@ def check_found(
         raise UserError(
             f"--resume: {config.folder}: the data have changed: {', '.join(changes)}; restore them, or accept that "
             "with --accept_changes"
-        )
-    if config.stored.get("weights_digest") not in (None, config.get("weights_digest")) and not config.accepts_changes:
-        raise UserError(
-            f"--class_weights: {config.class_weights} is not what {config.folder} began with; restore the file, or "
-            "accept the new weights with --accept_changes"
         )
     if trained > epochs:
         raise UserError(f"--epochs: {trained} are trained already; give at least as many, or start a new run")

@@ -30,7 +30,7 @@ from helper.checkpoint import (
     network_of,
     upgrade,
 )
-from helper.configuration import Configuration, check_found, run_key
+from helper.configuration import Configuration, check_class_weights, check_found, run_key
 from helper.distributed import StopRequest, average_statistics, by_main, check_alike, count_processes, is_main
 from helper.fast import Fast
 from helper.inputs import Inputs, Opened, class_weights_of
@@ -110,7 +110,9 @@ def _with_found(
         found["data_digest"] = config.data_digest
     config = config.replace("the data", **found)
     if class_weights is not None:
-        config = config.replace("the class weights", weights_digest=weights_digest({"weights": class_weights}))
+        digest = weights_digest({"weights": class_weights})
+        check_class_weights(config, digest)
+        config = config.replace("the class weights", weights_digest=digest)
     if teacher is not None and teacher.image_size != inputs.data.image_size:
         config = config.replace("teacher's weights", teacher_image_size=teacher.image_size)
     return config
