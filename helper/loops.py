@@ -61,12 +61,11 @@ class Training:
         self.scaler = torch.amp.GradScaler(device.type, enabled=self._is_scaled)  # pyright: ignore[reportPrivateImportUsage]
         self.replica = Replica(method, method.uses_everything and _uses_all_weights(method))
         kept, held_out = _split(len(data.train.targets), stage.holdout, config.data_seed)
-        augmentation = augmentation_of(config, data)
-        self.loader = self._loader(data, kept, config.data_seed, augmentation)
-        unmixed = augmentation.unmixed
-        self._held_out = self._loader(data, held_out, config.data_seed + 1, unmixed) if stage.holdout else None
+        self.data, self.augmentation = data, augmentation_of(config, data)
+        self.loader = self._loader(kept, config.data_seed, self.augmentation)
+        unmixed = self.augmentation.unmixed
+        self._held_out = self._loader(held_out, config.data_seed + 1, unmixed) if stage.holdout else None
         self._held_out_batches: Iterator[Batch] | None = None
-        self._labelled = data.labelled
         self.meter, self._number = EpochMeter(device), torch.zeros((), device=device)  # of the step, for the guard
         self._has_stepped = False  # whether the step before was made, and not skipped
         self._repeats = False  # whether this step changes only what a step before it has made
@@ -84,22 +83,22 @@ class Training:
         method, stage = self.method, self.stage._replace(respond=self.fast.compiled(self.stage.respond))
         return lambda batch, output, progress, _: method(batch, output, progress, stage)  # not self: it holds the DDP
 
-    def judging_loader(self, images: Images | StreamedImages, data: ImageData, subset: Tensor) -> Loader:
+    def judging_loader(self, images: Images | StreamedImages, subset: Tensor) -> Loader:
         """The same batches of some images in every epoch, for `matching_loss`."""
         config, method = self.config, self.method
-        augmentation = None if method.views == "plain" else augmentation_of(config, data).unmixed
+        augmentation = None if method.views == "plain" else self.augmentation.unmixed
         sizes = {"min_batch": method.min_batch, "subset": subset}
-        loader = Loader(images, data, config.batch_size, self.device, augmentation, views=method.views, **sizes)
+        loader = Loader(images, self.data, config.batch_size, self.device, augmentation, views=method.views, **sizes)
         if not len(loader):
             kept = count_of(len(subset), "image")
             raise UserError(f"--holdout: {kept} kept, too few for --distill {config.distill}; keep more")
         return loader
 
-    def _loader(self, data: ImageData, subset: Tensor, seed: int, augmentation: Augmentation) -> Loader:
+    def _loader(self, subset: Tensor, seed: int, augmentation: Augmentation) -> Loader:
         config, method = self.config, self.method
         loader = Loader(
-            data.train,
-            data,
+            self.data.train,
+            self.data,
             config.batch_size,
             self.device,
             augmentation=augmentation,
@@ -128,7 +127,7 @@ class Training:
     def batch_key(self) -> tuple:
         """Equal for two runs of one process exactly if their batches and micro-batches of an epoch are."""
         config, method = self.config, self.method
-        shown = (config.data_seed, method.views, self.stage.holdout, self.loader.min_batch, self.loader.augmentation)
+        shown = (config.data_seed, method.views, self.stage.holdout, self.loader.min_batch, self.augmentation)
         return (*shown, method.min_batch, config.batch_size, config.accumulate)
 
     def learning_rate(self, epoch: int, step: int | None = None) -> float:
@@ -230,7 +229,7 @@ class Training:
                 self.scaler.scale,
             )
         losses = {name: value.detach() for name, value in losses.items()}
-        logits = logits.detach() if logits is not None and self._labelled else None
+        logits = logits.detach() if logits is not None and self.data.labelled else None
         self._outcomes.append((losses, logits, part.classes))
         self._repeats = self.is_whole(part) and self._has_stepped
 

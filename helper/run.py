@@ -418,9 +418,7 @@ class Run:
     def begin(self) -> None:
         """Say what is trained; go to the stage of the next epoch."""
         self.folder.log(describe_data(self.data, self.inputs.device))
-        augmentation = self.training.loader.augmentation
-        assert augmentation is not None, "the loader of training images has an augmentation"
-        if changes := augmentation.describe(self.data.labelled):
+        if changes := self.training.augmentation.describe(self.data.labelled):
             self.folder.log(changes)
         self.folder.log(describe_method(self.method, self.stages, self.config.model_s, self.data.image_size))
         if line := describe_batch(self.config):
@@ -585,10 +583,10 @@ class Run:
         """The split that the matching loss is measured on, and its batches: of training images some, evenly spread."""
         if self.inputs.holdout_loader is not None:
             images = self.inputs.holdout_loader.images
-            return "holdout", self.training.judging_loader(images, self.data, torch.arange(len(images.targets)))
+            return "holdout", self.training.judging_loader(images, torch.arange(len(images.targets)))
         n = len(self.data.train.targets)
         some = torch.arange(0, n, max(-(-n // JUDGED_IMAGES), 1))
-        return "train", self.training.judging_loader(self.data.train, self.data, some)
+        return "train", self.training.judging_loader(self.data.train, some)
 
     # Checkpoints.
 

@@ -261,7 +261,7 @@ class CachedTeacher(Teacher):
 
     def _describe(self, training: Any) -> tuple[dict[str, Any], bool]:
         """What decides the outputs for the images of an epoch, and whether that differs between epochs."""
-        config, augmentation, plain = training.config, training.loader.augmentation, training.method.views == "plain"
+        config, augmentation, plain = training.config, training.augmentation, training.method.views == "plain"
         varies = augmentation.varies or not plain
         known = {name: config.get(name) for name, one in all_settings().items() if one.decides_outputs}
         if not varies:

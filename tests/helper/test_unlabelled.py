@@ -241,7 +241,7 @@ def matching_loss_of(distill: str, epoch: int = 0, batch_size: int = 8, images: 
     training = loops.Training(method.main_stage(240), method, data, config, torch.device("cpu"))
     training.begin_epoch(Progress(epoch, 240), epoch, None)
     method.eval()
-    return loops.matching_loss(training, teacher, training.judging_loader(data.test, data, torch.arange(images)))
+    return loops.matching_loss(training, teacher, training.judging_loader(data.test, torch.arange(images)))
 
 
 def test_epochs_are_judged_by_one_weighting():
