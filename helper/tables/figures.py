@@ -12,6 +12,7 @@ import textwrap
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -65,10 +66,20 @@ def titled(text: str) -> str:
     return plain(textwrap.fill(text, TITLE_LENGTH))
 
 
+def shortened(name: str) -> str:
+    """What a class is called in a legend, at an axis or a matrix, so that a long name leaves room for the rest."""
+    return name if len(name) <= CLASS_LENGTH else f"{name[: CLASS_LENGTH - 3]}..."
+
+
 def class_names(classes: Sequence[Any]) -> list[str]:
-    """What classes are called in a legend and at an axis, so that long names leave room for the figure."""
-    names = map(str, classes)
-    return [plain(name if len(name) <= CLASS_LENGTH else f"{name[: CLASS_LENGTH - 3]}...") for name in names]
+    """The names of classes in a figure."""
+    return [plain(shortened(str(name))) for name in classes]
+
+
+def name_shares_alone(axes: Any) -> None:
+    """Keep the ticks of an axis of accuracies that can be reached: matplotlib puts some above 100 %."""
+    low, high = axes.get_ylim()
+    axes.set_yticks([tick for tick in axes.get_yticks() if low <= tick <= min(high, 100)])
 
 
 def draw(paint: Callable[[Any], None], names: Sequence[str] = (), height: float = HEIGHT, **labels: Any) -> str:
@@ -178,6 +189,7 @@ def learning_curves(rows: Sequence[Row], title: str = "", legend: bool = True) -
                     epochs, lows, highs, color=style["color"], alpha=0.15 if len(rows) < 9 else 0.05, linewidth=0
                 )
                 band.set_gid(f"band-{number}")
+        name_shares_alone(axes)
 
     return draw(paint, names if legend else (), title=titled(title), xlabel="epoch", ylabel="test accuracy (%)")
 
@@ -209,6 +221,7 @@ def accuracy_against_n(rows: Sequence[Row], title: str = "") -> str | None:
         if len(shown) <= NAMED_NUMBERS:
             axes.set_xticks(shown, minor=False)
         axes.xaxis.set_major_formatter("{x:g}")
+        name_shares_alone(axes)
 
     return draw(paint, names, title=titled(title), xlabel="N", ylabel="test accuracy (%), last epoch")
 
@@ -228,6 +241,7 @@ def accuracy_against_cost(rows: Sequence[Row], title: str = "") -> str | None:
             mean = statistics.mean(row.values("accuracy_last"))
             point = costs[student_of(row)] / 1e6, mean, 20 + 60 * size**0.5
             axes.scatter(*point, **point_style(number), alpha=0.7, label=plain(name))
+        name_shares_alone(axes)
 
     labels: dict[str, Any] = {
         "xlabel": "multiply-adds of one image (M); in brackets: parameters",
@@ -281,6 +295,8 @@ def read_outputs(row: Row) -> dict[str, Any]:
     one, targets, classes. Raises `UserError` where the checkpoint, the teacher's file or the data are gone."""
     config, folder = row.config, row.records[0].folder
     student = read_network(str(folder / LAST), config["model_s"], "RUN", "RUN").network.eval()
+    if config.get("data") and not Path(config["data"]).is_dir():  # a report has no --data to advise
+        raise UserError(f"RUN: its data are gone: there is no folder {config['data']}")
     data, device, teacher = RecordedData.of(config)._replace(may_download=False).load(), torch.device("cpu"), None
     if config["path_t"]:
         how = config.get("ema", False), config.get("teacher_weights"), config.get("teacher_normalisation")

@@ -13,6 +13,7 @@ from errors import count_of
 from helper.export import to_pixels
 from helper.judging import Judged
 from helper.metrics import METRICS, RESAMPLES
+from helper.tables.figures import shortened
 from helper.tables.pages import render
 
 #: What is shown of a network in addition to its metrics, and of a network and its teacher: title, unit, decimals.
@@ -132,7 +133,7 @@ def _cells(about: Mapping[str, Any], name: str, title: str, unit: str, digits: i
 
 def as_html(found: Sequence[Judgement]) -> str:
     """One self-contained page: numbers, reliability, confusions, the worst errors as pictures."""
-    known = titles() | TEACHER_TITLES
+    measured = titles() | TEACHER_TITLES
     networks = [
         {
             "about": about,
@@ -149,8 +150,9 @@ def as_html(found: Sequence[Judgement]) -> str:
         }
         for one in found
         for about in [one.about]
-        for lines in [[_cells(about, name, *title) for name, title in known.items() if name in about]]
+        for lines in [[_cells(about, name, *title) for name, title in measured.items() if name in about]]
     ]
-    shown = [title for title, *_ in known.values() if any(title in page["cells"] for page in networks)]
+    shown = [title for title, *_ in measured.values() if any(title in page["cells"] for page in networks)]
     compared = shown if len(networks) > 1 else ()
-    return render("evaluation.html.j2", networks=networks, compared=compared, resamples=RESAMPLES)
+    known = {"compared": compared, "resamples": RESAMPLES, "shortened": shortened}
+    return render("evaluation.html.j2", networks=networks, **known)

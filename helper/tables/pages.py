@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from jinja2 import Environment, FileSystemLoader
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from errors import UserError, count_of
 from helper.distributed import is_main
@@ -347,7 +347,8 @@ def as_html(rows: Sequence[Row], pictures: Mapping[str, str]) -> str:
         _section(number, title, of_title) for number, (title, of_title) in enumerate(figures.groups(rows).items(), 1)
     ]
     names = [(name.replace("_", " "), Markup(svg)) for name, svg in pictures.items()]
-    known = {"titles": ACCURACIES, "note": _note(rows), "marks": MARKS, "count_of": count_of}
+    note = Markup(re.sub("`(.*?)`", r"<code>\1</code>", str(escape(_note(rows)))))
+    known = {"titles": ACCURACIES, "note": note, "marks": MARKS, "count_of": count_of}
     return render(TEMPLATE, sections=sections, pictures=names, **known)
 
 

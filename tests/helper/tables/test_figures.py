@@ -91,6 +91,15 @@ def test_accuracy_against_n_joins_only_what_differs_in_n(tmp_path, monkeypatch):
     assert figures.accuracy_against_n(rows_of(runs[2:])) is None
 
 
+def test_no_tick_is_above_a_hundred_percent(tmp_path, monkeypatch):
+    painted = axes_of(monkeypatch)
+    runs = [make_run(tmp_path, "norm", 1, [10.0, 98.6], co_sponge=2, model_s="resnet14")]
+    rows = rows_of([*runs, *(make_run(tmp_path, "norm", 1, [99.0, 98.6], co_sponge=n) for n in (4, 8))])
+    for kind in (figures.learning_curves, figures.accuracy_against_n, figures.accuracy_against_cost):
+        assert kind(rows), kind
+    assert [max(axes.get_yticks()) for axes in painted] == [100, 100, 100]
+
+
 def test_data_sets_are_never_in_one_figure(tmp_path):
     runs = [make_run(tmp_path, "norm", 1, [50.0, 60.0], co_sponge=n) for n in (1, 2)]
     assert set(figures.of_rows(rows_of(runs))) == {"learning_curves", "accuracy_against_n"}, "all cost the same"
@@ -148,6 +157,10 @@ def test_networks_are_drawn_from_a_run_and_a_bad_one_is_named(distil, tmp_path, 
     assert f"{gone}: no pictures of its network: " in capsys.readouterr().err
     [row] = rows_of([run])
     taught = figures.read_outputs(row)["teacher_logits"]
+    row.config["data"] = str(tmp_path / "photographs")
+    with pytest.raises(UserError, match=r"RUN: its data are gone: there is no folder \S+photographs$"):
+        figures.read_outputs(row)
+    row.config["data"] = None
     row.config["teacher_classes"] = None
     assert torch.equal(taught[:, :2], figures.read_outputs(row)["teacher_logits"][:, [1, 0]])
 

@@ -59,6 +59,11 @@ def test_the_page_is_whole_and_fetches_nothing(runs):
     assert "<b>80.00</b>" in text and "<b>67.00 ± 1.00</b>" in text, "the best of every student"
 
 
+def test_a_flag_in_the_notes_is_set_as_code_and_nothing_else_is(runs, monkeypatch):
+    monkeypatch.setattr(pages, "notes_of", lambda rows: "See `--data_seed` & <b>.")
+    assert "See <code>--data_seed</code> &amp; &lt;b&gt;. Best values" in pages.as_html(rows_of(runs), {})
+
+
 def test_every_curve_has_a_switch(runs, tmp_path):
     other = make_run(tmp_path / "f", "ce", 1, [50.0, 60.0], None, dataset="folder", data="/photographs")
     text = pages.as_html(rows_of([*runs, other]), {})

@@ -27,6 +27,16 @@ def test_the_page_of_several_networks_begins_with_their_comparison():
     assert "compared" not in as_html(found[:1]).partition("</style>")[2]
 
 
+def test_a_long_class_name_leaves_room_for_the_confusion_matrix():
+    long = "a very long name of a class & <more>"
+    text = as_html([judgement("one", [long, "b"])])
+    matrix = text.partition('<table class="matrix">')[2].partition("</table>")[0]
+    whole = "a very long name of a class &amp; &lt;more&gt;"
+    assert f'<th title="{whole}">a very long name of a...</th>' in matrix
+    assert f'<th class="text" title="{whole}">a very long name of a...</th>' in matrix and f">{whole}<" not in matrix
+    assert f'<td class="text">{whole}</td>' in text, "the tables have it whole"
+
+
 @pytest.mark.slow
 @needs_chromium
 @pytest.mark.parametrize("width", [1280, 400])
