@@ -48,13 +48,13 @@ def _discover() -> dict[str, type[Distiller]]:
 DISTILLERS = _discover()
 
 
-def find_distiller(name: str) -> type[Distiller]:
-    """The class of a method; raises `UserError` that lists the legal names."""
+def find_distiller(name: str, flag: str = "--distill") -> type[Distiller]:
+    """The class of a method; raises `UserError` that names the flag and lists the legal names."""
     method = DISTILLERS.get(name.lower())
     if method is None:
         close = difflib.get_close_matches(name.lower(), DISTILLERS, n=1, cutoff=0.5)
         hint = f"did you mean {close[0]}? " if close else ""
-        raise UserError(f"--distill: unknown method '{name}'; {hint}choose from {', '.join(DISTILLERS)}")
+        raise UserError(f"{flag}: unknown method '{name}'; {hint}choose from {', '.join(DISTILLERS)}")
     return method
 
 

@@ -63,7 +63,8 @@ def read_rows(methods: str | None, variants: Sequence[str] | None) -> list[Varia
     """The rows that are asked for; all of them where nothing is named."""
     if methods is None and variants is None:
         return all_variants()
-    return list(dict.fromkeys(read_variants(";".join([(methods or "").replace(",", ";"), *(variants or ())]))))
+    rows = read_variants((methods or "").replace(",", ";"), "--methods") + read_variants(";".join(variants or ()))
+    return list(dict.fromkeys(rows))
 
 
 def choose_pairs(args: argparse.Namespace) -> Sequence[tuple[str, str]]:
@@ -93,8 +94,9 @@ def show(plan: Plan, jobs: Sequence[Job], speeds: Speeds, places: int) -> None:
     for title, reason in plan.inapplicable:
         print(f"{'does not apply':<24} {title}: {reason}")
     pace = "one after the other" if places == 1 else f"with {places} at a time"
-    left_over = f"left about {format_duration(total / places)} {pace}"
-    left_over += f", and {count_of(unknown, 'run')} like which none was measured yet" if unknown else ""
+    times = [f"about {format_duration(total / places)}"] if total else []
+    times += [f"unknown for {count_of(unknown, 'run')} (none like them was measured yet)"] if unknown else []
+    left_over = f"left {pace}: {', '.join(times) or 'what other processes are training'}"
     if all(job.state == "finished" for job in jobs):
         left_over = "nothing is left to train"
     print(f"{count_of(len(jobs), 'run')}: {', '.join(f'{n} {state}' for state, n in by_state(jobs))}; {left_over}")

@@ -80,7 +80,10 @@ def read_pairs(text: str) -> list[tuple[str, str]]:
             f"must be pairs like resnet32x4:resnet8x4,wrn_40_2:ShuffleV1, or like A+B:STUDENT, not {text}"
         )
     for network in {network for teacher, student in found for network in (*teachers_of(teacher), student)}:
-        find_builder(network)
+        try:
+            find_builder(network)
+        except UserError as error:
+            raise ArgumentTypeError(str(error)) from None  # argparse names the flag
     return found
 
 
@@ -160,12 +163,12 @@ def refuse_flags_of_plan(flags: Sequence[str], place: str) -> None:
                 raise UserError(f"{name}: does not belong {place}, the plan sets it; {instead}")
 
 
-def read_variants(text: str) -> list[Variant]:
-    """norm -c 0; norm -s 1 -> the rows; raises `UserError` for an unknown method."""
+def read_variants(text: str, flag: str = "--variants") -> list[Variant]:
+    """norm -c 0; norm -s 1 -> the rows; raises `UserError`, naming the flag, for an unknown method."""
     words = [shlex.split(part) for part in text.split(";") if part.strip()]
     for _, *flags in words:
         refuse_flags_of_plan(flags, "in --variants")
-    return [Variant(find_distiller(distill).name, tuple(flags)) for distill, *flags in words]
+    return [Variant(find_distiller(distill, flag).name, tuple(flags)) for distill, *flags in words]
 
 
 def all_variants() -> list[Variant]:

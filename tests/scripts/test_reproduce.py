@@ -42,11 +42,11 @@ def test_a_dry_run_only_lists(command, capsys):
 def test_a_dry_run_says_how_many_runs_there_would_be_at_a_time(command, capsys, monkeypatch):
     _, flags, extra = command
     reproduce.main([*flags, "--dry_run", "--gpus", "0,1", "--jobs", "3", *extra])
-    assert "left about 0 s with 6 at a time" in capsys.readouterr().out
+    assert "; left with 6 at a time: unknown for 4 runs (none like them" in capsys.readouterr().out
     monkeypatch.setattr(jobs.torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(jobs.torch.cuda, "device_count", lambda: 0)
     reproduce.main([*flags, "--dry_run", *extra])
-    assert "left about 0 s one after the other" in capsys.readouterr().out, "also while every GPU is in use"
+    assert "; left one after the other: unknown for 4 runs" in capsys.readouterr().out, "also while every GPU is in use"
     assert "other programs use every GPU" in message_of(reproduce.main, [*flags, *extra])
 
 
@@ -80,7 +80,7 @@ def test_what_is_trained_is_tabulated_and_a_failure_is_the_exit_code(command, ca
     reproduce.main([*flags, *extra])
     reproduce.main([*flags, *extra])
     first, second = (line for line in capsys.readouterr().out.splitlines() if line.startswith("4 runs: "))
-    assert "; left about " in first
+    assert "; left one after the other: " in first
     assert second == "4 runs: 4 finished, 0 begun, 0 missing; nothing is left to train"
 
 
@@ -88,10 +88,11 @@ def test_what_makes_no_table_is_one_line():
     assert "say what to reproduce" in message_of(reproduce.main, [])
     assert "is not in table 1" in message_of(reproduce.main, ["--table", "1", "--pairs", "resnet8:resnet8"])
     flags = ["--pairs", "resnet20:resnet8", "--dry_run"]
-    assert "kdd" in message_of(reproduce.main, [*flags, "--methods", "kdd"])
+    for flag, rows in (("--methods", "kd,nrom"), ("--variants", "nrom -c 0")):
+        assert message_of(reproduce.main, [*flags, flag, rows]).startswith(f"{flag}: unknown method 'nrom'; did you me")
     assert "not used by --distill kd" in message_of(reproduce.main, [*flags, "--variants", "kd -s 8"])
     assert "did you mean --epochs?" in message_of(reproduce.main, [*flags, "--", "--epoch", "3"])
-    assert "unknown model 'resnet21'" in message_of(reproduce.main, ["--pairs", "resnet20:resnet21"])
+    assert "argument --pairs: unknown model 'resnet21'" in message_of(reproduce.main, ["--pairs", "resnet20:resnet21"])
     assert "must be pairs like" in message_of(reproduce.main, ["--pairs", "resnet20"])
 
 
