@@ -31,6 +31,8 @@ def read_normalised(path: str | os.PathLike, record: dict) -> Tensor:
         with warnings.catch_warnings(action="ignore"):  # Pillow's on odd metadata
             (pixels,) = read_views(Place(os.fsencode(path)).read, crop)
     except BrokenImage as error:
+        if not os.path.lexists(path):
+            raise UserError(f"IMAGE: there is no file {path}") from None
         raise UserError(f"IMAGE: {path} cannot be read as an image ({error}); repair or remove it") from None
     image = torch.nn.functional.pad(torch.tensor(pixels), [max(margin, 0)] * 4)
     mean, std = (torch.tensor(record[name]).view(3, 1, 1) for name in ("mean", "std"))

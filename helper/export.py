@@ -346,7 +346,7 @@ def read_deployed(path: str, flag: str = "MODEL", device: torch.device = CPU) ->
     """Read an exported network of any format, by its suffix; raises `UserError`."""
     suffix = Path(path).suffix.lstrip(".").lower()
     if Path(path).is_dir():
-        raise UserError(f"{flag}: {path} is a folder; name a file in it, for example {path}/best.pth")
+        raise UserError(f"{flag}: {path} is a folder; name a file in it, for example {path}/last.pth")
     if not Path(path).is_file():
         raise UserError(f"{flag}: there is no file {path}; scripts/export_student.py writes such files")
     if suffix not in FORMATS:

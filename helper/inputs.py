@@ -169,7 +169,9 @@ def _read_settings(path: str) -> dict[str, Any]:
     """The settings of the run folder to resume."""
     folder = RunFolder(path)
     if not folder.path.is_dir():
-        raise UserError(f"--resume: {path} is not a run folder")
+        parent = folder.path.parent
+        hint = f"; name the folder, {parent}" if folder.path.is_file() and (parent / CONFIG).exists() else ""
+        raise UserError(f"--resume: {path} is not a run folder{hint}")
     return read_stored(folder.read_json(CONFIG), f"--resume: {folder.path / CONFIG}")
 
 

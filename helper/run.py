@@ -697,6 +697,8 @@ class Run:
             if self._is_out_of_patience() and not self._stage_is_complete():
                 measured = self.result.get("best_by", self.config.best_by).replace("_", " ")  # its own without labels
                 self.folder.log(f"stopped early: no better {measured} in {count_of(self.config.patience, 'epoch')}")
+            elif self._is_cut_short():
+                self.folder.log(f"ended by --max_steps {self.config.max_steps} before the last of its epochs")
             self.folder.append_outcome(run_key(self.config), self.result)
             self.folder.write_json(RESULT, self.result)
         self.folder.log(format_result(self.result))

@@ -62,7 +62,7 @@ def read_checkpoint(path: str | os.PathLike, flag: str = "checkpoint") -> dict:
     for anything that is not a whole checkpoint: a `DamagedFile` where that is the file's fault and not the system's.
     """
     if os.path.isdir(path):
-        raise UserError(f"{flag}: {path} is a folder; name a checkpoint file in it, for example {path}/best.pth")
+        raise UserError(f"{flag}: {path} is a folder; name a checkpoint file in it, for example {path}/last.pth")
     if not os.path.exists(path):
         raise UserError(f"{flag}: {path} does not exist; check the path ({_where_from(os.fspath(path))})")
     if not os.path.isfile(path):

@@ -18,7 +18,7 @@ from string import ascii_uppercase
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from errors import UserError, run_script, starting
+from errors import UserError, count_of, run_script, starting
 
 with starting():
     from helper.command_line import Parser
@@ -156,9 +156,8 @@ def main(argv=None) -> None:
     for one in left:
         print(describe_left(one), file=sys.stderr)
     if len(rows) == 1:
-        raise UserError(
-            f"RUN: the {len(rows[0].records)} runs differ in nothing but trial and seed; name runs of two settings"
-        )
+        runs = count_of(len(rows[0].records), "run")
+        raise UserError(f"RUN: {runs} of one setting (trial and seed do not count); name runs of two settings")
     named = dict(zip(letters(len(rows)), rows, strict=True))
     for name, row in named.items():
         seeds = ", ".join(str(record.config["seed"]) for record in row.records)

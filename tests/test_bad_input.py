@@ -60,6 +60,7 @@ CASES = {
     "unreadable image": (TEACHER + "--model resnet8 --dataset folder --data {place}/broken", "1.png cannot be read"),
     "no data folder": (TEACHER + "--model resnet8 --dataset folder", "--data"),
     "resume nothing": (TEACHER + "--resume {place}/none", "--resume: {place}/none is not a run folder"),
+    "resume a file": (TEACHER + "--resume {teacher}", "last.pth is not a run folder; name the folder, "),
     "resume without config": (TEACHER + "--resume {place}/empty", "config.json cannot be read"),
     "save_dir is a file, said before the data are read": (
         "train_teacher.py --model resnet8 --dataset folder --data {place}/broken --save_dir {place}/odd.pth",

@@ -130,6 +130,8 @@ def test_a_limit_that_no_stage_reaches_cuts_nothing_short(most, recorded, few_im
     )
     [run] = tmp_path.iterdir()
     assert load(run / "last.pth")["record"]["max_steps"] == recorded
+    said = [line for line in (run / "log.txt").read_text().splitlines() if line.startswith("ended by --max_steps")]
+    assert said == (["ended by --max_steps 7 before the last of its epochs"] if recorded else [])
 
 
 def test_an_unknown_device_is_named(save_dir):

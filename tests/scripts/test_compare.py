@@ -65,7 +65,7 @@ def test_too_few_seeds_are_said_to_be(tmp_path, capsys):
 
 def test_runs_of_one_setting_are_no_comparison(tmp_path):
     runs = [make_run(tmp_path, "kd", seed, [70.0]) for seed in (1, 2)]
-    assert "differ in nothing but trial and seed" in message_of(compare.main, [str(run) for run in runs])
+    assert "RUN: 2 runs of one setting (" in message_of(compare.main, [str(run) for run in runs])
     (tmp_path / "empty").mkdir()
     with pytest.raises(Exception, match="none of the folders"):
         compare.main([str(tmp_path / "empty")])

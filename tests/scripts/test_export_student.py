@@ -166,7 +166,7 @@ def test_faults_are_named_and_write_nothing(distil, tmp_path):
         assert sorted(tmp_path.rglob("*")) == before, "a refused export writes nothing"
         return text
 
-    assert "is a folder" in message(run) and f"{run}/best.pth" in message(run)
+    assert f"{run} is a folder; name a checkpoint file in it, for example {run}/last.pth" in message(run)
     assert "does not exist" in message(tmp_path / "none.pth")
     assert "there is no folder" in message(checkpoint, "--out", tmp_path / "none" / "student.pth")
     assert "name another file" in message(checkpoint, "--out", checkpoint)
