@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 import torch
@@ -203,6 +204,18 @@ class Distiller(nn.Module):
                 raise UserError(
                     "--batch_size: the student's last maps are one pixel wide, and its BatchNorms need two images; "
                     "raise it, or lower --accumulate"
+                )
+
+    def start_classifier(self) -> None:
+        """Initialise the student's classifier where all its weights are 0, as timm's MLP networks start: for a
+        constructor whose losses divide the logits by their deviation, which is 0 then and tiny for the next steps."""
+        with suppress(UserError):  # of a network without a linear classifier
+            classifier = self.student.get_classifier()
+            if not classifier.weight.any():
+                classifier.reset_parameters()
+                self.note(
+                    "the student's classifier was all 0, where standardised logits have no scale: it starts as torch's "
+                    "linear layers do"
                 )
 
     def respond(self, images: Tensor, teacher: Output | None) -> Output:

@@ -142,7 +142,7 @@ class NORM(Distiller):
         if not self.beta1:
             self.beta = 0.0  # a factor of 0 leaves the term out
         #: The scale of the standardised logits that the losses read; 0: raw logits.
-        self.scale = self.ceta if task.num_classes > CONSTANT_CLASSES else 0.0
+        self.scale = self._find_scale(task.num_classes)
         if self.co_sponge < 1:
             raise UserError(f"-s/--co_sponge: N must be at least 1, not {self.co_sponge}")
         if student.cannot_change:
@@ -156,10 +156,6 @@ class NORM(Distiller):
                 _check_sizes(student_map, each, self.larger_student, self.ft_form)
         sizes = (describe_sizes(student_map, each, self.map_size, "max") for each in teacher_maps)
         self.note(*sizes)
-        if self.scale != self.ceta and student.num_classes:
-            self.note(
-                f"-c/--ceta {self.ceta} is off: standardised logits of two classes are constants, without gradient"
-            )
         if self.ft_position == "post" and student.activates_final and not self._folds_into_classifier():
             raise UserError(
                 "--ft_position post: the transform cannot be folded into this student's classifier, which needs a bias "
@@ -179,6 +175,16 @@ class NORM(Distiller):
             self.transform = FeatureTransform(
                 channels, teacher_channels, self.co_sponge, residual, self.ft_form, shares
             )
+
+    def _find_scale(self, num_classes: int) -> float:
+        scale = self.ceta if num_classes > CONSTANT_CLASSES else 0.0
+        if scale:
+            self.start_classifier()
+        elif self.ceta and self.student.num_classes:
+            self.note(
+                f"-c/--ceta {self.ceta} is off: standardised logits of two classes are constants, without gradient"
+            )
+        return scale
 
     def respond(self, images: Tensor, teacher: Output | None) -> NormOutput:
         student = self.student

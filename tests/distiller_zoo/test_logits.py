@@ -1,17 +1,21 @@
 """The losses of logits: published values, derivatives, gaps, weights, standardisation."""
 
+import copy
+
 import pytest
 import torch
+from torch import nn
 from torch.nn import functional as F
 
-from distiller_zoo import Progress
+from distiller_zoo import DISTILLERS, Progress
 from distiller_zoo.dist import relation_losses
 from distiller_zoo.dkd import decoupled_losses
 from distiller_zoo.kd import kl_divergence, standardise
 from distiller_zoo.mlkd import correlation_losses
 from distiller_zoo.sskd import selected_divergence, similarities, sources
 from tests.check_values import STUDENT_LOGITS, TARGETS, TEACHER_LOGITS, g
-from tests.distiller_zoo.helpers import build_alone, close, each_with, logit_outputs
+from tests.conftest import pair_networks
+from tests.distiller_zoo.helpers import TASK, build_alone, close, each_with, logit_outputs
 
 LOGIT_LOSSES = {
     "kd": lambda s, t: kl_divergence(s, t, 4.0),
@@ -53,6 +57,39 @@ def test_large_gaps_constant_rows_and_doubled_rows_stay_finite(name, gap):
         loss = LOGIT_LOSSES[name](student, teacher)
         loss.backward()
         assert torch.isfinite(loss) and torch.isfinite(student.grad).all()
+
+
+@pytest.mark.parametrize("name", ["standardised kd", "dist"])
+@pytest.mark.parametrize("constant", [torch.zeros(4, 10), STUDENT_LOGITS[:1].expand(4, 10), torch.full((4, 10), 0.1)])
+def test_constant_logits_get_a_gradient_that_a_step_survives(name, constant):
+    """They have no scale to be divided by; 1e-7 in its place made the gradient a million times as long."""
+    lengths = []
+    for logits in (STUDENT_LOGITS, constant, torch.cat([constant[:1], STUDENT_LOGITS[1:]])):
+        student = logits.float().clone().requires_grad_()
+        LOGIT_LOSSES[name](student, TEACHER_LOGITS.float()).backward()
+        lengths.append(student.grad.norm())
+    assert max(lengths) < 10 * lengths[0] and all(lengths)
+
+
+@pytest.mark.parametrize(
+    ("name", "flags", "starts"),
+    [
+        ("kd", {"alpha": 1.0}, False),
+        ("kd", {"alpha": 1.0, "logit_standardization": True}, True),
+        ("dist", {}, True),
+        ("norm", {}, True),
+        ("norm", {"ceta": 0.0}, False),
+    ],
+)
+def test_a_classifier_of_zeros_is_started_where_logits_are_standardised(name, flags, starts):
+    teacher, student = pair_networks("resnet14", "resnet8")
+    for value in student.fc.parameters():
+        nn.init.zeros_(value)
+    method = DISTILLERS[name](student, teacher, TASK, **flags)
+    assert student.fc.weight.any() == starts
+    assert any("classifier was all 0" in note for note in method.notes()) == starts
+    again = DISTILLERS[name](copy.deepcopy(student), teacher, TASK, **flags)
+    assert torch.equal(again.student.fc.weight, student.fc.weight) and (not starts or not again.notes())
 
 
 @pytest.mark.parametrize(
