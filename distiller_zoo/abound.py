@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from distiller_zoo.hint import ConvReg
-from distiller_zoo.maps import describe_left_out, middle_maps
+from distiller_zoo.maps import describe_left_out, middle_maps, require_maps
 from distiller_zoo.staged import FeaturesFirst
 from models.backbone import probe_shapes
 
@@ -86,6 +86,7 @@ class ActivationBoundaries(FeaturesFirst):
     def __init__(self, student, teacher, task, **hyper_parameters):
         super().__init__(student, teacher, task, **hyper_parameters)
         shapes = [middle_maps(probe_shapes(network, task.image_size)) for network in (student, teacher)]
+        require_maps(self.name, *shapes)
         self.note(describe_left_out(*shapes))
         layers = min(map(len, shapes))
         self.connector = Connector(*(each[:layers] for each in shapes))

@@ -144,12 +144,14 @@ def check_stages(method: Any, stages: Sequence) -> None:
 
 
 def check_losses(method: nn.Module, losses: Any) -> None:
-    """Raise `UserError` where what a method's losses returned is no dictionary, or is of a lower precision."""
+    """Raise `UserError` where what a method's losses returned is no dictionary of tensors, or of a lower precision."""
     what = _where(type(method)).format("losses")
     if not isinstance(losses, dict):
         raise UserError(f"{what} returned a {type(losses).__name__}; return a dictionary, each loss by its name")
     for name, value in losses.items():
-        if isinstance(value, Tensor) and value.dtype in (torch.bfloat16, torch.float16):  # of maps that nobody widened
+        if not isinstance(value, Tensor):  # a sum over no maps is the number 0
+            raise UserError(f"{what} returned a {type(value).__name__} for {name}; return a tensor")
+        if value.dtype in (torch.bfloat16, torch.float16):  # of maps that nobody widened
             dtype = str(value.dtype).removeprefix("torch.")
             raise UserError(f"{what} computed {name} in {dtype}; name what it reads of the networks in reads")
 

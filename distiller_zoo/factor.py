@@ -47,13 +47,18 @@ def _layers(convolution: type[nn.Module], widths: Sequence[int], use_bn: bool) -
     return nn.Sequential(*layers)
 
 
+def _factors(channels: int, k: float) -> int:
+    """The channels of the factor of a map with so many, at least one."""
+    return max(int(channels * k), 1)
+
+
 class Paraphraser(nn.Module):
     """The teacher's autoencoder: maps (B, C, H, W), whose shape is `t_shape`, to factors (B, k * C, H, W) and back."""
 
     def __init__(self, t_shape: Sequence[int], k: float = 0.5, use_bn: bool = False):
         super().__init__()
         channels, *_ = t_shape[-3:]
-        factors = int(channels * k)
+        factors = _factors(channels, k)
         self.encoder = _layers(nn.Conv2d, (channels, channels, factors, factors), use_bn)
         self.decoder = _layers(nn.ConvTranspose2d, (factors, factors, channels, channels), use_bn)
 
@@ -69,7 +74,7 @@ class Translator(nn.Module):
     def __init__(self, s_shape: Sequence[int], t_shape: Sequence[int], k: float = 0.5, use_bn: bool = True):
         super().__init__()
         (channels, *_), (teacher_channels, *_) = s_shape[-3:], t_shape[-3:]
-        factors = int(teacher_channels * k)
+        factors = _factors(teacher_channels, k)
         self.encoder = _layers(nn.Conv2d, (channels, channels, factors, factors), use_bn)
 
     def forward(self, f_s: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from itertools import pairwise
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from distiller_zoo.maps import pool_to_smaller, require_equal_channels
+from distiller_zoo.maps import pool_to_smaller, require_equal_channels, require_maps
 from distiller_zoo.staged import FeaturesFirst
 from models.backbone import probe_shapes
 
@@ -50,7 +50,9 @@ class SolutionFlow(FeaturesFirst):
 
     def __init__(self, student, teacher, task, **hyper_parameters):
         super().__init__(student, teacher, task, **hyper_parameters)
-        self.criterion = FSP(*(probe_shapes(network, task.image_size).maps for network in (student, teacher)))
+        shapes = [probe_shapes(network, task.image_size).maps for network in (student, teacher)]
+        require_maps(self.name, *shapes, least=2)
+        self.criterion = FSP(*shapes)
 
     def first_loss(self, student, teacher):
         return sum(self.criterion(student.maps, teacher.maps))

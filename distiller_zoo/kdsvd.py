@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from distiller_zoo.kd import FeatureDistiller
-from distiller_zoo.maps import middle_maps, require_equal_channels, unit_vectors
+from distiller_zoo.maps import middle_maps, require_equal_channels, require_maps, unit_vectors
 from models.backbone import probe_shapes
 
 #: How many more of its first vectors the student offers than the teacher has.
@@ -138,7 +138,8 @@ class SingularVectors(FeatureDistiller):
 
     def __init__(self, student, teacher, task, **hyper_parameters):
         super().__init__(student, teacher, task, **hyper_parameters)
-        shapes = (middle_maps(probe_shapes(network, task.image_size)) for network in (student, teacher))
+        shapes = [middle_maps(probe_shapes(network, task.image_size)) for network in (student, teacher)]
+        require_maps(self.name, *shapes, least=2)
         require_equal_channels(self.name, *shapes)
         self.criterion = KDSVD()
 

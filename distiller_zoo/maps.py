@@ -115,12 +115,7 @@ class MapDistiller(FeatureDistiller):
     def __init__(self, student, teacher, task, **hyper_parameters):
         super().__init__(student, teacher, task, **hyper_parameters)
         shapes = [self.compared(probe_shapes(each, task.image_size)) for each in (student, teacher)]
-        for whose, maps in zip(("student", "teacher"), shapes, strict=True):
-            if not maps:
-                raise UserError(
-                    f"--model_{whose[0]}: --distill {self.name} compares several feature maps, and the {whose} shows "
-                    "only its last; choose another network or method"
-                )
+        require_maps(self.name, *shapes)
         pairs = zip(*shapes, strict=False)
         left_out = describe_left_out(*shapes) if self.pairs_maps else ""
         how = self.map_size if MAP_SIZE in self.flags else None
@@ -135,6 +130,18 @@ class MapDistiller(FeatureDistiller):
         """Both lists of maps (B, C, H, W), of the length of the shorter one, ready to be compared in pairs."""
         pairs = zip(student_maps, teacher_maps, strict=False)
         return tuple(map(list, zip(*(pool_to_smaller(*pair, self.map_size) for pair in pairs), strict=True)))
+
+
+def require_maps(method: str, student: Sequence, teacher: Sequence, *, least: int = 1) -> None:
+    """Raise `UserError` where a network has fewer than `least` of the maps that `method` compares: with none to compare
+    there would be no loss."""
+    for whose, maps in (("student", student), ("teacher", teacher)):
+        if len(maps) < least:
+            shown = "too few" if maps else "only its last"
+            raise UserError(
+                f"--model_{whose[0]}: --distill {method} compares several feature maps, and the {whose} shows {shown}; "
+                "choose another network or method"
+            )
 
 
 def require_equal_channels(method: str, student: Sequence[Sequence[int]], teacher: Sequence[Sequence[int]]) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from distiller_zoo.base import ALPHA, BETA, GAMMA, KD_T
 from distiller_zoo.kd import LOGIT_STANDARDIZATION, FeatureDistiller
-from distiller_zoo.maps import describe_left_out, describe_sizes, middle_maps, pool_to_smaller
+from distiller_zoo.maps import describe_left_out, describe_sizes, middle_maps, pool_to_smaller, require_maps
 from errors import UserError
 from models.backbone import Backbone, initialise, probe_shapes
 
@@ -89,6 +89,7 @@ class Overhaul(FeatureDistiller):
     def __init__(self, student, teacher, task, **hyper_parameters):
         super().__init__(student, teacher, task, **hyper_parameters)
         shapes = [middle_maps(probe_shapes(network, task.image_size)) for network in (student, teacher)]
+        require_maps(self.name, *shapes)
         self.layers = nn.ModuleList(
             Layer(channels, teacher_bn)
             for (channels, *_), teacher_bn in _pair_deepest(shapes[0], _find_batch_norms(teacher))

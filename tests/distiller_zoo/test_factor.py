@@ -54,6 +54,11 @@ def test_the_modules_have_the_published_names_and_shapes():
     ]
     assert {key.split(".")[1] for key in translator.state_dict()} == {"0", "1", "3", "4", "6", "7"}
     assert Paraphraser(shapes["t"], k=0.3, use_bn=True)(feature_map, is_factor=True).shape[1] == 3
+    single = Paraphraser((8, 1, 8, 8)), Translator(shapes["s"], (8, 1, 8, 8))
+    assert [part(torch.randn(8, width, 8, 8))[0].numel() for part, width in zip(single, (1, 6), strict=True)] == [
+        512,
+        64,
+    ]
     connector = Connector([shapes["t"], shapes["s"], shapes["s"]], [shapes["t"], shapes["t"], shapes["up"]])
     assert {key.rsplit(".", 1)[0] for key in connector.state_dict()} == {
         f"connectors.{number}.{layer}" for number in (1, 2) for layer in ("conv", "bn")

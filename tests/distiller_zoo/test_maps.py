@@ -9,7 +9,9 @@ from distiller_zoo.fsp import FSP
 from distiller_zoo.hint import ConvReg
 from distiller_zoo.kdsvd import KDSVD
 from distiller_zoo.maps import describe_left_out, unit_vectors
+from errors import UserError
 from models import build_model
+from models.backbone import Wrapper
 
 
 def test_unit_vectors_are_those_of_normalize_and_zero_stays_zero():
@@ -74,3 +76,30 @@ def test_methods_without_map_size_say_their_pooling_and_name_no_flag(distill):
     task = Task(7, 32, 4, torch.arange(8) % 7)
     *_, note = DISTILLERS[distill](build_model("resnet8", 7), build_model("vgg8", 7), task).notes()
     assert note.startswith("maps of student and teacher are 8x8 and 4x4") and note.endswith("'s is average-pooled")
+
+
+class Few(Wrapper):
+    """A network that shows only its deepest maps."""
+
+    def __init__(self, network, count):
+        super().__init__(network)
+        self.count = count
+
+    def forward_maps(self, x, preact=False):
+        maps, final = self.network.forward_maps(x, preact)
+        return maps[-self.count :], final
+
+
+@pytest.mark.parametrize(
+    ("distill", "least"), [("kdsvd", 3), *((name, 2) for name in ("fsp", "abound", "ofd", "attention", "semckd"))]
+)
+def test_too_few_maps_to_compare_are_refused(distill, least):
+    """Their loss would be a sum over nothing."""
+    task, whole = Task(7, 32, 4, torch.arange(8) % 7), build_model("resnet8", 7)
+    few = Few(build_model("resnet8", 7), least - 1)
+    for pair, whose in (((few, whole), "student"), ((whole, few), "teacher")):
+        shown = "too few" if distill in ("kdsvd", "fsp") else "only its last"
+        with pytest.raises(UserError, match=f"{distill} compares several feature maps, and the {whose} shows {shown};"):
+            DISTILLERS[distill](*pair, task)
+    few.count = least
+    DISTILLERS[distill](few, few, task)

@@ -250,12 +250,19 @@ def test_unread_parameters_are_looked_for_where_a_weight_of_the_methods_own_is_0
     assert "give the method uses_everything = False" in caught.value.__notes__[1]
 
 
-@pytest.mark.parametrize(("returned", "kind"), [(None, "NoneType"), (torch.zeros(()), "Tensor")])
-def test_losses_without_names_are_refused(mine, monkeypatch, returned, kind):
+@pytest.mark.parametrize(
+    ("returned", "message"),
+    [
+        (None, "NoneType; return a dictionary"),
+        (torch.zeros(()), "Tensor; return a dictionary"),
+        ({"mine": 0.0}, "float for mine; return a tensor"),
+    ],
+)
+def test_losses_without_names_or_tensors_are_refused(mine, monkeypatch, returned, message):
     teacher, method = mine()
     monkeypatch.setattr(type(method), "losses", lambda *arguments: returned)
     batch = batch_of(method)
-    with pytest.raises(UserError, match=rf"mine: losses of Mine returned a {kind}; return a dictionary"):
+    with pytest.raises(UserError, match=f"mine: losses of Mine returned a {message}"):
         method(batch, FrozenTeacher(teacher)(batch.images, False), Progress(0, 1))
 
 
