@@ -211,7 +211,7 @@ class Distiller(nn.Module):
         constructor whose losses divide the logits by their deviation, which is 0 then and tiny for the next steps."""
         with suppress(UserError):  # of a network without a linear classifier
             classifier = self.student.get_classifier()
-            if not classifier.weight.any():
+            if not classifier.weight.is_meta and not classifier.weight.any():  # a plan builds networks without values
                 classifier.reset_parameters()
                 self.note(
                     "the student's classifier was all 0, where standardised logits have no scale: it starts as torch's "

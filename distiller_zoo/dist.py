@@ -7,26 +7,19 @@ T is --kd_T. The paper has a weight for each of the two; both are 2 in its runs,
 the correlation of an image's classes is 1 or -1, whatever the network says, so that there is no inter term.
 """
 
-import torch
 from torch import Tensor
 
 from distiller_zoo.base import BETA, GAMMA, KD_T, above_zero
-from distiller_zoo.kd import CONSTANT_CLASSES, LOGIT_STANDARDIZATION, LogitDistiller, is_constant
+from distiller_zoo.kd import CONSTANT_CLASSES, LOGIT_STANDARDIZATION, LogitDistiller
 
-#: Added to the product of two lengths, as in the published code.
+#: What keeps the correlation of a constant row finite.
 EPSILON = 1e-8
 
 
 def pearson_distance(a: Tensor, b: Tensor) -> Tensor:
     """1 - mean correlation of the rows of two matrices (n, m); a constant row correlates with nothing."""
-    (a, length_a), (b, length_b) = _centred(a), _centred(b)
-    return 1 - ((a * b).sum(1) / (length_a * length_b + EPSILON)).mean()
-
-
-def _centred(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows (n, m) without their mean, and their lengths (n,), 1 of a constant row."""
-    centred = matrix - matrix.mean(1, keepdim=True)
-    return centred, torch.where(is_constant(matrix)[:, 0], 1, centred.norm(dim=1))
+    a, b = (matrix - matrix.mean(1, keepdim=True) for matrix in (a, b))
+    return 1 - ((a * b).sum(1) / (a.norm(dim=1) * b.norm(dim=1) + EPSILON)).mean()
 
 
 def relation_losses(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
@@ -46,8 +39,8 @@ class DIST(LogitDistiller):
     )
     reference = "hunto/image_classification_sota"
     departures = (
-        "One weight for both terms, which are equal in all published runs. No inter term with two classes: it is "
-        "a constant. Constant predictions get a gradient of usual length; the correlation's own is of the length 1e6."
+        "One weight for both terms, which are equal in all published runs. No inter term with two classes: it"
+        " is a constant."
     )
     group = "logits"
     min_batch = 2  # one image has no correlation over images

@@ -1,6 +1,5 @@
 """Knowledge distillation by softened logits (Hinton, Vinyals & Dean, 2015, arXiv 1503.02531)."""
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -15,21 +14,9 @@ LOGIT_STANDARDIZATION = Flag(
 )
 
 
-@torch.no_grad()
-def is_constant(rows: Tensor) -> Tensor:
-    """Whether the entries of a row of (n, m) are equal, up to rounding: (n, 1).
-
-    Such a row has no scale to be divided by. With 1 in its place the gradient has its direction and a usual length;
-    with the 1e-7 that keeps the quotient finite it is so long that one step ends the training.
-    """
-    low, high = rows.aminmax(dim=1, keepdim=True)
-    return high - low <= 4 * torch.finfo(rows.dtype).eps * torch.maximum(high, -low)
-
-
 def standardise(logits: Tensor) -> Tensor:
     """Logits (B, K) -> (z - mean) / (std + 1e-7) per sample, unbiased std (Sun et al., CVPR 2024, arXiv 2403.01427)."""
-    scale = torch.where(is_constant(logits), 1, logits.std(1, keepdim=True) + 1e-7)
-    return (logits - logits.mean(1, keepdim=True)) / scale
+    return (logits - logits.mean(1, keepdim=True)) / (logits.std(1, keepdim=True) + 1e-7)
 
 
 def kl_divergence(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
@@ -116,10 +103,7 @@ class KD(LogitDistiller):
     name = "kd"
     summary, source = "KD: KL divergence of the softened logits", "Hinton et al., 2015"
     reference = "HobbitLong/RepDistiller; standardised: sunshangquan/logit-standardization-KD"
-    departures = (
-        "Two classes are compared raw: their standardised logits are constants. Constant logits get a gradient of "
-        "usual length; the standardisation's own is of the length 1e6."
-    )
+    departures = "Two classes are compared raw: their standardised logits are constants."
     group = "logits"
 
     def losses(self, student, teacher, targets, index, progress):

@@ -59,18 +59,6 @@ def test_large_gaps_constant_rows_and_doubled_rows_stay_finite(name, gap):
         assert torch.isfinite(loss) and torch.isfinite(student.grad).all()
 
 
-@pytest.mark.parametrize("name", ["standardised kd", "dist"])
-@pytest.mark.parametrize("constant", [torch.zeros(4, 10), STUDENT_LOGITS[:1].expand(4, 10), torch.full((4, 10), 0.1)])
-def test_constant_logits_get_a_gradient_that_a_step_survives(name, constant):
-    """They have no scale to be divided by; 1e-7 in its place made the gradient a million times as long."""
-    lengths = []
-    for logits in (STUDENT_LOGITS, constant, torch.cat([constant[:1], STUDENT_LOGITS[1:]])):
-        student = logits.float().clone().requires_grad_()
-        LOGIT_LOSSES[name](student, TEACHER_LOGITS.float()).backward()
-        lengths.append(student.grad.norm())
-    assert max(lengths) < 10 * lengths[0] and all(lengths)
-
-
 @pytest.mark.parametrize(
     ("name", "flags", "starts"),
     [
