@@ -192,9 +192,10 @@ class DistPro(LogitDistiller):
 
 
 def gradients_of(loss: Tensor, parameters: Parameters) -> Parameters:
-    """The gradient of a loss by each parameter's name; zero where the loss does not depend on it."""
+    """The gradient of a loss by each parameter's name, the mean over all processes; zero where the loss does not depend
+    on it."""
     gradients = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True, materialize_grads=True)
-    return dict(zip(parameters, gradients, strict=True))
+    return dict(zip(parameters, map(average, gradients), strict=True))
 
 
 def displaced(parameters: Parameters, direction: Parameters, distance: Tensor) -> Parameters:

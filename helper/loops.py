@@ -205,7 +205,7 @@ class Training:
         """Forward and backward of one micro-batch of a batch."""
         if self.stage.before_step is not None:
             held_out = None if self._held_out_batches is None else next(self._held_out_batches)
-            held_out = held_out and held_out._replace(images=self.fast.lay_out(held_out.images))
+            held_out = held_out and self._laid_out(held_out)
             self.stage.before_step(self.optimizer, part, teacher_output, held_out, self.progress)
         if not self._outcomes:
             self.guard.begin_step(self.method)

@@ -34,6 +34,7 @@ CASES = {
     "without_norms": ("kd", "resnet8", {}, True, 2, 6),
     "unused": ("norm", "resnet8", {"gamma": 0.0}, True, 1, 6),
     "own_statistics": ("norm_crd", "resnet8", {"co_sponge": 2, "nce_k": 8}, False, 1, 7),
+    "search": ("distpro", "resnet8", {}, True, 1, 1),  # its second held-out batch is one image
     "changing": ("semckd", "resnet8", {}, False, 1, 7),
 }
 
@@ -64,8 +65,8 @@ SETTINGS = {
 class DoubleTraining(Training):
     """Training in float64, where a wrong formula cannot hide behind rounding."""
 
-    def parts(self, batch):
-        return [part._replace(images=part.images.double()) for part in super().parts(batch)]
+    def _laid_out(self, batch):
+        return super()._laid_out(batch._replace(images=batch.images.double()))
 
 
 def few_images(*arguments, **named):
@@ -89,7 +90,7 @@ def train(name: str) -> dict:
         synchronise(distiller)
     defaults = {name: one.default for name, one in settings_of(distill).items()}
     config = Namespace(**defaults | Fast()._asdict() | SETTINGS | {"distill": distill, "accumulate": parts})
-    training = DoubleTraining(distiller.main_stage(240), distiller, data, config, CPU)
+    training = DoubleTraining(distiller.stages(240)[0], distiller, data, config, CPU)
     means, over = [], 0
     while over < steps:
         epoch = len(means)
