@@ -213,9 +213,9 @@ class Distiller(nn.Module):
             classifier = self.student.get_classifier()
             if not classifier.weight.is_meta and not classifier.weight.any():  # a plan builds networks without values
                 classifier.reset_parameters()
-                self.note(
-                    "the student's classifier was all 0, where standardised logits have no scale: it starts as torch's "
-                    "linear layers do"
+                self.note(  # true of a resumed run too, which says it again and then has its own weights
+                    "the student's classifier began as torch's linear layers do, not with this network's zeros, where "
+                    "standardised logits have no scale"
                 )
 
     def respond(self, images: Tensor, teacher: Output | None) -> Output:
