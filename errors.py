@@ -5,6 +5,7 @@ import os
 import re
 import signal
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
@@ -86,12 +87,18 @@ def _is_out_of_memory(error: Exception) -> bool:
     return isinstance(error, MemoryError) or any(text in str(error) for text in texts)
 
 
+def _format_warning(message: Warning | str, _category: object, file: str, number: int, _line: object = None) -> str:
+    """A library's warning in one line, with its place, and without the line of code that is there."""
+    return f"warning: {' '.join(str(message).split())} ({file}:{number})\n"
+
+
 def run_script(main):
     """Run `main()` as a script.
 
     A `UserError` becomes one line on stderr and exit code 2; a run that was stopped by a signal exits with 128 + its
-    number, as shells and clusters expect (SIGINT 130, SIGTERM 143).
+    number, as shells and clusters expect (SIGINT 130, SIGTERM 143). A library's warning is one line too.
     """
+    warnings.formatwarning = _format_warning
     for stream in (sys.stdout, sys.stderr):  # no name of a file, and no sign, ends a run on a terminal that lacks it
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")

@@ -1,8 +1,12 @@
 """What a script says when it ends: one line, and an exit code."""
 
+import subprocess
+import sys
+
 import pytest
 
 from errors import UserError, count_of, first_line, run_script, starting
+from tests.conftest import ROOT
 
 
 @pytest.mark.parametrize("error", [MemoryError(), RuntimeError("CUDA out of memory. Tried to allocate 2 GiB")])
@@ -30,3 +34,9 @@ def test_what_is_wrong_with_a_method_of_ones_own_is_one_line_while_a_script_star
     with pytest.raises(SystemExit) as end, starting():
         raise UserError("mine.py: rename it")
     assert end.value.code == 2 and capsys.readouterr().err == "error: mine.py: rename it\n"
+
+
+def test_a_warning_of_a_library_is_one_line():
+    code = "import errors, warnings; errors.run_script(lambda: warnings.warn('no locks:\\n files instead'))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "warning: no locks: files instead (<string>:1)\n")
