@@ -138,11 +138,15 @@ class StreamedImages:
         """
         device = self.targets.device
         for index, rows, broken in self._batches(*_on_cpu(parts, keys), crops, changes):
-            self._count({self.name_of(int(index[row])): reason for row, reason in broken.items()})
+            reasons = {self.name_of(int(index[row])): reason for row, reason in broken.items()}
+            self._count(reasons)
             if broken:
                 left = [row for row in range(len(index)) if row not in broken]
                 if fill and not left:
-                    raise UserError(f"--data: no image of a batch can be read, for example {self.name_of(index[0])}")
+                    raise UserError(
+                        f"--data: a batch of {count_of(len(index), 'image')} has none that takes the place of "
+                        f"{_name_last(reasons)}; repair or remove what cannot be read"
+                    )
                 chosen = torch.tensor(fill_gaps(len(index), left) if fill else left, dtype=torch.int64)
                 index, rows = index[chosen], rows[:, chosen]
             if device.type == "cuda":
@@ -229,12 +233,16 @@ def _on_cpu(parts: Sequence[Tensor], keys: Sequence[Tensor] | None = None) -> tu
 
 def too_many_unreadable(broken: dict[str, str], allowed: int) -> str:
     """The message where more images are unreadable than `--max_broken` allows; `broken` has the reasons by name."""
-    last = list(broken.items())[-NAMED:]
-    named = ", ".join(f"{name} ({reason})" for name, reason in last)
     return (
         f"--data: {count_of(len(broken), 'image')} cannot be read, more than --max_broken {allowed}: "
-        f"{'..., ' if len(broken) > len(last) else ''}{named}; repair or remove them, or allow more"
+        f"{_name_last(broken)}; repair or remove them, or allow more"
     )
+
+
+def _name_last(broken: dict[str, str]) -> str:
+    """The last unreadable images with their reasons."""
+    last = list(broken.items())[-NAMED:]
+    return ("..., " if len(broken) > len(last) else "") + ", ".join(f"{name} ({reason})" for name, reason in last)
 
 
 def fill_gaps(count: int, whole: Sequence[int]) -> list[int]:

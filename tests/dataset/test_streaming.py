@@ -180,6 +180,13 @@ def test_broken_images_are_named_and_skipped_up_to_a_limit(folder, capsys):
     assert ".JPEG" in str(caught.value) and "\n" not in str(caught.value)
 
 
+def test_a_batch_without_a_whole_image_names_its_images_their_reasons_and_the_way_out(folder):
+    for path in (folder / "train").glob("*/*"):
+        path.write_bytes(b"junk")
+    with pytest.raises(UserError, match=r"^--data: a batch of 4 images has none .*\.JPEG \(.*\); repair or remove"):
+        list(loader_of(folder, max_broken=99).batches(0))
+
+
 def test_a_split_without_a_whole_image_is_one_line(folder):
     for path in (folder / "val").glob("*/*"):
         path.write_bytes(b"")
