@@ -142,7 +142,7 @@ class NORM(Distiller):
         if not self.beta1:
             self.beta = 0.0  # a factor of 0 leaves the term out
         #: The scale of the standardised logits that the losses read; 0: raw logits.
-        self.scale = self._find_scale(task.num_classes)
+        self.scale = self._choose_scale(task.num_classes)
         if self.co_sponge < 1:
             raise UserError(f"-s/--co_sponge: N must be at least 1, not {self.co_sponge}")
         if student.cannot_change:
@@ -176,7 +176,8 @@ class NORM(Distiller):
                 channels, teacher_channels, self.co_sponge, residual, self.ft_form, shares
             )
 
-    def _find_scale(self, num_classes: int) -> float:
+    def _choose_scale(self, num_classes: int) -> float:
+        """-c, or 0 for two classes; where logits are standardised, a classifier of zeros is started."""
         scale = self.ceta if num_classes > CONSTANT_CLASSES else 0.0
         if scale:
             self.start_classifier()

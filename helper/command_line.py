@@ -20,7 +20,7 @@ from helper import settings
 from helper.configuration import Configuration, check_given
 from helper.distributed import by_main, find_device, images_per_pass
 from helper.optim import stretch
-from helper.recipes import find_rows, recipe_of, run_length
+from helper.recipes import find_rows, run_length, values_of
 from models.external import is_external
 from setting import FILLED_IN, Setting, as_text, count, file_or_stdout, file_to_write, whole
 
@@ -400,16 +400,17 @@ def resolve(
     stored, given = ({name: value for name, value in each.items() if name in known} for each in (stored, given))
     chosen = stored | given
     place = dataset, of_teacher.get("model_t"), told["model_s"], distill
+    rows = find_rows(*place, chosen)
     layers = (
         {name: (one.default, "default") for name, one in known.items() if one.default is not FILLED_IN},
-        recipe_of(*place, chosen),
+        values_of(rows, *place),
         {name: (value, "from --init") for name, value in of_initial.items()},
         {name: (value, "teacher's record") for name, value in of_teacher.items() if value is not None},
         {name: (value, "resumed run") for name, value in stored.items()},
         {name: (value, "command line") for name, value in given.items()},
     )
     merged = {name: pair for layer in layers for name, pair in layer.items()}
-    _scale_epochs(merged, known, chosen, find_rows(*place, chosen))
+    _scale_epochs(merged, known, chosen, rows)
     _leave_without_effect(merged, known, chosen)
     _derive(merged, known)
     _leave_labels_out(merged)

@@ -477,7 +477,14 @@ def recipe_of(
     dataset: str, teacher: str | None, student: str, method: str, chosen: Mapping = MappingProxyType({})
 ) -> dict[str, tuple[object, str]]:
     """Argument -> (value, which row it comes from); `chosen` holds flags that are given, on which some rows depend."""
-    rows = find_rows(dataset, teacher, student, method, chosen)
+    place = dataset, teacher, student, method
+    return values_of(find_rows(*place, chosen), *place)
+
+
+def values_of(
+    rows: Mapping[str, Row], dataset: str, teacher: str | None, student: str, method: str
+) -> dict[str, tuple[object, str]]:
+    """What `recipe_of` gives, of the rows that `find_rows` found."""
     place = {"dataset": dataset, "teacher": teacher, "student": student, "method": method}
     return {argument: (row.values[argument], row.describe(place)) for argument, row in rows.items()}
 
